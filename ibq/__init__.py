@@ -1,0 +1,19 @@
+"""Index Backpropagation Quantization and the quantizers it is compared with (arXiv 2412.02692)."""
+
+from ibq.models.tokenizer import Tokenizer, load_tokenizer
+from ibq.ops import index_backprop
+from ibq.quantizers import IBQConfig, IndexBackpropQuantizer, Quantized, VectorQuantizer, VQConfig, build_quantizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IBQConfig",
+    "IndexBackpropQuantizer",
+    "Quantized",
+    "Tokenizer",
+    "VQConfig",
+    "VectorQuantizer",
+    "build_quantizer",
+    "index_backprop",
+    "load_tokenizer",
+]

@@ -1,0 +1,71 @@
+"""Checkpoints: tensors in safetensors, the rest in a readable meta file; a new one replaces the old one only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ibq.run_directory import write_json, write_tensors
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    """Write `folder`/{state.safetensors, meta.json}; the one before stands as `folder`.previous until this one is whole.
+
+    Args:
+        folder: the checkpoint's directory.
+        tensors: everything a resume needs, by flat names.
+        meta: JSON facts (step, seconds, commit, ...).
+    """
+    fresh, previous = folder.with_suffix(".new"), folder.with_suffix(".previous")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write_tensors(fresh / "state.safetensors", tensors)
+    write_json(fresh / "meta.json", meta)
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(folder, previous)
+    os.rename(fresh, folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The newest whole checkpoint, or None: `folder`, else the one before it, which a kill between two renames leaves alone on disk."""
+    for candidate in (folder, folder.with_suffix(".previous")):
+        try:
+            meta: dict[str, Any] = json.loads((candidate / "meta.json").read_text())
+            return load_file(candidate / "state.safetensors"), meta
+        except (OSError, ValueError, SafetensorError):
+            continue
+    return None
+
+
+def remove_checkpoint(folder: Path) -> None:
+    for path in (folder, folder.with_suffix(".previous"), folder.with_suffix(".new")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer state by parameter name: `optimizer.<name>.<slot>`."""
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"optimizer.{names[p]}.{slot}": value for p, state in optimizer.state.items() for slot, value in state.items()}
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Put `flatten_optimizer`'s tensors back; every slot of every parameter must be there."""
+    parameters = dict(model.named_parameters())
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in parameters.items()}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for i, parameter in enumerate(order):
+        prefix = f"optimizer.{names[id(parameter)]}."
+        state[i] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if not state[i]:
+            raise KeyError(f"the checkpoint lacks {prefix}*")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -1,0 +1,31 @@
+"""Errors a user can mend, each one sentence: what was given, what is allowed, the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from pydantic import ValidationError
+
+
+class ConfigError(ValueError):
+    """A parameter, field or config that cannot be used as given."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The helpful half of a sentence: the nearest valid name, or all of them."""
+    names = sorted(known)
+    same_leaf = [n for n in names if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = same_leaf or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "valid names are " + ", ".join(names)
+
+
+def one_sentence(error: ValidationError) -> str:
+    """Pydantic's report as one line: where, what is allowed, what was given."""
+    problems = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(item["input"], (dict, list)) else f" (given {item['input']!r})"
+        problems.append(f"{where}: {message}{given}" if where else message)
+    return "; ".join(problems)

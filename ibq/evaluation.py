@@ -1,0 +1,66 @@
+"""Evaluation of a tokenizer on a stated split: usage, rate and distortion side by side, with the protocol that the numbers belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ibq.analysis import QuantizationError
+from ibq.data import Images
+from ibq.metrics import ImageQuality, usage_metrics
+from ibq.models.tokenizer import Tokenizer
+
+SHOWN_IMAGES = 8
+
+
+@contextmanager
+def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
+    """Eval mode without gradients; the mode before is restored."""
+    mode = tokenizer.training
+    tokenizer.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        tokenizer.train(mode)
+
+
+def evaluate(
+    tokenizer: Tokenizer, images: Images, n_images: int, batch_size: int, weights: str
+) -> tuple[dict[str, float], dict[str, Any], dict[str, torch.Tensor]]:
+    """Reconstruct the first `n_images` of a split in float32.
+
+    Args:
+        tokenizer: on the device to compute on.
+        images: the split; its name stands in the protocol.
+        n_images: how many, from the start of the split; at most all.
+        batch_size: images a forward pass; changes nothing but speed.
+        weights: which weights these are ("ema" or "raw"), for the protocol.
+
+    Returns:
+        metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z); protocol; and tensors: counts_K,
+        images_BCHW and reconstructions_BCHW (uint8, the first 8).
+    """
+    n_images = min(n_images, len(images))
+    device = next(tokenizer.parameters()).device
+    counts_K = torch.zeros(tokenizer.config.quantizer.codebook_size, dtype=torch.int64, device=device)
+    quality, error, shown = ImageQuality(), QuantizationError(), None
+    with evaluating(tokenizer):
+        for indices_B in torch.arange(n_images).split(batch_size):
+            x_BCHW = images.batch(indices_B, device)
+            y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
+            quality.update(x_BCHW, y_BCHW)
+            error.update(z_BDHW, quantized.z_q)
+            counts_K += torch.bincount(quantized.indices.flatten(), minlength=len(counts_K))
+            shown = shown if shown is not None else (to_uint8(x_BCHW[:SHOWN_IMAGES]), to_uint8(y_BCHW[:SHOWN_IMAGES]))
+    assert shown is not None
+    metrics = usage_metrics(counts_K) | quality.compute() | {"quantization_error": error.compute()}
+    protocol = {"split": images.split, "n_images": n_images, "weights": weights, "precision": "fp32", "images": "float in [-1, 1], clamped"}
+    return metrics, protocol, {"counts_K": counts_K, "images_BCHW": shown[0], "reconstructions_BCHW": shown[1]}
+
+
+def to_uint8(images_BCHW: torch.Tensor) -> torch.Tensor:
+    return ((images_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,49 @@
+"""Streaming image quality: L1, PSNR and SSIM a picture, then the mean over pictures, summed in float64.
+
+Protocol: images in [-1, 1], reconstructions clamped to it, not rounded to 8 bits. A mean of batch means is not used anywhere, so the batch
+size changes nothing. Suffixes: B images, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+
+class ImageQuality:
+    """Accumulates pairs of batches; `compute` gives the means."""
+
+    def __init__(self) -> None:
+        self._sums = {"l1": 0.0, "mse": 0.0, "psnr_db": 0.0, "ssim": 0.0}
+        self.images = 0
+
+    def update(self, originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            originals_BCHW: float in [-1, 1], H and W at least 11 (the SSIM window).
+            reconstructions_BCHW: the same shape; clamped here.
+
+        Raises:
+            ValueError: shapes differ or the originals leave [-1, 1].
+        """
+        if originals_BCHW.shape != reconstructions_BCHW.shape:
+            shapes = f"{tuple(originals_BCHW.shape)} and {tuple(reconstructions_BCHW.shape)}"
+            raise ValueError(f"originals and reconstructions must share one shape, not {shapes}")
+        if float(originals_BCHW.abs().max()) > 1:
+            raise ValueError(f"originals reach {float(originals_BCHW.abs().max()):.3f} in magnitude; scale them to [-1, 1]")
+        y_BCHW = reconstructions_BCHW.float().clamp(-1, 1)
+        # in float32, where its window sums are ten times faster than in float64
+        ssim_B = structural_similarity_index_measure(y_BCHW, originals_BCHW, data_range=2.0, reduction="none")
+        assert isinstance(ssim_B, torch.Tensor)
+        x, y = originals_BCHW.double(), y_BCHW.double()
+        l1_B = (x - y).abs().mean((1, 2, 3))
+        mse_B = (x - y).square().mean((1, 2, 3))
+        psnr_B = 10 * torch.log10(4 / mse_B.clamp_min(1e-10))  # peak-to-peak 2; an exact copy counts as 106 dB
+        for name, values_B in {"l1": l1_B, "mse": mse_B, "psnr_db": psnr_B, "ssim": ssim_B}.items():
+            self._sums[name] += float(values_B.double().sum())
+        self.images += len(x)
+
+    def compute(self) -> dict[str, float]:
+        """Means over all images: l1 and mse in units of [-1, 1], psnr_db in dB, ssim in [-1, 1]."""
+        return {name: total / self.images for name, total in self._sums.items()}

@@ -1,0 +1,1 @@
+"""Networks: the VQGAN autoencoder and the tokenizer that joins it to a quantizer."""

@@ -1,0 +1,100 @@
+"""A tokenizer: encoder, quantizer, decoder; images to indices and back.
+
+Suffixes: B images, C channels, H W pixels in images and the token grid in features and indices, D code dimension.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ibq.config import TrainConfig, parse_train_config
+from ibq.errors import ConfigError
+from ibq.models.autoencoder import Decoder, Encoder
+from ibq.quantizers import Quantized, build_quantizer
+
+
+class Reconstruction(NamedTuple):
+    """A forward pass: images (B, C, H, W) as decoded, the features (B, D, h, w) before quantization, and what the quantizer returned."""
+
+    images: torch.Tensor
+    features: torch.Tensor
+    quantized: Quantized
+
+
+class Tokenizer(nn.Module):
+    """The network that a TrainConfig describes (the training fields are kept with it, as provenance)."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, resolution = config.data.channels, config.data.resolution
+        z_channels, D = config.model.z_channels, config.quantizer.code_dim
+        self.encoder = Encoder(config.model, channels, resolution)
+        self.decoder = Decoder(config.model, channels, resolution)
+        self.quant_conv = nn.Conv2d(z_channels, D, 1)
+        self.post_quant_conv = nn.Conv2d(D, z_channels, 1)
+        self.quantize = build_quantizer(config.quantizer)
+
+    def features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Continuous features (B, D, H/f, W/f) of images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: the images' channels or size do not fit the architecture.
+        """
+        channels, f = self.config.data.channels, self.config.model.downsampling
+        if images_BCHW.dim() != 4 or images_BCHW.shape[1] != channels or images_BCHW.shape[2] % f or images_BCHW.shape[3] % f:
+            raise ValueError(
+                f"images of shape {tuple(images_BCHW.shape)} do not fit; pass (B, {channels}, H, W) with H and W multiples of {f}"
+            )
+        z_BDHW: torch.Tensor = self.quant_conv(self.encoder(images_BCHW))
+        return z_BDHW
+
+    def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Indices (B, H/f, W/f) int64 of images (B, C, H, W) in [-1, 1]."""
+        quantized: Quantized = self.quantize(self.features(images_BCHW))
+        return quantized.indices
+
+    def decode(self, indices_BHW: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, f*H, f*W), nominally in [-1, 1], of indices (B, H, W)."""
+        return self._decode_codes(self.quantize.indices_to_codes(indices_BHW))
+
+    def forward(self, images_BCHW: torch.Tensor) -> Reconstruction:
+        z_BDHW = self.features(images_BCHW)
+        quantized = self.quantize(z_BDHW)
+        return Reconstruction(self._decode_codes(quantized.z_q), z_BDHW, quantized)
+
+    def _decode_codes(self, z_q_BDHW: torch.Tensor) -> torch.Tensor:
+        images_BCHW: torch.Tensor = self.decoder(self.post_quant_conv(z_q_BDHW))
+        return images_BCHW
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into a folder, made if absent."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config.to_json_dict(), indent=2) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors")
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote or that a finished run directory holds (its averaged weights), in eval mode on the CPU.
+
+    Raises:
+        ConfigError: the folder lacks a file, its config is not valid, or the weights do not fit the config.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} holds no {name}; pass a folder written by Tokenizer.save or the directory of a finished run")
+    tokenizer = Tokenizer(parse_train_config(json.loads((folder / "config.json").read_text())))
+    try:
+        tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"{folder / 'model.safetensors'} does not hold this config's weights: {' '.join(str(error).split())}") from None
+    return tokenizer.eval()

@@ -1,0 +1,225 @@
+"""The one contract that every quantizer keeps, and the registry that finds a quantizer by its config.
+
+Tensor suffixes here and in all quantizers: B images, D code dimension, H W token grid, N = B*H*W tokens, K codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from ibq.errors import ConfigError, one_sentence
+
+CodebookInit = Literal["uniform", "normal", "features"]
+
+
+class Quantized(NamedTuple):
+    """What a quantizer returns, always.
+
+    Attributes:
+        z_q: (B, D, H, W), float32; its value is exactly the selected codes, its gradient is the method's.
+        indices: (B, H, W), int64, in [0, K).
+        losses: raw scalar terms by name, each differentiable; `config.loss_weights` weighs them.
+    """
+
+    z_q: torch.Tensor
+    indices: torch.Tensor
+    losses: dict[str, torch.Tensor]
+
+
+class QuantizerConfig(BaseModel):
+    """Fields that all quantizers share; a method's config adds its own and sets `method`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    method: str
+    codebook_size: int = Field(1024, ge=1, description="K, the number of codes")
+    code_dim: int = Field(64, ge=1, description="D, the dimension of a code")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each raw term of `Quantized.losses` in the total loss."""
+        raise NotImplementedError
+
+
+class CodebookConfig(QuantizerConfig):
+    """Fields of the methods that learn a codebook by gradient.
+
+    `beta` (0.25 in the literature) stands on the commitment term (VQ-VAE's order), on the codebook term (the order of taming-transformers
+    and SEED-Voken) or on both; PAPER section 2. `entropy_weight` 0 switches the entropy penalty off.
+    """
+
+    codebook_init: CodebookInit = "uniform"
+    beta: float = Field(0.25, ge=0)
+    beta_on: Literal["commitment", "codebook", "both"] = "codebook"
+    entropy_weight: float = Field(0.0, ge=0)
+    entropy_temperature: float = Field(0.01, gt=0)
+
+    @property
+    def active_entropy_temperature(self) -> float | None:
+        return self.entropy_temperature if self.entropy_weight else None
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        weights = {
+            "commitment": self.beta if self.beta_on in ("commitment", "both") else 1.0,
+            "codebook": self.beta if self.beta_on in ("codebook", "both") else 1.0,
+        }
+        if self.entropy_weight:
+            weights |= {"sample_entropy": self.entropy_weight, "codebook_entropy": -self.entropy_weight}
+        return weights
+
+
+class Quantizer(nn.Module):
+    """Base of every quantizer. A subclass names its config class: ``class Mine(Quantizer, config=MineConfig)``; that registers it.
+
+    A subclass implements `codebook` and `quantize`; the base keeps shapes, float32 and the index look-up the same for all.
+    """
+
+    registry: ClassVar[dict[str, type[Quantizer]]] = {}
+    config_class: ClassVar[type[QuantizerConfig]]
+
+    def __init_subclass__(cls, *, config: type[QuantizerConfig] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if config is not None:
+            cls.config_class = config
+            Quantizer.registry[config.model_fields["method"].default] = cls
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """(K, D): the tensor that codes are gathered from, in the forward pass and in `indices_to_codes` alike."""
+        raise NotImplementedError
+
+    def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """The method itself on flat float32 features; returns z_q (N, D), indices (N,) and the raw loss terms."""
+        raise NotImplementedError
+
+    def forward(self, z_BDHW: torch.Tensor) -> Quantized:
+        """Quantize a feature map.
+
+        Args:
+            z_BDHW: features (B, D, H, W), any float dtype; computed in at least float32, also inside autocast.
+
+        Raises:
+            ValueError: z has not four dimensions, or its channels are not the config's code_dim.
+        """
+        if z_BDHW.dim() != 4 or z_BDHW.shape[1] != self.config.code_dim:
+            raise ValueError(
+                f"features of shape {tuple(z_BDHW.shape)} do not fit code_dim={self.config.code_dim}; pass (B, code_dim, H, W)"
+            )
+        B, D, H, W = z_BDHW.shape
+        with torch.autocast(z_BDHW.device.type, enabled=False):
+            z_ND = z_BDHW.permute(0, 2, 3, 1).reshape(-1, D)
+            z_ND = z_ND if z_ND.dtype == torch.float64 else z_ND.float()
+            z_q_ND, indices_N, losses = self.quantize(z_ND)
+        return Quantized(z_q_ND.reshape(B, H, W, D).permute(0, 3, 1, 2), indices_N.reshape(B, H, W), losses)
+
+    def indices_to_codes(self, indices_BHW: torch.Tensor) -> torch.Tensor:
+        """Codes (B, D, H, W) of integer indices (B, H, W): bit for bit the values of z_q.
+
+        Raises:
+            ValueError: indices are not integers or lie outside [0, K).
+        """
+        if indices_BHW.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            raise ValueError(f"indices of dtype {indices_BHW.dtype} are not integers; pass int64 in [0, {self.config.codebook_size})")
+        if indices_BHW.numel():
+            low, high = int(indices_BHW.min()), int(indices_BHW.max())
+            if low < 0 or high >= self.config.codebook_size:
+                raise ValueError(f"indices reach from {low} to {high}; they must lie in [0, {self.config.codebook_size})")
+        return self.codebook[indices_BHW.long()].permute(0, 3, 1, 2)
+
+
+class CodebookQuantizer(Quantizer):
+    """A quantizer whose codes are one learnable (K, D) embedding, and the three initialisations such a codebook can have."""
+
+    config: CodebookConfig
+
+    def __init__(self, config: CodebookConfig) -> None:
+        super().__init__(config)
+        K, D = config.codebook_size, config.code_dim
+        self.embedding = nn.Parameter(torch.empty(K, D))
+        self.initialized: torch.Tensor
+        self.register_buffer("initialized", torch.tensor(config.codebook_init != "features"))
+        if config.codebook_init == "uniform":
+            nn.init.uniform_(self.embedding, -1 / K, 1 / K)
+        else:  # codes that await their features hold N(0, 1) until then, so that a state_dict is always finite
+            nn.init.normal_(self.embedding)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        return self.embedding
+
+    @property
+    def awaits_features(self) -> bool:
+        """True while codebook_init is 'features' and `initialize_from` has not run."""
+        return self.config.codebook_init == "features" and not bool(self.initialized)
+
+    @torch.no_grad()
+    def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
+        """Set the codes to K distinct rows of features, drawn at random.
+
+        Args:
+            features_MD: encoder outputs (M, D), M >= K.
+            generator: CPU generator of the draw.
+
+        Raises:
+            ValueError: fewer features than codes, or of another dimension.
+        """
+        K, D = self.embedding.shape
+        if features_MD.dim() != 2 or features_MD.shape[1] != D or features_MD.shape[0] < K:
+            raise ValueError(f"features of shape {tuple(features_MD.shape)} cannot initialise {K} codes; pass at least ({K}, {D})")
+        rows = torch.randperm(features_MD.shape[0], generator=generator)[:K]
+        self.embedding.copy_(features_MD[rows.to(features_MD.device)])
+        self.initialized.fill_(True)
+
+    def forward(self, z_BDHW: torch.Tensor) -> Quantized:
+        if self.training and self.awaits_features:
+            raise ValueError(
+                f"codebook_init='features' and no features seen yet; call initialize_from with at least {self.config.codebook_size} "
+                "encoder outputs before training"
+            )
+        return super().forward(z_BDHW)
+
+
+def quantization_terms(z_ND: torch.Tensor, codes_ND: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The two one-sided terms of VQ-VAE (arXiv 1711.00937, eq. 3): commitment moves z, codebook moves the selected codes; element means."""
+    return {
+        "commitment": (z_ND - codes_ND.detach()).square().mean(),
+        "codebook": (z_ND.detach() - codes_ND).square().mean(),
+    }
+
+
+def parse_quantizer_config(value: Any) -> QuantizerConfig:
+    """A QuantizerConfig from itself or from a dict with a `method` key.
+
+    Raises:
+        ValueError: the method is unknown (all known ones are named) or a field is.
+    """
+    if isinstance(value, QuantizerConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"a quantizer config must be a dict or a QuantizerConfig, not {type(value).__name__}")
+    method = value.get("method")
+    if method not in Quantizer.registry:
+        raise ValueError(f"method={method!r} is not a quantizer; choose one of {', '.join(sorted(Quantizer.registry))}")
+    return Quantizer.registry[method].config_class.model_validate(value)
+
+
+def build_quantizer(config: QuantizerConfig | dict[str, Any]) -> Quantizer:
+    """The quantizer that a config (or its dict form, with the key `method`) describes.
+
+    Raises:
+        ValueError: unknown method, unknown field or a value out of range, in one sentence.
+    """
+    try:
+        parsed = parse_quantizer_config(config)
+    except ValidationError as error:
+        raise ConfigError(one_sentence(error)) from None
+    return Quantizer.registry[parsed.method](parsed)

@@ -1,0 +1,132 @@
+"""One directory a run: what is in it, and how its files are written so that a kill at any moment loses nothing finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+class RunDirectory:
+    """Paths and files of one run (DESIGN, contract 'Run directory').
+
+    config.json       the TrainConfig and the hash of its data
+    history.jsonl     a line per log step
+    snapshots/        tensors at up to 8 points of training
+    checkpoint/       for resuming; removed when the run is finished
+    model.safetensors the averaged weights of a finished run
+    eval/             what the evaluation saw: code counts, pictures
+    attempts.jsonl    every start and how it ended
+    row.json          written last; its presence means that the run is finished
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.history = self.path / "history.jsonl"
+        self.snapshots = self.path / "snapshots"
+        self.checkpoint = self.path / "checkpoint"
+        self.model = self.path / "model.safetensors"
+        self.evaluation = self.path / "eval" / "reconstruction.safetensors"
+        self.attempts = self.path / "attempts.jsonl"
+        self.row = self.path / "row.json"
+        self.lock = self.path / ".lock"
+
+    @property
+    def finished(self) -> bool:
+        return self.row.is_file()
+
+    def read_row(self) -> dict[str, Any]:
+        row: dict[str, Any] = json.loads(self.row.read_text())
+        return row
+
+    def read_history(self) -> list[dict[str, Any]]:
+        return read_lines(self.history)
+
+    def read_attempts(self) -> list[dict[str, Any]]:
+        return read_lines(self.attempts)
+
+    def snapshot_steps(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.snapshots.glob("*.safetensors"))
+
+    def read_snapshot(self, step: int) -> dict[str, torch.Tensor]:
+        return load_file(self.snapshots / f"{step:08d}.safetensors")
+
+    def write_snapshot(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        write_tensors(self.snapshots / f"{step:08d}.safetensors", tensors)
+
+    def rewind(self, step: int) -> None:
+        """Forget history lines and snapshots beyond a step: they belong to an attempt that is being redone."""
+        lines = [line for line in self.read_history() if line["step"] <= step]
+        write_text(self.history, "".join(json.dumps(line) + "\n" for line in lines))
+        for later in self.snapshot_steps():
+            if later > step:
+                (self.snapshots / f"{later:08d}.safetensors").unlink()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines of a file, [] if it is absent; lines torn by a kill are left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line; where a kill tore the last one, begin a new line first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write((json.dumps(record) + "\n").encode())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: it is either the old one or the new one, whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file, replaced in one step; tensors are moved to the CPU."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@cache
+def source_commit() -> str:
+    """Commit of the source tree this package runs from, with '+' where it has uncommitted changes; 'unknown' outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        commit, changed = (
+            subprocess.run(["git", "-C", root, *question], capture_output=True, text=True, check=True).stdout.strip()
+            for question in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed else "")

@@ -1,0 +1,339 @@
+"""Train one tokenizer: a generator that yields an event per log step, so that a script, a sweep and a live notebook drive the same loop.
+
+Suffixes: B images, C channels, H W pixels or token grid, D code dimension, N tokens, K codes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ibq.analysis import gradient_reach
+from ibq.checkpoint import flatten_optimizer, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
+from ibq.config import RESULTS_VERSION, TrainConfig, flatten
+from ibq.data import Images, load_images
+from ibq.errors import ConfigError
+from ibq.evaluation import evaluate, evaluating
+from ibq.losses import loss_weights, pixel_loss, weighted_sum
+from ibq.metrics import usage_metrics
+from ibq.models.tokenizer import Tokenizer
+from ibq.quantizers.base import CodebookQuantizer
+from ibq.run_directory import RunDirectory, append_line, source_commit, write_json, write_tensors
+
+SNAPSHOT_CODES, SNAPSHOT_FEATURES = 1024, 2048
+CODEBOOK_PARAMETER = "quantize.embedding"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a run is watched; nothing here changes its weights, so nothing here enters its id."""
+
+    device: str = "auto"
+    log_every: int = 10
+    snapshots: int = 8
+    checkpoint_every_s: float = 60.0
+    eval_images: int = 2000
+    eval_batch_size: int = 100
+
+
+@dataclass(frozen=True)
+class LogEvent:
+    """One log step: `step` updates of `steps` are done; `record` is the line that went into history.jsonl."""
+
+    step: int
+    steps: int
+    record: dict[str, Any]
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss term or the gradient left the finite numbers; the message names step and term."""
+
+
+class StopRequested(Exception):  # noqa: N818 (not an error)
+    """The run was asked to stop; its checkpoint is on disk."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device for 'auto', 'cpu', 'cuda' or 'cuda:N'.
+
+    Raises:
+        ConfigError: a CUDA device is named and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r} was asked for but torch sees no CUDA device; use device='auto' or 'cpu'")
+    return device
+
+
+def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch.Tensor:
+    """Which images (B,) a step trains on: a fresh permutation each epoch; a function of seed and step, so that resuming needs no state."""
+    batches_per_epoch = max(1, n_images // batch_size)
+    epoch, batch = divmod(step, batches_per_epoch)
+    permutation = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return permutation[batch * batch_size : (batch + 1) * batch_size]
+
+
+class TokenWindow:
+    """Code counts of the training tokens since the last reset."""
+
+    def __init__(self, codebook_size: int, device: torch.device) -> None:
+        self.counts_K = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+
+    def add(self, indices: torch.Tensor) -> None:
+        self.counts_K += torch.bincount(indices.flatten(), minlength=len(self.counts_K))
+
+    def reset(self) -> None:
+        self.counts_K = torch.zeros_like(self.counts_K)
+
+
+class _State:
+    """Everything that training changes, so that one object is saved, restored and passed on."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.tokenizer = Tokenizer(config).to(device).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.tokenizer.parameters(), lr=config.optim.lr, betas=config.optim.betas, fused=True)
+        self.log_window, self.snapshot_window = (TokenWindow(config.quantizer.codebook_size, device) for _ in range(2))
+        self.step, self.seconds, self.device = 0, 0.0, device
+
+    def start_average(self) -> None:
+        """Begin the averaged weights; after the codebook is initialised, since they start as a copy."""
+        decay = self.tokenizer.config.optim.ema_decay
+        self.average = AveragedModel(self.tokenizer, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def save(self, folder: Path) -> None:
+        tensors = {f"model.{name}": value for name, value in self.tokenizer.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        tensors |= flatten_optimizer(self.tokenizer, self.optimizer)
+        tensors |= {"window.log": self.log_window.counts_K, "window.snapshot": self.snapshot_window.counts_K}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        meta = {"step": self.step, "seconds": self.seconds, "commit": source_commit(), "results_version": RESULTS_VERSION}
+        save_checkpoint(folder, tensors, meta)
+
+    def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.tokenizer.load_state_dict(part("model."))
+        self.average.load_state_dict(part("average."))
+        restore_optimizer(self.tokenizer, self.optimizer, tensors)
+        self.log_window.counts_K = tensors["window.log"].to(self.device)
+        self.snapshot_window.counts_K = tensors["window.snapshot"].to(self.device)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.step, self.seconds = meta["step"], meta["seconds"]
+
+
+def train_tokenizer(
+    config: TrainConfig, run_directory: str | Path, runtime: Runtime = Runtime(), should_stop: Callable[[], bool] = lambda: False
+) -> Iterator[LogEvent]:
+    """Train, evaluate and write the row; a directory with a checkpoint is resumed, one with a row yields nothing.
+
+    Args:
+        config: what to train.
+        run_directory: its directory, made if absent; must not hold another config.
+        runtime: device and cadences.
+        should_stop: asked before every step; once true, a checkpoint is written and StopRequested raised.
+
+    Yields:
+        a LogEvent every `runtime.log_every` steps and at the last one.
+
+    Raises:
+        StopRequested: see should_stop.  NonFiniteError: after a row with status "nan" was written.
+        ConfigError: the directory belongs to another config, or the data has too few images.
+    """
+    # ---------------------------------------------------------------- data, device, directory
+    run = RunDirectory(run_directory)
+    if run.finished:
+        return
+    device = resolve_device(runtime.device)
+    train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
+    if len(train_images) < config.batch_size:
+        raise ConfigError(f"batch_size={config.batch_size} exceeds the {len(train_images)} training images of {config.data.name}; lower it")
+    _claim_config(run, config, train_images)
+
+    # ---------------------------------------------------------------- model, optimizer, average: fresh, or as the checkpoint has them
+    weights = loss_weights(config)
+    state = _State(config, device)
+    tokenizer, optimizer = state.tokenizer, state.optimizer
+    checkpoint = load_checkpoint(run.checkpoint)
+    if checkpoint is None:
+        initialize_codebook(tokenizer, config, train_images, device)
+    state.start_average()
+    if checkpoint is not None:
+        state.restore(*checkpoint)
+    run.rewind(state.step)
+    snapshot_steps = {round(config.steps * i / max(1, runtime.snapshots - 1)) for i in range(runtime.snapshots)}
+    if state.step == 0 and 0 in snapshot_steps:
+        run.write_snapshot(0, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
+
+    # ---------------------------------------------------------------- the loop
+    last_checkpoint = time.perf_counter()
+    while state.step < config.steps:
+        if should_stop():
+            state.save(run.checkpoint)
+            raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
+
+        # one training step
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr_at(state.step)
+        x_BCHW = train_images.batch(batch_indices(config.seed, state.step, len(train_images), config.batch_size), device)
+        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
+        terms = {"pixel": pixel_loss(x_BCHW, y_BCHW.float(), config.loss.pixel)} | quantized.losses
+        loss = weighted_sum(terms, weights)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in tokenizer.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)):
+            reason = _name_non_finite(state.step, terms, tokenizer)
+            write_json(run.row, _row(state, "nan", {"reason": reason}, {}, train_images))
+            raise NonFiniteError(reason)
+        optimizer.step()
+        state.average.update_parameters(tokenizer)
+        state.log_window.add(quantized.indices)
+        state.snapshot_window.add(quantized.indices)
+        state.step += 1
+        state.seconds += time.perf_counter() - started
+
+        # once in a while: log, snapshot, checkpoint; none of it counts as training time
+        if state.step % runtime.log_every == 0 or state.step == config.steps:
+            record = {"step": state.step, "seconds": state.seconds, "lr": optimizer.param_groups[0]["lr"]}
+            record |= {"gradient_norm": gradient_norm.item(), "loss": loss.item()} | {
+                f"loss_{name}": term.item() for name, term in terms.items()
+            }
+            record |= usage_metrics(state.log_window.counts_K) | _geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
+            state.log_window.reset()
+            append_line(run.history, record)
+            yield LogEvent(state.step, config.steps, record)
+        if state.step in snapshot_steps:
+            run.write_snapshot(state.step, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
+            state.snapshot_window.reset()
+        if time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s and state.step < config.steps:
+            state.save(run.checkpoint)
+            last_checkpoint = time.perf_counter()
+
+    # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
+    averaged = state.average.module
+    assert isinstance(averaged, Tokenizer)
+    metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
+    write_tensors(run.evaluation, tensors)
+    write_tensors(run.model, averaged.state_dict())
+    write_json(run.row, _row(state, "ok", metrics, protocol, train_images))
+    remove_checkpoint(run.checkpoint)
+
+
+@torch.no_grad()
+def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: Images, device: torch.device) -> None:
+    """Where the config wants codes drawn from features: encode the run's first batches until there are enough for K codes."""
+    quantizer = tokenizer.quantize
+    if not (isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features):
+        return
+    batches = math.ceil(config.quantizer.codebook_size / (config.batch_size * config.tokens_per_image))
+    features = []
+    for step in range(batches):
+        z_BDHW = tokenizer.features(images.batch(batch_indices(config.seed, step, len(images), config.batch_size), device))
+        features.append(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
+    quantizer.initialize_from(torch.cat(features).float(), torch.Generator().manual_seed(config.seed))
+
+
+def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, device: torch.device) -> dict[str, torch.Tensor]:
+    """All that a figure needs later of this moment of training (raw weights).
+
+    Returns:
+        codes (at most 1,024 of K, with code_indices), features of the first images of the probe split (at most 2,048 tokens), counts of the
+        training tokens since the last snapshot, code_norms.
+    """
+    f = tokenizer.config.model.downsampling
+    n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))
+    with evaluating(tokenizer):
+        codebook_KD = tokenizer.quantize.codebook
+        z_BDHW = tokenizer.features(probe.batch(torch.arange(n_images), device))
+        features_ND = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
+        chosen = torch.randperm(len(codebook_KD), generator=torch.Generator().manual_seed(0))[:SNAPSHOT_CODES].sort().values
+        return {
+            "codes": codebook_KD[chosen.to(device)],
+            "code_indices": chosen,
+            "features": features_ND,
+            "counts": window.counts_K,
+            "code_norms": codebook_KD.norm(dim=1),
+        }
+
+
+@torch.no_grad()
+def _geometry(tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor) -> dict[str, float]:
+    """Gradient reach, norms and relative quantization error of the last step."""
+    parameter = dict(tokenizer.named_parameters()).get(CODEBOOK_PARAMETER)
+    reach = {} if parameter is None or parameter.grad is None else gradient_reach(parameter.grad)
+    z_BDHW = z_BDHW.float()
+    variance = z_BDHW.var(dim=(0, 2, 3), correction=0).sum()
+    return reach | {
+        "feature_norm": z_BDHW.norm(dim=1).mean().item(),
+        "code_norm": tokenizer.quantize.codebook.norm(dim=1).mean().item(),
+        "quantization_error": ((z_BDHW - z_q_BDHW).square().sum(1).mean() / variance.clamp_min(1e-30)).item(),
+    }
+
+
+def _claim_config(run: RunDirectory, config: TrainConfig, images: Images) -> None:
+    """Write config.json, or check that the one there is this very config."""
+    ours = config.to_json_dict()
+    if run.config.is_file():
+        theirs = json.loads(run.config.read_text())
+        if theirs != ours:
+            mine, other = flatten(ours), flatten(theirs)
+            field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
+            raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
+    write_json(run.config, ours)
+
+
+def _name_non_finite(step: int, terms: dict[str, torch.Tensor], tokenizer: Tokenizer) -> str:
+    bad = [f"loss term {name!r} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value)]
+    gradients = {name: p.grad for name, p in tokenizer.named_parameters() if p.grad is not None}
+    bad += [f"the gradient of {name!r} is not finite" for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    return f"step {step}: {bad[0] if bad else 'the gradient norm overflowed'}"
+
+
+def _row(state: _State, status: str, metrics: dict[str, Any], protocol: dict[str, Any], images: Images) -> dict[str, Any]:
+    """Run facts, flat: config fields, metrics, protocol, cost, provenance."""
+    config, device = state.tokenizer.config, state.device
+    on_gpu = device.type == "cuda"
+    peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    facts = {
+        "run": config.run_id(images.content_hash),
+        "status": status,
+        "method": config.quantizer.method,
+        "codebook_size": config.quantizer.codebook_size,
+        "code_dim": config.quantizer.code_dim,
+        "seed": config.seed,
+        "data_hash": images.content_hash,
+        "parameters": sum(p.numel() for p in state.tokenizer.parameters()),
+        "train_seconds": state.seconds,
+        "peak_memory_gib": peak_bytes / 2**30,
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": source_commit(),
+        "results_version": RESULTS_VERSION,
+    }
+    fields = {f"config.{name}": value for name, value in flatten(config.to_json_dict()).items()}
+    return facts | metrics | {f"protocol.{name}": value for name, value in protocol.items()} | fields
