@@ -1,1 +1,45 @@
-"""The study."""
+"""The study: recipes, ablations, sweeps, rows, tables, figures and the report. Imports ibq, never the other way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.study import Study
+
+
+def run(
+    *ablations: str,
+    preset: str = "quick",
+    seeds: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    slots: int | None = None,
+    time_budget_minutes: float | None = None,
+    fail_fast: bool = False,
+) -> Study:
+    """Train what has no row yet of the named ablations (none: all); what the command line and the notebooks both call.
+
+    Args:
+        ablations: names.
+        preset: the scale.
+        seeds: seeds of every arm; None: each arm's own number.
+        overrides: fields changed in every arm, by dotted path.
+        slots: runs at a time.
+        time_budget_minutes: stop, resumably, after so long.
+        fail_fast: stop at the first failure.
+
+    Returns:
+        The study, for `experiments.rows.load` and the figures.
+
+    Raises:
+        ConfigError: a name, a field or a value that does not exist or fit; one sentence.
+    """
+    from experiments.sweep import train_study
+
+    study = Study(preset, ablations, seeds, overrides or {})
+    budget_s = None if time_budget_minutes is None else 60 * time_budget_minutes
+    train_study(study, slots=slots, time_budget_s=budget_s, fail_fast=fail_fast)
+    return study
+
+
+__all__ = ["Study", "run"]

@@ -99,7 +99,7 @@ class _IndexBackprop(torch.autograd.Function):
                 dlogits_nK = torch.zeros_like(logits_nK)
                 if g_ND is not None:
                     ds_nK = g_ND[chunk] @ codebook_KD.T
-                    dlogits_nK = _softmax_backward(logits_nK.softmax(1), ds_nK)
+                    dlogits_nK = _softmax_backward(_softmax(logits_nK, 1.0)[0], ds_nK)
                 if g_sample is not None or v_K is not None:
                     log_p_nK, p_nK, entropy_n1 = _at_temperature(logits_nK, ctx.temperature)
                     if g_sample is not None:
@@ -114,14 +114,20 @@ class _IndexBackprop(torch.autograd.Function):
         return dz_ND, dC_KD, None, None, None
 
 
-def _at_temperature(logits_nK: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log p, p and the row entropies (n, 1); the row maximum goes before the division, so that large logits keep their differences.
+def _softmax(logits_nK: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax at a temperature and the scaled logits, 0 at each row's maximum; new tensors.
 
-    log p comes from p at the maximum, where the scaled logit is 0: exp and log_softmax are many times slower than softmax on CPUs when most
-    probabilities underflow, which at tau = 0.01 is the normal case.
+    The row maximum goes before the division, so that large logits keep their differences. Scaled logits stop at a floor: the probabilities
+    below it are 1e-26 (in float64 1e-260) of the greatest one, and would become subnormal numbers, on which CPUs are ten times slower.
     """
-    scaled_nK = (logits_nK - logits_nK.amax(1, keepdim=True)).div_(temperature)
-    p_nK = scaled_nK.softmax(1)
+    floor = -60.0 if logits_nK.dtype == torch.float32 else -600.0
+    scaled_nK = (logits_nK - logits_nK.amax(1, keepdim=True)).div_(temperature).clamp_(min=floor)
+    return scaled_nK.softmax(1), scaled_nK
+
+
+def _at_temperature(logits_nK: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log p, p and the row entropies (n, 1). At the maximum, where the scaled logit is 0, log p is minus the log-sum-exp."""
+    p_nK, scaled_nK = _softmax(logits_nK, temperature)
     log_p_nK = scaled_nK.add_(p_nK.amax(1, keepdim=True).log_())
     return log_p_nK, p_nK, -(p_nK * log_p_nK).sum(1, keepdim=True)
 

@@ -1,0 +1,39 @@
+# make study   train the core study at PRESET, execute its notebooks, write reports/PRESET/index.html
+# make test    pytest, ruff, mypy           make test-browser   what needs Chromium
+# make lab     JupyterLab on 127.0.0.1      make clean-env      forget the environment
+
+PYTHON ?= python3
+PRESET ?= quick
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: study test test-browser lab data clean-env
+
+study: $(STAMP) data
+	$(BIN)/python -m experiments run --preset $(PRESET)
+
+data: $(STAMP)
+	$(BIN)/python -m ibq.data fashion-mnist
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir notebooks
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; call make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV) || { echo "error: no virtual environment could be made; on Debian install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[study,test]'
+	touch $(STAMP)
+
+clean-env:
+	rm -rf $(VENV)

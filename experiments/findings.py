@@ -1,0 +1,63 @@
+"""The finding of an ablation in words, computed from its rows: what carries the difference, and what fails."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from experiments.ablations import Ablation
+from experiments.effects import Verdict, main_effects, verdict
+
+
+def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
+    """Sentences for the report and the notebook; with missing rows it says so first."""
+    rows = rows[rows["ablation"] == ablation.name]
+    sentences = []
+    counts = rows["status"].value_counts()
+    missing = int(counts.sum() - counts.get("ok", 0))
+    if missing:
+        states = ", ".join(f"{n} {state}" for state, n in counts.items() if state != "ok")
+        sentences.append(f"{missing} of {int(counts.sum())} runs have no result ({states}); what follows rests on the others.")
+    sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
+    table = main_effects(ablation, rows)
+    if not table.empty:
+        sentences += _of_effects(table)
+    return sentences
+
+
+def _of_verdict(judged: Verdict) -> str:
+    contrast, n = judged.contrast, len(judged.differences)
+    if not n:
+        return f"{contrast.claim} Undecided: no pair of finished runs yet."
+    unit = "bits a token" if contrast.outcome == "bits" else "L1"
+    digits = 2 if contrast.outcome == "bits" else 4
+    least, greatest = min(judged.differences), max(judged.differences)
+    seen = f"{judged.mean:+.{digits}f} {unit} over {n} seed{'s' if n > 1 else ''}"
+    spread = f" ({least:+.{digits}f} to {greatest:+.{digits}f})" if n > 1 else ""
+    return f"{contrast.claim} {judged.word.capitalize()}: {seen}{spread}, {contrast.effect:+g} was required."
+
+
+def _of_effects(table: pd.DataFrame) -> list[str]:
+    by_size = table.reindex(table["bits_mean"].abs().sort_values(ascending=False).index)
+    ranking = "; ".join(f"{e['change']} {e['bits_mean']:+.2f} ({_range(e, 'bits', 2)})" for e in by_size.to_dict("records"))
+    sentences = [f"Changes by the size of their mean effect on the rate, in bits a token (range over pairs): {ranking}."]
+    flips = [e["change"] for e in table.to_dict("records") if e["bits_min"] < -0.25 and e["bits_max"] > 0.25]
+    if flips:
+        sentences.append(
+            f"The effect of {', '.join(flips)} changes its sign with the surroundings: it has no main effect worth the name here."
+        )
+    worse = [e for e in table.to_dict("records") if e["bits_mean"] > 0.25 and e["l1_mean"] > 0.001]
+    if worse:
+        named = "; ".join(f"{e['change']} ({e['bits_mean']:+.2f} bits, {e['l1_mean']:+.4f} L1)" for e in worse)
+        sentences.append(f"More codes in use did not mean a lower error for: {named}.")
+    quality = table.loc[table["l1_mean"].idxmin()]
+    if quality["l1_mean"] < -0.001:
+        sentences.append(
+            f"What lowered the error most was {quality['change']}: {quality['l1_mean']:+.4f} L1 ({_range(dict(quality), 'l1', 4)})."
+        )
+    return sentences
+
+
+def _range(effect: dict, outcome: str, digits: int) -> str:
+    if effect["pairs"] == 1:
+        return "one pair"
+    return f"{effect[f'{outcome}_min']:+.{digits}f} to {effect[f'{outcome}_max']:+.{digits}f}"

@@ -1,0 +1,84 @@
+"""Execute the notebooks of a study with papermill and render them as self-contained pages; only those whose source or rows changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import papermill
+from nbconvert import HTMLExporter
+
+from experiments import rows as rows_module
+from experiments.ablations import Ablation
+from experiments.study import ROOT, Study
+from ibq.errors import ConfigError
+from ibq.run_directory import write_text
+
+SOURCES = ROOT / "notebooks"
+
+
+def execute_changed(study: Study, say: Callable[[str], None] = print) -> None:
+    """Execute each ablation's notebook into the report folder unless nothing it shows has changed since the last time."""
+    for ablation in study.ablations:
+        source = SOURCES / f"{ablation.notebook}.ipynb"
+        target = study.report_folder / "notebooks" / source.name
+        stamp = target.with_suffix(".stamp")
+        fingerprint = _fingerprint(study, ablation, source)
+        if target.is_file() and stamp.is_file() and stamp.read_text() == fingerprint:
+            continue
+        say(f"executing notebook {ablation.notebook}")
+        execute(source, target, study)
+        write_text(target.with_suffix(".html"), as_page(target))
+        write_text(stamp, fingerprint)
+
+
+def execute(source: Path, target: Path, study: Study) -> None:
+    """Run a notebook under papermill with this study's parameters.
+
+    Raises:
+        ConfigError: a cell failed; the message names it and the executed copy that shows the traceback.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": dict(study.overrides)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of papermill's and the kernel client's own code
+            papermill.execute_notebook(
+                source,
+                target,
+                parameters=parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=source.parent,
+                extra_arguments=["--IPKernelApp.log_level=40"],  # errors only: the kernel warns of its own local sockets
+            )
+    except papermill.PapermillExecutionError as error:
+        raise ConfigError(
+            f"notebook {source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}"
+        ) from None
+
+
+def as_page(notebook: Path) -> str:
+    """One HTML page that fetches nothing: no foreign script, font or image."""
+    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    body, _ = exporter.from_filename(str(notebook))
+    style = (Path(__file__).parent / "templates" / "style.css").read_text()
+    head = '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return (
+        f"{head}<title>{notebook.stem}</title><style>{style}</style></head><body><main>{without_machine_paths(body)}</main></body></html>\n"
+    )
+
+
+def without_machine_paths(text: str) -> str:
+    """The text with this checkout's and this user's folders replaced by names."""
+    return text.replace(str(ROOT), "<repository>").replace(str(Path.home()), "~")
+
+
+def _fingerprint(study: Study, ablation: Ablation, source: Path) -> str:
+    rows = rows_module.load(study)
+    mine = rows[rows["ablation"] == ablation.name].to_csv(index=False)
+    code = [path.read_text() for path in sorted((ROOT / "experiments").rglob("*.py"))]
+    return hashlib.sha256(json.dumps([source.read_text(), mine, code]).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""Rows: what runs found, joined to the ablations and arms that they serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from experiments.study import Cell, Study
+from experiments.sweep import failure_reason, last_step
+
+FIRST_COLUMNS = ["ablation", "arm", "method", "codebook_size", "code_dim", "seed", "status"]
+
+
+def load(study: Study | None = None) -> pd.DataFrame:
+    """One line per arm and seed of a study (default: everything at quick), whether finished or not.
+
+    Returns:
+        Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "failed", "running", "pending"), then the facts
+        and metrics of finished runs, the levels of the arm's factors as `factor.<name>`, and `reason` where there is no result.
+    """
+    lines = [_line(cell) for cell in (study or Study()).cells]
+    frame = pd.DataFrame(lines)
+    return frame[FIRST_COLUMNS + [column for column in frame.columns if column not in FIRST_COLUMNS]]
+
+
+def _line(cell: Cell) -> dict[str, Any]:
+    quantizer = cell.config.quantizer
+    line: dict[str, Any] = {"ablation": cell.ablation.name, "arm": cell.arm.name, "method": quantizer.method}
+    line |= {"codebook_size": quantizer.codebook_size, "code_dim": quantizer.code_dim, "seed": cell.seed}
+    line |= {f"factor.{name}": level for name, level in cell.arm.levels.items()}
+    if cell.run.finished:
+        return line | cell.run.read_row()
+    return line | {"run": cell.run.path.name, "status": state(cell), "reason": failure_reason(cell)}
+
+
+def state(cell: Cell) -> str:
+    """State of a run: that of its row, else running, failed or pending."""
+    if cell.run.finished:
+        return str(cell.run.read_row()["status"])
+    if cell.run.lock.exists():
+        try:
+            with FileLock(cell.run.lock, timeout=0):
+                pass
+        except Timeout:
+            return "running"
+    attempts = cell.run.read_attempts()
+    return "failed" if attempts and attempts[-1]["event"] in ("error", "oom", "killed", "timeout") else "pending"
+
+
+def status_lines(study: Study) -> list[dict[str, Any]]:
+    """For `status`: every arm with its state and one phrase about it."""
+    lines = []
+    for cell in study.cells:
+        phrase, kind = "", state(cell)
+        if kind == "ok":
+            row = cell.run.read_row()
+            phrase = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}, {row['train_seconds']:.0f} s"
+        elif kind == "nan":
+            phrase = str(cell.run.read_row()["reason"])
+        elif history := cell.run.read_history():
+            speed = history[-1]["step"] / max(history[-1]["seconds"], 1e-9)
+            phrase = f"step {last_step(cell)} of {cell.config.steps}, {speed:.1f} steps/s"
+        if kind == "failed":
+            phrase = failure_reason(cell) + (f" ({phrase})" if phrase else "")
+        lines.append({"arm": cell.name, "state": kind, "detail": phrase, "run": cell.run.path.name})
+    return lines

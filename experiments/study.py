@@ -1,0 +1,115 @@
+"""A study: which ablations, at which preset, with which seeds and changed fields; and where its runs and report lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from experiments.ablations import ABLATIONS, Ablation, Arm
+from experiments.recipes import Preset, get_preset, tokenizer
+from ibq.config import DataConfig, TrainConfig
+from ibq.data import load_images
+from ibq.errors import ConfigError, nearest
+from ibq.run_directory import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm at one seed. Arms of several ablations may share a run: the run's id hangs on its config alone."""
+
+    ablation: Ablation
+    arm: Arm
+    seed: int
+    config: TrainConfig
+    run: RunDirectory
+
+    @property
+    def name(self) -> str:
+        return f"{self.ablation.name}/{self.arm.name} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arguments as on the command line; everything else follows from them.
+
+    Args:
+        preset: name of the scale.
+        ablations: names; none means all.
+        seeds: seeds of every arm (0 to seeds - 1); None leaves each arm its own number.
+        overrides: fields changed in every arm, by dotted path.
+
+    Raises:
+        ConfigError: an unknown preset, ablation or field, seeds below 1, or a config that contradicts itself.
+    """
+
+    preset_name: str = "quick"
+    ablation_names: tuple[str, ...] = ()
+    seeds: int | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        get_preset(self.preset_name)
+        for name in self.ablation_names:
+            if name not in ABLATIONS:
+                raise ConfigError(f"ablation {name!r} does not exist; {nearest(name, ABLATIONS)}")
+        if self.seeds is not None and self.seeds < 1:
+            raise ConfigError(f"seeds={self.seeds} must be at least 1")
+
+    @property
+    def preset(self) -> Preset:
+        return get_preset(self.preset_name)
+
+    @property
+    def ablations(self) -> list[Ablation]:
+        return [ABLATIONS[name] for name in self.ablation_names or ABLATIONS]
+
+    @property
+    def name(self) -> str:
+        """Name of the report's folder: the preset, and the changed fields where there are any."""
+        changes = "".join(f"+{path}={json.dumps(value)}" for path, value in sorted(self.overrides.items()))
+        return self.preset_name + "".join(c if c.isalnum() or c in "+=._-" else "_" for c in changes)
+
+    @property
+    def runs_folder(self) -> Path:
+        """IBQ_RUNS, else runs/ in the repository; the smoke preset lives in a temporary folder of this process."""
+        default = _temporary_folder() / "runs" if self.preset_name == "smoke" else ROOT / "runs"
+        return Path(os.environ.get("IBQ_RUNS") or default)
+
+    @property
+    def report_folder(self) -> Path:
+        """IBQ_REPORTS, else reports/ in the repository, and in it a folder of this study's name."""
+        default = _temporary_folder() / "reports" if self.preset_name == "smoke" else ROOT / "reports"
+        return Path(os.environ.get("IBQ_REPORTS") or default) / self.name
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Every arm and seed: seed 0 of everything first, so that a study that is cut short has one row of each arm."""
+        cells = [self._cell(a, arm, seed) for a in self.ablations for arm in a.arms for seed in a.seeds(arm, self.preset, self.seeds)]
+        return sorted(cells, key=lambda cell: cell.seed)
+
+    def _cell(self, ablation: Ablation, arm: Arm, seed: int) -> Cell:
+        config = tokenizer(self.preset, ablation.quantizer(arm.levels), seed).with_fields(**self.overrides)
+        return Cell(ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data))))
+
+
+def unique_runs(cells: Iterable[Cell]) -> list[Cell]:
+    """The first cell of each run: what has to be trained."""
+    return list({cell.run.path: cell for cell in reversed(list(cells))}.values())[::-1]
+
+
+@cache
+def _data_hash(data: DataConfig) -> str:
+    return load_images(data, "train").content_hash
+
+
+@cache
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="ibq-smoke-"))

@@ -1,0 +1,207 @@
+"""Train the runs of a study: one process each, several at a time, resumable at any moment, with a word on what is left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from experiments import worker
+from experiments.study import Cell, Study, unique_runs
+from ibq.run_directory import append_line
+from ibq.train_tokenizer import resolve_device
+
+POLL_S = 0.3
+HEARTBEAT_S = 30.0
+GRACE_S = 10.0
+
+
+@dataclass
+class Outcome:
+    """What a call of `train_study` did: runs by how they ended."""
+
+    finished: list[Cell] = field(default_factory=list)
+    failed: list[Cell] = field(default_factory=list)
+    unfinished: list[Cell] = field(default_factory=list)
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+def default_slots(device: str) -> int:
+    """Runs at a time: one a core on a CPU (a small run gains little from a second core), one on a GPU."""
+    return 1 if resolve_device(device).type == "cuda" else max(1, os.cpu_count() or 1)
+
+
+def train_study(
+    study: Study,
+    *,
+    slots: int | None = None,
+    device: str = "auto",
+    time_budget_s: float | None = None,
+    fail_fast: bool = False,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Train every run of a study that has no row yet.
+
+    Args:
+        study: what.
+        slots: runs at a time, at least 1; None: one a core on a CPU, one on a GPU.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        time_budget_s: after so many seconds runs are stopped at their next step, resumably.
+        fail_fast: stop everything at the first run that fails.
+        say: receives one line at a time.
+
+    Returns:
+        The outcome; failures are recorded in each run's attempts.jsonl and are tried again by the next call.
+    """
+    todo = [cell for cell in unique_runs(study.cells) if not cell.run.finished]
+    outcome = Outcome(skipped=len(unique_runs(study.cells)) - len(todo))
+    if outcome.skipped:
+        say(f"{outcome.skipped} of {outcome.skipped + len(todo)} runs are finished already")
+    if not todo:
+        return outcome
+    slots = slots or default_slots(device)
+    threads = max(1, (os.cpu_count() or 1) // slots)  # from slots alone: sums, and so rows, depend on the threads in their last bits
+    say(f"training {len(todo)} runs, {min(slots, len(todo))} at a time with {threads} thread{'s' if threads > 1 else ''} each, on {resolve_device(device)}")
+
+    runtime = replace(study.preset.runtime, device=device)
+    progress = _Progress(todo, say)
+    pool = _Pool(runtime, threads)
+    queue, stopping, started = list(todo), False, time.monotonic()
+    with pool:
+        while queue or pool.running:
+            if time_budget_s is not None and time.monotonic() - started > time_budget_s and not stopping:
+                say(f"time budget of {time_budget_s / 60:.1f} minutes spent; stopping at the next step, resumably")
+                queue, stopping = [], True
+                pool.stop()
+            while queue and len(pool.running) < slots:
+                pool.start(queue.pop(0))
+            for cell, code in pool.reap():
+                if cell.run.finished:
+                    outcome.finished.append(cell)
+                    progress.finished(cell)
+                elif code == worker.BUSY:
+                    queue += [] if stopping else [cell]  # another driver trains it: look again after the others
+                elif code != 0:
+                    outcome.failed.append(cell)
+                    say(f"FAILED {cell.name}: {failure_reason(cell)}")
+                    if fail_fast:
+                        queue, stopping = [], True
+                        pool.stop()
+            progress.heartbeat()
+            time.sleep(POLL_S)
+    done = {cell.run.path for cell in outcome.finished + outcome.failed}
+    outcome.unfinished = [cell for cell in todo if cell.run.path not in done]
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def failure_reason(cell: Cell) -> str:
+    """Why the last attempt at a run ended without a row, '' where there was none or it is still going on."""
+    attempts = cell.run.read_attempts()
+    if not attempts or attempts[-1]["event"] == "started":
+        return ""
+    return attempts[-1].get("reason") or attempts[-1]["event"]
+
+
+class _Pool:
+    """Trainer processes, forked from a server that has torch loaded. Leaving the context stops what still runs."""
+
+    def __init__(self, runtime: Any, threads: int) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["experiments.worker"])
+        self._stop = self._context.Event()
+        self._runtime, self._threads = runtime, threads
+        self.running: dict[ForkServerProcess, Cell] = {}
+
+    def start(self, cell: Cell) -> None:
+        arguments = (cell.config.to_json_dict(), str(cell.run.path), self._runtime, self._threads, self._stop)
+        process = self._context.Process(target=worker.train, args=arguments, daemon=False)
+        process.start()
+        self.running[process] = cell
+
+    def reap(self) -> Iterator[tuple[Cell, int]]:
+        for process in [p for p in self.running if not p.is_alive()]:
+            process.join()
+            cell = self.running.pop(process)
+            code = process.exitcode or 0
+            if code < 0:
+                reason = f"killed by {signal.Signals(-code).name}"
+                append_line(cell.run.attempts, {"event": "killed", "time": time.time(), "reason": reason})
+            yield cell, code
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        deadline = time.monotonic() + GRACE_S
+        for process in self.running:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+class _Progress:
+    """Lines, not a bar: they read the same in a terminal, a log and a notebook. Time left is steps left over the speed so far."""
+
+    def __init__(self, cells: list[Cell], say: Callable[[str], None]) -> None:
+        self._cells, self._say, self._count = cells, say, 0
+        self._start, self._last = time.monotonic(), time.monotonic()
+        self._total = sum(cell.config.steps for cell in cells)
+        self._at_start = self._steps()
+
+    def _steps(self) -> int:
+        return sum(cell.config.steps if cell.run.finished else last_step(cell) for cell in self._cells)
+
+    def _left(self) -> str:
+        steps = self._steps()
+        if steps == self._at_start:
+            return "time left not known yet"
+        seconds = (time.monotonic() - self._start) * (self._total - steps) / (steps - self._at_start)
+        return f"about {seconds / 60:.1f} min left" if seconds > 45 else f"about {seconds:.0f} s left"
+
+    def finished(self, cell: Cell) -> None:
+        row = cell.run.read_row()
+        self._count += 1
+        result = (
+            f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}" if row["status"] == "ok" else row["reason"]
+        )
+        line = f"[{self._count}/{len(self._cells)}] {row['status']} {cell.name}: {result}, {row['train_seconds']:.0f} s"
+        self._say(f"{line}; {self._left()}")
+        self._last = time.monotonic()
+
+    def heartbeat(self) -> None:
+        if time.monotonic() - self._last > HEARTBEAT_S:
+            self._last = time.monotonic()
+            self._say(f"step {self._steps()} of {self._total} over all runs; {self._left()}")
+
+
+def last_step(cell: Cell) -> int:
+    """The newest logged step of a run, 0 before the first."""
+    history = cell.run.read_history()
+    return int(history[-1]["step"]) if history else 0
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within it SIGTERM means what Ctrl-C means, so that a sweep under a scheduler stops as cleanly as by hand."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,36 @@
+"""One core, one seed, one small tokenizer for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from ibq.config import TrainConfig, parse_train_config
+
+torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=30)
+settings.load_profile("repeatable")
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> MakeConfig:
+    """Makes the smallest config that still has every part; takes a method and changes by dotted path."""
+
+    def make(method: str = "ibq", **dotted: Any) -> TrainConfig:
+        model = {"base_channels": 4, "channel_multipliers": (1, 2, 2), "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
+        quantizer = {"method": method, "codebook_size": 16, "code_dim": 8}
+        config = parse_train_config({"model": model, "quantizer": quantizer, "steps": 8, "batch_size": 4})
+        return config.with_fields(**dotted)
+
+    return make

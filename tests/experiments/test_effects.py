@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments.ablations import ABLATIONS, Ablation
+from experiments.ablations.base import Contrast
+from experiments.effects import effects, main_effects, matched_pairs, paired_differences, verdict
+
+ABLATION = ABLATIONS["vq_vs_ibq"]
+
+
+def additive_rows(ablation: Ablation, weights: dict[tuple[str, str], float], seeds: int = 1) -> pd.DataFrame:
+    """Rows whose outcome is exactly a sum over factor levels plus a seed effect."""
+    lines = []
+    for arm in ablation.arms:
+        for seed in range(seeds):
+            bits = sum(weights.get((factor, level), 0.0) for factor, level in arm.levels.items()) + 10 * seed
+            lines.append({"arm": arm.name, "seed": seed, "status": "ok", "bits": bits, "l1": -bits / 100})
+    return pd.DataFrame(lines)
+
+
+def test_pairs_differ_in_one_factor_and_every_factor_has_two_pairs() -> None:
+    pairs = matched_pairs(ABLATION)
+    for pair in pairs:
+        assert [f for f in pair.low.levels if pair.low.levels[f] != pair.high.levels[f]] == [pair.factor]
+    counts = pd.Series([pair.factor for pair in pairs]).value_counts()
+    assert set(counts.index) == {factor.name for factor in ABLATION.factors}
+    assert counts.min() >= 2
+
+
+def test_published_pair_and_fairest_pair_are_what_they_claim() -> None:
+    published, fair = ABLATION.arm("vq_published"), ABLATION.arm("ibq_published")
+    assert published.levels == {"estimator": "VQ", "entropy": "off", "init": "uniform", "beta on": "codebook", "double": "off"}
+    assert fair.levels == {"estimator": "IBQ", "entropy": "on", "init": "normal", "beta on": "codebook", "double": "on"}
+    one, other = ABLATION.arm("vq_fair").levels, ABLATION.arm("ibq_fair").levels
+    assert [name for name in one if one[name] != other[name]] == ["estimator"]
+
+
+def test_main_effects_recover_an_additive_model_whatever_the_seeds() -> None:
+    weights = {("estimator", "IBQ"): 1.5, ("entropy", "on"): 4.0, ("init", "features"): 2.0, ("init", "normal"): -3.0, ("double", "on"): 0.25}
+    table = main_effects(ABLATION, additive_rows(ABLATION, weights, seeds=3)).set_index("change")
+    assert table.loc["estimator: VQ → IBQ", "bits_mean"] == pytest.approx(1.5)
+    assert table.loc["entropy: off → on", "bits_mean"] == pytest.approx(4.0)
+    assert table.loc["init: uniform → features", "bits_mean"] == pytest.approx(2.0)
+    assert table.loc["init: normal → features", "bits_mean"] == pytest.approx(5.0)
+    assert table.loc["double: off → on", "l1_mean"] == pytest.approx(-0.0025)
+    assert np.allclose(table["bits_max"], table["bits_min"])
+
+
+def test_seeds_are_paired_and_unfinished_runs_left_out() -> None:
+    rows = additive_rows(ABLATION, {("estimator", "IBQ"): 1.0}, seeds=3)
+    rows.loc[(rows["arm"] == "ibq_fair") & (rows["seed"] == 1), "status"] = "nan"
+    differences = paired_differences(rows, "vq_fair", "ibq_fair")
+    assert list(differences["seed"]) == [0, 2]
+    assert np.allclose(differences["bits"], 1.0)
+    assert "E→F" not in set(effects(ABLATION, rows[rows["arm"] != "vq_entropy"])["pair"])
+
+
+def test_no_rows_no_effects() -> None:
+    rows = pd.DataFrame([{"arm": arm.name, "seed": 0, "status": "pending"} for arm in ABLATION.arms])
+    assert effects(ABLATION, rows).empty
+    assert main_effects(ABLATION, rows).empty
+    assert verdict(ABLATION.contrasts[0], rows).word == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("differences", "word"),
+    [
+        ([1.5, 2.0, 1.0], "confirmed"),
+        ([1.5, 2.0], "consistent"),
+        ([1.5, 0.9, 2.0], "undecided"),
+        ([0.9, 0.2, -3.0], "refuted"),
+        ([0.9, 0.2], "undecided"),
+        ([], "undecided"),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_verdicts_follow_the_rule_stated_beforehand(differences: list[float], word: str, sign: int) -> None:
+    contrast = Contrast("c", "vq_fair", "ibq_fair", "claim", "bits", sign * 1.0)
+    lines = [{"arm": "vq_fair", "seed": s, "status": "ok", "bits": 3.0, "l1": 0.1} for s in range(len(differences))]
+    lines += [{"arm": "ibq_fair", "seed": s, "status": "ok", "bits": 3.0 + sign * d, "l1": 0.1} for s, d in enumerate(differences)]
+    rows = pd.DataFrame(lines, columns=["arm", "seed", "status", "bits", "l1"])
+    judged = verdict(contrast, rows)
+    assert judged.word == word
+    assert math.isnan(judged.mean) == (not differences)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from experiments import notebooks
+from experiments.ablations import ABLATIONS
+from experiments.study import ROOT, Study
+
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_committed_without_outputs_and_with_one_parameters_cell(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert [cell.metadata.get("tags") for cell in code].count(["parameters"]) == 1
+
+
+def test_every_ablation_has_its_notebook() -> None:
+    assert {ablation.notebook for ablation in ABLATIONS.values()} <= {path.stem for path in SOURCES}
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_runs_under_papermill_from_any_folder(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(path), str(out), "-p", "preset", "smoke", "--no-progress-bar"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
+    texts = " ".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
+    assert "PCA" in texts
+    assert "UMAP" not in texts
+    assert "| verdict" in texts
+    assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+
+
+def test_executed_once_then_only_when_something_changed(trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    study: Study = trained[0]
+    executed: list[str] = []
+
+    def fake_papermill(source: Path, target: Path, study: Study) -> None:
+        executed.append(source.stem)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source.read_text())
+
+    monkeypatch.setenv("IBQ_REPORTS", str(tmp_path))
+    monkeypatch.setattr(notebooks, "execute", fake_papermill)
+    for _ in range(2):
+        notebooks.execute_changed(study, say=lambda _: None)
+    assert executed == ["01_vq_vs_ibq"]
+    page = (study.report_folder / "notebooks" / "01_vq_vs_ibq.html").read_text()
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", page)
+    monkeypatch.setattr(notebooks, "_fingerprint", lambda *_: "changed")
+    notebooks.execute_changed(study, say=lambda _: None)
+    assert executed == ["01_vq_vs_ibq"] * 2
+
+
+def test_machine_paths_are_taken_out() -> None:
+    text = json.dumps({"path": f"{ROOT}/runs", "home": str(Path.home() / ".cache")})
+    assert str(ROOT) not in notebooks.without_machine_paths(text)
+    assert str(Path.home()) not in notebooks.without_machine_paths(text)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from experiments import rows
+from experiments.study import Study, unique_runs
+from experiments.sweep import Outcome, train_study
+from ibq.run_directory import RunDirectory
+
+TIMING = {"train_seconds", "peak_memory_gib"}
+
+
+def small(folder: Path, monkeypatch: pytest.MonkeyPatch, arms: int = 2, **overrides: object) -> Study:
+    """A study of the first arms only, in a folder of its own."""
+    monkeypatch.setenv("IBQ_RUNS", str(folder / "runs"))
+    study = Study("smoke", overrides={"steps": 4, **overrides})
+    study.__dict__["cells"] = study.cells[:arms]
+    return study
+
+
+def test_every_run_has_a_row_and_the_sweep_said_so(trained: tuple[Study, Outcome, list[str]]) -> None:
+    study, outcome, said = trained
+    assert not outcome.failed
+    assert not outcome.unfinished
+    assert {cell.run.path for cell in outcome.finished} == {cell.run.path for cell in study.cells}
+    assert sum("left" in line for line in said) >= len(study.cells)
+    for cell in study.cells:
+        assert [attempt["event"] for attempt in cell.run.read_attempts()] == ["started", "finished"]
+        assert not cell.run.checkpoint.exists()
+
+
+def test_a_second_sweep_trains_nothing(trained: tuple[Study, Outcome, list[str]]) -> None:
+    study = trained[0]
+    before = {cell.run.row: cell.run.row.stat().st_mtime_ns for cell in study.cells}
+    outcome = train_study(study, device="cpu", say=lambda _: None)
+    assert outcome.finished == []
+    assert outcome.skipped == len(before)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_rows_join_arms_and_facts(trained: tuple[Study, Outcome, list[str]]) -> None:
+    frame = rows.load(trained[0])
+    assert list(frame.columns[:7]) == rows.FIRST_COLUMNS
+    assert set(frame["status"]) == {"ok"}
+    assert len(frame) == len(trained[0].cells)
+    assert (frame["protocol.n_images"] == 16).all()
+    assert (frame["tokens"] == 16 * 64).all()
+    assert (frame["config.quantizer.codebook_size"] == frame["codebook_size"]).all()
+
+
+def test_the_same_seed_gives_the_same_row_in_another_process(
+    trained: tuple[Study, Outcome, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = trained[0].cells[1:2]
+    monkeypatch.setenv("IBQ_RUNS", str(tmp_path))
+    again = Study("smoke")
+    again.__dict__["cells"] = again.cells[1:2]
+    train_study(again, device="cpu", say=lambda _: None)
+    one, other = (cell.run.read_row() for cell in (cells[0], again.cells[0]))
+    assert {k: v for k, v in one.items() if k not in TIMING} == {k: v for k, v in other.items() if k not in TIMING}
+
+
+def test_a_failed_arm_is_recorded_the_others_finish_and_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = small(tmp_path, monkeypatch, arms=3)
+    broken = study.cells[1].run
+    broken.path.mkdir(parents=True)
+    broken.config.write_text(json.dumps(study.cells[0].config.to_json_dict()))
+    outcome = train_study(study, device="cpu", say=lambda _: None)
+    assert [cell.arm.name for cell in outcome.failed] == ["ibq_published"]
+    assert len(outcome.finished) == 2
+    frame = rows.load(study).set_index("arm")
+    assert frame.loc["ibq_published", "status"] == "failed"
+    assert "holds a run with quantizer." in frame.loc["ibq_published", "reason"]
+    broken.config.unlink()
+    assert [cell.arm.name for cell in train_study(study, device="cpu", say=lambda _: None).finished] == ["ibq_published"]
+
+
+def test_nan_is_a_final_state_without_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = small(tmp_path, monkeypatch, arms=1, **{"optim.lr": 1e30})
+    outcome = train_study(study, device="cpu", say=lambda _: None)
+    row = outcome.finished[0].run.read_row()
+    assert row["status"] == "nan"
+    assert "step" in row["reason"]
+    assert "perplexity" not in row
+    assert train_study(study, device="cpu", say=lambda _: None).skipped == 1
+
+
+def test_a_time_budget_stops_resumably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = small(tmp_path, monkeypatch, arms=1, steps=100_000)
+    outcome = train_study(study, device="cpu", time_budget_s=4, say=lambda _: None)
+    assert outcome.seconds < 25
+    assert [cell.arm.name for cell in outcome.unfinished] == ["vq_published"]
+    run = outcome.unfinished[0].run
+    assert not run.finished
+    assert run.read_attempts()[-1]["event"] == "stopped"
+    assert (run.checkpoint / "meta.json").is_file()
+    assert rows.state(outcome.unfinished[0]) == "pending"
+
+
+def test_a_claimed_run_is_left_to_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = small(tmp_path, monkeypatch, arms=1)
+    run = study.cells[0].run
+    run.path.mkdir(parents=True)
+    with FileLock(run.lock):
+        assert rows.state(study.cells[0]) == "running"
+        outcome = train_study(study, device="cpu", time_budget_s=4, say=lambda _: None)
+    assert outcome.finished == []
+    assert run.read_attempts() == []
+
+
+def test_trainers_die_with_a_killed_driver_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    environment = os.environ | {"IBQ_RUNS": str(tmp_path), "IBQ_REPORTS": str(tmp_path / "reports")}
+    command = [sys.executable, "-m", "experiments", "run", "--preset", "smoke", "--set", "steps=100000"]
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        runs = wait_for(lambda: [RunDirectory(path.parent) for path in tmp_path.glob("*/history.jsonl")])
+        pids = [attempt["pid"] for run in runs for attempt in run.read_attempts()]
+        assert pids
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids))
+    finally:
+        driver.kill()
+    with FileLock(runs[0].lock, timeout=5):
+        assert not runs[0].finished
+
+
+def wait_for(condition: object, seconds: float = 60) -> object:
+    """The first truthy value of condition() within some seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("waited in vain")
+
+
+def test_unique_runs_keep_the_first_cell() -> None:
+    cells = Study("quick").cells
+    doubled = [cells[0], replace(cells[0], arm=cells[1].arm), cells[1]]
+    assert unique_runs(doubled) == [cells[0], cells[1]]

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from experiments import rows, tables
+from experiments.ablations import ABLATIONS
+
+
+def test_latex_is_booktabs_and_nothing_escapes() -> None:
+    nasty = pd.DataFrame([{"a_b": "50% & $x$ {y} #1 \\input{z}", "Δ": "±1 → 2"}])
+    text = tables.latex(nasty, "t", "50% of_it")
+    assert "\\toprule" in text
+    assert "50\\% \\& \\$x\\$ \\{y\\} \\#1 \\textbackslash{}input\\{z\\}" in text
+    assert "a\\_b" in text
+    assert "$\\Delta$" in text
+    assert "50\\% of\\_it" in text
+
+
+@pytest.mark.parametrize(("values", "text"), [([1.0], "1.00"), ([1.0, 3.0], "2.00 ± 1.41")])
+def test_mean_and_sample_spread(values: list[float], text: str) -> None:
+    assert tables.mean_and_spread(pd.Series(values), 2) == text
+
+
+def test_arms_table_has_every_arm_and_the_rows_numbers(trained: tuple) -> None:
+    study = trained[0]
+    ablation = ABLATIONS["vq_vs_ibq"]
+    frame = rows.load(study)
+    table = tables.arms_table(ablation, frame)
+    assert list(table["arm"]) == [arm.name for arm in ablation.arms]
+    assert list(table[""])[:3] == ["A", "B", "C"]
+    first = frame[frame["arm"] == "vq_published"].iloc[0]
+    assert table.loc[0, "L1"] == f"{first['l1']:.4f}"
+    assert table.loc[0, "usage %"] == f"{100 * first['usage']:.1f}"
+
+
+def test_paper_rows_are_the_papers_and_what_it_does_not_report_is_said(trained: tuple) -> None:
+    table = tables.paper_table(ABLATIONS["vq_vs_ibq"], rows.load(trained[0]))
+    paper = table[table["source"] == "paper"].set_index("method")
+    assert list(paper["rFID"]) == ["3.98", "1.67", "not reported", "1.37"]
+    assert list(paper["usage %"]) == ["5.3", "98", "not reported", "not reported"]
+    ours = table[table["source"] == "ours"]
+    assert set(ours["rFID"]) == {"not measured"}
+    assert len(ours) == 4
+
+
+def test_a_failed_arm_shows_its_state_never_a_number() -> None:
+    ablation = ABLATIONS["vq_vs_ibq"]
+    frame = pd.DataFrame([{"arm": arm.name, "seed": 0, "status": "nan" if i else "failed"} for i, arm in enumerate(ablation.arms)])
+    table = tables.arms_table(ablation, frame)
+    assert table.loc[0, "L1"] == "failed"
+    assert set(table["perplexity"]) == {"failed", "nan"}
+    assert set(table["seeds"]) == {0}

@@ -1,0 +1,76 @@
+"""Gradient reach and quantization error against their definitions and limits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ibq.analysis import QuantizationError, gradient_reach
+
+
+@pytest.mark.parametrize("K", [1, 7, 1000])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e12])
+def test_equal_norms_reach_all_codes(K: int, scale: float) -> None:
+    directions_KD = torch.nn.functional.normalize(torch.randn(K, 5, dtype=torch.float64), dim=1)
+    reach = gradient_reach(scale * directions_KD)
+    assert reach["reach_effective"] == pytest.approx(K)
+    assert reach["reach_above_eps"] == 1
+
+
+def test_a_single_code_and_none() -> None:
+    gradient_KD = torch.zeros(10, 4)
+    assert gradient_reach(gradient_KD) == {"reach_effective": 0, "reach_above_eps": 0}
+    gradient_KD[3] = 2.0
+    assert gradient_reach(gradient_KD) == pytest.approx({"reach_effective": 1, "reach_above_eps": 0.1})
+
+
+def test_reach_counts_codes_not_non_zeros() -> None:
+    gradient_KD = torch.full((100, 4), 1e-12)
+    gradient_KD[:2] = 1.0
+    reach = gradient_reach(gradient_KD)
+    assert reach["reach_effective"] == pytest.approx(2, abs=1e-6)
+    assert reach["reach_above_eps"] == 0.02
+
+
+def test_adams_eps_is_compared_with_the_root_mean_square_of_a_code() -> None:
+    gradient_KD = torch.stack([torch.full((16,), 0.9e-8), torch.full((16,), 1.1e-8)])
+    assert gradient_reach(gradient_KD)["reach_above_eps"] == 0.5
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=30).filter(lambda norms: sum(norms) > 1e-3))
+def test_reach_is_the_exponential_of_the_entropy_of_the_norms(norms: list[float]) -> None:
+    shares = [norm / sum(norms) for norm in norms]
+    expected = math.exp(-sum(share * math.log(share) for share in shares if share > 0))
+    gradient_KD = torch.tensor(norms, dtype=torch.float64)[:, None] * torch.tensor([[0.6, -0.8]], dtype=torch.float64)
+    actual = gradient_reach(gradient_KD)["reach_effective"]
+    assert actual == pytest.approx(expected)
+    assert actual <= len(norms) * (1 + 1e-9)
+
+
+def features() -> tuple[torch.Tensor, torch.Tensor]:
+    z_BDHW = 3 + torch.randn(7, 4, 3, 5) * torch.tensor([1.0, 2.0, 0.1, 5.0]).view(1, 4, 1, 1)
+    return z_BDHW, z_BDHW + 0.3 * torch.randn_like(z_BDHW)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_streamed_quantization_error_equals_the_direct_one(batch_size: int) -> None:
+    z_BDHW, z_q_BDHW = features()
+    error = QuantizationError()
+    for z, z_q in zip(z_BDHW.split(batch_size), z_q_BDHW.split(batch_size), strict=True):
+        error.update(z, z_q)
+    squared = (z_BDHW - z_q_BDHW).double().square().sum(1).mean()
+    variance = z_BDHW.double().var(dim=(0, 2, 3), correction=0).sum()
+    assert error.compute() == pytest.approx(float(squared / variance), rel=1e-9)
+
+
+def test_error_of_the_mean_is_1_and_of_a_copy_0() -> None:
+    z_BDHW, _ = features()
+    mean, copy = QuantizationError(), QuantizationError()
+    mean.update(z_BDHW, z_BDHW.double().mean((0, 2, 3), keepdim=True).expand(z_BDHW.shape))
+    copy.update(z_BDHW, z_BDHW)
+    assert mean.compute() == pytest.approx(1)
+    assert copy.compute() == 0

@@ -1,0 +1,74 @@
+"""The project's own files agree with each other, and imports run one way."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ibq.quantizers import Quantizer
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMPORT_NAMES = {"scikit-image": "skimage", "scikit-learn": "sklearn", "umap-learn": "umap"}
+
+
+def requirement_name(requirement: str) -> str:
+    return re.split(r"[<>=!~\[ ]", requirement)[0].lower()
+
+
+def declared() -> set[str]:
+    extras = PROJECT["optional-dependencies"]
+    return {requirement_name(r) for r in [*PROJECT["dependencies"], *extras["study"], *extras["test"]]}
+
+
+def test_environment_yml_installs_what_pyproject_declares() -> None:
+    text = (ROOT / "environment.yml").read_text()
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip().startswith("- ")]
+    assert lines == ["conda-forge", "python=3.11", "pip", "pip:", "-c constraints.txt", "-e .[study,test]"]
+    assert set(re.search(r"\.\[(.*)\]", text).group(1).split(",")) == set(PROJECT["optional-dependencies"])
+    assert PROJECT["requires-python"] == ">=3.11"
+    assert "--constraint constraints.txt --editable '.[study,test]'" in (ROOT / "Makefile").read_text()
+
+
+def test_constraints_record_every_declared_package() -> None:
+    recorded = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert declared() <= recorded
+
+
+def imported_modules(folder: str) -> dict[str, set[str]]:
+    modules: dict[str, set[str]] = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                modules.setdefault(name.split(".")[0], set()).add(str(path.relative_to(ROOT)))
+    return modules
+
+
+def test_imports_run_one_way() -> None:
+    assert not imported_modules("ibq").keys() & {"experiments", "notebooks", "pandas", "matplotlib", "papermill"}
+    assert not imported_modules("experiments").keys() & {"notebooks", "tests"}
+
+
+@pytest.mark.parametrize(("folder", "extras"), [("ibq", []), ("experiments", ["study"])])
+def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
+    import sys
+
+    requirements = [*PROJECT["dependencies"], *(r for extra in extras for r in PROJECT["optional-dependencies"][extra])]
+    known = {IMPORT_NAMES.get(requirement_name(r), requirement_name(r)) for r in requirements}
+    foreign = imported_modules(folder).keys() - set(sys.stdlib_module_names) - {"ibq", "experiments", ""}
+    assert foreign <= known, {name: imported_modules(folder)[name] for name in foreign - known}
+
+
+def test_python_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Quantizer, "registry", dict(Quantizer.registry))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert len(blocks) == 2
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(block, namespace)
