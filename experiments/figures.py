@@ -193,8 +193,13 @@ def main_effects(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
                 axis.scatter(points[outcome], [y + offset] * len(points), color=color, s=18, zorder=3)
                 if outcome == "bits":
                     axis.annotate(
-                        str(pair), (points[outcome].max(), y + offset), xytext=(5, 0), textcoords="offset points", fontsize=6.5, va="center",
-                        bbox={"fc": "white", "ec": "none", "pad": 0.6}
+                        str(pair),
+                        (points[outcome].max(), y + offset),
+                        xytext=(5, 0),
+                        textcoords="offset points",
+                        fontsize=6.5,
+                        va="center",
+                        bbox={"fc": "white", "ec": "none", "pad": 0.6},
                     )
         axis.set(xlabel=label, yticks=range(len(changes)), yticklabels=changes)
         axis.margins(x=0.16)

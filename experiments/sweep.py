@@ -68,7 +68,7 @@ def train_study(
         return outcome
     slots = slots or default_slots(device)
     threads = max(1, (os.cpu_count() or 1) // slots)  # from slots alone: sums, and so rows, depend on the threads in their last bits
-    say(f"training {len(todo)} runs, {min(slots, len(todo))} at a time with {threads} thread{'s' if threads > 1 else ''} each, on {resolve_device(device)}")
+    say(f"training {len(todo)} runs on {resolve_device(device)}, {min(slots, len(todo))} at a time, threads each: {threads}")
 
     runtime = replace(study.preset.runtime, device=device)
     progress = _Progress(todo, say)

@@ -58,14 +58,22 @@ def flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put `flatten_optimizer`'s tensors back; every slot of every parameter must be there."""
+    """Put `flatten_optimizer`'s tensors back; every slot of every parameter must be there.
+
+    A slot takes the memory layout of its parameter: fused Adam walks both in storage order, so contiguous moments beside a channels-last
+    weight would be paired with the wrong elements, in silence.
+    """
     parameters = dict(model.named_parameters())
     order = [p for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for name, p in parameters.items()}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for i, parameter in enumerate(order):
         prefix = f"optimizer.{names[id(parameter)]}."
-        state[i] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        slots = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        state[i] = {
+            slot: torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach() if value.shape == parameter.shape else value
+            for slot, value in slots.items()
+        }
         if not state[i]:
             raise KeyError(f"the checkpoint lacks {prefix}*")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

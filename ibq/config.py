@@ -110,6 +110,9 @@ class TrainConfig(_Frozen):
                 f"resolution={self.data.resolution} is not a multiple of the down-sampling factor {f}; choose a multiple of {f} "
                 "or fewer levels in channel_multipliers"
             )
+        levels = [self.data.resolution >> i for i in range(len(self.model.channel_multipliers))]
+        if not set(self.model.attention_resolutions) <= set(levels):
+            raise ValueError(f"attention_resolutions={self.model.attention_resolutions} must be among the levels' resolutions {levels}")
         return self
 
     @property
@@ -118,7 +121,7 @@ class TrainConfig(_Frozen):
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update that follows `step` finished updates."""
-        passed = sum(step >= math.ceil(fraction * self.steps) for fraction in self.optim.milestones)
+        passed = sum(step >= math.ceil(fraction * self.steps - 1e-9) for fraction in self.optim.milestones)
         return self.optim.lr * self.optim.decay_factor**passed
 
     def to_json_dict(self) -> dict[str, Any]:

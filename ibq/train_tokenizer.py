@@ -113,8 +113,9 @@ class _State:
         """Begin the averaged weights; after the codebook is initialised, since they start as a copy."""
         decay = self.tokenizer.config.optim.ema_decay
         self.average = AveragedModel(self.tokenizer, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.average.n_averaged.fill_(1)  # the initial weights count: no warm-up, as released
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, data_hash: str) -> None:
         tensors = {f"model.{name}": value for name, value in self.tokenizer.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         tensors |= flatten_optimizer(self.tokenizer, self.optimizer)
@@ -122,7 +123,8 @@ class _State:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        meta = {"step": self.step, "seconds": self.seconds, "commit": source_commit(), "results_version": RESULTS_VERSION}
+        meta = {"step": self.step, "seconds": self.seconds, "data_hash": data_hash}
+        meta |= {"commit": source_commit(), "results_version": RESULTS_VERSION}
         save_checkpoint(folder, tensors, meta)
 
     def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
@@ -131,7 +133,8 @@ class _State:
 
         self.tokenizer.load_state_dict(part("model."))
         self.average.load_state_dict(part("average."))
-        restore_optimizer(self.tokenizer, self.optimizer, tensors)
+        if meta["step"]:
+            restore_optimizer(self.tokenizer, self.optimizer, tensors)
         self.log_window.counts_K = tensors["window.log"].to(self.device)
         self.snapshot_window.counts_K = tensors["window.snapshot"].to(self.device)
         torch.set_rng_state(tensors["rng.cpu"])
@@ -160,13 +163,14 @@ def train_tokenizer(
     """
     # ---------------------------------------------------------------- data, device, directory
     run = RunDirectory(run_directory)
+    _check_config(run, config)
     if run.finished:
         return
     device = resolve_device(runtime.device)
     train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
     if len(train_images) < config.batch_size:
         raise ConfigError(f"batch_size={config.batch_size} exceeds the {len(train_images)} training images of {config.data.name}; lower it")
-    _claim_config(run, config, train_images)
+    write_json(run.config, config.to_json_dict())
 
     # ---------------------------------------------------------------- model, optimizer, average: fresh, or as the checkpoint has them
     weights = loss_weights(config)
@@ -177,6 +181,9 @@ def train_tokenizer(
         initialize_codebook(tokenizer, config, train_images, device)
     state.start_average()
     if checkpoint is not None:
+        if checkpoint[1]["data_hash"] != train_images.content_hash:
+            trained_on, given = checkpoint[1]["data_hash"][:12], train_images.content_hash[:12]
+            raise ConfigError(f"{run.path} was trained on data {trained_on}, not {given}; give it that data or another directory")
         state.restore(*checkpoint)
     run.rewind(state.step)
     snapshot_steps = {round(config.steps * i / max(1, runtime.snapshots - 1)) for i in range(runtime.snapshots)}
@@ -187,7 +194,7 @@ def train_tokenizer(
     last_checkpoint = time.perf_counter()
     while state.step < config.steps:
         if should_stop():
-            state.save(run.checkpoint)
+            state.save(run.checkpoint, train_images.content_hash)
             raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
         # one training step
@@ -228,7 +235,7 @@ def train_tokenizer(
             run.write_snapshot(state.step, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
             state.snapshot_window.reset()
         if time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s and state.step < config.steps:
-            state.save(run.checkpoint)
+            state.save(run.checkpoint, train_images.content_hash)
             last_checkpoint = time.perf_counter()
 
     # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
@@ -292,8 +299,8 @@ def _geometry(tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor
     }
 
 
-def _claim_config(run: RunDirectory, config: TrainConfig, images: Images) -> None:
-    """Write config.json, or check that the one there is this very config."""
+def _check_config(run: RunDirectory, config: TrainConfig) -> None:
+    """Refuse a directory whose config.json is another config."""
     ours = config.to_json_dict()
     if run.config.is_file():
         theirs = json.loads(run.config.read_text())
@@ -301,7 +308,6 @@ def _claim_config(run: RunDirectory, config: TrainConfig, images: Images) -> Non
             mine, other = flatten(ours), flatten(theirs)
             field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
             raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
-    write_json(run.config, ours)
 
 
 def _name_non_finite(step: int, terms: dict[str, torch.Tensor], tokenizer: Tokenizer) -> str:

@@ -35,7 +35,9 @@ def test_environment_yml_installs_what_pyproject_declares() -> None:
 
 
 def test_constraints_record_every_declared_package() -> None:
-    recorded = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    recorded = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     assert declared() <= recorded
 
 
@@ -43,7 +45,13 @@ def imported_modules(folder: str) -> dict[str, set[str]]:
     modules: dict[str, set[str]] = {}
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for name in names:
                 modules.setdefault(name.split(".")[0], set()).add(str(path.relative_to(ROOT)))
     return modules

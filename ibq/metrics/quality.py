@@ -1,6 +1,7 @@
 """Streaming image quality: L1, PSNR and SSIM a picture, then the mean over pictures, summed in float64.
 
-Protocol: images in [-1, 1], reconstructions clamped to it, not rounded to 8 bits. A mean of batch means is not used anywhere, so the batch
+Protocol: images in [-1, 1], reconstructions clamped to it, not rounded to 8 bits; SSIM on
+[0, 1] with the 11 x 11 Gaussian window of sigma 1.5. A mean of batch means is not used anywhere, so the batch
 size changes nothing. Suffixes: B images, C channels, H W pixels.
 """
 
@@ -34,7 +35,7 @@ class ImageQuality:
             raise ValueError(f"originals reach {float(originals_BCHW.abs().max()):.3f} in magnitude; scale them to [-1, 1]")
         y_BCHW = reconstructions_BCHW.float().clamp(-1, 1)
         # in float32, where its window sums are ten times faster than in float64
-        ssim_B = structural_similarity_index_measure(y_BCHW, originals_BCHW, data_range=2.0, reduction="none")
+        ssim_B = structural_similarity_index_measure((y_BCHW + 1) / 2, (originals_BCHW + 1) / 2, data_range=1.0, reduction="none")
         assert isinstance(ssim_B, torch.Tensor)
         x, y = originals_BCHW.double(), y_BCHW.double()
         l1_B = (x - y).abs().mean((1, 2, 3))

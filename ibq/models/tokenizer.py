@@ -92,7 +92,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} holds no {name}; pass a folder written by Tokenizer.save or the directory of a finished run")
-    tokenizer = Tokenizer(parse_train_config(json.loads((folder / "config.json").read_text())))
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'config.json'} is not JSON ({error}); pass the folder of another run or save it again") from None
+    tokenizer = Tokenizer(parse_train_config(config))
     try:
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:

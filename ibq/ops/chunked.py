@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from ibq.ops.dense import ENTROPY_EPS, Result
+from ibq.ops.precision import full_float32
 
 CHUNK_BYTES = {"cpu": 2 * 2**20, "other": 512 * 2**20}
 """What the (n, K) buffers of one chunk may hold together: the cache of a core, or what a GPU needs to be busy."""
@@ -39,8 +39,11 @@ def chunked(
 
 def nearest_by_chunks(z_ND: torch.Tensor, codebook_KD: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     """Index (N,) of the Euclidean nearest code; see `ibq.ops.nearest_code`."""
+    center_D = codebook_KD.mean(0)  # far from the origin the squares would cancel
+    codebook_KD = codebook_KD - center_D
     minus_norm_K = -codebook_KD.square().sum(1)
-    scores = (torch.addmm(minus_norm_K, z_nD, codebook_KD.T, alpha=2) for z_nD in z_ND.split(rows or rows_per_chunk(codebook_KD)))
+    chunks = z_ND.split(rows or rows_per_chunk(codebook_KD))
+    scores = (torch.addmm(minus_norm_K, z_nD - center_D, codebook_KD.T, alpha=2) for z_nD in chunks)
     return torch.cat([score_nK.max(1).indices for score_nK in scores])
 
 
@@ -79,10 +82,11 @@ class _IndexBackprop(torch.autograd.Function):
         return z_q_ND, indices_N, sample_entropy, -(mean_K * (mean_K + ENTROPY_EPS).log()).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, g_ND: torch.Tensor | None, _: None, g_sample: torch.Tensor | None, g_codebook: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("index_backprop has no second derivative; call backward without create_graph, or use backend='dense'")
         z_ND, codebook_KD, indices_N, mean_K = ctx.saved_tensors
         dz_ND, dC_KD = torch.zeros_like(z_ND), torch.zeros_like(codebook_KD)
         v_K = None
@@ -92,7 +96,7 @@ class _IndexBackprop(torch.autograd.Function):
                 dist.all_reduce(g_codebook, group=ctx.group)
             v_K = -((mean_K + ENTROPY_EPS).log() + mean_K / (mean_K + ENTROPY_EPS)) * g_codebook / ctx.tokens
 
-        with torch.autocast(z_ND.device.type, enabled=False):
+        with full_float32(z_ND.device):
             for start in range(0, len(z_ND), ctx.rows):
                 chunk = slice(start, start + ctx.rows)
                 logits_nK = z_ND[chunk] @ codebook_KD.T

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -11,6 +9,7 @@ import torch.distributed as dist
 
 from ibq.ops.chunked import chunked, nearest_by_chunks
 from ibq.ops.dense import Result, dense
+from ibq.ops.precision import full_float32
 
 Backend = Literal["auto", "dense", "chunked"]
 
@@ -48,7 +47,7 @@ def index_backprop(
     if backend not in ("auto", "dense", "chunked"):
         raise ValueError(f"backend={backend!r} is not known; choose 'auto', 'dense' or 'chunked'")
     compute = dense if backend == "dense" else chunked
-    with _full_float32(z_ND.device):
+    with full_float32(z_ND.device):
         return compute(z_ND, codebook_KD, entropy_temperature, group)
 
 
@@ -56,7 +55,7 @@ def index_backprop(
 def nearest_code(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
     """Index (N,) int64 of the Euclidean nearest code of each feature, by chunks, not differentiable; arguments as in `index_backprop`."""
     z_ND, codebook_KD = _checked(z_ND, codebook_KD)
-    with _full_float32(z_ND.device):
+    with full_float32(z_ND.device):
         return nearest_by_chunks(z_ND, codebook_KD)
 
 
@@ -72,15 +71,3 @@ def _checked(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> tuple[torch.Tenso
         raise ValueError(f"features are {z_ND.dtype}, the codebook {codebook_KD.dtype}; both must be floating")
     dtype = torch.float64 if torch.float64 in (z_ND.dtype, codebook_KD.dtype) else torch.float32
     return z_ND.to(dtype), codebook_KD.to(dtype)
-
-
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32: at a temperature of 0.01 an error of a logit is multiplied by a hundred."""
-    with torch.autocast(device.type, enabled=False):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)

@@ -207,7 +207,7 @@ def parse_quantizer_config(value: Any) -> QuantizerConfig:
     if not isinstance(value, dict):
         raise ValueError(f"a quantizer config must be a dict or a QuantizerConfig, not {type(value).__name__}")
     method = value.get("method")
-    if method not in Quantizer.registry:
+    if not isinstance(method, str) or method not in Quantizer.registry:
         raise ValueError(f"method={method!r} is not a quantizer; choose one of {', '.join(sorted(Quantizer.registry))}")
     return Quantizer.registry[method].config_class.model_validate(value)
 

@@ -18,10 +18,13 @@ def entropy_terms(sample_entropy: torch.Tensor | None, codebook_entropy: torch.T
 
 
 def euclidean_as_dot(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries (N, E) and keys (K, E) whose dot product is -|z - c|^2 + |z|^2: one more coordinate carries -|c|^2.
+    """Queries (N, E) and keys (K, E) whose dot product is -|z - c|^2 plus a constant of the row: one more coordinate carries -|c|^2.
 
-    The constant of each row changes neither softmax nor argmax, so dot-product operators serve Euclidean quantizers, gradients included.
+    That constant changes neither softmax nor argmax, so dot-product operators serve Euclidean quantizers, gradients included.
+    Both are shifted by the mean code first, which changes no distance: far from the origin the squares would cancel.
     """
+    center_D = codebook_KD.detach().mean(0)
+    z_ND, codebook_KD = z_ND - center_D, codebook_KD - center_D
     query_NE = torch.cat([2 * z_ND, torch.ones_like(z_ND[:, :1])], 1)
     key_KE = torch.cat([codebook_KD, -codebook_KD.square().sum(1, keepdim=True)], 1)
     return query_NE, key_KE

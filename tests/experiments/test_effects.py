@@ -41,7 +41,13 @@ def test_published_pair_and_fairest_pair_are_what_they_claim() -> None:
 
 
 def test_main_effects_recover_an_additive_model_whatever_the_seeds() -> None:
-    weights = {("estimator", "IBQ"): 1.5, ("entropy", "on"): 4.0, ("init", "features"): 2.0, ("init", "normal"): -3.0, ("double", "on"): 0.25}
+    weights = {
+        ("estimator", "IBQ"): 1.5,
+        ("entropy", "on"): 4.0,
+        ("init", "features"): 2.0,
+        ("init", "normal"): -3.0,
+        ("double", "on"): 0.25,
+    }
     table = main_effects(ABLATION, additive_rows(ABLATION, weights, seeds=3)).set_index("change")
     assert table.loc["estimator: VQ → IBQ", "bits_mean"] == pytest.approx(1.5)
     assert table.loc["entropy: off → on", "bits_mean"] == pytest.approx(4.0)

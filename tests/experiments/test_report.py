@@ -69,7 +69,14 @@ def test_findings_admit_that_more_codes_can_mean_more_error() -> None:
     for arm in ABLATION.arms:
         high = arm.levels["entropy"] == "on"
         lines.append(
-            {"ablation": ABLATION.name, "arm": arm.name, "seed": 0, "status": "ok", "bits": 8.0 if high else 2.0, "l1": 0.2 if high else 0.1}
+            {
+                "ablation": ABLATION.name,
+                "arm": arm.name,
+                "seed": 0,
+                "status": "ok",
+                "bits": 8.0 if high else 2.0,
+                "l1": 0.2 if high else 0.1,
+            }
         )
     sentences = findings(ABLATION, pd.DataFrame(lines))
     assert any(s.startswith("More codes in use did not mean a lower error") and "entropy: off → on (+6.00 bits" in s for s in sentences)

@@ -112,17 +112,17 @@ def test_the_batch_size_changes_nothing(batch_size: int) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_quality_equals_scikit_image_per_picture(channels: int) -> None:
-    """SSIM has a Gaussian window of 11 with sigma 1.5 and is the mean over all pixels, beyond the border mirrored ones.
+    """SSIM is taken on [0, 1]; it has a Gaussian window of 11 with sigma 1.5 and is the mean over all pixels, beyond the border mirrored ones.
 
     scikit-image leaves out the 5 pixels at the border, so here it is given pictures with 5 mirrored ones around them. Tolerance 2e-5 since
     the windows are summed in float32.
     """
 
     def mirrored(picture_CHW: np.ndarray) -> np.ndarray:
-        return np.pad(picture_CHW, ((0, 0), (5, 5), (5, 5)), mode="reflect")
+        return np.pad((picture_CHW + 1) / 2, ((0, 0), (5, 5), (5, 5)), mode="reflect")
 
     x_BCHW, y_BCHW = pictures(channels=channels)
-    arguments = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 2.0, "channel_axis": 0}
+    arguments = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0, "channel_axis": 0}
     pairs = [(x.double().numpy(), y.clamp(-1, 1).double().numpy()) for x, y in zip(x_BCHW, y_BCHW, strict=True)]
     expected = {
         "ssim": np.mean([structural_similarity(mirrored(x), mirrored(y), **arguments) for x, y in pairs]),
