@@ -13,6 +13,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,12 @@ def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch
     """Which images (B,) a step trains on: a fresh permutation each epoch; a function of seed and step, so that resuming needs no state."""
     batches_per_epoch = max(1, n_images // batch_size)
     epoch, batch = divmod(step, batches_per_epoch)
-    permutation = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return permutation[batch * batch_size : (batch + 1) * batch_size]
+    return _permutation(seed * 1_000_003 + epoch, n_images)[batch * batch_size : (batch + 1) * batch_size]
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, n: int) -> torch.Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 class TokenWindow:
@@ -224,9 +229,8 @@ def train_tokenizer(
         # once in a while: log, snapshot, checkpoint; none of it counts as training time
         if state.step % runtime.log_every == 0 or state.step == config.steps:
             record = {"step": state.step, "seconds": state.seconds, "lr": optimizer.param_groups[0]["lr"]}
-            record |= {"gradient_norm": gradient_norm.item(), "loss": loss.item()} | {
-                f"loss_{name}": term.item() for name, term in terms.items()
-            }
+            record |= {"gradient_norm": gradient_norm.item(), "loss": loss.item()}
+            record |= {f"loss_{name}": term.item() for name, term in terms.items()}
             record |= usage_metrics(state.log_window.counts_K) | _geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
             state.log_window.reset()
             append_line(run.history, record)
@@ -244,6 +248,10 @@ def train_tokenizer(
     metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
     write_tensors(run.evaluation, tensors)
     write_tensors(run.model, averaged.state_dict())
+    if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        reason = f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite"
+        write_json(run.row, _row(state, "nan", {"reason": reason}, {}, train_images))
+        raise NonFiniteError(reason)
     write_json(run.row, _row(state, "ok", metrics, protocol, train_images))
     remove_checkpoint(run.checkpoint)
 

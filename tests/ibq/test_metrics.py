@@ -112,7 +112,7 @@ def test_the_batch_size_changes_nothing(batch_size: int) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_quality_equals_scikit_image_per_picture(channels: int) -> None:
-    """SSIM is taken on [0, 1]; it has a Gaussian window of 11 with sigma 1.5 and is the mean over all pixels, beyond the border mirrored ones.
+    """SSIM on [0, 1]: a Gaussian window of 11 with sigma 1.5, the mean over all pixels, beyond the border mirrored ones.
 
     scikit-image leaves out the 5 pixels at the border, so here it is given pictures with 5 mirrored ones around them. Tolerance 2e-5 since
     the windows are summed in float32.
