@@ -153,13 +153,15 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
         return None
     figure, axis = plt.subplots(figsize=(7.2, 3.8))
     markers = {"uniform": "o", "normal": "s", "features": "^"}
+    limit = float(np.log2(finished["codebook_size"].astype(float).max()))
     for row in finished.to_dict("records"):
         color = ESTIMATOR_COLORS[row["factor.estimator"]]
         face = color if row["factor.entropy"] == "on" else "white"
         axis.scatter(
             row["bits"], row["l1"], marker=markers[row["factor.init"]], edgecolor=color, facecolor=face, s=34, linewidth=1.2, zorder=3
         )
-    limit = float(np.log2(finished["codebook_size"].astype(float).max()))
+        beside = (-11, -3) if limit - row["bits"] < 0.3 else (5, 3)  # clear of the dashed line
+        axis.annotate(ablation.letter(row["arm"]), (row["bits"], row["l1"]), xytext=beside, textcoords="offset points", fontsize=7.5)
     axis.axvline(limit, color="0.3", ls="--", lw=1)
     axis.set(xlabel=f"rate: bits a token (dashed: log2 K = {limit:g})", ylabel="distortion: L1 on the test split, [-1, 1]")
     style: dict[str, Any] = {"ls": "", "mew": 1.2, "ms": 6}

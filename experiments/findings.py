@@ -33,7 +33,8 @@ def _of_verdict(judged: Verdict) -> str:
     least, greatest = min(judged.differences), max(judged.differences)
     seen = f"{judged.mean:+.{digits}f} {unit} over {n} seed{'s' if n > 1 else ''}"
     spread = f" ({least:+.{digits}f} to {greatest:+.{digits}f})" if n > 1 else ""
-    return f"{contrast.claim} {judged.word.capitalize()}: {seen}{spread}, {contrast.effect:+g} was required."
+    bound = f"{'at least' if contrast.effect > 0 else 'at most'} {contrast.effect:+g}"
+    return f"{contrast.claim} {judged.word.capitalize()}: the change is {seen}{spread}; {bound} in every seed was required."
 
 
 def _of_effects(table: pd.DataFrame) -> list[str]:
@@ -42,9 +43,7 @@ def _of_effects(table: pd.DataFrame) -> list[str]:
     sentences = [f"Changes by the size of their mean effect on the rate, in bits a token (range over pairs): {ranking}."]
     flips = [e["change"] for e in table.to_dict("records") if e["bits_min"] < -0.25 and e["bits_max"] > 0.25]
     if flips:
-        sentences.append(
-            f"The effect of {', '.join(flips)} changes its sign with the surroundings: it has no main effect worth the name here."
-        )
+        sentences.append(f"These change their sign with the surroundings, so read the pairs and not the mean: {'; '.join(flips)}.")
     worse = [e for e in table.to_dict("records") if e["bits_mean"] > 0.25 and e["l1_mean"] > 0.001]
     if worse:
         named = "; ".join(f"{e['change']} ({e['bits_mean']:+.2f} bits, {e['l1_mean']:+.4f} L1)" for e in worse)

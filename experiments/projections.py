@@ -69,4 +69,4 @@ def _reduce(points: np.ndarray, method: Method) -> np.ndarray:
         warnings.filterwarnings("ignore", message="n_jobs value .* overridden to 1 by setting random_state")
         from umap import UMAP
 
-        return UMAP(n_neighbors=15, min_dist=0.1, random_state=0).fit_transform(points)
+        return UMAP(n_neighbors=15, min_dist=0.1, n_epochs=200, random_state=0).fit_transform(points)

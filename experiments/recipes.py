@@ -40,7 +40,7 @@ PRESETS = {
             },
             codebook_size=32,
             code_dim=8,
-            runtime=Runtime(log_every=2, snapshots=3, eval_images=16, eval_batch_size=16),
+            runtime=Runtime(log_every=2, snapshots=3, checkpoint_every_s=0.5, eval_images=16, eval_batch_size=16),
             projection="pca",
             seconds_per_step=0.05,
             max_seeds=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pandas as pd
@@ -9,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from experiments.study import Cell, Study
 from experiments.sweep import failure_reason, last_step
+from ibq.errors import ConfigError
 
 FIRST_COLUMNS = ["ablation", "arm", "method", "codebook_size", "code_dim", "seed", "status"]
 
@@ -17,8 +19,12 @@ def load(study: Study | None = None) -> pd.DataFrame:
     """One line per arm and seed of a study (default: everything at quick), whether finished or not.
 
     Returns:
-        Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "failed", "running", "pending"), then the facts
-        and metrics of finished runs, the levels of the arm's factors as `factor.<name>`, and `reason` where there is no result.
+        Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "failed", "interrupted", "running", "pending"),
+        then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`, evaluations added later as
+        `<evaluation>.<metric>`, and `reason` where there is no result.
+
+    Raises:
+        ConfigError: a run folder holds another run's row, or a damaged one.
     """
     lines = [_line(cell) for cell in (study or Study()).cells]
     frame = pd.DataFrame(lines)
@@ -31,14 +37,35 @@ def _line(cell: Cell) -> dict[str, Any]:
     line |= {"codebook_size": quantizer.codebook_size, "code_dim": quantizer.code_dim, "seed": cell.seed}
     line |= {f"factor.{name}": level for name, level in cell.arm.levels.items()}
     if cell.run.finished:
-        return line | cell.run.read_row()
+        return line | checked_row(cell) | _evaluations(cell)
     return line | {"run": cell.run.path.name, "status": state(cell), "reason": failure_reason(cell)}
 
 
+def checked_row(cell: Cell) -> dict[str, Any]:
+    """The row of a finished run, which must be the row of this very config.
+
+    Raises:
+        ConfigError: row.json is damaged or belongs to another run, as after copying folders about.
+    """
+    try:
+        row = cell.run.read_row()
+    except ValueError as error:
+        raise ConfigError(f"{cell.run.row} is not JSON ({error}); forget the run ({cell.run.path.name}) and train it again") from None
+    if row.get("run") != cell.run.path.name:
+        raise ConfigError(f"{cell.run.path} holds the row of run {row.get('run')!r}; forget the run and train it again")
+    return row
+
+
+def _evaluations(cell: Cell) -> dict[str, Any]:
+    """Numbers added after training: eval/<name>.json as columns <name>.<metric>."""
+    files = sorted((cell.run.path / "eval").glob("*.json"))
+    return {f"{path.stem}.{key}": value for path in files for key, value in json.loads(path.read_text()).items()}
+
+
 def state(cell: Cell) -> str:
-    """State of a run: that of its row, else running, failed or pending."""
+    """State of a run: that of its row, else running, failed, interrupted (its trainer died without a word) or pending."""
     if cell.run.finished:
-        return str(cell.run.read_row()["status"])
+        return str(checked_row(cell)["status"])
     if cell.run.lock.exists():
         try:
             with FileLock(cell.run.lock, timeout=0):
@@ -46,6 +73,8 @@ def state(cell: Cell) -> str:
         except Timeout:
             return "running"
     attempts = cell.run.read_attempts()
+    if attempts and attempts[-1]["event"] == "started":
+        return "interrupted"
     return "failed" if attempts and attempts[-1]["event"] in ("error", "oom", "killed", "timeout") else "pending"
 
 
@@ -53,12 +82,12 @@ def status_lines(study: Study) -> list[dict[str, Any]]:
     """For `status`: every arm with its state and one phrase about it."""
     lines = []
     for cell in study.cells:
-        phrase, kind = "", state(cell)
+        row = checked_row(cell) if cell.run.finished else {}
+        phrase, kind = "", row.get("status") or state(cell)
         if kind == "ok":
-            row = cell.run.read_row()
             phrase = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}, {row['train_seconds']:.0f} s"
         elif kind == "nan":
-            phrase = str(cell.run.read_row()["reason"])
+            phrase = str(row["reason"])
         elif history := cell.run.read_history():
             speed = history[-1]["step"] / max(history[-1]["seconds"], 1e-9)
             phrase = f"step {last_step(cell)} of {cell.config.steps}, {speed:.1f} steps/s"

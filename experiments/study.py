@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ibq.errors import ConfigError, nearest
 from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Study:
     def name(self) -> str:
         """Name of the report's folder: the preset, and the changed fields where there are any."""
         changes = "".join(f"+{path}={json.dumps(value)}" for path, value in sorted(self.overrides.items()))
-        return self.preset_name + "".join(c if c.isalnum() or c in "+=._-" else "_" for c in changes)
+        safe = self.preset_name + "".join(c if c.isascii() and (c.isalnum() or c in "+=._-") else "_" for c in changes)
+        return safe if len(safe) <= LONGEST_NAME else f"{safe[:LONGEST_NAME]}-{hashlib.sha256(changes.encode()).hexdigest()[:8]}"
 
     @property
     def runs_folder(self) -> Path:
@@ -95,8 +98,15 @@ class Study:
         cells = [self._cell(a, arm, seed) for a in self.ablations for arm in a.arms for seed in a.seeds(arm, self.preset, self.seeds)]
         return sorted(cells, key=lambda cell: cell.seed)
 
+    def only(self, cells: list[Cell]) -> Study:
+        """The same study with some of its cells alone."""
+        part = replace(self)
+        part.__dict__["cells"] = cells
+        return part
+
     def _cell(self, ablation: Ablation, arm: Arm, seed: int) -> Cell:
-        config = tokenizer(self.preset, ablation.quantizer(arm.levels), seed).with_fields(**self.overrides)
+        config = tokenizer(self.preset, ablation.quantizer(arm.levels), seed)
+        config = config.with_fields(**self.overrides) if self.overrides else config
         return Cell(ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data))))
 
 

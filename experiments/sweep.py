@@ -7,19 +7,23 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from experiments import worker
 from experiments.study import Cell, Study, unique_runs
+from ibq.errors import ConfigError
 from ibq.run_directory import append_line
 from ibq.train_tokenizer import resolve_device
 
 POLL_S = 0.3
 HEARTBEAT_S = 30.0
-GRACE_S = 10.0
+GRACE_S = 8.0
+"""How long trainers have to write a checkpoint when asked to stop."""
+HANG_S = 600.0
+"""Without a sign of life for so long, a trainer counts as hung. Evaluation, which gives none, must end within it."""
 
 
 @dataclass
@@ -45,6 +49,7 @@ def train_study(
     device: str = "auto",
     time_budget_s: float | None = None,
     fail_fast: bool = False,
+    hang_s: float = HANG_S,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Train every run of a study that has no row yet.
@@ -55,11 +60,19 @@ def train_study(
         device: "auto", "cpu", "cuda" or "cuda:N".
         time_budget_s: after so many seconds runs are stopped at their next step, resumably.
         fail_fast: stop everything at the first run that fails.
+        hang_s: a trainer that shows no sign of life for so long is killed and recorded as timed out.
         say: receives one line at a time.
 
     Returns:
         The outcome; failures are recorded in each run's attempts.jsonl and are tried again by the next call.
+
+    Raises:
+        ConfigError: slots below 1, no time, an unknown device, or a config that contradicts itself.
     """
+    if slots is not None and slots < 1:
+        raise ConfigError(f"slots={slots} must be at least 1")
+    if time_budget_s is not None and not time_budget_s > 0:
+        raise ConfigError(f"a time budget of {time_budget_s / 60:g} minutes leaves nothing to do; give more than 0")
     todo = [cell for cell in unique_runs(study.cells) if not cell.run.finished]
     outcome = Outcome(skipped=len(unique_runs(study.cells)) - len(todo))
     if outcome.skipped:
@@ -74,26 +87,37 @@ def train_study(
     progress = _Progress(todo, say)
     pool = _Pool(runtime, threads)
     queue, stopping, started = list(todo), False, time.monotonic()
+
+    def stop(reason: str) -> None:
+        nonlocal queue, stopping
+        if not stopping:
+            say(reason)
+        queue, stopping = [], True
+        pool.stop()
+
     with pool:
         while queue or pool.running:
-            if time_budget_s is not None and time.monotonic() - started > time_budget_s and not stopping:
-                say(f"time budget of {time_budget_s / 60:.1f} minutes spent; stopping at the next step, resumably")
-                queue, stopping = [], True
-                pool.stop()
+            if time_budget_s is not None and time.monotonic() - started > time_budget_s:
+                stop(f"time budget of {time_budget_s / 60:.1f} minutes spent; stopping at the next step, resumably")
             while queue and len(pool.running) < slots:
                 pool.start(queue.pop(0))
+            pool.kill_hung(hang_s)
             for cell, code in pool.reap():
+                for note in notes_of_last_attempt(cell):
+                    say(f"{cell.name}: {note}")
                 if cell.run.finished:
                     outcome.finished.append(cell)
                     progress.finished(cell)
                 elif code == worker.BUSY:
                     queue += [] if stopping else [cell]  # another driver trains it: look again after the others
+                elif code == worker.DISK_FULL:
+                    outcome.failed.append(cell)
+                    stop(f"the disk under {cell.run.path.parent} is full; make space and give the same command again, it goes on from here")
                 elif code != 0:
                     outcome.failed.append(cell)
                     say(f"FAILED {cell.name}: {failure_reason(cell)}")
                     if fail_fast:
-                        queue, stopping = [], True
-                        pool.stop()
+                        stop("stopping everything at the first failure, as --fail-fast says")
             progress.heartbeat()
             time.sleep(POLL_S)
     done = {cell.run.path for cell in outcome.finished + outcome.failed}
@@ -104,10 +128,18 @@ def train_study(
 
 def failure_reason(cell: Cell) -> str:
     """Why the last attempt at a run ended without a row, '' where there was none or it is still going on."""
-    attempts = cell.run.read_attempts()
+    attempts = [attempt for attempt in cell.run.read_attempts() if attempt["event"] != "damaged"]
     if not attempts or attempts[-1]["event"] == "started":
         return ""
     return attempts[-1].get("reason") or attempts[-1]["event"]
+
+
+def notes_of_last_attempt(cell: Cell) -> list[str]:
+    """What the last attempt at a run had to work around: damaged checkpoints."""
+    notes: list[str] = []
+    for attempt in cell.run.read_attempts():
+        notes = [] if attempt["event"] == "started" else [*notes, attempt["reason"]] if attempt["event"] == "damaged" else notes
+    return notes
 
 
 class _Pool:
@@ -115,26 +147,39 @@ class _Pool:
 
     def __init__(self, runtime: Any, threads: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["experiments.worker"])
+        self._context.set_forkserver_preload(["experiments.worker", "torchmetrics.functional.image"])
         self._stop = self._context.Event()
         self._runtime, self._threads = runtime, threads
         self.running: dict[ForkServerProcess, Cell] = {}
+        self._started: dict[ForkServerProcess, float] = {}
+        self._hung: dict[ForkServerProcess, str] = {}
 
     def start(self, cell: Cell) -> None:
         arguments = (cell.config.to_json_dict(), str(cell.run.path), self._runtime, self._threads, self._stop)
         process = self._context.Process(target=worker.train, args=arguments, daemon=False)
         process.start()
-        self.running[process] = cell
+        self.running[process], self._started[process] = cell, time.time()
 
     def reap(self) -> Iterator[tuple[Cell, int]]:
         for process in [p for p in self.running if not p.is_alive()]:
             process.join()
             cell = self.running.pop(process)
             code = process.exitcode or 0
-            if code < 0:
-                reason = f"killed by {signal.Signals(-code).name}"
-                append_line(cell.run.attempts, {"event": "killed", "time": time.time(), "reason": reason})
+            if process in self._hung:
+                _note(cell, "timeout", self._hung.pop(process))
+            elif code < 0:
+                why = " (by hand, or by the system for lack of memory)" if -code == signal.SIGKILL else ""
+                _note(cell, "killed", f"killed by {signal.Signals(-code).name}{why}")
             yield cell, code
+
+    def kill_hung(self, hang_s: float) -> None:
+        """Kill what has shown no sign of life for `hang_s` seconds."""
+        for process, cell in self.running.items():
+            heartbeat = cell.run.heartbeat.stat().st_mtime if cell.run.heartbeat.exists() else 0.0
+            silent_s = time.time() - max(heartbeat, self._started[process])
+            if silent_s > hang_s and process.is_alive():
+                self._hung[process] = f"no sign of life for {silent_s:.0f} s, killed"
+                process.kill()
 
     def stop(self) -> None:
         self._stop.set()
@@ -150,6 +195,12 @@ class _Pool:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _note(cell: Cell, event: str, reason: str) -> None:
+    """Record how an attempt ended on behalf of a trainer that could not; a full disk must not stop the driver from stopping well."""
+    with suppress(OSError):
+        append_line(cell.run.attempts, {"event": event, "time": time.time(), "reason": reason})
 
 
 class _Progress:

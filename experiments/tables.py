@@ -75,7 +75,7 @@ def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
         lines.append(
             {
                 "claim": contrast.claim,
-                "arms": f"{ablation.letter(contrast.without)} → {ablation.letter(contrast.with_)}",
+                "arms": f"{ablation.letter(contrast.without)}→{ablation.letter(contrast.with_)}",
                 "required in every seed": f"{OUTCOMES[contrast.outcome]} {'≥' if contrast.effect > 0 else '≤'} {contrast.effect:+g}",
                 "seen, seed by seed": ", ".join(f"{d:+.{digits}f}" for d in judged.differences) or "nothing yet",
                 "verdict": judged.word,

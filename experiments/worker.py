@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -10,6 +11,7 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -17,11 +19,15 @@ import torch
 from filelock import FileLock, Timeout
 
 from ibq.config import parse_train_config
+from ibq.data import DataError
+from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory, append_line
 from ibq.train_tokenizer import NonFiniteError, Runtime, StopRequested, train_tokenizer
 
-BUSY = 75
-"""Exit code: another process holds this run."""
+DISK_FULL, BUSY = 74, 75
+"""Exit codes: nothing more can be written, or another process holds this run. 0 is finished or stopped, 1 a recorded failure."""
+
+HEARTBEAT_S = 1.0
 
 
 def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, stop: Event) -> None:
@@ -34,12 +40,14 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, s
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     run = RunDirectory(folder)
-    run.path.mkdir(parents=True, exist_ok=True)
     try:
+        run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):
             raise SystemExit(_attempt(run, config, runtime, stop))
     except Timeout:
         raise SystemExit(BUSY) from None
+    except OSError as error:  # even the attempt could not be noted
+        raise SystemExit(DISK_FULL if is_disk_full(error) else 1) from None
 
 
 def _attempt(run: RunDirectory, config: dict[str, Any], runtime: Runtime, stop: Event) -> int:
@@ -47,20 +55,53 @@ def _attempt(run: RunDirectory, config: dict[str, Any], runtime: Runtime, stop: 
     append_line(run.attempts, {"event": "started", "time": started, "pid": os.getpid(), "host": socket.gethostname()})
     code, reason = 0, None
     try:
-        for _ in train_tokenizer(parse_train_config(config), run.path, runtime, stop.is_set):
+        for _ in train_tokenizer(parse_train_config(config), run.path, runtime, _beating(run, stop)):
             pass
         event = "finished"
     except StopRequested as stopped:
         event, reason = "stopped", str(stopped)
     except NonFiniteError as error:
         event, reason = "nan", str(error)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        event, reason, code = "oom", " ".join(str(error).split())[:500] or "out of memory", 1
     except Exception as error:  # the boundary of the process: whatever went wrong is recorded, and the other arms go on
-        event, reason, code = "error", f"{type(error).__name__}: {' '.join(str(error).split())}", 1
-        (run.path / "traceback.txt").write_text(traceback.format_exc())
+        event, reason = classify(error)
+        code = DISK_FULL if is_disk_full(error) else 1
+        if event == "error" and not isinstance(error, (ConfigError, DataError, OSError)):
+            (run.path / "traceback.txt").write_text(traceback.format_exc())
     append_line(run.attempts, {"event": event, "time": time.time(), "seconds": time.time() - started, "reason": reason})
     return code
+
+
+def classify(error: Exception) -> tuple[str, str]:
+    """The event and the one-line reason that an exception stands for; running out of memory says what was asked."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return "oom", f"out of memory: {text[:400] or 'the system gave no size'}; lower batch_size or --slots"
+    if isinstance(error, (ConfigError, DataError)):
+        return "error", text
+    if isinstance(error, OSError) and error.errno is not None:
+        return "error", f"{os.strerror(error.errno)}: {error.filename or 'while writing the run'}"
+    return "error", f"{type(error).__name__}: {text}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True where no retry helps until space is made: the disk or a quota is full. safetensors reports it as text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error)
+
+
+def _beating(run: RunDirectory, stop: Event) -> Callable[[], bool]:
+    """The trainer's question whether to stop, asked before every step, doubles as its sign of life."""
+    last = 0.0
+
+    def should_stop() -> bool:
+        nonlocal last
+        if time.monotonic() - last > HEARTBEAT_S:
+            last = time.monotonic()
+            run.heartbeat.touch()
+        return stop.is_set()
+
+    return should_stop
 
 
 def _exit_with_parent() -> None:

@@ -1,23 +1,32 @@
-"""Checkpoints: tensors in safetensors, the rest in a readable meta file; a new one replaces the old one only when it is whole."""
+"""Checkpoints: tensors in safetensors, the rest in a readable meta file that holds their hash; the one before is kept as well."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from ibq.run_directory import write_json, write_tensors
 
 
+class Checkpoint(NamedTuple):
+    """What a resume needs; `damaged` says, in one sentence each, which newer checkpoints could not be read and why."""
+
+    tensors: dict[str, torch.Tensor]
+    meta: dict[str, Any]
+    damaged: tuple[str, ...]
+
+
 def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-    """Write `folder`/{state.safetensors, meta.json}; the one before stands as `folder`.previous until this one is whole.
+    """Write `folder`/{state.safetensors, meta.json}; the one before stays as `folder`.previous.
 
     Args:
         folder: the checkpoint's directory.
@@ -27,23 +36,32 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], meta: dict[s
     fresh, previous = folder.with_suffix(".new"), folder.with_suffix(".previous")
     shutil.rmtree(fresh, ignore_errors=True)
     write_tensors(fresh / "state.safetensors", tensors)
-    write_json(fresh / "meta.json", meta)
+    write_json(fresh / "meta.json", meta | {"sha256": _sha256((fresh / "state.safetensors").read_bytes())})
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.rename(folder, previous)
     os.rename(fresh, folder)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest whole checkpoint, or None: `folder`, else the one before it, which a kill between two renames leaves alone on disk."""
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, or None: `folder`, else the one before it, where a kill or a damaged disk leaves no better one."""
+    damaged: list[str] = []
     for candidate in (folder, folder.with_suffix(".previous")):
+        if not candidate.is_dir():
+            continue
         try:
             meta: dict[str, Any] = json.loads((candidate / "meta.json").read_text())
-            return load_file(candidate / "state.safetensors"), meta
-        except (OSError, ValueError, SafetensorError):
-            continue
+            data = (candidate / "state.safetensors").read_bytes()
+            if meta["sha256"] != _sha256(data):
+                raise ValueError("its tensors are not those that were written")
+            return Checkpoint(load(data), meta, tuple(damaged))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            damaged.append(f"checkpoint {candidate.name} is damaged ({' '.join(str(error).split())})")
     return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def remove_checkpoint(folder: Path) -> None:

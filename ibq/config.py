@@ -11,7 +11,7 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from ibq.errors import ConfigError, nearest, one_sentence
 from ibq.quantizers.base import QuantizerConfig, parse_quantizer_config
@@ -24,15 +24,39 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
-class DataConfig(_Frozen):
-    """Which images, at which size."""
+DATA_SETS = ("fashion-mnist", "photos")
 
-    name: Literal["fashion-mnist", "photos"] = "fashion-mnist"
-    resolution: int = Field(32, ge=8, le=4096)
+
+class DataConfig(_Frozen):
+    """Which images, at which size; `name` is one of DATA_SETS or "imagefolder:PATH" (`ibq.data.load_images` says how a folder is read)."""
+
+    name: str = "fashion-mnist"
+    resolution: int = Field(32, strict=True, ge=8, le=4096)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        kind, _, folder = name.partition(":")
+        if kind == "imagefolder":
+            if not folder.strip() or "\0" in folder:
+                raise ValueError("a folder of images is written 'imagefolder:PATH', with the path of a folder")
+        elif name not in DATA_SETS:
+            raise ValueError(f"no data set has this name; {nearest(kind, (*DATA_SETS, 'imagefolder'))} (a folder is 'imagefolder:PATH')")
+        return name
+
+    @property
+    def kind(self) -> str:
+        """The name without a folder's path: "fashion-mnist", "photos" or "imagefolder"."""
+        return self.name.partition(":")[0]
+
+    @property
+    def folder(self) -> str:
+        """PATH of "imagefolder:PATH" as it was given; empty for other data."""
+        return self.name.partition(":")[2]
 
     @property
     def channels(self) -> int:
-        return 1 if self.name == "fashion-mnist" else 3
+        return 1 if self.kind == "fashion-mnist" else 3
 
 
 class AutoencoderConfig(_Frozen):
@@ -41,12 +65,12 @@ class AutoencoderConfig(_Frozen):
     The down-sampling factor is 2 ** (len(channel_multipliers) - 1).
     """
 
-    base_channels: int = Field(16, ge=1)
+    base_channels: int = Field(16, strict=True, ge=1)
     channel_multipliers: tuple[int, ...] = Field((1, 2, 2), min_length=1)
-    res_blocks: int = Field(1, ge=1, description="ResBlocks a level in the encoder; the decoder has one more")
+    res_blocks: int = Field(1, strict=True, ge=1, description="ResBlocks a level in the encoder; the decoder has one more")
     attention_resolutions: tuple[int, ...] = ()
-    z_channels: int = Field(32, ge=1)
-    norm_groups: int = Field(16, ge=1)
+    z_channels: int = Field(32, strict=True, ge=1)
+    norm_groups: int = Field(16, strict=True, ge=1)
 
     @property
     def downsampling(self) -> int:
@@ -97,10 +121,10 @@ class TrainConfig(_Frozen):
     quantizer: Annotated[SerializeAsAny[QuantizerConfig], BeforeValidator(parse_quantizer_config)]
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
-    steps: int = Field(300, ge=1)
-    batch_size: int = Field(32, ge=1, description="images a step, over all processes")
+    steps: int = Field(300, strict=True, ge=1)
+    batch_size: int = Field(32, strict=True, ge=1, description="images a step, over all processes")
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, strict=True, ge=0)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TrainConfig:
@@ -127,9 +151,15 @@ class TrainConfig(_Frozen):
     def to_json_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide this run's numbers: all, but of a folder of images not the path (its content has a hash of its own)."""
+        tree = self.to_json_dict()
+        tree["data"]["name"] = self.data.kind
+        return tree
+
     def run_id(self, data_hash: str) -> str:
         """Name of this run's directory: method, seed and a hash of all that decides its numbers."""
-        identity = {"config": self.to_json_dict(), "data": data_hash, "results_version": RESULTS_VERSION}
+        identity = {"config": self.identity(), "data": data_hash, "results_version": RESULTS_VERSION}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.quantizer.method}-s{self.seed}-{digest}"
 

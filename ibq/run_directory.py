@@ -24,7 +24,8 @@ class RunDirectory:
     checkpoint/       for resuming; removed when the run is finished
     model.safetensors the averaged weights of a finished run
     eval/             what the evaluation saw: code counts, pictures
-    attempts.jsonl    every start and how it ended
+    attempts.jsonl    every start, how it ended, what was damaged
+    heartbeat         touched as long as the trainer gets on
     row.json          written last; its presence means that the run is finished
     """
 
@@ -39,6 +40,7 @@ class RunDirectory:
         self.attempts = self.path / "attempts.jsonl"
         self.row = self.path / "row.json"
         self.lock = self.path / ".lock"
+        self.heartbeat = self.path / "heartbeat"
 
     @property
     def finished(self) -> bool:

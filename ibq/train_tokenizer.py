@@ -21,7 +21,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ibq.analysis import gradient_reach
-from ibq.checkpoint import flatten_optimizer, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
+from ibq.checkpoint import Checkpoint, flatten_optimizer, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig, flatten
 from ibq.data import Images, load_images
 from ibq.errors import ConfigError
@@ -69,11 +69,14 @@ def resolve_device(name: str) -> torch.device:
     """The torch device for 'auto', 'cpu', 'cuda' or 'cuda:N'.
 
     Raises:
-        ConfigError: a CUDA device is named and there is none.
+        ConfigError: the name is not a device's, or a CUDA device is named and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device={name!r} is not known; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r} was asked for but torch sees no CUDA device; use device='auto' or 'cpu'")
     return device
@@ -132,7 +135,9 @@ class _State:
         meta |= {"commit": source_commit(), "results_version": RESULTS_VERSION}
         save_checkpoint(folder, tensors, meta)
 
-    def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
+        tensors, meta = checkpoint.tensors, checkpoint.meta
+
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -186,10 +191,12 @@ def train_tokenizer(
         initialize_codebook(tokenizer, config, train_images, device)
     state.start_average()
     if checkpoint is not None:
-        if checkpoint[1]["data_hash"] != train_images.content_hash:
-            trained_on, given = checkpoint[1]["data_hash"][:12], train_images.content_hash[:12]
+        if checkpoint.meta["data_hash"] != train_images.content_hash:
+            trained_on, given = checkpoint.meta["data_hash"][:12], train_images.content_hash[:12]
             raise ConfigError(f"{run.path} was trained on data {trained_on}, not {given}; give it that data or another directory")
-        state.restore(*checkpoint)
+        state.restore(checkpoint)
+        for damage in checkpoint.damaged:
+            append_line(run.attempts, {"event": "damaged", "reason": f"{damage}; resumed from the one before, at step {state.step}"})
     run.rewind(state.step)
     snapshot_steps = {round(config.steps * i / max(1, runtime.snapshots - 1)) for i in range(runtime.snapshots)}
     if state.step == 0 and 0 in snapshot_steps:

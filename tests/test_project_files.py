@@ -13,7 +13,7 @@ from ibq.quantizers import Quantizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMPORT_NAMES = {"scikit-image": "skimage", "scikit-learn": "sklearn", "umap-learn": "umap"}
+IMPORT_NAMES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn", "umap-learn": "umap"}
 
 
 def requirement_name(requirement: str) -> str:
@@ -79,4 +79,4 @@ def test_python_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(blocks) == 2
     namespace: dict[str, object] = {}
     for block in blocks:
-        exec(block, namespace)
+        exec(compile(block, "README.md", "exec", dont_inherit=True), namespace)

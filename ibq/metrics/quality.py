@@ -8,7 +8,6 @@ size changes nothing. Suffixes: B images, C channels, H W pixels.
 from __future__ import annotations
 
 import torch
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 class ImageQuality:
@@ -33,6 +32,9 @@ class ImageQuality:
             raise ValueError(f"originals and reconstructions must share one shape, not {shapes}")
         if float(originals_BCHW.abs().max()) > 1:
             raise ValueError(f"originals reach {float(originals_BCHW.abs().max()):.3f} in magnitude; scale them to [-1, 1]")
+        # torchmetrics takes longer to import than everything else together, and a command line that only lists runs needs none of it
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
         y_BCHW = reconstructions_BCHW.float().clamp(-1, 1)
         # in float32, where its window sums are ten times faster than in float64
         ssim_B = structural_similarity_index_measure((y_BCHW + 1) / 2, (originals_BCHW + 1) / 2, data_range=1.0, reduction="none")

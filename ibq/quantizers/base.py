@@ -36,8 +36,8 @@ class QuantizerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     method: str
-    codebook_size: int = Field(1024, ge=1, description="K, the number of codes")
-    code_dim: int = Field(64, ge=1, description="D, the dimension of a code")
+    codebook_size: int = Field(1024, strict=True, ge=1, description="K, the number of codes")
+    code_dim: int = Field(64, strict=True, ge=1, description="D, the dimension of a code")
 
     @property
     def loss_weights(self) -> dict[str, float]:

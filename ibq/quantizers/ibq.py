@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from ibq.ops import index_backprop
 from ibq.quantizers.base import CodebookConfig, CodebookInit, CodebookQuantizer, quantization_terms
@@ -19,8 +20,9 @@ class IBQConfig(CodebookConfig):
 
     method: Literal["ibq"] = "ibq"
     codebook_init: CodebookInit = "normal"
-    entropy_weight: float = 0.05
-    double: bool = True
+    entropy_weight: float = Field(0.05, ge=0)
+    double: bool = Field(True, strict=True)
+    """The extra term |z_q - z|^2 without stop-gradient."""
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from experiments.__main__ import app
+from experiments.cli import app
 
 runner = CliRunner()
 

@@ -13,9 +13,9 @@ import PIL.Image
 import pytest
 import torch
 
-from ibq import data
 from ibq.config import DataConfig
-from ibq.data import DataError, Images, crop_grid, load_images, split_regions
+from ibq.data import DataError, Images, Split, crop_grid, fashion_mnist, load_images, photos, split_regions
+from ibq.data.__main__ import main
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 PHOTOS = DataConfig(name="photos", resolution=32)
@@ -30,7 +30,7 @@ def fashion_test() -> Images:
 @pytest.fixture(scope="module")
 def idx_bytes(fashion_test: Images) -> dict[str, bytes]:
     """The true content of the four IDX files, by name."""
-    files, _ = data._find_fashion_mnist()
+    files, _ = fashion_mnist._find_fashion_mnist()
     return {name: gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for name, path in files.items()}
 
 
@@ -39,8 +39,8 @@ def no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without IBQ_DATA, Debian's package, a filled cache or a network; gives the cache folder."""
     monkeypatch.delenv("IBQ_DATA", raising=False)
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "no package")
-    monkeypatch.setattr(data, "FETCHERS", {})
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "no package")
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {})
     return tmp_path / "cache"
 
 
@@ -174,13 +174,13 @@ def test_a_corrupted_file_is_named_with_both_hashes_and_a_remedy(
     sentence = str(refusal.value)
     assert str(folder / "t10k-labels-idx1-ubyte") in sentence
     assert hashlib.sha256(corrupted).hexdigest() in sentence
-    assert data.FASHION_MNIST_SHA256["t10k-labels-idx1-ubyte"] in sentence
+    assert fashion_mnist.FASHION_MNIST_SHA256["t10k-labels-idx1-ubyte"] in sentence
     assert "replace it or delete it" in sentence
     assert "\n" not in sentence
 
 
 def test_a_truncated_gz_is_an_error_not_a_traceback(no_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_idx(tmp_path / "cut", dict.fromkeys(data.FASHION_MNIST_SHA256, bytes(range(256)) * 9), ".gz")
+    folder = write_idx(tmp_path / "cut", dict.fromkeys(fashion_mnist.FASHION_MNIST_SHA256, bytes(range(256)) * 9), ".gz")
     monkeypatch.setenv("IBQ_DATA", str(folder))
     images_gz = folder / "t10k-images-idx3-ubyte.gz"
     for damage in (images_gz.read_bytes()[:40], b"no gzip at all"):
@@ -218,14 +218,14 @@ def test_fetching_passes_over_bad_sources_and_survives_a_second_fetcher(
     def honest(folder: Path) -> Path:
         return write_idx(folder / "FashionMNIST" / "raw", idx_bytes).parents[1]
 
-    monkeypatch.setattr(data, "FETCHERS", {"the forger": forged, "the friend": honest})
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"the forger": forged, "the friend": honest})
     write_idx(no_source / "fashion-mnist", {"t10k-images-idx3-ubyte": b"left by a process that was killed between two renames"})
     with ThreadPoolExecutor(2) as two:
         results = list(two.map(lambda _: load_images(DataConfig(), "test"), range(2)))
     assert {images.content_hash for images in results} == {fashion_test.content_hash}
     assert all("the friend" in images.source or "the cache" in images.source for images in results)
     assert sorted(path.name for path in (no_source / "fashion-mnist").iterdir()) == sorted(idx_bytes), "no temporary folder may stay behind"
-    monkeypatch.setattr(data, "FETCHERS", {})
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {})
     assert "the cache" in load_images(DataConfig(), "test").source
 
 
@@ -236,8 +236,8 @@ def test_when_every_source_fails_one_sentence_says_why(no_source: Path, monkeypa
     def incomplete(folder: Path) -> Path:
         return folder
 
-    fetchers = {"apt": data._fetch_debian, "torchvision": unplugged, "a mirror": incomplete}
-    monkeypatch.setattr(data, "FETCHERS", fetchers)
+    fetchers = {"apt": fashion_mnist._fetch_debian, "torchvision": unplugged, "a mirror": incomplete}
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", fetchers)
     monkeypatch.setenv("PATH", str(no_source))
     with pytest.raises(DataError) as refusal:
         load_images(DataConfig(), "train")
@@ -262,7 +262,7 @@ def test_apts_own_complaint_reaches_the_user(no_source: Path, tmp_path: Path, mo
         (tools / tool).write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\necho more >&2\nexit 100\n")
         (tools / tool).chmod(0o755)
     monkeypatch.setenv("PATH", str(tools))
-    monkeypatch.setattr(data, "FETCHERS", {"apt": data._fetch_debian})
+    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"apt": fashion_mnist._fetch_debian})
     with pytest.raises(DataError, match=r"apt failed \(E: Unable to locate package, E: Unable to locate package\)"):
         load_images(DataConfig(), "test")
 
@@ -277,11 +277,11 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("IBQ_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.cache_folder() == tmp_path / ".cache" / "ibq"
+    assert fashion_mnist.cache_folder() == tmp_path / ".cache" / "ibq"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert data.cache_folder() == tmp_path / "xdg" / "ibq"
+    assert fashion_mnist.cache_folder() == tmp_path / "xdg" / "ibq"
     monkeypatch.setenv("IBQ_CACHE", "~/mine")
-    assert data.cache_folder() == tmp_path / "mine"
+    assert fashion_mnist.cache_folder() == tmp_path / "mine"
 
 
 def test_a_user_without_a_home_is_told_of_ibq_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_a_user_without_a_home_is_told_of_ibq_cache(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(DataError, match=r"no home folder.*set IBQ_CACHE"):
-        data.cache_folder()
+        fashion_mnist.cache_folder()
 
 
 # --- Photographs -------------------------------------------------------------------------------------------------------------------------
@@ -327,8 +327,8 @@ def test_a_loaded_photo_is_cut_densely_for_training_and_without_overlap_for_test
     height, width = 64, 96
     rows_HW, columns_HW = np.mgrid[:height, :width].astype(np.uint8)
     PIL.Image.fromarray(np.stack((rows_HW, columns_HW, 0 * rows_HW), axis=2)).save(tmp_path / "positions.png")
-    monkeypatch.setattr(data, "_photo_paths", lambda: [tmp_path / "positions.png"] * 2)
-    train, test = (load_images(DataConfig(name="photos", resolution=16), split).images_NCHW for split in get_args(data.Split))
+    monkeypatch.setattr(photos, "_photo_paths", lambda: [tmp_path / "positions.png"] * 2)
+    train, test = (load_images(DataConfig(name="photos", resolution=16), split).images_NCHW for split in get_args(Split))
     corners_train = [[top, left, 0] for top in range(0, 49, 8) for left in range(0, 57, 8)]
     corners_test = [[top, 72, 0] for top in (0, 16, 32, 48)]
     assert train[:, :, 0, 0].tolist() == 2 * corners_train
@@ -348,19 +348,19 @@ def test_photos_are_colour_crops_and_the_same_every_time() -> None:
 
 
 def test_photos_say_what_resolution_they_allow() -> None:
-    for split in get_args(data.Split):  # a resolution that only the training regions allow is refused before training, not after
+    for split in get_args(Split):  # a resolution that only the training regions allow is refused before training, not after
         with pytest.raises(DataError, match=r"resolution=113 at most.*resolution=114"):
             load_images(DataConfig(name="photos", resolution=114), split)
     assert len(load_images(DataConfig(name="photos", resolution=113), "test")) >= 7
 
 
 def test_absent_or_damaged_photos_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for photos, message in (
+    for named, message in (
         ({"no_such_package_of_photos": ("a.png",)}, "no_such_package_of_photos, which is not installed; pip install 'ibq-study"),
         ({"skimage": ("data/absent.png",)}, "absent.png is not in the installed package; pip install"),
         ({"skimage": ("data/README.txt",)}, "README.txt cannot be read .*pip install"),
     ):
-        monkeypatch.setattr(data, "PHOTOS", photos)
+        monkeypatch.setattr(photos, "PHOTOS", named)
         with pytest.raises(DataError, match=message):
             load_images(PHOTOS, "train")
 
@@ -369,7 +369,7 @@ def test_absent_or_damaged_photos_name_the_remedy(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_prints_a_line_per_split(capsys: pytest.CaptureFixture[str]) -> None:
-    data.main(["photos", "--resolution", "64"])
+    main(["photos", "--resolution", "64"])
     lines = capsys.readouterr().out.splitlines()
     expected = load_images(DataConfig(name="photos", resolution=64), "test")
     assert len(lines) == 2
@@ -382,4 +382,4 @@ def test_the_command_prints_a_line_per_split(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("resolution", ["4", "64"])
 def test_the_command_refuses_in_one_sentence(resolution: str) -> None:
     with pytest.raises(SystemExit, match=rf"^ibq.data: .*{resolution}[^\n]*$"):
-        data.main(["fashion-mnist", "--resolution", resolution])
+        main(["fashion-mnist", "--resolution", resolution])

@@ -1,0 +1,235 @@
+"""The command line: python -m experiments list | plan | run | status | report | evaluate | rerun | forget | compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from experiments import manage
+from experiments import plan as plan_module
+from experiments.ablations import ABLATIONS
+from experiments.recipes import PRESETS
+from experiments.study import Study
+from experiments.sweep import HANG_S, terminable, train_study
+from ibq.data import DataError
+from ibq.errors import ConfigError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers.")
+console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+Names = Annotated[list[str] | None, typer.Argument(help="ablations; none means all")]
+PresetOption = Annotated[str, typer.Option("--preset", help=f"scale: {', '.join(PRESETS)}")]
+SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4; repeatable")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
+MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, (_, what) in manage.EVALUATIONS.items()))]
+SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")]
+
+
+def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's error is one line on stderr and exit code 2, never a traceback; Ctrl-C and SIGTERM stop resumably, code 130."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            with terminable():
+                command(*args, **kwargs)
+        except (ConfigError, DataError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno is None:
+                raise
+            print(f"error: {os.strerror(error.errno)}: {error.filename or 'while writing'}; nothing finished is lost", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+def study_of(names: list[str] | None, preset: str, seeds: int | None, changes: list[str] | None) -> Study:
+    """The study that a command line names."""
+    overrides = {}
+    for change in changes or []:
+        path, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {change!r} is not of the form field=value, e.g. --set optim.lr=3e-4")
+        overrides[path] = _value(text)
+    return Study(preset, tuple(names or ()), seeds, overrides)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+@app.command("list")
+@one_sentence_errors
+def list_ablations() -> None:
+    """The ablations and presets there are."""
+    table = Table("ablation", "arms", "question", box=None)
+    for ablation in ABLATIONS.values():
+        table.add_row(ablation.name, str(len(ablation.arms)), escape(ablation.question))
+    presets = Table("preset", "for", box=None)
+    for preset in PRESETS.values():
+        presets.add_row(preset.name, escape(preset.purpose))
+    console.print(table, "", presets)
+
+
+@app.command()
+@one_sentence_errors
+def plan(
+    names: Names = None, preset: PresetOption = "quick", seeds: SeedsOption = None, set_: SetOption = None, slots: SlotsOption = None
+) -> None:
+    """Arms, steps and expected minutes; trains nothing."""
+    study = study_of(names, preset, seeds, set_)
+    for ablation in study.ablations:
+        lines = plan_module.plan_table(study, ablation)
+        table = Table(*lines.columns, title=ablation.name, box=None)
+        for line in lines.itertuples(index=False):
+            table.add_row(*(escape(str(value)) for value in line))
+        console.print(table)
+    print(plan_module.expected_cost(study, slots))
+
+
+@app.command()
+@one_sentence_errors
+def run(
+    names: Names = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    slots: SlotsOption = None,
+    time_budget: Annotated[float | None, typer.Option(help="minutes; then stop, resumably")] = None,
+    fail_fast: Annotated[bool, typer.Option(help="stop everything at the first failed run")] = False,
+    hang_timeout: Annotated[float, typer.Option(help="minutes without a sign of life after which a trainer is killed")] = HANG_S / 60,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+) -> None:
+    """Train all arms that have no row yet, execute the notebooks, write the report."""
+    study, started = study_of(names, preset, seeds, set_), time.monotonic()
+    budget_s = None if time_budget is None else 60 * time_budget
+    outcome = train_study(
+        study, slots=slots, device=device, time_budget_s=budget_s, fail_fast=fail_fast, hang_s=60 * hang_timeout, say=_say
+    )
+    from experiments import notebooks, projections, report
+
+    if not outcome.unfinished and study.preset_name != "smoke":
+        projections.project_all((cell for cell in study.cells if cell.seed == 0), study.preset.projection, _say)
+    if outcome.finished:
+        command = f"python -m experiments {shlex.join(sys.argv[1:])}"
+        report.record_session(study, command, len(outcome.finished), (time.monotonic() - started) / 60)
+    if not outcome.unfinished:
+        notebooks.execute_changed(study, _say)
+    page = report.write(study)
+    print(f"report: {page}")
+    _suggest_gpu(study)
+    if outcome.failed or outcome.unfinished:
+        print(
+            f"{len(outcome.failed)} failed, {len(outcome.unfinished) - len(outcome.failed)} unfinished; the same command goes on from here"
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+@one_sentence_errors
+def status(names: Names = None, preset: PresetOption = "quick", seeds: SeedsOption = None, set_: SetOption = None) -> None:
+    """Every arm: finished, running with step and speed, failed with its reason, or pending."""
+    from experiments.rows import status_lines
+
+    study = study_of(names, preset, seeds, set_)
+    table = Table("arm", "state", "detail", "run", box=None)
+    for line in status_lines(study):
+        table.add_row(*(escape(str(line[key])) for key in ("arm", "state", "detail", "run")))
+    console.print(table)
+
+
+@app.command()
+@one_sentence_errors
+def report(
+    names: Names = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
+) -> None:
+    """Tables, figures and the page, from the rows there are."""
+    from experiments import report as report_module
+
+    study = study_of(names, preset, seeds, set_)
+    print(f"report: {report_module.write(study)}")
+    if publish:
+        print(f"published: {report_module.publish(study)}")
+
+
+@app.command()
+@one_sentence_errors
+def evaluate(
+    names: Names = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    metric: MetricOption = "full_test",
+) -> None:
+    """Add an evaluation to finished runs, without training."""
+    study = study_of(names, preset, seeds, set_)
+    print(f"{manage.evaluate_finished(study, metric, _say)} runs evaluated; the columns {metric}.* are in the rows")
+
+
+@app.command()
+@one_sentence_errors
+def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
+    """Remove a run for good."""
+    run = manage.find_run(Study(preset), run_id)
+    manage.forget(run)
+    print(f"forgot {run.path.name}")
+
+
+@app.command()
+@one_sentence_errors
+def rerun(run_id: RunArgument, preset: PresetOption = "quick", seeds: SeedsOption = None, set_: SetOption = None) -> None:
+    """Train a run again, and say what changed."""
+    study = study_of(None, preset, seeds, set_)
+    before, outcome = manage.rerun(study, manage.find_run(study, run_id), say=_say)
+    if before and outcome.finished:
+        after = outcome.finished[0].run.read_row()
+        changed = [name for name in after if before.get(name) != after[name]]
+        print(f"entries that differ from the former row: {', '.join(changed) or 'none'}")
+    if not outcome.finished:
+        raise typer.Exit(1)
+
+
+@app.command()
+@one_sentence_errors
+def compare(one: RunArgument, other: RunArgument, preset: PresetOption = "quick") -> None:
+    """Config fields and results in which two runs differ."""
+    runs = [manage.find_run(Study(preset), name) for name in (one, other)]
+    table = Table("", *(run.path.name for run in runs), box=None)
+    for line in manage.compare(*runs):
+        table.add_row(*(escape(str(value)) for value in line))
+    console.print(table)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _suggest_gpu(study: Study) -> None:
+    import torch
+
+    if torch.cuda.is_available() and study.preset_name == "quick":
+        print(f"a GPU is here ({torch.cuda.get_device_name()}): make study PRESET=gpu runs the study at the paper's codebook size")

@@ -1,0 +1,114 @@
+"""What is done to single runs: forget, rerun, compare, and evaluate anew without training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments.study import Cell, Study, unique_runs
+from experiments.sweep import Outcome, train_study
+from ibq.config import TrainConfig, flatten, parse_train_config
+from ibq.data import load_images
+from ibq.errors import ConfigError, nearest
+from ibq.evaluation import evaluate
+from ibq.models.tokenizer import load_tokenizer
+from ibq.run_directory import RunDirectory, write_json
+
+EVALUATIONS: dict[str, tuple[str, str]] = {
+    "full_test": ("test", "the whole test split, where the row has its first images only"),
+    "train_split": ("train", "as many images of the train split: what the tokenizer has seen"),
+}
+"""Evaluations of finished runs by name: the split, and what they add to the row."""
+
+
+def find_run(study: Study, name: str) -> RunDirectory:
+    """A run of the study's runs folder by its id, or by an unambiguous beginning of it.
+
+    Raises:
+        ConfigError: no run or several begin so; a name that is not an id (a path, say) is not looked up at all.
+    """
+    known = sorted(path.name for path in study.runs_folder.glob("*/") if (path / "config.json").is_file())
+    matches = [run for run in known if run == name] or [run for run in known if name and run.startswith(name)]
+    if len(matches) != 1:
+        found = (
+            f"{len(matches)} runs begin with it"
+            if matches
+            else f"no run has that id; {nearest(name, known)}"
+            if known
+            else "there are no runs"
+        )
+        raise ConfigError(f"run {name!r} cannot be chosen: {found}")
+    return RunDirectory(study.runs_folder / matches[0])
+
+
+def read_config(run: RunDirectory) -> TrainConfig:
+    """The config of a run directory, checked.
+
+    Raises:
+        ConfigError: config.json is not JSON or not a valid config.
+    """
+    try:
+        return parse_train_config(json.loads(run.config.read_text()))
+    except ValueError as error:
+        raise ConfigError(f"{run.config} cannot be read: {' '.join(str(error).split())}; forget the run and train it again") from None
+
+
+def forget(run: RunDirectory) -> None:
+    """Remove a run for good. It leaves the runs folder in one step, so that a kill leaves no half of it behind."""
+    doomed = run.path.with_name(f".forgotten-{run.path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    run.path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, Any] | None, Outcome]:
+    """Forget a run and train its config again; returns the former row, if there was one, and the sweep's outcome."""
+    config = read_config(run)
+    before = run.read_row() if run.finished else None
+    cells = [cell for cell in study.cells if cell.run.path == run.path]
+    if not cells:
+        raise ConfigError(
+            f"run {run.path.name} is of no arm of study {study.name}; give the --preset, --seeds and --set it was trained with"
+        )
+    assert cells[0].config == config
+    forget(run)
+    return before, train_study(study.only(cells[:1]), **options)
+
+
+def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]]:
+    """Config fields and row entries in which two runs differ, as (name, value of one, value of the other)."""
+    sides = []
+    for run in (one, other):
+        facts = flatten(read_config(run).to_json_dict())
+        row = run.read_row() if run.finished else {"status": "unfinished"}
+        sides.append(facts | {name: value for name, value in row.items() if not name.startswith("config.")})
+    names = list(dict.fromkeys([*sides[0], *sides[1]]))
+    return [(name, sides[0].get(name), sides[1].get(name)) for name in names if sides[0].get(name) != sides[1].get(name)]
+
+
+def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = print) -> int:
+    """Add an evaluation to every finished run of a study that lacks it, as eval/<name>.json; returns how many were added.
+
+    Raises:
+        ConfigError: an unknown evaluation (the nearest is named).
+    """
+    if name not in EVALUATIONS:
+        raise ConfigError(f"evaluation {name!r} does not exist; {nearest(name, EVALUATIONS)}")
+    todo = [cell for cell in unique_runs(study.cells) if cell.run.finished and not evaluation_file(cell, name).is_file()]
+    todo = [cell for cell in todo if cell.run.read_row()["status"] == "ok"]
+    for i, cell in enumerate(todo, 1):
+        split, _ = EVALUATIONS[name]
+        images = load_images(cell.config.data, "train" if split == "train" else "test")
+        runtime = study.preset.runtime
+        n_images = len(images) if name == "full_test" else runtime.eval_images
+        metrics, protocol, _ = evaluate(load_tokenizer(cell.run.path), images, n_images, runtime.eval_batch_size, weights="ema")
+        write_json(evaluation_file(cell, name), metrics | {f"protocol.{key}": value for key, value in protocol.items()})
+        say(f"[{i}/{len(todo)}] {name} {cell.name}: perplexity {metrics['perplexity']:.0f}, L1 {metrics['l1']:.4f}")
+    return len(todo)
+
+
+def evaluation_file(cell: Cell, name: str) -> Path:
+    return cell.run.path / "eval" / f"{name}.json"

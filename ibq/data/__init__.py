@@ -1,0 +1,59 @@
+"""The images that tokenizers train on: Fashion-MNIST, crops of photographs that arrive inside Python wheels, folders of one's own.
+
+`python -m ibq.data` fetches what is missing and prints one line per split, so that a training run never waits for a download.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from ibq.config import DataConfig
+from ibq.data.fashion_mnist import FASHION_MNIST_RESOLUTION, FASHION_MNIST_SHA256, cache_folder, load_fashion_mnist
+from ibq.data.folder import load_folder
+from ibq.data.images import DataError, Images, Split
+from ibq.data.photos import crop_grid, load_photos, split_regions
+
+__all__ = [
+    "FASHION_MNIST_RESOLUTION",
+    "FASHION_MNIST_SHA256",
+    "DataError",
+    "Images",
+    "Split",
+    "cache_folder",
+    "crop_grid",
+    "load_images",
+    "split_regions",
+]
+
+
+def load_images(config: DataConfig, split: Split) -> Images:
+    """One split of the images that `config` names, fetched on first use.
+
+    fashion-mnist: its 28×28 images stand in the middle of 32×32 with the background value 0 around them. It is sought in the folder
+    IBQ_DATA, in Debian's package dataset-fashion-mnist, in the cache folder, and then fetched. An IBQ_DATA folder that holds none of the
+    four files may belong to other data and is passed over; one that does not exist or holds some of the four is an error.
+
+    photos: overlapping (train) or adjacent (test) RGB crops of seven photographs.
+
+    imagefolder:PATH: every .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff and .gif (first frame) in the folder and below, hidden ones left
+    out, links followed. Where PATH holds train/ and one of val/, test/ (the first of these), they are the splits; the longer names
+    training, valid, validation and testing do as well, in any case. Otherwise every tenth file of the sorted listing, from the first on,
+    is for testing and the rest for training. Where a split's folder holds only subfolders, they are its classes, numbered by their sorted
+    names in both splits. A file that cannot be used is left out: `Images.skipped` says why, and one line on stderr how many.
+    How an image becomes a square: `ibq.data.folder.square_rgb`.
+
+    Args:
+        config: name and resolution (pixels a side).
+        split: "train" or "test".
+
+    Returns:
+        The images, uint8 (N, C, resolution, resolution): for Fashion-MNIST 60,000 or 10,000 of 1 channel with labels, else of 3.
+
+    Raises:
+        DataError: the data is absent, damaged, too large for memory, or does not come at this resolution.
+    """
+    if split not in get_args(Split):
+        raise DataError(f"there is no split {split!r}; choose 'train' or 'test'")
+    if config.kind == "imagefolder":
+        return load_folder(config.folder, config.resolution, split)
+    return (load_fashion_mnist if config.kind == "fashion-mnist" else load_photos)(config.resolution, split)

@@ -1,0 +1,249 @@
+"""A folder of one's own images: which files make which split, how any image becomes a square of RGB bytes, what cannot be used and why."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ibq.data.images import DataError, Images, Split, one_line, quoted
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""Told by a file's content, whatever its ending; foreign files get at none of Pillow's other readers."""
+SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test", "testing")}
+MAX_PIXELS = 2**27
+"""Width times height that a file may declare (134 million): a larger image is refused by its header, before a pixel is decoded."""
+MAX_BYTES = 8 * 2**30
+"""Memory that the images of one split may take: 8 GiB."""
+NAMED_ON_STDERR = 3
+_CHUNK = 1024
+_one_at_a_time = threading.Lock()  # warnings are silenced for the whole process while images are decoded
+
+_Array = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def load_folder(given: str, resolution: int, split: Split) -> Images:
+    """One split of a folder's images, decoded into memory; `ibq.data.load_images` tells how files become splits and classes.
+
+    Args:
+        given: the folder; a leading ~ is the home folder.
+        resolution: R, pixels a side.
+        split: "train" or "test".
+
+    Returns:
+        uint8 (N, 3, R, R) in the order of the sorted paths; the same bytes for the same files, wherever the folder lies.
+
+    Raises:
+        DataError: the folder is absent, unreadable, without usable images for this split, or its images would take more than MAX_BYTES.
+    """
+    root = Path(os.path.expanduser(given)).absolute()
+    folders = _split_folders(root)
+    place = folders.get(split, root)
+    files, skipped = _image_files(place)
+    if not files and not skipped:
+        raise DataError(f"{quoted(place)} holds no image: nothing in it or below it ends in {_or(ENDINGS)} (hidden files are left out)")
+    source = quoted(place)
+    if not folders:
+        if len(files) == 1:
+            raise DataError(f"{source} holds a single image file, which cannot be both for training and for testing; add more images")
+        files = files[::10] if split == "test" else [name for position, name in enumerate(files) if position % 10]
+        source += f" ({'every tenth file' if split == 'test' else 'nine files in ten'})"
+    images_NCHW, kept, unusable = _decode_all(place, files, resolution)
+    skipped += unusable
+    if not kept:
+        raise DataError(f"no image of {source} can be used for {split}: {_first(skipped)}")
+    if skipped:
+        print(f"imagefolder {split}: {len(skipped):,} skipped and {len(kept):,} kept of {source}: {_first(skipped)}", file=sys.stderr)
+    labels_N = None
+    if _classes(place):
+        numbers = {name: number for number, name in enumerate(sorted(set().union(*map(_classes, folders.values() or [root]))))}
+        labels_N = torch.tensor([numbers[name.split(os.sep)[0]] for name in kept])
+    return Images("imagefolder", split, images_NCHW, labels_N, source, tuple(skipped))
+
+
+# --- Files -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, hidden entries left out; a DataError if it is none or cannot be read."""
+    try:
+        return _scan(folder)
+    except FileNotFoundError:
+        raise DataError(f"the image folder {quoted(folder)} does not exist") from None
+    except NotADirectoryError:
+        raise DataError(f"{quoted(folder)} is not a folder; name the folder that holds the images") from None
+    except OSError as error:
+        raise DataError(f"the image folder {quoted(folder)} cannot be read ({one_line(error.strerror)})") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of the two splits, or none where `root` has neither; a DataError where it has but one."""
+    by_name = {entry.name.casefold(): Path(entry.path) for entry in sorted(_entries(root), key=lambda e: e.name) if _is_folder(entry)}
+    found = {}
+    for split, names in SPLIT_FOLDERS.items():
+        if present := [by_name[name] for name in names if name in by_name]:
+            found[split] = present[0]
+    if len(found) == 1:
+        (there,), absent = found.values(), SPLIT_FOLDERS["test" if "train" in found else "train"]
+        raise DataError(
+            f"{quoted(root)} holds {quoted(there.name)} but no folder {_or(absent)} beside it; add one, or name the folder "
+            "that holds the images, of which every tenth is then for testing"
+        )
+    return found
+
+
+def _classes(folder: Path) -> set[str]:
+    """Names of the subfolders of a folder that holds no image itself; else none."""
+    entries = _entries(folder)
+    names = {entry.name for entry in entries if _is_folder(entry)}
+    return set() if any(entry.name not in names and entry.name.lower().endswith(ENDINGS) for entry in entries) else names
+
+
+def _image_files(root: Path) -> tuple[list[str], list[str]]:
+    """Paths of the image files below `root`, relative to it and sorted part by part, and a sentence for each subfolder that is closed."""
+    _entries(root)
+    prefix = os.path.join(root, "")
+    files, skipped = [], []
+    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            status, entries = os.stat(folder), _scan(folder)
+        except OSError as error:
+            skipped.append(f"{quoted(folder.relative_to(root))} cannot be read ({one_line(error.strerror)})")
+            continue
+        this = (status.st_dev, status.st_ino)
+        if this in above:  # a link to a folder that it lies in
+            continue
+        for entry in entries:
+            if _is_folder(entry):
+                waiting.append((Path(entry.path), above | {this}))
+            elif entry.name.lower().endswith(ENDINGS):
+                files.append(entry.path.removeprefix(prefix))
+    return sorted(files, key=lambda name: name.split(os.sep)), sorted(skipped)
+
+
+# --- Pixels ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _decode_all(place: Path, files: list[str], resolution: int) -> tuple[torch.Tensor, list[str], list[str]]:
+    """The usable images as uint8 (N, 3, R, R), their N names, and a sentence for every other file."""
+    shape, size = (len(files), 3, resolution, resolution), len(files) * 3 * resolution**2
+    what = f"{len(files):,} images of {quoted(place)} at resolution={resolution} take {size / 2**30:,.2f} GiB"
+    remedy = "choose a smaller resolution or a folder with a part of them"
+    if size > MAX_BYTES:
+        raise DataError(f"{what}, over the limit of {MAX_BYTES / 2**30:.2f} GiB that are held in memory; {remedy}")
+    try:
+        images_NCHW = np.empty(shape, np.uint8)
+    except MemoryError:
+        raise DataError(f"{what}, which this machine does not have; {remedy}") from None
+    kept: list[str] = []
+    unusable: list[str] = []
+    # A few threads, as Pillow lets go of Python's lock; in chunks, so that few images wait to be copied.
+    with _one_at_a_time, warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")  # Pillow's about metadata and size: what matters of them is said in a sentence of our own
+        for start in range(0, len(files), _CHUNK):
+            chunk = files[start : start + _CHUNK]
+            for name, image_CHW in zip(chunk, pool.map(lambda name: _read(place / name, resolution), chunk), strict=True):
+                if isinstance(image_CHW, str):
+                    unusable.append(f"{quoted(name)} {image_CHW}")
+                else:
+                    images_NCHW[len(kept)] = image_CHW
+                    kept.append(name)
+    return torch.from_numpy(images_NCHW[: len(kept)]), kept, unusable
+
+
+def _read(path: Path, resolution: int) -> _Array | str:
+    """The image as uint8 (3, R, R), or the words that say, after the file's name, why it cannot be used."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+            return "is not a regular file"
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                return f"declares {width:,}×{height:,} pixels, over the limit of {MAX_PIXELS:,} in all"
+            if min(width, height) < resolution:
+                return f"is {width}×{height} pixels, smaller than resolution={resolution}"
+            image.draft(None, (3 * resolution, 3 * resolution))
+            return np.asarray(square_rgb(image, resolution)).transpose(2, 0, 1)
+    except Image.DecompressionBombError as error:  # Pillow's own limit, met while opening
+        return f"declares too many pixels ({one_line(error)})"
+    except UnidentifiedImageError:
+        return f"has not the content of a {_or(FORMATS)} image"
+    except OSError as error:
+        return f"cannot be read ({one_line(error.strerror or error)})"
+    except Exception as error:  # decoders answer damaged bytes with errors of every type
+        return f"cannot be decoded ({one_line(error)})"
+
+
+def square_rgb(image: Image.Image, resolution: int) -> Image.Image:
+    """Any image as an RGB square: its centre square, scaled by Pillow's antialiased bicubic filter.
+
+    Upright as its EXIF orientation says; transparent parts stand on white; grey, palette and CMYK become RGB; 16-bit grey is scaled from
+    0 to 65,535 down to 0 to 255 and rounded. Colour profiles are not applied. An image of resolution×resolution keeps its pixels.
+    (A JPEG of 6 times the resolution or more has been decoded at a half, a quarter or an eighth by then, to no less than 3 times it.)
+
+    Args:
+        image: of any size that is no smaller than the resolution.
+        resolution: R, pixels a side.
+
+    Returns:
+        An RGB image of R×R pixels.
+
+    Raises:
+        ValueError: its pixels are floating-point numbers or exceed 16 bits: what would be white is not known.
+        OSError and others: the file is truncated or damaged.
+    """
+    image.load()
+    image = _upright(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is not known")
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, which also carries 16 bits from some formats
+        grey_HW = np.asarray(image).astype(np.int32)
+        if grey_HW.min() < 0 or grey_HW.max() > 65535:
+            raise ValueError("its pixels are whole numbers beyond 16 bits, whose range is not known")
+        image = Image.fromarray(((grey_HW + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.convert("RGB").resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A loaded image turned as its EXIF says; as it is where that is damaged, since the pixels may be sound."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as various as the damage
+        return image
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _first(sentences: list[str]) -> str:
+    """The first few of the sentences, and how many more there are."""
+    more = len(sentences) - NAMED_ON_STDERR
+    return "; ".join(sentences[:NAMED_ON_STDERR]) + (f"; and {more:,} more" if more > 0 else "")

@@ -1,0 +1,194 @@
+"""kill -9 at random moments of trainer, sweep driver, papermill and its kernel, in turn, on a small study. `make faults` runs 100 rounds.
+
+After every round: rows that were there are there and unchanged, no run was trained to its end twice, and no process is left over. In the
+end the study is finished quietly and must equal, bit for bit, one that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ibq.run_directory import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = ("trainer", "driver", "papermill", "kernel")
+TIMING = {"train_seconds", "peak_memory_gib", "seconds"}
+STOP_WITHIN_S = 10.0
+
+
+@dataclass
+class Bench:
+    """One study in a folder of its own. Every process it starts carries a token in its environment, by which strays are found."""
+
+    folder: Path
+    steps: int
+    rounds: Counter[str] = field(default_factory=Counter)
+    trouble: list[str] = field(default_factory=list)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        (self.folder / "runs").mkdir(parents=True)
+        self.environment = os.environ | {
+            "IBQ_RUNS": str(self.folder / "runs"),
+            "IBQ_REPORTS": str(self.folder / "reports"),
+            "IBQ_FAULTS_TOKEN": self.token,
+        }
+
+    def sweep(self) -> subprocess.Popen[bytes]:
+        return self._start("-m", "experiments", "run", "--preset", "smoke", "--set", f"steps={self.steps}")
+
+    def papermill(self) -> subprocess.Popen[bytes]:
+        notebook, out = ROOT / "notebooks" / "01_vq_vs_ibq.ipynb", self.folder / "out.ipynb"
+        parameters = f"{{preset: smoke, overrides: {{steps: {self.steps}}}}}"
+        return self._start("-m", "papermill", str(notebook), str(out), "-y", parameters, "--no-progress-bar")
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        log = open(self.folder / "log.txt", "ab")  # noqa: SIM115 (the child keeps it)
+        return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+
+    def runs(self) -> list[RunDirectory]:
+        return [RunDirectory(path) for path in sorted((self.folder / "runs").glob("*/"))]
+
+    def rows(self) -> dict[str, bytes]:
+        return {run.path.name: run.row.read_bytes() for run in self.runs() if run.finished}
+
+    def processes(self) -> dict[int, str]:
+        """Live processes of this bench by pid, with their command lines."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.token.encode() in (folder / "environ").read_bytes():
+                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+        return {pid: command for pid, command in found.items() if command}
+
+    def victim(self, target: str, parent: subprocess.Popen[bytes]) -> int | None:
+        if target in ("driver", "papermill"):
+            return parent.pid
+        alive = self.processes()
+        if target == "kernel":
+            return next((pid for pid, command in alive.items() if "ipykernel" in command), None)
+        started = [run.read_attempts()[-1] for run in self.runs() if run.read_attempts()]
+        return next((a["pid"] for a in started if a["event"] == "started" and a["pid"] in alive), None)
+
+    def round(self, target: str, moment_s: float, early: bool) -> None:
+        """Start, wait, kill, see that everything else goes away by itself, and check what is left.
+
+        The moment counts from the start of the first trainer or, in early rounds, from the start of everything.
+        """
+        before = self.rows()
+        parent = self.papermill() if target in ("papermill", "kernel") else self.sweep()
+        while not early and parent.poll() is None and self.victim("trainer", parent) is None:
+            time.sleep(0.05)
+        deadline = time.monotonic() + moment_s
+        while time.monotonic() < deadline and parent.poll() is None:
+            time.sleep(0.05)
+        pid = self.victim(target, parent)
+        while pid is None and parent.poll() is None:  # this process is not there yet
+            time.sleep(0.05)
+            pid = self.victim(target, parent)
+        if pid is not None:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                self.rounds[target] += 1
+            except ProcessLookupError:
+                self.rounds["ended first"] += 1
+        else:
+            self.rounds["ended first"] += 1
+        if parent.poll() is None and target == "trainer":  # the driver lives on; ask it to stop
+            parent.send_signal(signal.SIGTERM)
+        self._wait_for_quiet(target, parent)
+        self._check(target, before)
+
+    def _wait_for_quiet(self, target: str, parent: subprocess.Popen[bytes]) -> None:
+        """Everything must be gone within the time that stopping may take."""
+        started = time.monotonic()
+        while time.monotonic() - started < STOP_WITHIN_S:
+            parent.poll()
+            if not self.processes():
+                return
+            time.sleep(0.1)
+        for pid, command in self.processes().items():
+            self.trouble.append(f"stray after killing {target}: {pid} {command[:120]}")
+            os.kill(pid, signal.SIGKILL)
+        parent.wait()
+
+    def _check(self, target: str, before: dict[str, bytes]) -> None:
+        after = self.rows()
+        self.trouble += [f"row lost after killing {target}: {name}" for name in before if name not in after]
+        self.trouble += [f"row changed after killing {target}: {name}" for name in before if after.get(name, before[name]) != before[name]]
+        for run in self.runs():
+            finished = sum(attempt["event"] == "finished" for attempt in run.read_attempts())
+            if finished > 1:
+                self.trouble.append(f"trained twice: {run.path.name}")
+
+    def finish(self) -> None:
+        """Let the study end undisturbed."""
+        code = self.sweep().wait()
+        if code:
+            self.trouble.append(f"the undisturbed sweep ended with code {code}; see {self.folder / 'log.txt'}")
+
+    def results(self) -> dict[str, object]:
+        """Everything that must not depend on what happened on the way: rows and histories without times, weights."""
+        found: dict[str, object] = {}
+        for run in self.runs():
+            row = {name: value for name, value in run.read_row().items() if name not in TIMING}
+            history = [{name: value for name, value in line.items() if name not in TIMING} for line in run.read_history()]
+            found[run.path.name] = (json.dumps(row, sort_keys=True), json.dumps(history), run.model.read_bytes())
+        return found
+
+
+def faults(rounds: int, seed: int, folder: Path, steps: int = 60) -> tuple[Counter[str], list[str]]:
+    """Run the rounds; returns how often each process was killed, and everything that went wrong."""
+    chance = random.Random(seed)
+    quiet = Bench(folder / "quiet", steps)
+    quiet.finish()
+    expected, counts, trouble, studies = quiet.results(), Counter[str](), list(quiet.trouble), 0
+    bench = Bench(folder / "study-0", steps)
+    for i in range(rounds):
+        target = TARGETS[i % len(TARGETS)]
+        bench.round(target, chance.uniform(0.0, 5.0), early=chance.random() < 0.2)
+        progress = f"{len(bench.rows())} of {len(expected)} rows; trouble so far: {len(trouble + bench.trouble)}"
+        print(f"round {i + 1} of {rounds}: killed {target}; {progress}", flush=True)
+        if len(bench.rows()) == len(expected) or i == rounds - 1:
+            bench.finish()
+            differing = [name for name, value in bench.results().items() if value != expected.get(name)]
+            bench.trouble += [f"differs from the quiet run: {name}" for name in differing]
+            bench.trouble += [f"missing in the end: {name}" for name in expected if name not in bench.results()]
+            counts += bench.rounds
+            trouble += bench.trouble
+            studies += 1
+            bench = Bench(folder / f"study-{studies}", steps)
+    counts["studies compared"] = studies
+    return counts, trouble
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ibq-faults-") as folder:
+        counts, trouble = faults(arguments.rounds, arguments.seed, Path(folder))
+    print(f"killed: {', '.join(f'{name} {n}' for name, n in counts.items())}")
+    for kind in ("row lost", "row changed", "trained twice", "stray", "differs", "missing", "the undisturbed"):
+        print(f"{kind}: {sum(line.startswith(kind) for line in trouble)}")
+    print("\n".join(trouble))
+    sys.exit(bool(trouble))
+
+
+if __name__ == "__main__":
+    main()
