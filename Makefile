@@ -1,5 +1,6 @@
 # make study   train the core study at PRESET, execute its notebooks, write reports/PRESET/index.html
 # make test    pytest, ruff, mypy           make test-browser   what needs Chromium
+# make faults  kill -9, full disks, 100 rounds; prints what was lost: nothing
 # make lab     JupyterLab on 127.0.0.1      make clean-env      forget the environment
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: study test test-browser lab data clean-env
+.PHONY: study test test-browser faults lab data clean-env
 
 study: $(STAMP) data
 	$(BIN)/python -m experiments run --preset $(PRESET)
@@ -24,6 +25,9 @@ test: $(STAMP)
 
 test-browser: $(STAMP)
 	$(BIN)/python -m pytest -m browser
+
+faults: $(STAMP)
+	$(BIN)/python tests/faults.py --rounds 100
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir notebooks

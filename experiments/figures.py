@@ -46,7 +46,8 @@ def _colors(ablation: Ablation) -> dict[str, Any]:
 
 
 def _label(ablation: Ablation, arm: Arm) -> str:
-    return f"{ablation.letter(arm.name)}  {arm.name}"
+    name = " ".join(arm.name.split()).replace("$", r"\$")  # no mathematics in names
+    return f"{ablation.letter(arm.name)}  {name if len(name) <= 40 else name[:39] + '…'}"
 
 
 def _curves(

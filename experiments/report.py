@@ -15,7 +15,7 @@ from experiments import rows as rows_module
 from experiments.ablations import Ablation
 from experiments.effects import verdict
 from experiments.findings import findings
-from experiments.study import ROOT, Study
+from experiments.study import ROOT, Study, file_name
 from ibq.run_directory import read_lines, write_text
 
 FACTS = ["device", "cores", "threads", "torch", "python", "commit"]
@@ -37,18 +37,18 @@ def write(study: Study) -> Path:
 
 def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path) -> dict[str, Any]:
     mine = rows[rows["ablation"] == ablation.name]
-    shown_tables, shown_figures = [], []
+    shown_tables, shown_figures, stem = [], [], file_name(ablation.name)
     for name, (build, caption) in tables.TABLES.items():
         table = build(ablation, mine)
         if not table.empty:
-            tables.write(table, folder / "tables", f"{ablation.name}_{name}", caption)
+            tables.write(table, folder / "tables", f"{stem}_{name}", caption)
             html = table.to_html(index=False, border=0, escape=True)
-            shown_tables.append({"name": name, "file": f"tables/{ablation.name}_{name}", "caption": caption, "html": html})
+            shown_tables.append({"name": name, "file": f"tables/{stem}_{name}", "caption": caption, "html": html})
     for name in figures.FIGURES:
         figure = figures.draw(name, study, ablation, mine)
         if figure is not None:
-            figures.save(figure, folder / "figures", f"{ablation.name}_{name}")
-            shown_figures.append({"name": name, "file": f"figures/{ablation.name}_{name}", "caption": figures.caption(name, study)})
+            figures.save(figure, folder / "figures", f"{stem}_{name}")
+            shown_figures.append({"name": name, "file": f"figures/{stem}_{name}", "caption": figures.caption(name, study)})
     return {
         "ablation": ablation,
         "findings": findings(ablation, rows),

@@ -15,7 +15,7 @@ from typing import Any
 from experiments.ablations import ABLATIONS, Ablation, Arm
 from experiments.recipes import Preset, get_preset, tokenizer
 from ibq.config import DataConfig, TrainConfig
-from ibq.data import load_images
+from ibq.data import data_hash, load_images
 from ibq.errors import ConfigError, nearest
 from ibq.run_directory import RunDirectory
 
@@ -76,9 +76,8 @@ class Study:
     @property
     def name(self) -> str:
         """Name of the report's folder: the preset, and the changed fields where there are any."""
-        changes = "".join(f"+{path}={json.dumps(value)}" for path, value in sorted(self.overrides.items()))
-        safe = self.preset_name + "".join(c if c.isascii() and (c.isalnum() or c in "+=._-") else "_" for c in changes)
-        return safe if len(safe) <= LONGEST_NAME else f"{safe[:LONGEST_NAME]}-{hashlib.sha256(changes.encode()).hexdigest()[:8]}"
+        changes = "".join(f"+{path}={_shown(value)}" for path, value in sorted(self.overrides.items()))
+        return file_name(self.preset_name + changes)
 
     @property
     def runs_folder(self) -> Path:
@@ -110,14 +109,28 @@ class Study:
         return Cell(ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data))))
 
 
+def file_name(text: str) -> str:
+    """A text as a file name: plain ASCII, no separators, not hidden, at most LONGEST_NAME characters; equal only for equal texts."""
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "+=._-") else "_" for c in text)
+    if len(safe) <= LONGEST_NAME and not safe.startswith("."):
+        return safe
+    return f"{safe[:LONGEST_NAME].lstrip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
 def unique_runs(cells: Iterable[Cell]) -> list[Cell]:
     """The first cell of each run: what has to be trained."""
     return list({cell.run.path: cell for cell in reversed(list(cells))}.values())[::-1]
 
 
+def _shown(value: Any) -> str:
+    """A changed field's value in the report's name; of a folder of images the last part of its path, which may be all that it may tell."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"imagefolder_{Path(text).name}" if text.startswith("imagefolder:") else text
+
+
 @cache
 def _data_hash(data: DataConfig) -> str:
-    return load_images(data, "train").content_hash
+    return data_hash(load_images(data, "train"), load_images(data, "test"))
 
 
 @cache

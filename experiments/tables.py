@@ -137,4 +137,4 @@ _SPECIAL |= {"±": r"$\pm$", "Δ": r"$\Delta$", "→": r"$\to$", "≥": r"$\geq$
 
 def _escape(value: object) -> str:
     text = "" if isinstance(value, float) and math.isnan(value) else str(value)
-    return "".join(_SPECIAL.get(c, c) for c in text)
+    return "".join(_SPECIAL.get(c, c) for c in " ".join(text.split()))

@@ -42,8 +42,8 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, s
     run = RunDirectory(folder)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(run.lock, timeout=2):
-            raise SystemExit(_attempt(run, config, runtime, stop))
+        with FileLock(run.lock, timeout=2):  # another driver may have finished it while this process started
+            raise SystemExit(0 if run.finished else _attempt(run, config, runtime, stop))
     except Timeout:
         raise SystemExit(BUSY) from None
     except OSError as error:  # even the attempt could not be noted

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -40,7 +41,8 @@ class DataConfig(_Frozen):
         if kind == "imagefolder":
             if not folder.strip() or "\0" in folder:
                 raise ValueError("a folder of images is written 'imagefolder:PATH', with the path of a folder")
-        elif name not in DATA_SETS:
+            return f"imagefolder:{Path(folder).expanduser().absolute()}"  # trainers may run in another working directory
+        if name not in DATA_SETS:
             raise ValueError(f"no data set has this name; {nearest(kind, (*DATA_SETS, 'imagefolder'))} (a folder is 'imagefolder:PATH')")
         return name
 
@@ -51,7 +53,7 @@ class DataConfig(_Frozen):
 
     @property
     def folder(self) -> str:
-        """PATH of "imagefolder:PATH" as it was given; empty for other data."""
+        """PATH of "imagefolder:PATH", absolute; empty for other data."""
         return self.name.partition(":")[2]
 
     @property

@@ -22,8 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ibq.analysis import gradient_reach
 from ibq.checkpoint import Checkpoint, flatten_optimizer, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
-from ibq.config import RESULTS_VERSION, TrainConfig, flatten
-from ibq.data import Images, load_images
+from ibq.config import RESULTS_VERSION, TrainConfig, flatten, parse_train_config
+from ibq.data import Images, data_hash, load_images
 from ibq.errors import ConfigError
 from ibq.evaluation import evaluate, evaluating
 from ibq.losses import loss_weights, pixel_loss, weighted_sum
@@ -179,7 +179,8 @@ def train_tokenizer(
     device = resolve_device(runtime.device)
     train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
     if len(train_images) < config.batch_size:
-        raise ConfigError(f"batch_size={config.batch_size} exceeds the {len(train_images)} training images of {config.data.name}; lower it")
+        raise ConfigError(f"batch_size={config.batch_size} exceeds the {len(train_images)} training images of {config.data.kind}; lower it")
+    data = data_hash(train_images, test_images)
     write_json(run.config, config.to_json_dict())
 
     # ---------------------------------------------------------------- model, optimizer, average: fresh, or as the checkpoint has them
@@ -191,8 +192,8 @@ def train_tokenizer(
         initialize_codebook(tokenizer, config, train_images, device)
     state.start_average()
     if checkpoint is not None:
-        if checkpoint.meta["data_hash"] != train_images.content_hash:
-            trained_on, given = checkpoint.meta["data_hash"][:12], train_images.content_hash[:12]
+        if checkpoint.meta["data_hash"] != data:
+            trained_on, given = checkpoint.meta["data_hash"][:12], data[:12]
             raise ConfigError(f"{run.path} was trained on data {trained_on}, not {given}; give it that data or another directory")
         state.restore(checkpoint)
         for damage in checkpoint.damaged:
@@ -206,7 +207,7 @@ def train_tokenizer(
     last_checkpoint = time.perf_counter()
     while state.step < config.steps:
         if should_stop():
-            state.save(run.checkpoint, train_images.content_hash)
+            state.save(run.checkpoint, data)
             raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
         # one training step
@@ -224,7 +225,7 @@ def train_tokenizer(
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in tokenizer.parameters() if p.grad is not None])
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)):
             reason = _name_non_finite(state.step, terms, tokenizer)
-            write_json(run.row, _row(state, "nan", {"reason": reason}, {}, train_images))
+            write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
             raise NonFiniteError(reason)
         optimizer.step()
         state.average.update_parameters(tokenizer)
@@ -246,7 +247,7 @@ def train_tokenizer(
             run.write_snapshot(state.step, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
             state.snapshot_window.reset()
         if time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s and state.step < config.steps:
-            state.save(run.checkpoint, train_images.content_hash)
+            state.save(run.checkpoint, data)
             last_checkpoint = time.perf_counter()
 
     # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
@@ -257,9 +258,9 @@ def train_tokenizer(
     write_tensors(run.model, averaged.state_dict())
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
         reason = f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite"
-        write_json(run.row, _row(state, "nan", {"reason": reason}, {}, train_images))
+        write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
         raise NonFiniteError(reason)
-    write_json(run.row, _row(state, "ok", metrics, protocol, train_images))
+    write_json(run.row, _row(state, "ok", metrics, protocol, data))
     remove_checkpoint(run.checkpoint)
 
 
@@ -316,11 +317,13 @@ def _geometry(tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor
 
 def _check_config(run: RunDirectory, config: TrainConfig) -> None:
     """Refuse a directory whose config.json is another config."""
-    ours = config.to_json_dict()
     if run.config.is_file():
-        theirs = json.loads(run.config.read_text())
-        if theirs != ours:
-            mine, other = flatten(ours), flatten(theirs)
+        try:
+            theirs = parse_train_config(json.loads(run.config.read_text())).identity()
+        except ValueError as error:
+            raise ConfigError(f"{run.config} cannot be read ({' '.join(str(error).split())}); forget the run") from None
+        if theirs != config.identity():
+            mine, other = flatten(config.identity()), flatten(theirs)
             field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
             raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
 
@@ -332,19 +335,19 @@ def _name_non_finite(step: int, terms: dict[str, torch.Tensor], tokenizer: Token
     return f"step {step}: {bad[0] if bad else 'the gradient norm overflowed'}"
 
 
-def _row(state: _State, status: str, metrics: dict[str, Any], protocol: dict[str, Any], images: Images) -> dict[str, Any]:
+def _row(state: _State, status: str, metrics: dict[str, Any], protocol: dict[str, Any], data: str) -> dict[str, Any]:
     """Run facts, flat: config fields, metrics, protocol, cost, provenance."""
     config, device = state.tokenizer.config, state.device
     on_gpu = device.type == "cuda"
     peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     facts = {
-        "run": config.run_id(images.content_hash),
+        "run": config.run_id(data),
         "status": status,
         "method": config.quantizer.method,
         "codebook_size": config.quantizer.codebook_size,
         "code_dim": config.quantizer.code_dim,
         "seed": config.seed,
-        "data_hash": images.content_hash,
+        "data_hash": data,
         "parameters": sum(p.numel() for p in state.tokenizer.parameters()),
         "train_seconds": state.seconds,
         "peak_memory_gib": peak_bytes / 2**30,
@@ -356,5 +359,5 @@ def _row(state: _State, status: str, metrics: dict[str, Any], protocol: dict[str
         "commit": source_commit(),
         "results_version": RESULTS_VERSION,
     }
-    fields = {f"config.{name}": value for name, value in flatten(config.to_json_dict()).items()}
+    fields = {f"config.{name}": value for name, value in flatten(config.identity()).items()}
     return facts | metrics | {f"protocol.{name}": value for name, value in protocol.items()} | fields

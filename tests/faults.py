@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("trainer", "driver", "papermill", "kernel")
 TIMING = {"train_seconds", "peak_memory_gib", "seconds"}
 STOP_WITHIN_S = 10.0
+STEPS = 60
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Bench:
         return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=self.environment, stdout=log, stderr=log)
 
     def runs(self) -> list[RunDirectory]:
-        return [RunDirectory(path) for path in sorted((self.folder / "runs").glob("*/"))]
+        return [RunDirectory(path) for path in sorted((self.folder / "runs").glob("*/")) if (path / "attempts.jsonl").is_file()]
 
     def rows(self) -> dict[str, bytes]:
         return {run.path.name: run.row.read_bytes() for run in self.runs() if run.finished}
@@ -151,12 +152,18 @@ class Bench:
         return found
 
 
-def faults(rounds: int, seed: int, folder: Path, steps: int = 60) -> tuple[Counter[str], list[str]]:
-    """Run the rounds; returns how often each process was killed, and everything that went wrong."""
-    chance = random.Random(seed)
+def quiet_results(folder: Path, steps: int) -> dict[str, object]:
+    """What the study gives when nobody disturbs it."""
     quiet = Bench(folder / "quiet", steps)
     quiet.finish()
-    expected, counts, trouble, studies = quiet.results(), Counter[str](), list(quiet.trouble), 0
+    assert not quiet.trouble, quiet.trouble
+    return quiet.results()
+
+
+def faults(rounds: int, seed: int, folder: Path, expected: dict[str, object], steps: int) -> tuple[Counter[str], list[str]]:
+    """Run the rounds, a fresh study whenever one is complete; returns how often each process was killed, and all that went wrong."""
+    chance, counts, studies = random.Random(seed), Counter[str](), 0
+    trouble: list[str] = []
     bench = Bench(folder / "study-0", steps)
     for i in range(rounds):
         target = TARGETS[i % len(TARGETS)]
@@ -176,15 +183,38 @@ def faults(rounds: int, seed: int, folder: Path, steps: int = 60) -> tuple[Count
     return counts, trouble
 
 
+def full_disk(folder: Path, expected: dict[str, object], steps: int) -> list[str]:
+    """Run the study on a file system that fills up: one sentence, then, with space, every result as on a quiet machine."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        print("full disk: mounts are not allowed here; tests/experiments/test_disk_full.py makes the writes fail instead")
+        return []
+    try:
+        bench, ballast = Bench(folder / "study", steps), folder / "ballast"
+        ballast.write_bytes(b"0" * (15 * 2**20))
+        code = bench.sweep().wait()
+        said = (bench.folder / "log.txt").read_text()
+        trouble = [] if code and said.count("is full; make space") == 1 else [f"full disk: code {code}, said {said[-500:]!r}"]
+        ballast.unlink()
+        bench.finish()
+        differing = [name for name, value in expected.items() if bench.results().get(name) != value]
+        return trouble + bench.trouble + [f"differs after a full disk: {name}" for name in differing]
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ibq-faults-") as folder:
-        counts, trouble = faults(arguments.rounds, arguments.seed, Path(folder))
+        expected = quiet_results(Path(folder), STEPS)
+        counts, trouble = faults(arguments.rounds, arguments.seed, Path(folder), expected, STEPS)
+        trouble += full_disk(Path(folder) / "full disk", expected, STEPS)
     print(f"killed: {', '.join(f'{name} {n}' for name, n in counts.items())}")
-    for kind in ("row lost", "row changed", "trained twice", "stray", "differs", "missing", "the undisturbed"):
+    for kind in ("row lost", "row changed", "trained twice", "stray", "differs", "missing", "full disk", "the undisturbed"):
         print(f"{kind}: {sum(line.startswith(kind) for line in trouble)}")
     print("\n".join(trouble))
     sys.exit(bool(trouble))

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import get_args
 
-from ibq.config import DataConfig
+from ibq.config import DATA_SETS, DataConfig
 from ibq.data.fashion_mnist import FASHION_MNIST_RESOLUTION, FASHION_MNIST_SHA256, cache_folder, load_fashion_mnist
 from ibq.data.folder import load_folder
 from ibq.data.images import DataError, Images, Split
@@ -21,6 +22,7 @@ __all__ = [
     "Split",
     "cache_folder",
     "crop_grid",
+    "data_hash",
     "load_images",
     "split_regions",
 ]
@@ -57,3 +59,13 @@ def load_images(config: DataConfig, split: Split) -> Images:
     if config.kind == "imagefolder":
         return load_folder(config.folder, config.resolution, split)
     return (load_fashion_mnist if config.kind == "fashion-mnist" else load_photos)(config.resolution, split)
+
+
+def data_hash(train_images: Images, test_images: Images) -> str:
+    """What stands for the data in a run's identity: SHA-256 (hex) of the training images and, where it may change alone, the test split.
+
+    The test split of the built-in data sets is as fixed as they are; that of a folder can change by itself, and with it every metric.
+    """
+    if train_images.name in DATA_SETS:
+        return train_images.content_hash
+    return hashlib.sha256(f"{train_images.content_hash} {test_images.content_hash}".encode()).hexdigest()

@@ -177,7 +177,8 @@ def _read(path: Path, resolution: int) -> _Array | str:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
             return "is not a regular file"
-        with Image.open(path, formats=FORMATS) as image:
+        # By its bytes, not its name: Pillow would map a raw file into memory, and mapped it turns a TIFF on its side into noise.
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 return f"declares {width:,}×{height:,} pixels, over the limit of {MAX_PIXELS:,} in all"

@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
-from experiments import rows
+from experiments import rows, worker
 from experiments.study import Study, unique_runs
 from experiments.sweep import Outcome, train_study
 from ibq.run_directory import RunDirectory
@@ -149,3 +151,69 @@ def test_unique_runs_keep_the_first_cell() -> None:
     cells = Study("quick").cells
     doubled = [cells[0], replace(cells[0], arm=cells[1].arm), cells[1]]
     assert unique_runs(doubled) == [cells[0], cells[1]]
+
+
+def test_a_hung_trainer_is_killed_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = small(tmp_path, monkeypatch, arms=1, steps=100_000)
+    freezer = threading.Thread(target=lambda: os.kill(wait_for(lambda: started_pid(study)), signal.SIGSTOP))
+    freezer.start()
+    outcome = train_study(study, device="cpu", hang_s=3, say=lambda _: None)
+    freezer.join()
+    assert [cell.arm.name for cell in outcome.failed] == ["vq_published"]
+    attempt = study.cells[0].run.read_attempts()[-1]
+    assert attempt["event"] == "timeout"
+    assert "no sign of life for" in attempt["reason"]
+    assert rows.state(study.cells[0]) == "failed"
+
+
+def started_pid(study: Study) -> int | None:
+    run = study.cells[0].run
+    return run.read_attempts()[-1]["pid"] if run.heartbeat.exists() else None
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_within_ten_seconds_resumably(tmp_path: Path, signum: signal.Signals) -> None:
+    environment = os.environ | {"IBQ_RUNS": str(tmp_path / "runs"), "IBQ_REPORTS": str(tmp_path / "reports")}
+    command = [sys.executable, "-m", "experiments", "run", "--preset", "smoke", "--set", "steps=100000"]
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: list(tmp_path.glob("runs/*/history.jsonl")))
+        started = time.monotonic()
+        driver.send_signal(signum)
+        _, stderr = driver.communicate(timeout=30)
+    finally:
+        driver.kill()
+    assert time.monotonic() - started < 10
+    assert driver.returncode == 130
+    assert stderr.strip() == "stopped; the same command goes on from here"
+    runs = [RunDirectory(path.parent) for path in tmp_path.glob("runs/*/history.jsonl")]
+    assert all(run.read_attempts()[-1]["event"] == "stopped" for run in runs)
+    assert all((run.checkpoint / "meta.json").is_file() for run in runs)
+
+
+def test_two_drivers_share_a_study_and_train_nothing_twice(tmp_path: Path) -> None:
+    environment = os.environ | {"IBQ_RUNS": str(tmp_path / "runs"), "IBQ_REPORTS": str(tmp_path / "reports")}
+    code = (
+        "from experiments.study import Study; from experiments.sweep import train_study\n"
+        "if __name__ == '__main__':\n"
+        "    study = Study('smoke', overrides={'steps': 30}); o = train_study(study.only(study.cells[:5]), slots=1, device='cpu')\n"
+        "    assert not o.failed and not o.unfinished, o"
+    )
+    script = tmp_path / "driver.py"
+    script.write_text(code)
+    drivers = [subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [driver.wait(120) for driver in drivers] == [0, 0]
+    runs = [RunDirectory(path) for path in (tmp_path / "runs").glob("*/")]
+    assert len(runs) == 5
+    for run in runs:
+        assert run.finished
+        assert [a["event"] for a in run.read_attempts()].count("started") == 1
+
+
+def test_running_out_of_memory_says_what_was_asked() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    event, reason = worker.classify(caught.value)
+    assert event == "oom"
+    assert str(4 * 2**50) in reason
+    assert worker.classify(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))[0] == "oom"
