@@ -56,8 +56,8 @@ class Bench:
         return self._start("-m", "papermill", str(notebook), str(out), "-y", parameters, "--no-progress-bar")
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        log = open(self.folder / "log.txt", "ab")  # noqa: SIM115 (the child keeps it)
-        return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+        with open(self.folder / "log.txt", "ab") as log:
+            return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=self.environment, stdout=log, stderr=log)
 
     def runs(self) -> list[RunDirectory]:
         return [RunDirectory(path) for path in sorted((self.folder / "runs").glob("*/")) if (path / "attempts.jsonl").is_file()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -35,7 +36,7 @@ def step_of(folder: Path) -> int | None:
     loaded = load_checkpoint(folder)
     if loaded is None:
         return None
-    state, meta = loaded
+    state, meta, _ = loaded
     expected = tensors(meta["step"])
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
@@ -52,8 +53,9 @@ def test_round_trip_and_readable_meta(folder: Path) -> None:
     save(folder, 3)
     save(folder, 4)
     assert step_of(folder) == 4
-    assert json.loads((folder / "meta.json").read_text()) == {"step": 4, "note": "é"}
-    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta == {"step": 4, "note": "é", "sha256": hashlib.sha256((folder / "state.safetensors").read_bytes()).hexdigest()}
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint", "checkpoint.previous"]
     remove_checkpoint(folder)
     assert step_of(folder) is None
     assert not list(folder.parent.iterdir())
@@ -88,7 +90,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(folder: Path, moment
     assert step_of(folder) in (1, 2)
     save(folder, 3)
     assert step_of(folder) == 3
-    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint", "checkpoint.previous"]
 
 
 def test_between_the_two_renames_the_previous_one_is_loaded(folder: Path) -> None:
@@ -101,14 +103,17 @@ def test_between_the_two_renames_the_previous_one_is_loaded(folder: Path) -> Non
 @pytest.mark.parametrize("kept", [None, 0, 5, -1])
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one(folder: Path, file: str, kept: int | None) -> None:
     save(folder, 1)
-    shutil.copytree(folder, folder.with_suffix(".previous"))
-    save_over = folder / file
+    save(folder, 2)
+    damaged = folder / file
     if kept is None:
-        save_over.unlink()
+        damaged.unlink()
     else:
-        content = save_over.read_bytes().rstrip()
-        save_over.write_bytes(content[:kept])
+        damaged.write_bytes(damaged.read_bytes().rstrip()[:kept])
     assert step_of(folder) == 1
+    loaded = load_checkpoint(folder)
+    assert loaded is not None
+    (note,) = loaded.damaged
+    assert note.startswith("checkpoint checkpoint is damaged (")
     shutil.rmtree(folder.with_suffix(".previous"))
     assert load_checkpoint(folder) is None
 

@@ -240,8 +240,8 @@ def test_the_averaged_weights_are_an_exponential_moving_average(tiny: Any, tmp_p
     every_step = Runtime(device="cpu", log_every=1, snapshots=2, eval_images=8, checkpoint_every_s=0)
     states = [load_checkpoint(tmp_path / "checkpoint") for _ in train_tokenizer(config, tmp_path, every_step)][1:]
     names = [name.removeprefix("model.") for name in states[0][0] if name.startswith("model.") and "initialized" not in name]
-    assert [meta["step"] for _, meta in states] == [1, 2, 3, 4, 5]
-    for (before, _), (after, _) in itertools.pairwise(states):
+    assert [meta["step"] for _, meta, _ in states] == [1, 2, 3, 4, 5]
+    for (before, *_), (after, *_) in itertools.pairwise(states):
         for name in names:
             expected = 0.7 * before[f"average.module.{name}"] + 0.3 * after[f"model.{name}"]
             torch.testing.assert_close(after[f"average.module.{name}"], expected, rtol=1e-5, atol=1e-6)
