@@ -17,7 +17,7 @@ def run(
     time_budget_minutes: float | None = None,
     fail_fast: bool = False,
 ) -> Study:
-    """Train what has no row yet of the named ablations (none: all); what the command line and the notebooks both call.
+    """Train what has no row yet of the named ablations (none: all) and project what is new, as the command line does.
 
     Args:
         ablations: names.
@@ -34,11 +34,13 @@ def run(
     Raises:
         ConfigError: a name, a field or a value that does not exist or fit; one sentence.
     """
+    from experiments.projections import project_all
     from experiments.sweep import train_study
 
     study = Study(preset, ablations, seeds, overrides or {})
     budget_s = None if time_budget_minutes is None else 60 * time_budget_minutes
     train_study(study, slots=slots, time_budget_s=budget_s, fail_fast=fail_fast)
+    project_all((cell for cell in study.cells if cell.seed == 0), study.preset.projection)
     return study
 
 

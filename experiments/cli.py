@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from safetensors import SafetensorError
 
 from experiments import manage
 from experiments import plan as plan_module
@@ -42,16 +44,21 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        for name in ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE"):  # notebooks run in a folder of their own
+            if os.environ.get(name):
+                os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
         try:
             with terminable():
                 command(*args, **kwargs)
         except (ConfigError, DataError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except SafetensorError as error:
+            print(f"error: a run's tensors cannot be read ({error}); forget that run and train it again", file=sys.stderr)
+            raise typer.Exit(2) from None
         except OSError as error:
-            if error.errno is None:
-                raise
-            print(f"error: {os.strerror(error.errno)}: {error.filename or 'while writing'}; nothing finished is lost", file=sys.stderr)
+            what = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+            print(f"error: {what}: {error.filename or 'while reading or writing'}; nothing finished is lost", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", file=sys.stderr)
@@ -128,20 +135,19 @@ def run(
     )
     from experiments import notebooks, projections, report
 
-    if not outcome.unfinished and study.preset_name != "smoke":
+    complete = not (outcome.unfinished or outcome.failed)
+    if complete:
         projections.project_all((cell for cell in study.cells if cell.seed == 0), study.preset.projection, _say)
     if outcome.finished:
         command = f"python -m experiments {shlex.join(sys.argv[1:])}"
         report.record_session(study, command, len(outcome.finished), (time.monotonic() - started) / 60)
-    if not outcome.unfinished:
+    if complete:
         notebooks.execute_changed(study, _say)
     page = report.write(study)
     print(f"report: {page}")
     _suggest_gpu(study)
-    if outcome.failed or outcome.unfinished:
-        print(
-            f"{len(outcome.failed)} failed, {len(outcome.unfinished) - len(outcome.failed)} unfinished; the same command goes on from here"
-        )
+    if not complete:
+        print(f"{len(outcome.failed)} failed, {len(outcome.unfinished)} unfinished; the same command goes on from here")
         raise typer.Exit(1)
 
 
@@ -204,12 +210,11 @@ def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
 def rerun(run_id: RunArgument, preset: PresetOption = "quick", seeds: SeedsOption = None, set_: SetOption = None) -> None:
     """Train a run again, and say what changed."""
     study = study_of(None, preset, seeds, set_)
-    before, outcome = manage.rerun(study, manage.find_run(study, run_id), say=_say)
-    if before and outcome.finished:
-        after = outcome.finished[0].run.read_row()
+    before, after = manage.rerun(study, manage.find_run(study, run_id), say=_say)
+    if before and after:
         changed = [name for name in after if before.get(name) != after[name]]
         print(f"entries that differ from the former row: {', '.join(changed) or 'none'}")
-    if not outcome.finished:
+    if not after:
         raise typer.Exit(1)
 
 

@@ -56,9 +56,10 @@ def effects(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for pair in matched_pairs(ablation):
         letters = f"{ablation.letter(pair.low.name)}→{ablation.letter(pair.high.name)}"
-        estimator = pair.low.levels["estimator"] if pair.factor != "estimator" else "both"
+        method = ablation.factors[0].name
+        surrounding = "both" if pair.factor == method else pair.low.levels[method]
         for difference in paired_differences(rows, pair.low.name, pair.high.name).to_dict("records"):
-            lines.append({"factor": pair.factor, "change": pair.change, "pair": letters, "surrounding": estimator} | difference)
+            lines.append({"factor": pair.factor, "change": pair.change, "pair": letters, "surrounding": surrounding} | difference)
     return pd.DataFrame(lines, columns=["factor", "change", "pair", "surrounding", "seed", *OUTCOMES])
 
 

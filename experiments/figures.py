@@ -22,9 +22,13 @@ from experiments.projections import project
 from experiments.study import Cell, Study
 
 COLORS = sns.color_palette("colorblind")
-FOCAL_COLORS = [COLORS[3], COLORS[0], COLORS[1], COLORS[2]]
-ESTIMATOR_COLORS = {"VQ": COLORS[3], "IBQ": COLORS[0], "both": COLORS[7]}
+LINE_COLORS = [COLORS[i] for i in (3, 0, 1, 2, 4, 5, 6, 8, 9)]
+BOTH = COLORS[7]
 OTHER = "0.75"
+
+Curve = Callable[[dict[str, Any], Cell], float]
+Panel = tuple[str, Curve, Curve | None]
+"""Label of the y axis, the value of a history line, and what uniform sampling would give, where that has a meaning."""
 
 
 def theme() -> None:
@@ -42,7 +46,13 @@ def _finished(study: Study, ablation: Ablation) -> list[Cell]:
 
 def _colors(ablation: Ablation) -> dict[str, Any]:
     focal = [arm.name for arm in ablation.arms if arm.focal]
-    return dict(zip(focal, FOCAL_COLORS, strict=True))
+    return {name: LINE_COLORS[i % len(LINE_COLORS)] for i, name in enumerate(focal)}
+
+
+def _method_colors(ablation: Ablation) -> dict[str, Any]:
+    """Colour of each method (the levels of the first factor), and of comparisons between methods."""
+    methods = ablation.factors[0].levels
+    return {method: LINE_COLORS[i % len(LINE_COLORS)] for i, method in enumerate(methods)} | {"both": BOTH}
 
 
 def _label(ablation: Ablation, arm: Arm) -> str:
@@ -50,21 +60,21 @@ def _label(ablation: Ablation, arm: Arm) -> str:
     return f"{ablation.letter(arm.name)}  {name if len(name) <= 40 else name[:39] + '…'}"
 
 
-def _curves(
-    study: Study, ablation: Ablation, panels: dict[str, tuple[str, Callable[[dict[str, Any], Cell], float]]], log: bool
-) -> Figure | None:
+def _curves(study: Study, ablation: Ablation, panels: dict[str, Panel], log: bool) -> Figure | None:
     """Training curves: focal arms in colour, a line per seed; all others grey behind them."""
     cells = sorted(_finished(study, ablation), key=lambda cell: cell.arm.focal)
     if not cells:
         return None
     colors, seen = _colors(ablation), set()
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 1.8, 3.1), squeeze=False)
-    for axis, (title, (unit, value)) in zip(axes[0], panels.items(), strict=True):
+    for axis, (title, (unit, value, uniform)) in zip(axes[0], panels.items(), strict=True):
         for cell in cells:
             history = [line for line in cell.run.read_history() if "perplexity" in line]
             ys = [value(line, cell) for line in history]
             axis.plot([line["step"] for line in history], ys, color=colors.get(cell.arm.name, OTHER), lw=1.3 if cell.arm.focal else 0.8)
             seen.add(cell.arm.name)
+        if uniform:
+            axis.plot([line["step"] for line in history], [uniform(line, cell) for line in history], color="0.2", ls="--", lw=1)
         axis.set(title=title, xlabel="training step", ylabel=unit)
         if log:
             axis.set_yscale("log")
@@ -77,22 +87,28 @@ def _curves(
     ]
     if seen - colors.keys():
         handles.append(Line2D([], [], color=OTHER, label="other arms"))
+    if any(uniform for _, _, uniform in panels.values()):
+        handles.append(Line2D([], [], color="0.2", ls="--", lw=1, label="uniform sampling"))
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
 
 
 def usage_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
-    panels = {
-        "Codes used": ("share of codes used, %", lambda line, cell: 100 * line["usage"]),
-        "Perplexity": ("perplexity / K, %", lambda line, cell: 100 * line["perplexity"] / cell.config.quantizer.codebook_size),
+    panels: dict[str, Panel] = {
+        "Codes used": ("share of codes used, %", lambda line, cell: 100 * line["usage"], lambda line, cell: 100 * line["uniform_usage"]),
+        "Perplexity": (
+            "perplexity / K, %",
+            lambda line, cell: 100 * line["perplexity"] / cell.config.quantizer.codebook_size,
+            lambda line, cell: 100 * line["uniform_perplexity"] / cell.config.quantizer.codebook_size,
+        ),
     }
     return _curves(study, ablation, panels, log=False)
 
 
 def gradient_reach(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
-    panels = {
-        "Effective gradient reach": ("codes (exp. entropy of norms)", lambda line, cell: line["reach_effective"]),
-        "RMS gradient above Adam's eps (1e-8)": ("share of codes, %", lambda line, cell: 100 * line["reach_above_eps"]),
+    panels: dict[str, Panel] = {
+        "Effective gradient reach": ("codes (exp. entropy of norms)", lambda line, cell: line["reach_effective"], None),
+        "RMS gradient above Adam's eps (1e-8)": ("share of codes, %", lambda line, cell: 100 * line["reach_above_eps"], None),
     }
     return _curves(study, ablation, panels, log=False)
 
@@ -122,7 +138,7 @@ def code_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | N
     """Codes and features of every arm at seed 0 in one projection each."""
     projected = []
     for cell in _finished(study, ablation):
-        projection = project(cell.run, study.preset.projection) if cell.seed == 0 else None
+        projection = project(cell.run, study.preset.projection, compute=False) if cell.seed == 0 else None
         if projection is not None:
             projected.append((cell, projection))
     if not projected:
@@ -153,10 +169,11 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
     if finished.empty:
         return None
     figure, axis = plt.subplots(figsize=(7.2, 3.8))
+    colors = _method_colors(ablation)
     markers = {"uniform": "o", "normal": "s", "features": "^"}
     limit = float(np.log2(finished["codebook_size"].astype(float).max()))
     for row in finished.to_dict("records"):
-        color = ESTIMATOR_COLORS[row["factor.estimator"]]
+        color = colors[row[f"factor.{ablation.factors[0].name}"]]
         face = color if row["factor.entropy"] == "on" else "white"
         axis.scatter(
             row["bits"], row["l1"], marker=markers[row["factor.init"]], edgecolor=color, facecolor=face, s=34, linewidth=1.2, zorder=3
@@ -166,7 +183,7 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
     axis.axvline(limit, color="0.3", ls="--", lw=1)
     axis.set(xlabel=f"rate: bits a token (dashed: log2 K = {limit:g})", ylabel="distortion: L1 on the test split, [-1, 1]")
     style: dict[str, Any] = {"ls": "", "mew": 1.2, "ms": 6}
-    handles = [Line2D([], [], marker="o", color=ESTIMATOR_COLORS[name], label=name, **style) for name in ("VQ", "IBQ")]
+    handles = [Line2D([], [], marker="o", color=colors[name], label=name, **style) for name in ablation.factors[0].levels]
     handles += [Line2D([], [], marker=marker, color="0.4", label=f"{name} init", **style) for name, marker in markers.items()]
     handles += [
         Line2D([], [], marker="o", color="0.4", mfc=face, label=f"entropy {name}", **style)
@@ -181,7 +198,7 @@ def main_effects(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
     table = effects(ablation, rows)
     if table.empty:
         return None
-    changes = list(dict.fromkeys(table["change"]))
+    changes, colors = list(dict.fromkeys(table["change"])), _method_colors(ablation)
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 0.42 * len(changes) + 1.3), sharey=True)
     panels = {"bits": "rate: change of bits a token", "l1": "distortion: change of L1 (left is better)"}
     for axis, (outcome, label) in zip(axes, panels.items(), strict=True):
@@ -192,7 +209,7 @@ def main_effects(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
             axis.plot([means.mean()] * 2, [y - 0.32, y + 0.32], color="0.1", lw=2.5, solid_capstyle="butt", zorder=2)
             for i, (pair, points) in enumerate(group.groupby("pair", sort=False)):
                 offset = (i - (len(means) - 1) / 2) * 0.16
-                color = ESTIMATOR_COLORS[points["surrounding"].iloc[0]]
+                color = colors[points["surrounding"].iloc[0]]
                 axis.scatter(points[outcome], [y + offset] * len(points), color=color, s=18, zorder=3)
                 if outcome == "bits":
                     axis.annotate(
@@ -208,8 +225,8 @@ def main_effects(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
         axis.margins(x=0.16)
         axis.xaxis.set_major_locator(MaxNLocator(6))
     axes[0].invert_yaxis()
-    handles = [Line2D([], [], ls="", marker="o", ms=5, color=ESTIMATOR_COLORS[name], label=f"within {name}") for name in ("VQ", "IBQ")]
-    handles.append(Line2D([], [], ls="", marker="o", ms=5, color=ESTIMATOR_COLORS["both"], label="VQ against IBQ"))
+    handles = [Line2D([], [], ls="", marker="o", ms=5, color=colors[name], label=f"within {name}") for name in ablation.factors[0].levels]
+    handles.append(Line2D([], [], ls="", marker="o", ms=5, color=BOTH, label=" against ".join(ablation.factors[0].levels)))
     handles.append(Line2D([], [], color="0.1", lw=2.5, label="mean over pairs"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -237,7 +254,8 @@ def reconstructions(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
 FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None], str]] = {
     "usage_over_training": (
         usage_over_training,
-        "Codes used and perplexity over training, counted on the training tokens between two log steps; a line a seed.",
+        "Codes used and perplexity over training, counted on the training tokens between two log steps (dashed: as many uniform tokens); "
+        "a line a seed.",
     ),
     "main_effects": (
         main_effects,
@@ -252,8 +270,15 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
         code_frequency,
         "Share of the test split's tokens by rank of the code; codes without a token are counted in the legend.",
     ),
-    "code_map": (code_map, "Codes and features of each arm in one projection ({projection}), at the end of training, seed 0."),
-    "gradient_reach": (gradient_reach, "How many codes the codebook's gradient reaches; 'non-zero' would say nothing of a softmax."),
+    "code_map": (
+        code_map,
+        "Codes (at most 1,024) and test features of each arm in one projection ({projection}) at the end of training, raw weights, seed 0; "
+        "in use: by a training token since the snapshot before.",
+    ),
+    "gradient_reach": (
+        gradient_reach,
+        "How many codes the gradient of the whole loss reaches at a step; 'non-zero' would say nothing of a softmax.",
+    ),
     "reconstructions": (reconstructions, "Test images and their reconstructions, seed 0."),
 }
 

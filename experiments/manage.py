@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from experiments.study import Cell, Study, unique_runs
-from experiments.sweep import Outcome, train_study
+from experiments.sweep import train_study
 from ibq.config import TrainConfig, flatten, parse_train_config
 from ibq.data import load_images
 from ibq.errors import ConfigError, nearest
@@ -30,7 +33,7 @@ def find_run(study: Study, name: str) -> RunDirectory:
     Raises:
         ConfigError: no run or several begin so; a name that is not an id (a path, say) is not looked up at all.
     """
-    known = sorted(path.name for path in study.runs_folder.glob("*/") if (path / "config.json").is_file())
+    known = sorted(path.name for path in study.runs_folder.glob("*/") if (path / "config.json").is_file() and path.name[0] != ".")
     matches = [run for run in known if run == name] or [run for run in known if name and run.startswith(name)]
     if len(matches) != 1:
         found = (
@@ -57,25 +60,39 @@ def read_config(run: RunDirectory) -> TrainConfig:
 
 
 def forget(run: RunDirectory) -> None:
-    """Remove a run for good. It leaves the runs folder in one step, so that a kill leaves no half of it behind."""
+    """Remove a run for good. It leaves the runs folder in one step, so that a kill leaves no half of it behind.
+
+    Raises:
+        ConfigError: the run is being trained.
+    """
     doomed = run.path.with_name(f".forgotten-{run.path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    run.path.rename(doomed)
+    try:
+        with FileLock(run.lock, timeout=0):
+            run.path.rename(doomed)
+    except Timeout:
+        raise ConfigError(f"run {run.path.name} is being trained; stop it first") from None
     shutil.rmtree(doomed)
 
 
-def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, Any] | None, Outcome]:
-    """Forget a run and train its config again; returns the former row, if there was one, and the sweep's outcome."""
-    config = read_config(run)
+def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Train a run's config again, beside it; once the new row is there, it takes the old one's place.
+
+    Returns:
+        The former row and the new one, each None where there is none.
+    """
     before = run.read_row() if run.finished else None
     cells = [cell for cell in study.cells if cell.run.path == run.path]
     if not cells:
-        raise ConfigError(
-            f"run {run.path.name} is of no arm of study {study.name}; give the --preset, --seeds and --set it was trained with"
-        )
-    assert cells[0].config == config
+        known_by = "--preset, --seeds and --set it was trained with"
+        raise ConfigError(f"run {run.path.name} is of no arm of study {study.name}; give the {known_by}")
+    fresh = RunDirectory(run.path.with_name(f".rerun-{run.path.name}"))
+    train_study(study.only([replace(cells[0], run=fresh)]), **options)
+    if not fresh.finished:
+        return before, None
     forget(run)
-    return before, train_study(study.only(cells[:1]), **options)
+    fresh.path.rename(run.path)
+    return before, run.read_row()
 
 
 def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +44,10 @@ def execute(source: Path, target: Path, study: Study) -> None:
         ConfigError: a cell failed; the message names it and the executed copy that shows the traceback.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    # the kernel must find the same folders, also those of smoke, which belong to this process
+    folders = {"IBQ_RUNS": str(study.runs_folder), "IBQ_REPORTS": str(study.report_folder.parent)}
+    before = {name: os.environ.get(name) for name in folders}
+    os.environ.update(folders)
     parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": dict(study.overrides)}
     try:
         with warnings.catch_warnings():
@@ -59,6 +65,9 @@ def execute(source: Path, target: Path, study: Study) -> None:
         raise ConfigError(
             f"notebook {source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}"
         ) from None
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def as_page(notebook: Path) -> str:
@@ -73,8 +82,11 @@ def as_page(notebook: Path) -> str:
 
 
 def without_machine_paths(text: str) -> str:
-    """The text with this checkout's and this user's folders replaced by names."""
-    return text.replace(str(ROOT), "<repository>").replace(str(Path.home()), "~")
+    """The text with this checkout's and this user's folders replaced by names, where they stand as paths of their own."""
+    for folder, name in ((ROOT, "REPOSITORY"), (Path.home(), "~")):
+        if len(folder.parts) > 1:  # a home of "/" would name everything
+            text = re.sub(rf"(?<![\w/+.-]){re.escape(str(folder))}(?![\w+.-])", name, text)
+    return text
 
 
 def _fingerprint(study: Study, ablation: Ablation, source: Path) -> str:

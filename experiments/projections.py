@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
 from experiments.study import Cell
@@ -31,8 +32,11 @@ class Projection:
     used: np.ndarray
 
 
-def project(run: RunDirectory, method: Method) -> Projection | None:
-    """The last snapshot of a run, projected; from the cache where it was done before; None where there is no snapshot."""
+def project(run: RunDirectory, method: Method, compute: bool = True) -> Projection | None:
+    """The last snapshot of a run, projected; from the cache where it was done before.
+
+    None where there is no snapshot, or no cached projection and `compute` is off.
+    """
     steps = run.snapshot_steps()
     if not steps:
         return None
@@ -40,9 +44,9 @@ def project(run: RunDirectory, method: Method) -> Projection | None:
     snapshot = run.read_snapshot(step)
     cached = run.path / "projections" / f"{method}-{step:08d}.safetensors"
     if cached.is_file():
-        from safetensors.torch import load_file
-
         xy = load_file(cached)["xy"].numpy()
+    elif not compute:
+        return None
     else:
         points = torch.cat([snapshot["codes"], snapshot["features"]]).float().numpy()
         xy = _reduce(points, method)

@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from experiments import figures, notebooks, tables
 from experiments import rows as rows_module
 from experiments.ablations import Ablation
-from experiments.effects import verdict
 from experiments.findings import findings
 from experiments.study import ROOT, Study, file_name
 from ibq.run_directory import read_lines, write_text
@@ -26,7 +25,8 @@ def write(study: Study) -> Path:
     """Write rows.csv, tables/, figures/ and index.html into the study's report folder; returns the page's path."""
     folder = study.report_folder
     rows = rows_module.load(study)
-    folder.mkdir(parents=True, exist_ok=True)
+    for stale in ("tables", "figures"):
+        shutil.rmtree(folder / stale, ignore_errors=True)
     write_text(folder / "rows.csv", rows.to_csv(index=False))
     sections = [_section(study, ablation, rows, folder) for ablation in study.ablations]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=select_autoescape())
@@ -52,13 +52,28 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
     return {
         "ablation": ablation,
         "findings": findings(ablation, rows),
-        "verdicts": [verdict(contrast, mine) for contrast in ablation.contrasts],
         "tables": {table["name"]: table for table in shown_tables},
         "figures": {figure["name"]: figure for figure in shown_figures},
         "missing": mine[mine["status"] != "ok"].to_dict("records"),
         "notebook": f"notebooks/{ablation.notebook}.html" if (folder / "notebooks" / f"{ablation.notebook}.html").is_file() else None,
         "source": f"source: {ablation.paper_source}",
+        "protocol": protocol(mine),
     }
+
+
+def protocol(rows: pd.DataFrame) -> str:
+    """The sentence without which a usage number means nothing: split, images, tokens, weights, and what uniform sampling would give."""
+    finished = rows[rows["status"] == "ok"]
+    if finished.empty:
+        return ""
+    names = ["protocol.split", "protocol.n_images", "protocol.weights", "tokens", "codebook_size", "uniform_usage", "uniform_perplexity"]
+    sentences = []
+    for split, n_images, weights, tokens, K, usage, perplexity in finished[names].drop_duplicates().itertuples(index=False):
+        sentences.append(
+            f"Protocol: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} weights; as many tokens "
+            f"drawn uniformly would use {100 * usage:.1f}% of {int(K):,} codes at a perplexity of {perplexity:.0f}."
+        )
+    return " ".join(sentences)
 
 
 def _facts(rows: pd.DataFrame) -> dict[str, str]:
@@ -92,6 +107,6 @@ def publish(study: Study) -> Path:
     target = ROOT / "reports" / "published" / study.name
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(study.report_folder, target, ignore=shutil.ignore_patterns("*.stamp", "*.ipynb"))
-    for page in target.rglob("*.html"):
+    for page in [path for path in target.rglob("*") if path.suffix in (".html", ".csv", ".md", ".tex", ".jsonl")]:
         page.write_text(notebooks.without_machine_paths(page.read_text()))
     return target

@@ -47,10 +47,7 @@ def checked_row(cell: Cell) -> dict[str, Any]:
     Raises:
         ConfigError: row.json is damaged or belongs to another run, as after copying folders about.
     """
-    try:
-        row = cell.run.read_row()
-    except ValueError as error:
-        raise ConfigError(f"{cell.run.row} is not JSON ({error}); forget the run ({cell.run.path.name}) and train it again") from None
+    row = cell.run.read_row()
     if row.get("run") != cell.run.path.name:
         raise ConfigError(f"{cell.run.path} holds the row of run {row.get('run')!r}; forget the run and train it again")
     return row
@@ -72,7 +69,7 @@ def state(cell: Cell) -> str:
                 pass
         except Timeout:
             return "running"
-    attempts = cell.run.read_attempts()
+    attempts = [attempt for attempt in cell.run.read_attempts() if attempt["event"] != "damaged"]
     if attempts and attempts[-1]["event"] == "started":
         return "interrupted"
     return "failed" if attempts and attempts[-1]["event"] in ("error", "oom", "killed", "timeout") else "pending"

@@ -71,12 +71,14 @@ class Study:
 
     @property
     def ablations(self) -> list[Ablation]:
-        return [ABLATIONS[name] for name in self.ablation_names or ABLATIONS]
+        return [ABLATIONS[name] for name in dict.fromkeys(self.ablation_names or ABLATIONS)]
 
     @property
     def name(self) -> str:
         """Name of the report's folder: the preset, and the changed fields where there are any."""
-        changes = "".join(f"+{path}={_shown(value)}" for path, value in sorted(self.overrides.items()))
+        changes = "".join(
+            f"+{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in sorted(self.overrides.items())
+        )
         return file_name(self.preset_name + changes)
 
     @property
@@ -104,15 +106,21 @@ class Study:
         return part
 
     def _cell(self, ablation: Ablation, arm: Arm, seed: int) -> Cell:
-        config = tokenizer(self.preset, ablation.quantizer(arm.levels), seed)
+        fields = ablation.quantizer(arm.levels)
+        config = tokenizer(self.preset, fields, seed)
         config = config.with_fields(**self.overrides) if self.overrides else config
+        for path in self.overrides:
+            if path == "seed":
+                raise ConfigError("--set seed would give every arm one seed; use --seeds, which says how many")
+            if path in {f"quantizer.{name}" for name in fields}:
+                raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; set another field, or add an arm")
         return Cell(ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data))))
 
 
 def file_name(text: str) -> str:
-    """A text as a file name: plain ASCII, no separators, not hidden, at most LONGEST_NAME characters; equal only for equal texts."""
+    """A text as a file name: plain ASCII, no separators, not hidden, of bounded length; where that changes it, a hash keeps it apart."""
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "+=._-") else "_" for c in text)
-    if len(safe) <= LONGEST_NAME and not safe.startswith("."):
+    if safe == text and len(safe) <= LONGEST_NAME and not safe.startswith("."):
         return safe
     return f"{safe[:LONGEST_NAME].lstrip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -120,12 +128,6 @@ def file_name(text: str) -> str:
 def unique_runs(cells: Iterable[Cell]) -> list[Cell]:
     """The first cell of each run: what has to be trained."""
     return list({cell.run.path: cell for cell in reversed(list(cells))}.values())[::-1]
-
-
-def _shown(value: Any) -> str:
-    """A changed field's value in the report's name; of a folder of images the last part of its path, which may be all that it may tell."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"imagefolder_{Path(text).name}" if text.startswith("imagefolder:") else text
 
 
 @cache

@@ -39,7 +39,12 @@ class Outcome:
 
 def default_slots(device: str) -> int:
     """Runs at a time: one a core on a CPU (a small run gains little from a second core), one on a GPU."""
-    return 1 if resolve_device(device).type == "cuda" else max(1, os.cpu_count() or 1)
+    return 1 if resolve_device(device).type == "cuda" else cores()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train_study(
@@ -73,6 +78,8 @@ def train_study(
         raise ConfigError(f"slots={slots} must be at least 1")
     if time_budget_s is not None and not time_budget_s > 0:
         raise ConfigError(f"a time budget of {time_budget_s / 60:g} minutes leaves nothing to do; give more than 0")
+    if not hang_s > 0:
+        raise ConfigError(f"a hang timeout of {hang_s / 60:g} minutes would kill every trainer at once; give more than 0")
     todo = [cell for cell in unique_runs(study.cells) if not cell.run.finished]
     outcome = Outcome(skipped=len(unique_runs(study.cells)) - len(todo))
     if outcome.skipped:
@@ -80,9 +87,10 @@ def train_study(
     if not todo:
         return outcome
     slots = slots or default_slots(device)
-    threads = max(1, (os.cpu_count() or 1) // slots)  # from slots alone: sums, and so rows, depend on the threads in their last bits
+    threads = max(1, cores() // slots)  # from slots alone: sums, and so rows, depend on the threads in their last bits
     say(f"training {len(todo)} runs on {resolve_device(device)}, {min(slots, len(todo))} at a time, threads each: {threads}")
 
+    study.runs_folder.mkdir(parents=True, exist_ok=True)
     runtime = replace(study.preset.runtime, device=device)
     progress = _Progress(todo, say)
     pool = _Pool(runtime, threads)
@@ -148,14 +156,14 @@ class _Pool:
     def __init__(self, runtime: Any, threads: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["experiments.worker", "torchmetrics.functional.image"])
-        self._stop = self._context.Event()
+        self._stopping = False
         self._runtime, self._threads = runtime, threads
         self.running: dict[ForkServerProcess, Cell] = {}
         self._started: dict[ForkServerProcess, float] = {}
         self._hung: dict[ForkServerProcess, str] = {}
 
     def start(self, cell: Cell) -> None:
-        arguments = (cell.config.to_json_dict(), str(cell.run.path), self._runtime, self._threads, self._stop)
+        arguments = (cell.config.to_json_dict(), str(cell.run.path), self._runtime, self._threads)
         process = self._context.Process(target=worker.train, args=arguments, daemon=False)
         process.start()
         self.running[process], self._started[process] = cell, time.time()
@@ -167,7 +175,7 @@ class _Pool:
             code = process.exitcode or 0
             if process in self._hung:
                 _note(cell, "timeout", self._hung.pop(process))
-            elif code < 0:
+            elif code < 0 and not (self._stopping and -code == signal.SIGTERM):
                 why = " (by hand, or by the system for lack of memory)" if -code == signal.SIGKILL else ""
                 _note(cell, "killed", f"killed by {signal.Signals(-code).name}{why}")
             yield cell, code
@@ -182,7 +190,11 @@ class _Pool:
                 process.kill()
 
     def stop(self) -> None:
-        self._stop.set()
+        """Ask every trainer to write a checkpoint and end; one that has hardly started just ends."""
+        if not self._stopping:
+            self._stopping = True
+            for process in self.running:
+                process.terminate()
 
     def __enter__(self) -> _Pool:
         return self

@@ -12,7 +12,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -30,11 +29,13 @@ DISK_FULL, BUSY = 74, 75
 HEARTBEAT_S = 1.0
 
 
-def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, stop: Event) -> None:
+def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int) -> None:
     """Train one run to its row; record the attempt and how it ended in attempts.jsonl.
 
-    The claim on the run is a lock of the operating system, which dies with this process; this process dies with its parent.
+    The claim on the run is a lock of the operating system, which dies with this process; this process dies with its parent. SIGTERM asks it
+    to stop; nothing is shared with other trainers, so that killing one can block no other.
     """
+    stop = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides what it means
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -50,7 +51,7 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, s
         raise SystemExit(DISK_FULL if is_disk_full(error) else 1) from None
 
 
-def _attempt(run: RunDirectory, config: dict[str, Any], runtime: Runtime, stop: Event) -> int:
+def _attempt(run: RunDirectory, config: dict[str, Any], runtime: Runtime, stop: threading.Event) -> int:
     started = time.time()
     append_line(run.attempts, {"event": "started", "time": started, "pid": os.getpid(), "host": socket.gethostname()})
     code, reason = 0, None
@@ -90,7 +91,7 @@ def is_disk_full(error: BaseException) -> bool:
     return os.strerror(errno.ENOSPC) in str(error)
 
 
-def _beating(run: RunDirectory, stop: Event) -> Callable[[], bool]:
+def _beating(run: RunDirectory, stop: threading.Event) -> Callable[[], bool]:
     """The trainer's question whether to stop, asked before every step, doubles as its sign of life."""
     last = 0.0
 

@@ -18,11 +18,10 @@ from ibq.run_directory import write_json, write_tensors
 
 
 class Checkpoint(NamedTuple):
-    """What a resume needs; `damaged` says, in one sentence each, which newer checkpoints could not be read and why."""
+    """What a resume needs."""
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
-    damaged: tuple[str, ...]
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
@@ -43,21 +42,26 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], meta: dict[s
     os.rename(fresh, folder)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, or None: `folder`, else the one before it, where a kill or a damaged disk leaves no better one."""
+def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, and a sentence for each that was found damaged on the way to it.
+
+    `folder` comes first, then one that a kill kept from its place, then the one before; None where none is whole.
+    """
     damaged: list[str] = []
-    for candidate in (folder, folder.with_suffix(".previous")):
-        if not candidate.is_dir():
+    for candidate in (folder, folder.with_suffix(".new"), folder.with_suffix(".previous")):
+        if not (candidate / "meta.json").is_file():
+            if candidate == folder and candidate.is_dir():
+                damaged.append(f"{candidate.name} is damaged (it has no meta.json)")
             continue
         try:
             meta: dict[str, Any] = json.loads((candidate / "meta.json").read_text())
             data = (candidate / "state.safetensors").read_bytes()
             if meta["sha256"] != _sha256(data):
                 raise ValueError("its tensors are not those that were written")
-            return Checkpoint(load(data), meta, tuple(damaged))
+            return Checkpoint(load(data), meta), damaged
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            damaged.append(f"checkpoint {candidate.name} is damaged ({' '.join(str(error).split())})")
-    return None
+            damaged.append(f"{candidate.name} is damaged ({' '.join(str(error).split())})")
+    return None, damaged
 
 
 def _sha256(data: bytes) -> str:

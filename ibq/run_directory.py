@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ibq.errors import ConfigError
+
 
 class RunDirectory:
     """Paths and files of one run (DESIGN, contract 'Run directory').
@@ -47,7 +49,15 @@ class RunDirectory:
         return self.row.is_file()
 
     def read_row(self) -> dict[str, Any]:
-        row: dict[str, Any] = json.loads(self.row.read_text())
+        """The row of a finished run.
+
+        Raises:
+            ConfigError: row.json is damaged.
+        """
+        try:
+            row: dict[str, Any] = json.loads(self.row.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{self.row} is not JSON ({error}); forget the run and train it again") from None
         return row
 
     def read_history(self) -> list[dict[str, Any]]:

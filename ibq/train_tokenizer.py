@@ -148,7 +148,7 @@ class _State:
         self.log_window.counts_K = tensors["window.log"].to(self.device)
         self.snapshot_window.counts_K = tensors["window.snapshot"].to(self.device)
         torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "rng.cuda" in tensors:  # a run begun on a CPU may go on on a GPU
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.step, self.seconds = meta["step"], meta["seconds"]
 
@@ -175,6 +175,7 @@ def train_tokenizer(
     run = RunDirectory(run_directory)
     _check_config(run, config)
     if run.finished:
+        remove_checkpoint(run.checkpoint)  # a kill may have come between the row and this
         return
     device = resolve_device(runtime.device)
     train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
@@ -187,7 +188,7 @@ def train_tokenizer(
     weights = loss_weights(config)
     state = _State(config, device)
     tokenizer, optimizer = state.tokenizer, state.optimizer
-    checkpoint = load_checkpoint(run.checkpoint)
+    checkpoint, damaged = load_checkpoint(run.checkpoint)
     if checkpoint is None:
         initialize_codebook(tokenizer, config, train_images, device)
     state.start_average()
@@ -196,8 +197,8 @@ def train_tokenizer(
             trained_on, given = checkpoint.meta["data_hash"][:12], data[:12]
             raise ConfigError(f"{run.path} was trained on data {trained_on}, not {given}; give it that data or another directory")
         state.restore(checkpoint)
-        for damage in checkpoint.damaged:
-            append_line(run.attempts, {"event": "damaged", "reason": f"{damage}; resumed from the one before, at step {state.step}"})
+    for damage in damaged:
+        append_line(run.attempts, {"event": "damaged", "reason": f"{damage}; going on from step {state.step}"})
     run.rewind(state.step)
     snapshot_steps = {round(config.steps * i / max(1, runtime.snapshots - 1)) for i in range(runtime.snapshots)}
     if state.step == 0 and 0 in snapshot_steps:

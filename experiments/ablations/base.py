@@ -46,16 +46,20 @@ class Contrast:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of a table of the paper; None means not reported."""
+    """A row of a table of the paper, None where it reports no number; `arm` is the arm that comes closest to it, if there is one."""
 
     method: str
     rfid: float | None
     usage_pct: float | None
+    arm: str | None = None
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """One study: see `experiments/ablations/`. `quantizer(levels)` turns an arm's levels into quantizer fields."""
+    """One study: see `experiments/ablations/`.
+
+    The first factor is the method, by which figures choose colours; `quantizer(levels)` turns an arm's levels into quantizer fields.
+    """
 
     name: str
     title: str

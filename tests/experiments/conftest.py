@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.projections import project_all
 from experiments.study import Study
 from experiments.sweep import Outcome, train_study
 
@@ -31,4 +32,6 @@ def trained(folders: Path) -> tuple[Study, Outcome, list[str]]:
     """The smoke study with all its rows, the outcome of the sweep and what the sweep said."""
     said: list[str] = []
     study = Study("smoke")
-    return study, train_study(study, device="cpu", say=said.append), said
+    outcome = train_study(study, device="cpu", say=said.append)
+    project_all(study.cells, study.preset.projection, said.append)
+    return study, outcome, said

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablations, report, tables
+from experiments import ablations, figures, report, tables
 from experiments import rows as rows_module
 from experiments.study import LONGEST_NAME, Study, file_name
 
@@ -34,11 +34,13 @@ def test_a_report_of_hostile_names(text: str, trained: tuple, tmp_path: Path, mo
     honest = ablations.ABLATIONS["vq_vs_ibq"]
     arms = (replace(honest.arms[0], name=text), *honest.arms[1:])
     contrasts = tuple(replace(contrast, claim=text, without=arms[0].name) for contrast in honest.contrasts[:1])
-    hostile = replace(honest, name=text, title=text, question=text, arms=arms, contrasts=contrasts)
+    paper_rows = (replace(honest.paper_rows[0], arm=text), *honest.paper_rows[1:])
+    hostile = replace(honest, name=text, title=text, question=text, arms=arms, contrasts=contrasts, paper_rows=paper_rows)
     rows = rows_module.load(trained[0])
     rows.loc[rows["arm"] == honest.arms[0].name, "arm"] = text
     rows["ablation"] = text
     monkeypatch.setitem(ablations.ABLATIONS, text, hostile)
+    monkeypatch.setattr(figures, "FIGURES", {name: figures.FIGURES[name] for name in ("usage_over_training", "code_frequency")})
     monkeypatch.setattr(rows_module, "load", lambda study: rows)
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
     cells = [replace(c, ablation=hostile, arm=arms[0] if c.arm is honest.arms[0] else c.arm) for c in trained[0].cells]

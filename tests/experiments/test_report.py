@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from experiments import figures, report, rows
-from experiments.ablations import ABLATIONS
+from experiments import figures, report, rows, tables
+from experiments.ablations import ABLATIONS, Arm
+from experiments.effects import effects
 from experiments.findings import findings
 from experiments.study import Study
 
@@ -54,6 +56,23 @@ def test_a_study_without_rows_renders_and_says_what_is_missing(tmp_path: Path, m
     assert set(rows.load(study)["status"]) == {"pending"}
 
 
+def test_a_new_quantizer_needs_a_level_and_an_arm(trained: tuple) -> None:
+    """What the README asks of a new quantizer is enough for every table and figure."""
+    method = replace(ABLATION.factors[0], levels=(*ABLATION.factors[0].levels, "noisy"))
+    arm = Arm("noisy", dict(ABLATION.arm("vq_published").levels) | {"estimator": "noisy"}, focal=True)
+    extended = replace(ABLATION, factors=(method, *ABLATION.factors[1:]), arms=(*ABLATION.arms, arm))
+    frame = rows.load(trained[0])
+    line = frame.iloc[[0]].assign(arm="noisy", **{"factor.estimator": "noisy"})
+    frame = pd.concat([frame, line], ignore_index=True)
+    for name, (build, _) in tables.TABLES.items():
+        assert len(build(extended, frame)) > 0, name
+    for name in ("rate_distortion", "main_effects"):
+        figure = figures.draw(name, trained[0], extended, frame)
+        assert figure is not None
+        figures.plt.close(figure)
+    assert "estimator: VQ → noisy" in set(effects(extended, frame)["change"])
+
+
 def test_findings_name_every_claim_and_missing_runs(trained: tuple) -> None:
     frame = rows.load(trained[0])
     sentences = findings(ABLATION, frame)
@@ -84,6 +103,7 @@ def test_findings_admit_that_more_codes_can_mean_more_error() -> None:
 
 def test_a_hostile_reason_is_escaped(trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path))
+    monkeypatch.setattr(figures, "FIGURES", {})
     frame = rows.load(trained[0])
     frame["reason"] = None
     frame.loc[0, ["status", "reason"]] = ["failed", "<script>alert(1)</script>"]

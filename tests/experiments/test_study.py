@@ -44,6 +44,17 @@ def test_an_override_cannot_leave_the_report_folder() -> None:
     assert "/" not in Study("quick", overrides={"data.name": "../../x"}).name
 
 
+def test_an_ablation_named_twice_counts_once() -> None:
+    assert len(Study("quick", ("vq_vs_ibq", "vq_vs_ibq")).cells) == len(Study("quick").cells)
+
+
+@pytest.mark.parametrize("field", ["seed", "quantizer.method", "quantizer.entropy_weight", "quantizer.beta_on"])
+def test_what_the_arms_differ_in_cannot_be_set_for_all(field: str) -> None:
+    value = {"seed": 5, "quantizer.method": "vq", "quantizer.entropy_weight": 0.1, "quantizer.beta_on": "both"}[field]
+    with pytest.raises(ConfigError, match=field):
+        _ = Study("quick", overrides={field: value}).cells
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

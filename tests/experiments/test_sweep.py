@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from typer.testing import CliRunner
 
 from experiments import rows, worker
+from experiments.cli import app
 from experiments.study import Study, unique_runs
 from experiments.sweep import Outcome, train_study
 from ibq.run_directory import RunDirectory
@@ -164,6 +166,29 @@ def test_a_hung_trainer_is_killed_and_recorded(tmp_path: Path, monkeypatch: pyte
     assert attempt["event"] == "timeout"
     assert "no sign of life for" in attempt["reason"]
     assert rows.state(study.cells[0]) == "failed"
+
+
+def test_a_trainer_told_to_stop_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = small(tmp_path, monkeypatch, arms=2, steps=400)
+    stopper = threading.Thread(target=lambda: os.kill(wait_for(lambda: started_pid(study)), signal.SIGTERM))
+    stopper.start()
+    outcome = train_study(study, device="cpu", slots=2, say=lambda _: None)
+    stopper.join()
+    assert [cell.arm.name for cell in outcome.finished] == ["ibq_published"]
+    assert [cell.arm.name for cell in outcome.unfinished] == ["vq_published"]
+    assert study.cells[0].run.read_attempts()[-1]["event"] == "stopped"
+
+
+def test_a_failed_arm_ends_the_command_with_the_right_count_and_no_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = small(tmp_path, monkeypatch, arms=3)
+    monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
+    study.cells[1].run.path.mkdir(parents=True)
+    study.cells[1].run.config.write_text("{")
+    monkeypatch.setattr(Study, "cells", study.cells)
+    result = CliRunner().invoke(app, ["run", "--preset", "smoke", "--set", "steps=4", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "1 failed, 0 unfinished; the same command goes on from here" in result.output
+    assert not list((tmp_path / "reports").rglob("*.ipynb"))
 
 
 def started_pid(study: Study) -> int | None:
