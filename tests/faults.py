@@ -142,14 +142,15 @@ class Bench:
         if code:
             self.trouble.append(f"the undisturbed sweep ended with code {code}; see {self.folder / 'log.txt'}")
 
-    def results(self) -> dict[str, object]:
-        """Everything that must not depend on what happened on the way: rows and histories without times, weights."""
-        found: dict[str, object] = {}
-        for run in self.runs():
-            row = {name: value for name, value in run.read_row().items() if name not in TIMING}
-            history = [{name: value for name, value in line.items() if name not in TIMING} for line in run.read_history()]
-            found[run.path.name] = (json.dumps(row, sort_keys=True), json.dumps(history), run.model.read_bytes())
-        return found
+
+def results_of(runs: list[RunDirectory]) -> dict[str, object]:
+    """Everything that must not depend on what happened on the way: rows and histories without times, weights."""
+    found: dict[str, object] = {}
+    for run in runs:
+        row = {name: value for name, value in run.read_row().items() if name not in TIMING}
+        history = [{name: value for name, value in line.items() if name not in TIMING} for line in run.read_history()]
+        found[run.path.name] = (json.dumps(row, sort_keys=True), json.dumps(history), run.model.read_bytes())
+    return found
 
 
 def quiet_results(folder: Path, steps: int) -> dict[str, object]:
@@ -157,7 +158,7 @@ def quiet_results(folder: Path, steps: int) -> dict[str, object]:
     quiet = Bench(folder / "quiet", steps)
     quiet.finish()
     assert not quiet.trouble, quiet.trouble
-    return quiet.results()
+    return results_of(quiet.runs())
 
 
 def faults(rounds: int, seed: int, folder: Path, expected: dict[str, object], steps: int) -> tuple[Counter[str], list[str]]:
@@ -172,9 +173,9 @@ def faults(rounds: int, seed: int, folder: Path, expected: dict[str, object], st
         print(f"round {i + 1} of {rounds}: killed {target}; {progress}", flush=True)
         if len(bench.rows()) == len(expected) or i == rounds - 1:
             bench.finish()
-            differing = [name for name, value in bench.results().items() if value != expected.get(name)]
-            bench.trouble += [f"differs from the quiet run: {name}" for name in differing]
-            bench.trouble += [f"missing in the end: {name}" for name in expected if name not in bench.results()]
+            found = results_of(bench.runs())
+            bench.trouble += [f"differs from the quiet run: {name}" for name, value in found.items() if value != expected.get(name)]
+            bench.trouble += [f"missing in the end: {name}" for name in expected if name not in found]
             counts += bench.rounds
             trouble += bench.trouble
             studies += 1
@@ -198,8 +199,8 @@ def full_disk(folder: Path, expected: dict[str, object], steps: int) -> list[str
         trouble = [] if code and said.count("is full; make space") == 1 else [f"full disk: code {code}, said {said[-500:]!r}"]
         ballast.unlink()
         bench.finish()
-        differing = [name for name, value in expected.items() if bench.results().get(name) != value]
-        return trouble + bench.trouble + [f"differs after a full disk: {name}" for name in differing]
+        found = results_of(bench.runs())
+        return trouble + bench.trouble + [f"differs after a full disk: {name}" for name in expected if found.get(name) != expected[name]]
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
