@@ -158,10 +158,10 @@ def status(names: Names = None, preset: PresetOption = "quick", seeds: SeedsOpti
     from experiments.rows import status_lines
 
     study = study_of(names, preset, seeds, set_)
-    table = Table("arm", "state", "detail", "run", box=None)
-    for line in status_lines(study):
-        table.add_row(*(escape(str(line[key])) for key in ("arm", "state", "detail", "run")))
-    console.print(table)
+    lines = status_lines(study)
+    widths = {key: max(len(str(line[key])) for line in lines) for key in lines[0]}
+    for line in lines:  # plain text: a table of thousands of rows takes longer to lay out than to read
+        print("  ".join(str(line[key]).ljust(width) for key, width in widths.items()).rstrip())
 
 
 @app.command()

@@ -24,7 +24,7 @@ class Preset:
     projection: Literal["umap", "pca"] = "umap"
     seconds_per_step: float = 0.2
     measured_on: str = "2 cores of a server CPU, two runs at a time"
-    max_seeds: int = 99
+    max_seeds: int = 1_000_000
 
 
 PRESETS = {

@@ -14,8 +14,8 @@ from typing import Any
 
 from experiments.ablations import ABLATIONS, Ablation, Arm
 from experiments.recipes import Preset, get_preset, tokenizer
-from ibq.config import DataConfig, TrainConfig
-from ibq.data import data_hash, load_images
+from ibq.config import TrainConfig
+from ibq.data import data_hash_of
 from ibq.errors import ConfigError, nearest
 from ibq.run_directory import RunDirectory
 
@@ -96,7 +96,7 @@ class Study:
     @cached_property
     def cells(self) -> list[Cell]:
         """Every arm and seed: seed 0 of everything first, so that a study that is cut short has one row of each arm."""
-        cells = [self._cell(a, arm, seed) for a in self.ablations for arm in a.arms for seed in a.seeds(arm, self.preset, self.seeds)]
+        cells = [cell for ablation in self.ablations for arm in ablation.arms for cell in self._seeds_of(ablation, arm)]
         return sorted(cells, key=lambda cell: cell.seed)
 
     def only(self, cells: list[Cell]) -> Study:
@@ -105,16 +105,19 @@ class Study:
         part.__dict__["cells"] = cells
         return part
 
-    def _cell(self, ablation: Ablation, arm: Arm, seed: int) -> Cell:
+    def _seeds_of(self, ablation: Ablation, arm: Arm) -> list[Cell]:
+        """An arm at each of its seeds. What arms differ in cannot be set for all of them."""
         fields = ablation.quantizer(arm.levels)
-        config = tokenizer(self.preset, fields, seed)
+        config = tokenizer(self.preset, fields)
         config = config.with_fields(**self.overrides) if self.overrides else config
         for path in self.overrides:
             if path == "seed":
                 raise ConfigError("--set seed would give every arm one seed; use --seeds, which says how many")
             if path in {f"quantizer.{name}" for name in fields}:
                 raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; set another field, or add an arm")
-        return Cell(ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data))))
+        data = _data_hash(config.data)
+        configs = [config.model_copy(update={"seed": seed}) for seed in ablation.seeds(arm, self.preset, self.seeds)]
+        return [Cell(ablation, arm, c.seed, c, RunDirectory(self.runs_folder / c.run_id(data))) for c in configs]
 
 
 def file_name(text: str) -> str:
@@ -130,9 +133,7 @@ def unique_runs(cells: Iterable[Cell]) -> list[Cell]:
     return list({cell.run.path: cell for cell in reversed(list(cells))}.values())[::-1]
 
 
-@cache
-def _data_hash(data: DataConfig) -> str:
-    return data_hash(load_images(data, "train"), load_images(data, "test"))
+_data_hash = cache(data_hash_of)
 
 
 @cache

@@ -9,7 +9,13 @@ import hashlib
 from typing import get_args
 
 from ibq.config import DATA_SETS, DataConfig
-from ibq.data.fashion_mnist import FASHION_MNIST_RESOLUTION, FASHION_MNIST_SHA256, cache_folder, load_fashion_mnist
+from ibq.data.fashion_mnist import (
+    FASHION_MNIST_CONTENT_HASH,
+    FASHION_MNIST_RESOLUTION,
+    FASHION_MNIST_SHA256,
+    cache_folder,
+    load_fashion_mnist,
+)
 from ibq.data.folder import load_folder
 from ibq.data.images import DataError, Images, Split
 from ibq.data.photos import crop_grid, load_photos, split_regions
@@ -23,6 +29,7 @@ __all__ = [
     "cache_folder",
     "crop_grid",
     "data_hash",
+    "data_hash_of",
     "load_images",
     "split_regions",
 ]
@@ -59,6 +66,17 @@ def load_images(config: DataConfig, split: Split) -> Images:
     if config.kind == "imagefolder":
         return load_folder(config.folder, config.resolution, split)
     return (load_fashion_mnist if config.kind == "fashion-mnist" else load_photos)(config.resolution, split)
+
+
+def data_hash_of(config: DataConfig) -> str:
+    """`data_hash` of what a config names, without loading it where the content is fixed.
+
+    Raises:
+        DataError: as `load_images`.
+    """
+    if config.kind == "fashion-mnist" and config.resolution == FASHION_MNIST_RESOLUTION:
+        return FASHION_MNIST_CONTENT_HASH
+    return data_hash(load_images(config, "train"), load_images(config, "test"))
 
 
 def data_hash(train_images: Images, test_images: Images) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ibq.config import DataConfig
-from ibq.data import DataError, Images, Split, crop_grid, fashion_mnist, load_images, photos, split_regions
+from ibq.data import DataError, Images, Split, crop_grid, data_hash, data_hash_of, fashion_mnist, load_images, photos, split_regions
 from ibq.data.__main__ import main
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -383,3 +383,8 @@ def test_the_command_prints_a_line_per_split(capsys: pytest.CaptureFixture[str])
 def test_the_command_refuses_in_one_sentence(resolution: str) -> None:
     with pytest.raises(SystemExit, match=rf"^ibq.data: .*{resolution}[^\n]*$"):
         main(["fashion-mnist", "--resolution", resolution])
+
+
+def test_the_known_hash_is_that_of_the_loaded_images() -> None:
+    train, test = (load_images(DataConfig(), split) for split in ("train", "test"))
+    assert data_hash_of(DataConfig()) == data_hash(train, test)
