@@ -19,7 +19,6 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from experiments import manage
-from experiments import plan as plan_module
 from experiments.ablations import ABLATIONS
 from experiments.recipes import PRESETS
 from experiments.study import Study
@@ -104,6 +103,8 @@ def plan(
     names: Names = None, preset: PresetOption = "quick", seeds: SeedsOption = None, set_: SetOption = None, slots: SlotsOption = None
 ) -> None:
     """Arms, steps and expected minutes; trains nothing."""
+    from experiments import plan as plan_module
+
     study = study_of(names, preset, seeds, set_)
     for ablation in study.ablations:
         lines = plan_module.plan_table(study, ablation)

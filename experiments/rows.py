@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from filelock import FileLock, Timeout
 
 from experiments.study import Cell, Study
 from experiments.sweep import failure_reason, last_step
 from ibq.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FIRST_COLUMNS = ["ablation", "arm", "method", "codebook_size", "code_dim", "seed", "status"]
 
@@ -26,6 +28,8 @@ def load(study: Study | None = None) -> pd.DataFrame:
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
     """
+    import pandas as pd  # here, since status needs no frame and should answer at once
+
     lines = [_line(cell) for cell in (study or Study()).cells]
     frame = pd.DataFrame(lines)
     return frame[FIRST_COLUMNS + [column for column in frame.columns if column not in FIRST_COLUMNS]]

@@ -17,6 +17,21 @@ from safetensors.torch import load_file, save_file
 from ibq.errors import ConfigError
 
 
+class _Member:
+    """A path in a run's directory, made on first use: a study has thousands of runs, and most commands look at one file of each."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __set_name__(self, owner: type, attribute: str) -> None:
+        self._attribute = attribute
+
+    def __get__(self, run: RunDirectory, owner: type) -> Path:
+        path = run.path / self._name
+        run.__dict__[self._attribute] = path
+        return path
+
+
 class RunDirectory:
     """Paths and files of one run (DESIGN, contract 'Run directory').
 
@@ -31,18 +46,19 @@ class RunDirectory:
     row.json          written last; its presence means that the run is finished
     """
 
+    config = _Member("config.json")
+    history = _Member("history.jsonl")
+    snapshots = _Member("snapshots")
+    checkpoint = _Member("checkpoint")
+    model = _Member("model.safetensors")
+    evaluation = _Member("eval/reconstruction.safetensors")
+    attempts = _Member("attempts.jsonl")
+    heartbeat = _Member("heartbeat")
+    row = _Member("row.json")
+    lock = _Member(".lock")
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config = self.path / "config.json"
-        self.history = self.path / "history.jsonl"
-        self.snapshots = self.path / "snapshots"
-        self.checkpoint = self.path / "checkpoint"
-        self.model = self.path / "model.safetensors"
-        self.evaluation = self.path / "eval" / "reconstruction.safetensors"
-        self.attempts = self.path / "attempts.jsonl"
-        self.row = self.path / "row.json"
-        self.lock = self.path / ".lock"
-        self.heartbeat = self.path / "heartbeat"
 
     @property
     def finished(self) -> bool:
