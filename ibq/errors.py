@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """A parameter, field or config that cannot be used as given."""
 
 
+class NonFiniteInputError(ValueError):
+    """A tensor holds NaN or infinity where only numbers mean something."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The helpful half of a sentence: the nearest valid name, or all of them."""
     names = sorted(known)

@@ -24,7 +24,7 @@ from ibq.analysis import gradient_reach
 from ibq.checkpoint import Checkpoint, flatten_optimizer, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig, flatten, parse_train_config
 from ibq.data import Images, data_hash, load_images
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, NonFiniteInputError
 from ibq.evaluation import evaluate, evaluating
 from ibq.losses import loss_weights, pixel_loss, weighted_sum
 from ibq.metrics import usage_metrics
@@ -217,8 +217,13 @@ def train_tokenizer(
             group["lr"] = config.lr_at(state.step)
         x_BCHW = train_images.batch(batch_indices(config.seed, state.step, len(train_images), config.batch_size), device)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
+        except NonFiniteInputError as error:  # the quantizer refuses what the encoder or the codebook has come to
+            reason = f"step {state.step}: {error}"
+            write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
+            raise NonFiniteError(reason) from None
         terms = {"pixel": pixel_loss(x_BCHW, y_BCHW.float(), config.loss.pixel)} | quantized.losses
         loss = weighted_sum(terms, weights)
         optimizer.zero_grad()

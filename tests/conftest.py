@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from hypothesis import settings
 
 from ibq.config import TrainConfig, parse_train_config
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before ibq.ops.kernels is imported
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=30)
 settings.load_profile("repeatable")

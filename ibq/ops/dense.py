@@ -16,14 +16,18 @@ ENTROPY_EPS = 1e-5
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
-def dense(z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: dist.ProcessGroup | None) -> Result:
-    """z_q, indices, sample entropy, codebook entropy; see `ibq.ops.index_backprop`."""
+def dense(
+    z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: dist.ProcessGroup | None, matmul_dtype: torch.dtype
+) -> Result:
+    """z_q, indices, sample entropy, codebook entropy; see `ibq.ops.index_backprop`. bfloat16 rounds the factors and their gradients."""
+    values_KD, dtype = codebook_KD.detach(), z_ND.dtype
+    z_ND, codebook_KD = z_ND.to(matmul_dtype).to(dtype), codebook_KD.to(matmul_dtype).to(dtype)
     logits_NK = z_ND @ codebook_KD.T
     p_NK = logits_NK.softmax(1)
     indices_N = logits_NK.argmax(1)
     onehot_NK = F.one_hot(indices_N, codebook_KD.shape[0]).to(p_NK.dtype)
     soft_ND = (onehot_NK + (p_NK - p_NK.detach())) @ codebook_KD
-    z_q_ND = codebook_KD[indices_N].detach() + (soft_ND - soft_ND.detach())
+    z_q_ND = values_KD[indices_N] + (soft_ND - soft_ND.detach())
     if temperature is None:
         return z_q_ND, indices_N, None, None
 
@@ -37,3 +41,8 @@ def dense(z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | No
         mean_K = sums_K1[:-1] / sums_K1[-1].detach()
     codebook_entropy = -(mean_K * (mean_K + ENTROPY_EPS).log()).sum()
     return z_q_ND, indices_N, sample_entropy, codebook_entropy
+
+
+def nearest_densely(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
+    """Index (N,) of the Euclidean nearest code, from all (N, K) distances; see `ibq.ops.nearest_code`."""
+    return torch.cdist(z_ND, codebook_KD, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)

@@ -1,4 +1,4 @@
-"""Full float32 arithmetic for a while, whatever the caller has switched on."""
+"""In which precision matrix products are taken: what the operator was asked for, whatever the caller has switched on."""
 
 from __future__ import annotations
 
@@ -18,3 +18,18 @@ def full_float32(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def operand(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous factor of `product`, rounded to dtype.
+
+    CPUs have no product of bfloat16 that keeps its float32 sum: there only the values are rounded.
+    """
+    rounded = tensor.to(dtype).contiguous()
+    return rounded.float() if dtype == torch.bfloat16 and tensor.device.type == "cpu" else rounded
+
+
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a @ b of two operands, in the first rows of `out` if given; bfloat16 ones give their float32 sum."""
+    out = None if out is None else out[: len(a)]
+    return torch.mm(a, b, out_dtype=torch.float32, out=out) if a.dtype == torch.bfloat16 else torch.mm(a, b, out=out)

@@ -23,6 +23,8 @@ class IBQConfig(CodebookConfig):
     entropy_weight: float = Field(0.05, ge=0)
     double: bool = Field(True, strict=True)
     """The extra term |z_q - z|^2 without stop-gradient."""
+    matmul_precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the factors of the operator's matrix products; sums, softmax and entropies are float32 in any case."""
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -40,7 +42,8 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         tau = self.config.active_entropy_temperature
-        z_q_ND, indices_N, *both = index_backprop(z_ND, self.codebook, entropy_temperature=tau)
+        matmul_dtype = torch.bfloat16 if self.config.matmul_precision == "bfloat16" else None
+        z_q_ND, indices_N, *both = index_backprop(z_ND, self.codebook, entropy_temperature=tau, matmul_dtype=matmul_dtype)
         losses = quantization_terms(z_ND, self.codebook[indices_N]) | entropy_terms(*both)
         if self.config.double:
             losses["double"] = (z_q_ND - z_ND).square().mean()

@@ -227,7 +227,7 @@ def test_codes_drawn_from_features_are_features_of_the_runs_first_images(tiny: A
     untrained = trainer.Tokenizer(config).to(memory_format=torch.channels_last)
     images = images_once(config.data, "train").batch(batch_indices(0, 0, 60_000, 4), "cpu")
     features_ND = untrained.features(images).detach().permute(0, 2, 3, 1).reshape(-1, 8)
-    distance_K = torch.cdist(run.read_snapshot(0)["codes"], features_ND).min(1).values
+    distance_K = torch.cdist(run.read_snapshot(0)["codes"], features_ND, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
     assert distance_K.max() < 1e-5
 
 
@@ -335,9 +335,10 @@ def test_the_directory_of_another_config_is_refused_by_the_field(tiny: Any, tmp_
 @pytest.mark.parametrize("method", ["vq", "ibq"])
 def test_a_diverging_run_ends_with_a_named_term_and_a_row_without_metrics(tiny: Any, tmp_path: Path, method: str) -> None:
     config = tiny(method, **{"optim.lr": 1e30})
-    with pytest.raises(
-        NonFiniteError, match=r"^step \d+: (loss term '\w+' is (nan|inf)|the gradient of '[\w.]+' is not finite)$"
-    ) as caught:
+    named = (
+        r"loss term '\w+' is (nan|inf)|the gradient of '[\w.]+' is not finite|\d+ of \d+ values of (features|codebook) are NaN or infinite"
+    )
+    with pytest.raises(NonFiniteError, match=rf"^step \d+: ({named})") as caught:
         list(train_tokenizer(config, tmp_path, RUNTIME))
     run = RunDirectory(tmp_path)
     row = run.read_row()

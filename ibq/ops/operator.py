@@ -1,0 +1,158 @@
+"""Index backpropagation as a torch operator with its own backward pass: what does not depend on how the logits are computed.
+
+`ibq::index_backprop` and `ibq::index_backprop_backward` are opaque to torch.compile, which sees their shapes alone. With p̄ the mean
+assignment over all processes, g the gradient of z_q, g_H and g_A those of the sample and the codebook entropy (PAPER sections 3 and 4):
+    v = -(log(p̄ + eps) + p̄ / (p̄ + eps)) g_A / N,   sharpness = g_H / N,
+and `ibq.ops.chunked.backward` states the rest. Suffixes: N tokens, D code dimension, K codes, S = 4 statistics of
+a row.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from ibq.errors import NonFiniteInputError
+from ibq.ops import chunked, tiled
+from ibq.ops.dense import ENTROPY_EPS, Result
+from ibq.ops.precision import full_float32
+
+_COMPUTED_BY: dict[str, ModuleType] = {"chunked": chunked, "triton": tiled}
+
+
+def operator(
+    z_ND: torch.Tensor,
+    codebook_KD: torch.Tensor,
+    temperature: float | None,
+    group: dist.ProcessGroup | None,
+    matmul_dtype: torch.dtype,
+    backend: str,
+) -> Result:
+    """z_q, indices, sample entropy, codebook entropy; see `ibq.ops.index_backprop`."""
+    name = "" if group is None else group.group_name
+    z_q_ND, indices_N, sample_entropy, codebook_entropy, *_ = _forward(z_ND, codebook_KD, temperature, name, matmul_dtype, backend)
+    return (z_q_ND, indices_N, None, None) if temperature is None else (z_q_ND, indices_N, sample_entropy, codebook_entropy)
+
+
+def require_finite(**tensors: torch.Tensor) -> None:
+    """Refuse NaN and infinity by name: an argmax over them means nothing, and one such row poisons every code.
+
+    Raises:
+        NonFiniteInputError: how many values of which tensor.
+    """
+    for name, tensor in tensors.items():
+        finite = tensor.isfinite()
+        if not finite.all():
+            bad = tensor.numel() - int(finite.sum())
+            raise NonFiniteInputError(
+                f"{bad} of {tensor.numel()} values of {name} are NaN or infinite; lower the learning rate, or check what went in"
+            )
+
+
+@torch.library.custom_op("ibq::index_backprop", mutates_args=())
+def _forward(
+    z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: str, matmul_dtype: torch.dtype, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z_q, indices, both entropies, the mean assignment and the statistics (S, N) of the rows."""
+    require_finite(features=z_ND, codebook=codebook_KD)
+    with full_float32(z_ND.device):
+        indices_N, mean_K, statistics_SN = _COMPUTED_BY[backend].forward(z_ND, codebook_KD, temperature, matmul_dtype)
+        if temperature is None:
+            nothing = z_ND.new_zeros(())
+            return codebook_KD[indices_N], indices_N, nothing, nothing.clone(), mean_K, statistics_SN
+        mean_K /= _sum_over(group, mean_K, len(z_ND))
+        codebook_entropy = -(mean_K * (mean_K + ENTROPY_EPS).log()).sum()
+    return codebook_KD[indices_N], indices_N, statistics_SN[3].mean(), codebook_entropy, mean_K, statistics_SN
+
+
+def _sum_over(group: str, sum_K: torch.Tensor, tokens: int) -> int:
+    """Add a tensor up over the group, in place, and the number of tokens too."""
+    if not group:
+        return tokens
+    total = torch.tensor(tokens, device=sum_K.device)
+    for tensor in (sum_K, total):
+        dist.all_reduce(tensor, group=c10d._resolve_process_group(group))  # type: ignore[attr-defined, arg-type]
+    return int(total)
+
+
+@torch.library.custom_op("ibq::index_backprop_backward", mutates_args=())
+def _backward(
+    g_ND: torch.Tensor | None,
+    g_sample: torch.Tensor | None,
+    g_codebook: torch.Tensor | None,
+    z_ND: torch.Tensor,
+    codebook_KD: torch.Tensor,
+    indices_N: torch.Tensor,
+    mean_K: torch.Tensor,
+    statistics_SN: torch.Tensor,
+    temperature: float | None,
+    group: str,
+    matmul_dtype: torch.dtype,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the features and of the codebook."""
+    N = len(z_ND)
+    v_K = None
+    if g_codebook is not None:
+        tokens = N
+        if group:  # every rank's loss holds the shared mean, so every rank's gradient reaches this rank's tokens
+            g_codebook = g_codebook.clone()
+            tokens = _sum_over(group, g_codebook, N)
+        v_K = -((mean_K + ENTROPY_EPS).log() + mean_K / (mean_K + ENTROPY_EPS)) * (g_codebook / tokens)
+    sharpness = None if g_sample is None else g_sample / N
+    dz_ND = torch.zeros_like(z_ND)
+    # the hard path onehot^T g; unlike index_add_ this adds in one order on a GPU too
+    hard = torch.ops.aten.embedding_dense_backward
+    dC_KD = torch.zeros_like(codebook_KD) if g_ND is None else hard(g_ND, indices_N, len(codebook_KD), -1, False)
+    with full_float32(z_ND.device):
+        compute = _COMPUTED_BY[backend].backward
+        compute(dz_ND, dC_KD, z_ND, codebook_KD, g_ND, sharpness, v_K, statistics_SN, temperature, matmul_dtype)
+    return dz_ND, dC_KD
+
+
+# --- Shapes, for torch.compile -----------------------------------------------------------------------------------------------------------
+
+
+@_forward.register_fake
+def _(
+    z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: str, matmul_dtype: torch.dtype, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    N, K = len(z_ND), len(codebook_KD)
+    mean_K = z_ND.new_empty(0 if temperature is None else K)
+    indices_N = z_ND.new_empty(N, dtype=torch.int64)
+    return torch.empty_like(z_ND), indices_N, z_ND.new_empty(()), z_ND.new_empty(()), mean_K, z_ND.new_empty(4, N)
+
+
+@_backward.register_fake
+def _(g_ND: Any, g_sample: Any, g_codebook: Any, z_ND: torch.Tensor, codebook_KD: torch.Tensor, *_: Any) -> Any:
+    return torch.empty_like(z_ND), torch.empty_like(codebook_KD)
+
+
+# --- Derivatives -------------------------------------------------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    z_ND, codebook_KD, *ctx.how = inputs
+    _, indices_N, _, _, mean_K, statistics_SN = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z_ND, codebook_KD, indices_N, mean_K, statistics_SN)
+
+
+def _derive(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+    g_ND, _, g_sample, g_codebook, *_ = gradients
+    if ctx.how[0] is None:
+        g_sample = g_codebook = None
+    dz_ND, dC_KD = _backward(None if g_ND is None else g_ND.contiguous(), g_sample, g_codebook, *ctx.saved_tensors, *ctx.how)
+    return dz_ND, dC_KD, None, None, None, None
+
+
+def _refuse(ctx: Any, *gradients: torch.Tensor) -> None:
+    raise RuntimeError("index_backprop has no second derivative; keep it out of gradient penalties, or use backend='dense'")
+
+
+_forward.register_autograd(_derive, setup_context=_keep)
+_backward.register_autograd(_refuse)
