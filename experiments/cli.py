@@ -1,4 +1,4 @@
-"""The command line: python -m experiments list | plan | run | status | report | evaluate | rerun | forget | compare."""
+"""The command line: python -m experiments list | plan | run | status | report | evaluate | bench | rerun | forget | compare."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
-from experiments import manage
+from experiments import manage, tables
 from experiments.ablations import ABLATIONS
 from experiments.recipes import PRESETS
 from experiments.study import Study
 from experiments.sweep import HANG_S, terminable, train_study
 from ibq.data import DataError
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, nearest
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers.")
 console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
@@ -35,6 +35,7 @@ SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4; repeatable")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
 MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, (_, what) in manage.EVALUATIONS.items()))]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")]
 
 
@@ -126,7 +127,7 @@ def run(
     time_budget: Annotated[float | None, typer.Option(help="minutes; then stop, resumably")] = None,
     fail_fast: Annotated[bool, typer.Option(help="stop everything at the first failed run")] = False,
     hang_timeout: Annotated[float, typer.Option(help="minutes without a sign of life after which a trainer is killed")] = HANG_S / 60,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Train all arms that have no row yet, execute the notebooks, write the report."""
     study, started = study_of(names, preset, seeds, set_), time.monotonic()
@@ -195,6 +196,34 @@ def evaluate(
     """Add an evaluation to finished runs, without training."""
     study = study_of(names, preset, seeds, set_)
     print(f"{manage.evaluate_finished(study, metric, _say)} runs evaluated; the columns {metric}.* are in the rows")
+
+
+@app.command()
+@one_sentence_errors
+def bench(
+    name: Annotated[str, typer.Argument(help="index-backprop")],
+    device: DeviceOption = "auto",
+    tokens: Annotated[str, typer.Option(help="N, e.g. 1024,4096; default: a grid for the device")] = "",
+    codes: Annotated[str, typer.Option(help="K, likewise")] = "",
+    dim: Annotated[int, typer.Option(help="D")] = 256,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; default: bfloat16 on CUDA")] = "",
+    publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
+) -> None:
+    """Measure an operator against its rivals: time, memory, operations a second."""
+    from experiments.benchmarks import index_backprop
+
+    if name != "index-backprop":
+        raise ConfigError(f"benchmark {name!r} does not exist; {nearest(name, ['index-backprop'])}")
+    rows = index_backprop.run(device, _sizes(tokens), _sizes(codes), dim, dtype, _say)
+    print(tables.markdown(index_backprop.table(rows)))
+    print(f"report: {index_backprop.write(rows, publish)}")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"sizes {text!r} are not whole numbers separated by commas, e.g. 1024,4096") from None
 
 
 @app.command()

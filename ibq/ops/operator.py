@@ -34,7 +34,9 @@ def operator(
 ) -> Result:
     """z_q, indices, sample entropy, codebook entropy; see `ibq.ops.index_backprop`."""
     name = "" if group is None else group.group_name
-    z_q_ND, indices_N, sample_entropy, codebook_entropy, *_ = _forward(z_ND, codebook_KD, temperature, name, matmul_dtype, backend)
+    z_q_ND, indices_N, sample_entropy, codebook_entropy, *_ = torch.ops.ibq.index_backprop(
+        z_ND, codebook_KD, temperature, name, matmul_dtype, backend
+    )
     return (z_q_ND, indices_N, None, None) if temperature is None else (z_q_ND, indices_N, sample_entropy, codebook_entropy)
 
 
@@ -53,7 +55,17 @@ def require_finite(**tensors: torch.Tensor) -> None:
             )
 
 
-@torch.library.custom_op("ibq::index_backprop", mutates_args=())
+# torch.library's lower level: custom_op would import all of torch.compile (1.5 s, 150 MB) at the first call
+_HOW = "float? temperature, str group, ScalarType matmul_dtype, str backend"
+torch.library.define("ibq::index_backprop", f"(Tensor z, Tensor codebook, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+torch.library.define(
+    "ibq::index_backprop_backward",
+    "(Tensor? g, Tensor? g_sample, Tensor? g_codebook, Tensor z, Tensor codebook, Tensor indices, Tensor mean, Tensor statistics, "
+    f"{_HOW}) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("ibq::index_backprop", "default")
 def _forward(
     z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: str, matmul_dtype: torch.dtype, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -79,7 +91,7 @@ def _sum_over(group: str, sum_K: torch.Tensor, tokens: int) -> int:
     return int(total)
 
 
-@torch.library.custom_op("ibq::index_backprop_backward", mutates_args=())
+@torch.library.impl("ibq::index_backprop_backward", "default")
 def _backward(
     g_ND: torch.Tensor | None,
     g_sample: torch.Tensor | None,
@@ -117,7 +129,7 @@ def _backward(
 # --- Shapes, for torch.compile -----------------------------------------------------------------------------------------------------------
 
 
-@_forward.register_fake
+@torch.library.register_fake("ibq::index_backprop")
 def _(
     z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: str, matmul_dtype: torch.dtype, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -127,7 +139,7 @@ def _(
     return torch.empty_like(z_ND), indices_N, z_ND.new_empty(()), z_ND.new_empty(()), mean_K, z_ND.new_empty(4, N)
 
 
-@_backward.register_fake
+@torch.library.register_fake("ibq::index_backprop_backward")
 def _(g_ND: Any, g_sample: Any, g_codebook: Any, z_ND: torch.Tensor, codebook_KD: torch.Tensor, *_: Any) -> Any:
     return torch.empty_like(z_ND), torch.empty_like(codebook_KD)
 
@@ -146,7 +158,9 @@ def _derive(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
     g_ND, _, g_sample, g_codebook, *_ = gradients
     if ctx.how[0] is None:
         g_sample = g_codebook = None
-    dz_ND, dC_KD = _backward(None if g_ND is None else g_ND.contiguous(), g_sample, g_codebook, *ctx.saved_tensors, *ctx.how)
+    dz_ND, dC_KD = torch.ops.ibq.index_backprop_backward(
+        None if g_ND is None else g_ND.contiguous(), g_sample, g_codebook, *ctx.saved_tensors, *ctx.how
+    )
     return dz_ND, dC_KD, None, None, None, None
 
 
@@ -154,5 +168,5 @@ def _refuse(ctx: Any, *gradients: torch.Tensor) -> None:
     raise RuntimeError("index_backprop has no second derivative; keep it out of gradient penalties, or use backend='dense'")
 
 
-_forward.register_autograd(_derive, setup_context=_keep)
-_backward.register_autograd(_refuse)
+torch.library.register_autograd("ibq::index_backprop", _derive, setup_context=_keep)
+torch.library.register_autograd("ibq::index_backprop_backward", _refuse)

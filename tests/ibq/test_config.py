@@ -37,6 +37,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quantizer.entropy_weight": 0.1,
     "quantizer.entropy_temperature": 0.02,
     "quantizer.double": False,
+    "quantizer.matmul_precision": "bfloat16",
     "loss.pixel": "l2",
     "loss.pixel_weight": 2.0,
     "optim.lr": 1e-4,

@@ -1,0 +1,141 @@
+"""One cell of the benchmark of index backpropagation, in a process of its own: python -m experiments.benchmarks.measure CELL, CELL as JSON.
+
+Prints one JSON line: the median time of a forward and backward pass, its peak memory above the inputs, or that it does not fit.
+Suffixes: N tokens, K codes, D code dimension.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ibq.ops import index_backprop
+from ibq.ops.door import Backend
+from ibq.train_tokenizer import resolve_device
+
+REPEATS = ((1.0, 7), (10.0, 3), (float("inf"), 1))
+"""How often a pass of up to so many seconds is timed, after the first, which warms up and is measured for memory."""
+
+
+def released(z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The released formulation (PAPER sections 3 and 4), in its kindest layout: one-hot products for z_q and for the selected code, softmax
+    and log-softmax apart, in whatever precision autocast gives. Returns the sum of both products, and the entropy penalty."""
+    logits_NK = z_ND @ codebook_KD.T
+    p_NK = logits_NK.softmax(1)
+    onehot_NK = torch.zeros_like(p_NK).scatter_(1, p_NK.argmax(1, keepdim=True), 1.0)
+    z_q_ND = (onehot_NK - p_NK.detach() + p_NK) @ codebook_KD
+    selected_ND = onehot_NK @ codebook_KD
+    penalty = z_ND.new_zeros(())
+    if temperature is not None:
+        scaled_NK = logits_NK / temperature
+        p_NK = scaled_NK.softmax(1)
+        mean_K = p_NK.mean(0)
+        penalty = -(p_NK * F.log_softmax(scaled_NK, 1)).sum(1).mean() + (mean_K * (mean_K + 1e-5).log()).sum()
+    return z_q_ND + selected_ND, penalty
+
+
+def operator(
+    backend: Backend, matmul_dtype: torch.dtype, z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by `ibq.index_backprop`."""
+    z_q_ND, indices_N, sample_entropy, codebook_entropy = index_backprop(
+        z_ND, codebook_KD, entropy_temperature=temperature, backend=backend, matmul_dtype=matmul_dtype
+    )
+    if sample_entropy is None or codebook_entropy is None:
+        return z_q_ND + codebook_KD[indices_N], z_ND.new_zeros(())
+    return z_q_ND + codebook_KD[indices_N], sample_entropy - codebook_entropy
+
+
+def measure(cell: dict[str, Any]) -> dict[str, Any]:
+    """Seconds (median), all timed seconds and peak GiB above the inputs of one cell, or status 'does not fit'."""
+    device, dtype = resolve_device(cell["device"]), getattr(torch, cell["dtype"])
+    if device.type != "cuda":
+        _limit_memory()
+    torch.manual_seed(0)
+    method = released if cell["method"] == "released" else partial(operator, cell["method"], dtype)
+    temperature = 0.01 if cell["entropy"] else None
+
+    def step(z_ND: torch.Tensor, codebook_KD: torch.Tensor, g_ND: torch.Tensor) -> float:
+        z_ND.data.normal_(0, 0.3)  # fresh inputs, outside the clock
+        _wait_for(device)
+        started = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            z_q_ND, penalty = method(z_ND, codebook_KD, temperature)
+        torch.autograd.grad((z_q_ND.float() * g_ND).sum() + 0.05 * penalty, (z_ND, codebook_KD))
+        _wait_for(device)
+        return time.perf_counter() - started
+
+    def inputs(N: int, K: int) -> tuple[torch.Tensor, ...]:
+        z_ND, codebook_KD, g_ND = (torch.randn(rows, cell["D"], device=device).mul_(0.3) for rows in (N, K, N))
+        return z_ND.requires_grad_(), codebook_KD.requires_grad_(), g_ND
+
+    step(*inputs(2, 2))  # loads the libraries
+    tensors = inputs(cell["N"], cell["K"])
+    try:
+        before = _start_peak(device)
+        first = step(*tensors)
+        peak = _peak(device) - before
+        seconds = [step(*tensors) for _ in range(next(repeats for limit, repeats in REPEATS if first <= limit))]
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        return {"status": "does not fit"}
+    return {"status": "ok", "seconds": statistics.median(seconds), "timed": seconds, "peak_gib": peak / 2**30}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large square matrix product here, the median of seven: what any formulation is measured against."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        a @ b
+        _wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[1:]) / 1e12
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _limit_memory() -> None:
+    """Let an allocation beyond the free memory fail instead of waking the system's out-of-memory killer."""
+    limit = int(_status("/proc/meminfo", "MemAvailable") * 0.9) + int(_status("/proc/self/status", "VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _start_peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    return _status("/proc/self/status", "VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("/proc/self/status", "VmHWM")
+
+
+def _status(file: str, name: str) -> int:
+    """Bytes that the kernel states under a name."""
+    return next(int(line.split()[1]) * 1024 for line in Path(file).read_text().splitlines() if line.startswith(name + ":"))
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    if "method" in given:
+        print(json.dumps(measure(given)))
+    else:
+        print(json.dumps({"matrix_tflops": matrix_rate(resolve_device(given["device"]), getattr(torch, given["dtype"]))}))
