@@ -7,38 +7,45 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import papermill
 from nbconvert import HTMLExporter
 
 from experiments import rows as rows_module
-from experiments.ablations import Ablation
+from experiments.benchmarks import index_backprop
 from experiments.study import ROOT, Study
 from ibq.errors import ConfigError
 from ibq.run_directory import write_text
 
 SOURCES = ROOT / "notebooks"
+MECHANISM = "00_how_ibq_works"
+"""The notebook that belongs to no ablation."""
 
 
 def execute_changed(study: Study, say: Callable[[str], None] = print) -> None:
-    """Execute each ablation's notebook into the report folder unless nothing it shows has changed since the last time."""
-    for ablation in study.ablations:
-        source = SOURCES / f"{ablation.notebook}.ipynb"
+    """Execute notebook 00 and each ablation's into the report folder, but for those that would show what they showed the last time."""
+    rows = rows_module.load(study)
+    shown = {MECHANISM: index_backprop.known_rows().to_csv(index=False)}
+    shown |= {a.notebook: rows[rows["ablation"] == a.name].to_csv(index=False) for a in study.ablations}
+    parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": dict(study.overrides)}
+    for name, data in shown.items():
+        source = SOURCES / f"{name}.ipynb"
         target = study.report_folder / "notebooks" / source.name
         stamp = target.with_suffix(".stamp")
-        fingerprint = _fingerprint(study, ablation, source)
+        fingerprint = _fingerprint(source, data)
         if target.is_file() and stamp.is_file() and stamp.read_text() == fingerprint:
             continue
-        say(f"executing notebook {ablation.notebook}")
-        execute(source, target, study)
+        say(f"executing notebook {name}")
+        execute(source, target, study, {} if name == MECHANISM else parameters)
         write_text(target.with_suffix(".html"), as_page(target))
         write_text(stamp, fingerprint)
 
 
-def execute(source: Path, target: Path, study: Study) -> None:
-    """Run a notebook under papermill with this study's parameters.
+def execute(source: Path, target: Path, study: Study, parameters: Mapping[str, Any]) -> None:
+    """Run a notebook under papermill, in this study's folders.
 
     Raises:
         ConfigError: a cell failed; the message names it and the executed copy that shows the traceback.
@@ -48,14 +55,13 @@ def execute(source: Path, target: Path, study: Study) -> None:
     folders = {"IBQ_RUNS": str(study.runs_folder), "IBQ_REPORTS": str(study.report_folder.parent)}
     before = {name: os.environ.get(name) for name in folders}
     os.environ.update(folders)
-    parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": dict(study.overrides)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of papermill's and the kernel client's own code
             papermill.execute_notebook(
                 source,
                 target,
-                parameters=parameters,
+                parameters=dict(parameters),
                 kernel_name="python3",
                 progress_bar=False,
                 cwd=source.parent,
@@ -89,8 +95,6 @@ def without_machine_paths(text: str) -> str:
     return text
 
 
-def _fingerprint(study: Study, ablation: Ablation, source: Path) -> str:
-    rows = rows_module.load(study)
-    mine = rows[rows["ablation"] == ablation.name].to_csv(index=False)
+def _fingerprint(source: Path, data: str) -> str:
     code = [path.read_text() for path in sorted((ROOT / "experiments").rglob("*.py"))]
-    return hashlib.sha256(json.dumps([source.read_text(), mine, code]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([source.read_text(), data, code]).encode()).hexdigest()
