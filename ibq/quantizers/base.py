@@ -114,7 +114,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
-        """Of features (N, D) or (B, D, H, W) what codes are compared with: z itself, or z normalised or bounded; errors are measured here."""
+        """Of features (N, D) or (B, D, H, W) what codes are compared with: z, or z normalised or bounded; errors are measured there."""
         return z
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
