@@ -74,7 +74,7 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         z_ND, codebook_KD = self.to_code_space(z_ND), self.codebook
-        query_ND = z_ND if self.config.scale == 1 else self.config.scale * z_ND  # a factor of 1 would reorder sums of gradients
+        query_ND = self.config.scale * z_ND
         tau = self.config.active_entropy_temperature
         z_q_ND, indices_N, *both = index_backprop(query_ND, codebook_KD, entropy_temperature=tau)
         codes_ND = codebook_KD[indices_N]
