@@ -2,11 +2,11 @@
 
 The baseline that collapses: the decoder's gradient is copied to z, and without the entropy penalty only selected codes receive any.
 What people do about it, each a field of its own:
-    distance         cosine: features and codes at unit length, as in LlamaGen (arXiv 2406.06525) with D = 8
-    ema_decay        codes as moving averages of their features instead of by gradient (VQ-VAE-2, arXiv 1906.00446)
-    restart          dead codes begin anew at features (Jukebox, arXiv 2005.00341), or all are drawn to them (CVQ-VAE, arXiv 2307.15139)
-    codebook_init    "features", "kmeans"
-    gradient         rotation: the rotation trick (arXiv 2410.06424)
+    distance           cosine: features and codes at unit length, as in LlamaGen (arXiv 2406.06525) with D = 8
+    ema_decay          codes as moving averages of their features instead of by gradient (VQ-VAE-2, arXiv 1906.00446)
+    restart            dead codes begin anew at features (Jukebox, arXiv 2005.00341), or all are drawn to them (CVQ-VAE, arXiv 2307.15139)
+    codebook_init      "features", "kmeans"
+    gradient           rotation: the rotation trick (arXiv 2410.06424)
     reparametrization  linear: codes = embedding W, both learnt, so that every step moves every code (SimVQ freezes the embedding)
 """
 
@@ -33,13 +33,13 @@ class VQConfig(CodebookConfig):
     """
 
     method: Literal["vq"] = "vq"
-    distance: Literal["euclidean", "cosine"] = "euclidean"
-    ema_decay: float | None = Field(None, gt=0, lt=1)
-    restart: Literal["none", "dead", "online"] = "none"
-    restart_threshold: float = Field(0.1, gt=0, lt=1)
-    usage_decay: float = Field(0.99, gt=0, lt=1)
-    gradient: Literal["straight_through", "rotation"] = "straight_through"
-    reparametrization: Literal["none", "linear"] = "none"
+    distance: Literal["euclidean", "cosine"] = Field("euclidean", description="cosine: LlamaGen, arXiv 2406.06525")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="VQ-VAE-2, arXiv 1906.00446")
+    restart: Literal["none", "dead", "online"] = Field("none", description="dead: Jukebox, 2005.00341; online: CVQ-VAE, arXiv 2307.15139")
+    restart_threshold: float = Field(0.1, gt=0, lt=1, description="usage, over 1/K, below which a code is dead")
+    usage_decay: float = Field(0.99, gt=0, lt=1, description="of the running average of usage, per step")
+    gradient: Literal["straight_through", "rotation"] = Field("straight_through", description="rotation trick: arXiv 2410.06424")
+    reparametrization: Literal["none", "linear"] = Field("none", description="codes = embedding W; SimVQ, arXiv 2411.02038")
 
     @model_validator(mode="after")
     def _fits_together(self) -> VQConfig:
