@@ -63,7 +63,8 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
     """Nearest code by dot product, index backpropagation.
 
     Gradient reach: z and all codes through z_q, `double` and the entropy terms; z alone through `commitment`, selected codes alone through
-    `codebook`. With soft_path="features" z_q and `double` reach selected codes only, with top_m the m best of some token.
+    `codebook`. With soft_path="features" z_q and `double` reach selected codes only, with top_m the m best of some token; with
+    soft_path="codes" `double` is left with the codes, because the copied gradient of z_q and that of z cancel in it.
     """
 
     config: IBQConfig
