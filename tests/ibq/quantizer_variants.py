@@ -62,6 +62,16 @@ def make(variant: str, **fields: Any) -> Quantizer:
     return quantizer
 
 
+def assert_refused(config: Any, *mentions: str) -> None:
+    """Building this fails, in one sentence that mentions all of these."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is checked below)
+        build_quantizer(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "pydantic" not in message
+    assert all(mention in message for mention in mentions), message
+
+
 def features_for(quantizer: Quantizer) -> torch.Tensor:
     """Features (2, D, 3, 4) with a gradient; fewer tokens than codes."""
     return torch.randn(2, quantizer.config.code_dim, 3, 4, requires_grad=True)
