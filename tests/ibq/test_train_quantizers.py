@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from quantizer_variants import VARIANTS
-from training_runs import RUNTIME, assert_same_run, read_the_images_once, stop_after  # noqa: F401
+from training_runs import RUNTIME, assert_same_run, images_once, read_the_images_once, stop_after  # noqa: F401
 
 from ibq import load_tokenizer
 from ibq.checkpoint import load_checkpoint
@@ -93,6 +93,12 @@ def test_features_and_errors_are_in_the_space_of_the_codes(finished: Any, varian
         assert {round(line["feature_norm"], 4) for line in run.read_history()} == {1.0}
     nearest = (features_ND[:, None] - codes_KD).square().sum(2).min(1).values.mean() / features_ND.var(0, correction=0).sum()
     assert run.read_history()[-1]["quantization_error"] == pytest.approx(nearest.item(), rel=0.5)
+
+    tokenizer = load_tokenizer(run.path)
+    _, z_BDHW, quantized = tokenizer(images_once(tokenizer.config.data, "test").batch(torch.arange(8), torch.device("cpu")))
+    space_BDHW = tokenizer.quantize.to_code_space(z_BDHW)
+    error = (space_BDHW - quantized.z_q).square().sum() / (space_BDHW - space_BDHW.mean((0, 2, 3), keepdim=True)).square().sum()
+    assert run.read_row()["quantization_error"] == pytest.approx(error.item(), rel=1e-3)
 
 
 def test_parameters_without_gradient_are_averaged_and_have_no_optimizer_state(config_of: Any, tmp_path: Path) -> None:
