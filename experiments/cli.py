@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from experiments import manage
 from experiments.ablations import ABLATIONS
+from experiments.quantizer_options import options_table
 from experiments.recipes import PRESETS
 from experiments.study import Study
 from experiments.sweep import HANG_S, terminable, train_study
@@ -86,8 +87,16 @@ def _value(text: str) -> Any:
 
 @app.command("list")
 @one_sentence_errors
-def list_ablations() -> None:
+def list_ablations(
+    quantizers: Annotated[bool, typer.Option("--quantizers", help="the quantizers instead, with their options and papers")] = False,
+) -> None:
     """The ablations and presets there are."""
+    if quantizers:
+        table = Table("method", "options", "paper", box=None)
+        for method, options, paper in options_table():
+            table.add_row(method, escape("\n".join(options)), paper, end_section=True)
+        console.print(table)
+        return
     table = Table("ablation", "arms", "question", box=None)
     for ablation in ABLATIONS.values():
         table.add_row(ablation.name, str(len(ablation.arms)), escape(ablation.question))

@@ -2,14 +2,41 @@
 
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.ops import index_backprop
-from ibq.quantizers import IBQConfig, IndexBackpropQuantizer, Quantized, VectorQuantizer, VQConfig, build_quantizer
+from ibq.quantizers import (
+    BinarySphericalQuantizer,
+    BSQConfig,
+    FiniteScalarQuantizer,
+    FSQConfig,
+    GumbelConfig,
+    GumbelQuantizer,
+    IBQConfig,
+    IndexBackpropQuantizer,
+    LFQConfig,
+    LookupFreeQuantizer,
+    Quantized,
+    SimVectorQuantizer,
+    SimVQConfig,
+    VectorQuantizer,
+    VQConfig,
+    build_quantizer,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BSQConfig",
+    "BinarySphericalQuantizer",
+    "FSQConfig",
+    "FiniteScalarQuantizer",
+    "GumbelConfig",
+    "GumbelQuantizer",
     "IBQConfig",
     "IndexBackpropQuantizer",
+    "LFQConfig",
+    "LookupFreeQuantizer",
     "Quantized",
+    "SimVQConfig",
+    "SimVectorQuantizer",
     "Tokenizer",
     "VQConfig",
     "VectorQuantizer",

@@ -41,8 +41,8 @@ def evaluate(
         weights: which weights these are ("ema" or "raw"), for the protocol.
 
     Returns:
-        metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z); protocol; and tensors: counts_K,
-        images_BCHW and reconstructions_BCHW (uint8, the first 8).
+        metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z, both in the space of the codes); protocol;
+        and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8).
     """
     n_images = min(n_images, len(images))
     device = next(tokenizer.parameters()).device
@@ -53,7 +53,7 @@ def evaluate(
             x_BCHW = images.batch(indices_B, device)
             y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
             quality.update(x_BCHW, y_BCHW)
-            error.update(z_BDHW, quantized.z_q)
+            error.update(tokenizer.quantize.to_code_space(z_BDHW), quantized.z_q)
             counts_K += torch.bincount(quantized.indices.flatten(), minlength=len(counts_K))
             shown = shown if shown is not None else (to_uint8(x_BCHW[:SHOWN_IMAGES]), to_uint8(y_BCHW[:SHOWN_IMAGES]))
     assert shown is not None

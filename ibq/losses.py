@@ -29,4 +29,4 @@ def weighted_sum(terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]
     """
     if terms.keys() != weights.keys():
         raise ValueError(f"loss terms {sorted(terms)} and weights {sorted(weights)} differ; every term needs exactly one weight")
-    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum() if terms else torch.zeros(())

@@ -113,7 +113,8 @@ class _State:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.tokenizer = Tokenizer(config).to(device).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.tokenizer.parameters(), lr=config.optim.lr, betas=config.optim.betas, fused=True)
+        trained = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=config.optim.lr, betas=config.optim.betas, fused=True)
         self.log_window, self.snapshot_window = (TokenWindow(config.quantizer.codebook_size, device) for _ in range(2))
         self.step, self.seconds, self.device = 0, 0.0, device
 
@@ -267,11 +268,11 @@ def train_tokenizer(
 
 @torch.no_grad()
 def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: Images, device: torch.device) -> None:
-    """Where the config wants codes drawn from features: encode the run's first batches until there are enough for K codes."""
+    """Where the config wants codes that begin as features: encode the run's first batches until there are enough."""
     quantizer = tokenizer.quantize
     if not (isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features):
         return
-    batches = math.ceil(config.quantizer.codebook_size / (config.batch_size * config.tokens_per_image))
+    batches = math.ceil(quantizer.features_wanted / (config.batch_size * config.tokens_per_image))
     features = []
     for step in range(batches):
         z_BDHW = tokenizer.features(images.batch(batch_indices(config.seed, step, len(images), config.batch_size), device))
@@ -283,14 +284,14 @@ def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, devi
     """All that a figure needs later of this moment of training (raw weights).
 
     Returns:
-        codes (at most 1,024 of K, with code_indices), features of the first images of the probe split (at most 2,048 tokens), counts of the
-        training tokens since the last snapshot, code_norms.
+        codes (at most 1,024 of K, with code_indices), features of the first images of the probe split (at most 2,048 tokens) in the space
+        of the codes, counts of the training tokens since the last snapshot, code_norms.
     """
     f = tokenizer.config.model.downsampling
     n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))
     with evaluating(tokenizer):
         codebook_KD = tokenizer.quantize.codebook
-        z_BDHW = tokenizer.features(probe.batch(torch.arange(n_images), device))
+        z_BDHW = tokenizer.quantize.to_code_space(tokenizer.features(probe.batch(torch.arange(n_images), device)))
         features_ND = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
         chosen = torch.randperm(len(codebook_KD), generator=torch.Generator().manual_seed(0))[:SNAPSHOT_CODES].sort().values
         return {
@@ -304,10 +305,10 @@ def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, devi
 
 @torch.no_grad()
 def _geometry(tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor) -> dict[str, float]:
-    """Gradient reach, norms and relative quantization error of the last step."""
+    """Gradient reach (where codes have a gradient), norms and relative quantization error of the last step, in the space of the codes."""
     parameter = dict(tokenizer.named_parameters()).get(CODEBOOK_PARAMETER)
     reach = {} if parameter is None or parameter.grad is None else gradient_reach(parameter.grad)
-    z_BDHW = z_BDHW.float()
+    z_BDHW = tokenizer.quantize.to_code_space(z_BDHW.float())
     variance = z_BDHW.var(dim=(0, 2, 3), correction=0).sum()
     return reach | {
         "feature_norm": z_BDHW.norm(dim=1).mean().item(),

@@ -1,15 +1,30 @@
 """Quantizers: one file a method, one contract (`base.py`). Importing this package registers them all."""
 
 from ibq.quantizers.base import Quantized, Quantizer, QuantizerConfig, build_quantizer
+from ibq.quantizers.bsq import BinarySphericalQuantizer, BSQConfig
+from ibq.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
+from ibq.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from ibq.quantizers.ibq import IBQConfig, IndexBackpropQuantizer
+from ibq.quantizers.lfq import LFQConfig, LookupFreeQuantizer
+from ibq.quantizers.simvq import SimVectorQuantizer, SimVQConfig
 from ibq.quantizers.vq import VectorQuantizer, VQConfig
 
 __all__ = [
+    "BSQConfig",
+    "BinarySphericalQuantizer",
+    "FSQConfig",
+    "FiniteScalarQuantizer",
+    "GumbelConfig",
+    "GumbelQuantizer",
     "IBQConfig",
     "IndexBackpropQuantizer",
+    "LFQConfig",
+    "LookupFreeQuantizer",
     "Quantized",
     "Quantizer",
     "QuantizerConfig",
+    "SimVQConfig",
+    "SimVectorQuantizer",
     "VQConfig",
     "VectorQuantizer",
     "build_quantizer",

@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from ibq.distributed import copy_from_first
 from ibq.errors import ConfigError, one_sentence
+from ibq.quantizers.kmeans import kmeans
 
-CodebookInit = Literal["uniform", "normal", "features"]
+CodebookInit = Literal["uniform", "normal", "features", "kmeans"]
+KMEANS_FEATURES = 4  # per code: the means of fewer features are hardly means
 
 
 class Quantized(NamedTuple):
@@ -45,14 +49,19 @@ class QuantizerConfig(BaseModel):
         raise NotImplementedError
 
 
-class CodebookConfig(QuantizerConfig):
-    """Fields of the methods that learn a codebook by gradient.
+class EmbeddingConfig(QuantizerConfig):
+    """How a learnt codebook begins: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
+
+    codebook_init: CodebookInit = "uniform"
+
+
+class TermsConfig(QuantizerConfig):
+    """Weights of the two quantization terms and of the entropy penalty.
 
     `beta` (0.25 in the literature) stands on the commitment term (VQ-VAE's order), on the codebook term (the order of taming-transformers
     and SEED-Voken) or on both; PAPER section 2. `entropy_weight` 0 switches the entropy penalty off.
     """
 
-    codebook_init: CodebookInit = "uniform"
     beta: float = Field(0.25, ge=0)
     beta_on: Literal["commitment", "codebook", "both"] = "codebook"
     entropy_weight: float = Field(0.0, ge=0)
@@ -73,14 +82,21 @@ class CodebookConfig(QuantizerConfig):
         return weights
 
 
+class CodebookConfig(EmbeddingConfig, TermsConfig):
+    """Fields of the methods that learn a codebook by gradient."""
+
+
 class Quantizer(nn.Module):
     """Base of every quantizer. A subclass names its config class: ``class Mine(Quantizer, config=MineConfig)``; that registers it.
 
-    A subclass implements `codebook` and `quantize`; the base keeps shapes, float32 and the index look-up the same for all.
+    A subclass implements `codebook` and `quantize`, and `to_code_space` if it compares codes with something else than z itself; the base
+    keeps shapes, float32 and the index look-up the same for all.
     """
 
     registry: ClassVar[dict[str, type[Quantizer]]] = {}
     config_class: ClassVar[type[QuantizerConfig]]
+    paper: ClassVar[str] = ""
+    """Where the method comes from, for tables."""
 
     def __init_subclass__(cls, *, config: type[QuantizerConfig] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -96,6 +112,10 @@ class Quantizer(nn.Module):
     def codebook(self) -> torch.Tensor:
         """(K, D): the tensor that codes are gathered from, in the forward pass and in `indices_to_codes` alike."""
         raise NotImplementedError
+
+    def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
+        """Of features (N, D) or (B, D, H, W) what codes are compared with: z, or z normalised or bounded; errors are measured there."""
+        return z
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """The method itself on flat float32 features; returns z_q (N, D), indices (N,) and the raw loss terms."""
@@ -133,20 +153,22 @@ class Quantizer(nn.Module):
             low, high = int(indices_BHW.min()), int(indices_BHW.max())
             if low < 0 or high >= self.config.codebook_size:
                 raise ValueError(f"indices reach from {low} to {high}; they must lie in [0, {self.config.codebook_size})")
-        return self.codebook[indices_BHW.long()].permute(0, 3, 1, 2)
+        with torch.autocast(indices_BHW.device.type, enabled=False):
+            return self.codebook[indices_BHW.long()].permute(0, 3, 1, 2)
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer whose codes are one learnable (K, D) embedding, and the three initialisations such a codebook can have."""
+    """A quantizer whose codes are one (K, D) embedding, as it stands or at unit length, and the ways such a codebook can begin."""
 
-    config: CodebookConfig
+    config: EmbeddingConfig
 
-    def __init__(self, config: CodebookConfig) -> None:
+    def __init__(self, config: EmbeddingConfig, *, unit_norm: bool = False) -> None:
         super().__init__(config)
         K, D = config.codebook_size, config.code_dim
+        self.unit_norm = unit_norm
         self.embedding = nn.Parameter(torch.empty(K, D))
         self.initialized: torch.Tensor
-        self.register_buffer("initialized", torch.tensor(config.codebook_init != "features"))
+        self.register_buffer("initialized", torch.tensor(config.codebook_init not in ("features", "kmeans")))
         if config.codebook_init == "uniform":
             nn.init.uniform_(self.embedding, -1 / K, 1 / K)
         else:  # codes that await their features hold N(0, 1) until then, so that a state_dict is always finite
@@ -154,19 +176,27 @@ class CodebookQuantizer(Quantizer):
 
     @property
     def codebook(self) -> torch.Tensor:
-        return self.embedding
+        return self.to_code_space(self.embedding)
+
+    def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
+        return F.normalize(z, dim=1) if self.unit_norm else z
 
     @property
     def awaits_features(self) -> bool:
-        """True while codebook_init is 'features' and `initialize_from` has not run."""
-        return self.config.codebook_init == "features" and not bool(self.initialized)
+        """True while codebook_init is 'features' or 'kmeans' and `initialize_from` has not run."""
+        return self.config.codebook_init in ("features", "kmeans") and not bool(self.initialized)
+
+    @property
+    def features_wanted(self) -> int:
+        """How many features `initialize_from` should get."""
+        return self.config.codebook_size * (KMEANS_FEATURES if self.config.codebook_init == "kmeans" else 1)
 
     @torch.no_grad()
     def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
-        """Set the codes to K distinct rows of features, drawn at random.
+        """Set the codes to K distinct rows of features, drawn at random, or to their k-means; of several processes, rank 0's count.
 
         Args:
-            features_MD: encoder outputs (M, D), M >= K.
+            features_MD: encoder outputs (M, D), M >= K; `features_wanted` of them are enough.
             generator: CPU generator of the draw.
 
         Raises:
@@ -175,15 +205,20 @@ class CodebookQuantizer(Quantizer):
         K, D = self.embedding.shape
         if features_MD.dim() != 2 or features_MD.shape[1] != D or features_MD.shape[0] < K:
             raise ValueError(f"features of shape {tuple(features_MD.shape)} cannot initialise {K} codes; pass at least ({K}, {D})")
-        rows = torch.randperm(features_MD.shape[0], generator=generator)[:K]
-        self.embedding.copy_(features_MD[rows.to(features_MD.device)])
+        features_MD = self.to_code_space(features_MD)
+        if self.config.codebook_init == "kmeans":
+            self.embedding.copy_(kmeans(features_MD, K, generator))
+        else:
+            rows = torch.randperm(features_MD.shape[0], generator=generator)[:K]
+            self.embedding.copy_(features_MD[rows.to(features_MD.device)])
+        copy_from_first(self.embedding)
         self.initialized.fill_(True)
 
     def forward(self, z_BDHW: torch.Tensor) -> Quantized:
         if self.training and self.awaits_features:
             raise ValueError(
-                f"codebook_init='features' and no features seen yet; call initialize_from with at least {self.config.codebook_size} "
-                "encoder outputs before training"
+                f"codebook_init={self.config.codebook_init!r} and no features seen yet; call initialize_from with at least "
+                f"{self.config.codebook_size} encoder outputs before training"
             )
         return super().forward(z_BDHW)
 

@@ -1,6 +1,13 @@
-"""Vector quantization with a Euclidean nearest code and a straight-through gradient (VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841).
+"""Vector quantization: the nearest code, and a gradient that passes it by (VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841).
 
 The baseline that collapses: the decoder's gradient is copied to z, and without the entropy penalty only selected codes receive any.
+What people do about it, each a field of its own:
+    distance           cosine: features and codes at unit length, as in LlamaGen (arXiv 2406.06525) with D = 8
+    ema_decay          codes as moving averages of their features instead of by gradient (VQ-VAE-2, arXiv 1906.00446)
+    restart            dead codes begin anew at features (Jukebox, arXiv 2005.00341), or all are drawn to them (CVQ-VAE, arXiv 2307.15139)
+    codebook_init      "features", "kmeans"
+    gradient           rotation: the rotation trick (arXiv 2410.06424)
+    reparametrization  linear: codes = embedding W, both learnt, so that every step moves every code (SimVQ freezes the embedding)
 """
 
 from __future__ import annotations
@@ -8,34 +15,132 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
+from torch import nn
 
 from ibq.ops import index_backprop, nearest_code
 from ibq.quantizers.base import CodebookConfig, CodebookQuantizer, quantization_terms
 from ibq.quantizers.entropy import entropy_terms, euclidean_as_dot
+from ibq.quantizers.gradients import rotation, straight_through
+from ibq.quantizers.updates import DeadRestart, MovingAverage, OnlineClustering, Restart
 
 
 class VQConfig(CodebookConfig):
-    """PAPER section 2. The entropy penalty, when on, is that of IBQ with the logits -|z - c|^2."""
+    """PAPER section 2. The entropy penalty, when on, is that of IBQ with the logits -|z - c|^2 (2 cos - 2 where the distance is cosine).
+
+    With `ema_decay` there is no codebook term, and the entropy penalty, when on, moves features alone. `restart_threshold` is a share of
+    the uniform usage 1/K. After a restart Adam's moments of a code remain what they were, and averaged weights follow at their own pace.
+    """
 
     method: Literal["vq"] = "vq"
+    distance: Literal["euclidean", "cosine"] = Field("euclidean", description="cosine: LlamaGen, arXiv 2406.06525")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="VQ-VAE-2, arXiv 1906.00446")
+    restart: Literal["none", "dead", "online"] = Field("none", description="dead: Jukebox, 2005.00341; online: CVQ-VAE, arXiv 2307.15139")
+    restart_threshold: float = Field(0.1, gt=0, lt=1, description="usage, over 1/K, below which a code is dead")
+    usage_decay: float = Field(0.99, gt=0, lt=1, description="of the running average of usage, per step")
+    gradient: Literal["straight_through", "rotation"] = Field("straight_through", description="rotation trick: arXiv 2410.06424")
+    reparametrization: Literal["none", "linear"] = Field("none", description="codes = embedding W; SimVQ, arXiv 2411.02038")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> VQConfig:
+        if self.ema_decay is not None:
+            given = f"ema_decay={self.ema_decay} sets codes without a gradient, but"
+            if self.beta_on != "commitment":
+                raise ValueError(f"{given} beta_on={self.beta_on!r} weighs the codebook term; set beta_on='commitment'")
+            if self.reparametrization == "linear":
+                raise ValueError(f"{given} reparametrization='linear' needs one; set ema_decay=None or reparametrization='none'")
+            if self.restart == "online":
+                raise ValueError(f"{given} restart='online' moves codes that have one; set ema_decay=None or restart='dead'")
+        if self.reparametrization == "linear" and self.restart != "none":
+            raise ValueError(
+                f"restart={self.restart!r} places single codes, but reparametrization='linear' moves all together; "
+                "set restart='none' or reparametrization='none'"
+            )
+        return self
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        weights = super().loss_weights
+        return weights if self.ema_decay is None else {name: weight for name, weight in weights.items() if name != "codebook"}
 
 
 class VectorQuantizer(CodebookQuantizer, config=VQConfig):
     """Nearest code by Euclidean distance.
 
-    Gradient reach: z through the straight-through copy and `commitment`; selected codes through `codebook`; all codes and z through the two
-    entropy terms, where the config has them.
+    Gradient reach: z through the straight-through copy (or the rotation) and `commitment`; selected codes through `codebook`; all codes
+    and z through the two entropy terms, where the config has them. With `ema_decay` no code has a gradient. With linear reparametrisation
+    W receives every gradient of a code, and so all codes move.
     """
 
     config: VQConfig
+    paper = "VQ-VAE, arXiv 1711.00937"
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__(config, unit_norm=config.distance == "cosine")
+        self.projection = linear_from_identity(config.code_dim) if config.reparametrization == "linear" else None
+        self.moving_average, self.restart = None, self._restart(config)
+        if config.ema_decay is not None:
+            self.embedding.requires_grad_(False)
+            self.moving_average = MovingAverage(self.embedding, config.ema_decay)
+
+    def _restart(self, config: VQConfig) -> Restart | None:
+        if config.restart == "dead":
+            return DeadRestart(self.embedding, config.usage_decay, config.restart_threshold)
+        return OnlineClustering(self.embedding, config.usage_decay) if config.restart == "online" else None
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        return self.to_code_space(self.embedding if self.projection is None else self.projection(self.embedding))
+
+    @torch.no_grad()
+    def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
+        super().initialize_from(features_MD, generator)
+        if self.moving_average is not None:
+            self.moving_average.start_from(self.embedding)
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        tau = self.config.active_entropy_temperature
-        if tau is None:
-            indices_N, entropies = nearest_code(z_ND, self.codebook), {}
-        else:
-            _, indices_N, *both = index_backprop(*euclidean_as_dot(z_ND, self.codebook), entropy_temperature=tau)
-            entropies = entropy_terms(*both)
-        codes_ND = self.codebook[indices_N]
-        z_q_ND = codes_ND.detach() + (z_ND - z_ND.detach())
-        return z_q_ND, indices_N, quantization_terms(z_ND, codes_ND) | entropies
+        if self.training:
+            self._apply_updates()
+        z_ND, codebook_KD = self.to_code_space(z_ND), self.codebook
+        indices_N, entropies = nearest_with_entropies(z_ND, codebook_KD, self.config.active_entropy_temperature)
+        codes_ND = codebook_KD[indices_N]
+        z_q_ND = (rotation if self.config.gradient == "rotation" else straight_through)(z_ND, codes_ND)
+        losses = quantization_terms(z_ND, codes_ND) | entropies
+        if self.moving_average is not None:
+            del losses["codebook"]
+        if self.training:
+            self._observe(z_ND.detach().to(codebook_KD.dtype), indices_N, codebook_KD.detach())
+        return z_q_ND, indices_N, losses
+
+    @torch.no_grad()
+    def _apply_updates(self) -> None:
+        """What the training forward before this one has seen."""
+        if self.moving_average is not None:
+            self.moving_average.apply_to(self.embedding)
+        if self.restart is not None:
+            self.restart.apply_to(self.embedding)
+        if self.moving_average is not None and self.restart is not None:
+            self.moving_average.restart(self.restart.weight_K, self.restart.anchors_KD)
+
+    def _observe(self, z_ND: torch.Tensor, indices_N: torch.Tensor, codebook_KD: torch.Tensor) -> None:
+        if self.moving_average is not None:
+            self.moving_average.observe(z_ND, indices_N)
+        if self.restart is not None:
+            self.restart.observe(z_ND, indices_N, codebook_KD)
+
+
+def linear_from_identity(D: int) -> nn.Linear:
+    """A linear map of codes without bias that begins as the identity, so that the codebook begins as its initialisation says."""
+    projection = nn.Linear(D, D, bias=False)
+    nn.init.eye_(projection.weight)
+    return projection
+
+
+def nearest_with_entropies(
+    z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Indices of the Euclidean nearest codes, and the entropy terms of softmax(-|z - c|^2 / temperature) where there is a temperature."""
+    if temperature is None:
+        return nearest_code(z_ND, codebook_KD), {}
+    _, indices_N, *both = index_backprop(*euclidean_as_dot(z_ND, codebook_KD), entropy_temperature=temperature)
+    return indices_N, entropy_terms(*both)

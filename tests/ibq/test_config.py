@@ -155,7 +155,7 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
         ({"optim.lr": math.nan}, r"optim.lr: .*finite"),
         ({"steps": 0}, r"steps: .*greater than or equal to 1 \(given 0\)"),
         ({"batch_size": "many"}, r"batch_size: .*integer.*'many'"),
-        ({"quantizer.method": "vqq"}, r"quantizer: method='vqq' is not a quantizer; choose one of ibq, vq"),
+        ({"quantizer.method": "vqq"}, r"quantizer: method='vqq' is not a quantizer; choose one of bsq, fsq, gumbel, ibq, lfq, simvq, vq"),
         ({"quantizer.method": "vq"}, r"quantizer.double: "),
         ({"quantizer.codebook_size": 0}, r"quantizer.codebook_size: .*given 0"),
     ],

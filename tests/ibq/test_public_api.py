@@ -25,9 +25,19 @@ def modules_imported_by(package: str) -> Iterator[tuple[Path, str]]:
 
 def test_the_public_names_are_frozen() -> None:
     assert set(ibq.__all__) == {
+        "BSQConfig",
+        "BinarySphericalQuantizer",
+        "FSQConfig",
+        "FiniteScalarQuantizer",
+        "GumbelConfig",
+        "GumbelQuantizer",
         "IBQConfig",
         "IndexBackpropQuantizer",
+        "LFQConfig",
+        "LookupFreeQuantizer",
         "Quantized",
+        "SimVQConfig",
+        "SimVectorQuantizer",
         "Tokenizer",
         "VQConfig",
         "VectorQuantizer",

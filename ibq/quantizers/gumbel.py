@@ -1,0 +1,56 @@
+"""Straight-through Gumbel-softmax (arXiv 1611.01144) over a codebook, as in DALL-E (arXiv 2102.12092) and VQGAN's Gumbel variant.
+
+With logits l = z C^T and noise G, p = softmax((l + G) / T) and z_q = Ind C, Ind = onehot(argmax p) + p - sg(p). It is IBQ's nearest
+relative: without noise and at T = 1 it is IBQ's estimator exactly; IBQ leaves out the sampling, and adds its quantization terms.
+Suffixes: N tokens, D code dimension, K codes. Several (N, K) matrices exist at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from ibq.quantizers.base import CodebookInit, CodebookQuantizer, EmbeddingConfig
+
+
+class GumbelConfig(EmbeddingConfig):
+    """`kl_weight` stands on KL(softmax(l) || uniform), 5e-4 in VQGAN; 0 switches the term off."""
+
+    method: Literal["gumbel"] = "gumbel"
+    codebook_init: CodebookInit = "normal"
+    noise: bool = Field(True, strict=True)
+    temperature: float = Field(1.0, gt=0)
+    kl_weight: float = Field(5e-4, ge=0)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"kl": self.kl_weight} if self.kl_weight else {}
+
+
+class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
+    """The code of the largest logit; in training, with noise, of the largest noisy logit, and that is the index that is returned.
+
+    Noise comes from torch's global generator of the device. Gradient reach: z and all codes through z_q and `kl`.
+    """
+
+    config: GumbelConfig
+    paper = "Gumbel-softmax, arXiv 1611.01144"
+
+    def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        codebook_KD = self.codebook
+        logits_NK = z_ND @ codebook_KD.T
+        noisy_NK = logits_NK
+        if self.training and self.config.noise:
+            noisy_NK = logits_NK - torch.empty_like(logits_NK).exponential_().log()
+        p_NK = (noisy_NK / self.config.temperature).softmax(1)
+        indices_N = noisy_NK.max(1).indices
+        codes_ND = codebook_KD[indices_N]
+        soft_ND = codes_ND + (p_NK - p_NK.detach()) @ codebook_KD
+        losses = {}
+        if self.config.kl_weight:
+            log_p_NK = logits_NK.log_softmax(1)
+            losses["kl"] = math.log(len(codebook_KD)) + (log_p_NK.exp() * log_p_NK).sum(1).mean()
+        return codes_ND.detach() + (soft_ND - soft_ND.detach()), indices_N, losses

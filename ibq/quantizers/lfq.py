@@ -1,0 +1,105 @@
+"""Lookup-Free Quantization (MAGVIT-v2, arXiv 2310.05737; Open-MAGVIT2, arXiv 2409.04410): a code is the signs of its features.
+
+What it changes against VQ: no codebook to learn, K = 2^D; the entropy penalty alone spreads the features. With logits 2 <x, c> / tau its
+sample part falls into bits, each of probability sigmoid(4 |c_d| x_d / tau), exactly and in O(N D); its codebook part does not, and goes
+through the operator, whose N x K matrix never exists. Suffixes: N tokens, D code dimension, K codes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+
+from ibq.ops import index_backprop
+from ibq.quantizers.base import QuantizerConfig
+from ibq.quantizers.gradients import straight_through
+from ibq.quantizers.implied import ImpliedCodebookQuantizer
+
+
+class BinaryConfig(QuantizerConfig):
+    """Weights of Open-MAGVIT2. The weight of the entropy penalty may begin `entropy_boost` times as high and fall linearly to itself.
+
+    It does so over the first `entropy_boost_steps` training forwards (MAGVIT-v2: 3 times, 2,000 steps). The two entropies stay raw terms of
+    constant weight; what the boost adds to them is a third term, `entropy_boost`, that fades to zero.
+    """
+
+    codebook_size: int = Field(1024, strict=True, ge=2, description="K, a power of two")
+    code_dim: int = Field(10, strict=True, ge=1, description="D = log2 K")
+    commitment_weight: float = Field(0.25, ge=0)
+    entropy_weight: float = Field(0.1, ge=0)
+    entropy_temperature: float = Field(0.01, gt=0)
+    entropy_boost: float = Field(1.0, ge=1)
+    entropy_boost_steps: int = Field(2000, strict=True, ge=1)
+
+    @model_validator(mode="after")
+    def _bits_make_the_codebook(self) -> BinaryConfig:
+        if self.codebook_size != 2**self.code_dim:
+            raise ValueError(
+                f"codebook_size={self.codebook_size} is not 2 ** code_dim with code_dim={self.code_dim}; "
+                f"set codebook_size={2**self.code_dim}, or code_dim to the logarithm of a power of two"
+            )
+        return self
+
+    @property
+    def boosted(self) -> bool:
+        return self.entropy_weight > 0 and self.entropy_boost > 1
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        weights = {"commitment": self.commitment_weight}
+        if self.entropy_weight:
+            weights |= {"sample_entropy": self.entropy_weight, "codebook_entropy": -self.entropy_weight}
+        return weights | ({"entropy_boost": self.entropy_weight} if self.boosted else {})
+
+
+class LFQConfig(BinaryConfig):
+    """Codes in {-1, +1}."""
+
+    method: Literal["lfq"] = "lfq"
+
+
+class LookupFreeQuantizer(ImpliedCodebookQuantizer, config=LFQConfig):
+    """Bit d of an index is 1 where x_d > 0.
+
+    Gradient reach: z through the straight-through copy, `commitment` and the entropy terms; there is nothing else to reach.
+    """
+
+    config: BinaryConfig
+    paper = "MAGVIT-v2, arXiv 2310.05737"
+    forwards: torch.Tensor
+
+    def __init__(self, config: BinaryConfig, magnitude: float = 1.0) -> None:
+        super().__init__(config, [torch.tensor([-magnitude, magnitude])] * config.code_dim)
+        self.magnitude = magnitude
+        self.register_buffer("forwards", torch.tensor(0))
+
+    def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        x_ND = self.to_code_space(z_ND)
+        indices_N = self.indices_of(x_ND > 0)
+        codes_ND = self.codebook[indices_N]
+        losses = {"commitment": (x_ND - codes_ND).square().mean()}
+        if self.config.entropy_weight:
+            losses |= self._entropies(x_ND)
+        if self.training:
+            self.forwards += 1
+        return straight_through(x_ND, codes_ND), indices_N, losses
+
+    def _entropies(self, x_ND: torch.Tensor) -> dict[str, torch.Tensor]:
+        tau = self.config.entropy_temperature
+        sample_entropy = bit_entropy(4 * self.magnitude * x_ND / tau).sum(1).mean()
+        *_, codebook_entropy = index_backprop(2 * x_ND, self.codebook, entropy_temperature=tau)
+        assert codebook_entropy is not None
+        losses = {"sample_entropy": sample_entropy, "codebook_entropy": codebook_entropy}
+        if self.config.boosted:
+            left = (1 - self.forwards / self.config.entropy_boost_steps).clamp_min(0)
+            losses["entropy_boost"] = (self.config.entropy_boost - 1) * left * (sample_entropy - codebook_entropy)
+        return losses
+
+
+def bit_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of bits of probability sigmoid(logits), without cancellation for large logits."""
+    size = logits.abs()
+    return F.softplus(-size) + size * torch.sigmoid(-size)

@@ -1,0 +1,146 @@
+"""Codebook updates that are not gradients: moving averages, restarts of dead codes, running-average anchors.
+
+A training forward first applies what the one before has seen, then quantizes, then looks at its own features. So the codebook is constant
+from one training forward to the next, codes of its indices are its output bit for bit, and what awaits application is in the state_dict.
+With torch.distributed every process holds the same state: counts and sums are added up, what is drawn at random comes from rank 0.
+
+Suffixes: N tokens, K codes, k codes of one chunk, D code dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ibq.distributed import copy_from_first, sum_over_ranks
+
+SMOOTHING = 1e-5
+CHUNK_ELEMENTS = 2**24
+
+
+class MovingAverage(nn.Module):
+    """Codes as the moving average of their features (VQ-VAE, arXiv 1711.00937, appendix; VQ-VAE-2, arXiv 1906.00446).
+
+    counts = decay counts + (1 - decay) n, sums = decay sums + (1 - decay) (sum of the features of each code), code = sums / counts with
+    Laplace-smoothed counts. It starts as if each code had been given itself once.
+    """
+
+    counts_K: torch.Tensor
+    sums_KD: torch.Tensor
+    observed: torch.Tensor
+
+    def __init__(self, embedding_KD: torch.Tensor, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("counts_K", torch.ones(len(embedding_KD)))
+        self.register_buffer("sums_KD", embedding_KD.detach().clone())
+        self.register_buffer("observed", torch.tensor(False))
+
+    @torch.no_grad()
+    def start_from(self, embedding_KD: torch.Tensor) -> None:
+        self.counts_K.fill_(1)
+        self.sums_KD.copy_(embedding_KD)
+        self.observed.fill_(False)
+
+    @torch.no_grad()
+    def apply_to(self, embedding_KD: torch.Tensor) -> None:
+        total, K = self.counts_K.sum(), len(self.counts_K)
+        smoothed_K = (self.counts_K + SMOOTHING) / (total + K * SMOOTHING) * total
+        embedding_KD.copy_(torch.where(self.observed, self.sums_KD / smoothed_K[:, None], embedding_KD))
+
+    @torch.no_grad()
+    def observe(self, z_ND: torch.Tensor, indices_N: torch.Tensor) -> None:
+        counts_K = torch.zeros_like(self.counts_K).index_add_(0, indices_N, torch.ones_like(z_ND[:, 0]))
+        sums_KD = torch.zeros_like(self.sums_KD).index_add_(0, indices_N, z_ND)
+        sum_over_ranks(counts_K, sums_KD)
+        self.counts_K.lerp_(counts_K, 1 - self.decay)
+        self.sums_KD.lerp_(sums_KD, 1 - self.decay)
+        self.observed.fill_(True)
+
+    @torch.no_grad()
+    def restart(self, weight_K: torch.Tensor, anchors_KD: torch.Tensor) -> None:
+        """Codes of weight 1 begin anew at their anchors."""
+        self.counts_K.lerp_(torch.ones_like(self.counts_K), weight_K)
+        self.sums_KD.lerp_(anchors_KD, weight_K[:, None])
+
+
+class Restart(nn.Module):
+    """Moves codes towards anchors, which are features of the last batch: code = (1 - weight) code + weight anchor.
+
+    `usage_K` is the running average of each code's share of the tokens, in units of the uniform share 1/K. A subclass says which weights
+    and anchors follow from it.
+    """
+
+    usage_K: torch.Tensor
+    weight_K: torch.Tensor
+    anchors_KD: torch.Tensor
+
+    def __init__(self, embedding_KD: torch.Tensor, usage_decay: float, first_usage: float) -> None:
+        super().__init__()
+        self.usage_decay = usage_decay
+        self.register_buffer("usage_K", torch.full((len(embedding_KD),), first_usage))
+        self.register_buffer("weight_K", torch.zeros(len(embedding_KD)))
+        self.register_buffer("anchors_KD", torch.zeros_like(embedding_KD))
+
+    def choose(self, z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (K,) and anchors (K, D)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def apply_to(self, embedding_KD: torch.Tensor) -> None:
+        embedding_KD.lerp_(self.anchors_KD, self.weight_K[:, None])
+
+    @torch.no_grad()
+    def observe(self, z_ND: torch.Tensor, indices_N: torch.Tensor, codebook_KD: torch.Tensor) -> None:
+        counts_K = torch.zeros_like(self.usage_K).index_add_(0, indices_N, torch.ones_like(z_ND[:, 0]))
+        sum_over_ranks(counts_K)
+        self.usage_K.lerp_(counts_K / counts_K.mean(), 1 - self.usage_decay)
+        weight_K, anchors_KD = self.choose(z_ND, codebook_KD)
+        self.weight_K.copy_(weight_K)
+        self.anchors_KD.copy_(anchors_KD)
+        copy_from_first(self.weight_K, self.anchors_KD)
+
+
+class DeadRestart(Restart):
+    """Codes whose usage falls below a threshold are put on random features of the batch (Jukebox, arXiv 2005.00341), each on another one.
+
+    Usage starts at 1, the uniform share, also after a restart: a code without tokens has log(threshold) / log(usage_decay) steps. Where
+    more codes are dead than there are features, the others wait for the next batch.
+    """
+
+    def __init__(self, embedding_KD: torch.Tensor, usage_decay: float, threshold: float) -> None:
+        super().__init__(embedding_KD, usage_decay, first_usage=1.0)
+        self.threshold = threshold
+
+    def choose(self, z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        N = len(z_ND)
+        dead_K = self.usage_K < self.threshold
+        turn_K = dead_K.cumsum(0) - 1
+        rows_N = torch.randperm(N, device=z_ND.device)
+        return (dead_K & (turn_K < N)).to(z_ND.dtype), z_ND[rows_N[turn_K.clamp(0, N - 1)]]
+
+    @torch.no_grad()
+    def apply_to(self, embedding_KD: torch.Tensor) -> None:
+        super().apply_to(embedding_KD)
+        self.usage_K.lerp_(torch.ones_like(self.usage_K), self.weight_K)
+
+
+class OnlineClustering(Restart):
+    """CVQ-VAE (arXiv 2307.15139): every code moves towards an anchor, the more the less it is used.
+
+    Weight exp(-usage * 10 / (1 - usage_decay) - 1e-3), with usage in uniform shares (the paper's N_k K); the anchor of a code is a feature
+    drawn with probability softmax(-|z - c|^2) over the batch. Usage starts at 0.
+    """
+
+    def __init__(self, embedding_KD: torch.Tensor, usage_decay: float) -> None:
+        super().__init__(embedding_KD, usage_decay, first_usage=0.0)
+
+    def choose(self, z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        norms_N = z_ND.square().sum(1)
+        rows = [
+            (2 * codes_kD @ z_ND.T - norms_N).softmax(1).multinomial(1).squeeze(1)
+            for codes_kD in codebook_KD.split(math.ceil(CHUNK_ELEMENTS / len(z_ND)))
+        ]
+        return torch.exp(-self.usage_K * 10 / (1 - self.usage_decay) - 1e-3), z_ND[torch.cat(rows)]
