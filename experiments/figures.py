@@ -253,6 +253,9 @@ def search(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | Non
         axis.annotate(ablation.letter(arm), (values.iloc[-1], losses.iloc[-1]), xytext=(5, -2), textcoords="offset points", fontsize=7)
         axis.scatter(values[values == chosen], losses[values == chosen], s=60, facecolor="none", edgecolor=color, linewidth=1.2)
     axis.set(xscale="log", xlabel=ablation.tuning.field, ylabel="reconstruction error on training batches")
+    tried = sorted({value for _, mine, _ in lines for value in mine["search.value"]})
+    axis.set_xticks(tried, [f"{value:g}" for value in tried])
+    axis.minorticks_off()
     shown = {ablation.arm(arm).levels[method.name] for arm, _, _ in lines}
     handles = [Line2D([], [], color=colors[name], marker=".", label=name) for name in method.levels if name in shown]
     handles.append(Line2D([], [], ls="", marker="o", ms=8, mfc="none", color="0.4", label="chosen"))

@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Euclidean search, straight-through copy": VQ,
     "cosine search in 8 dimensions (LlamaGen)": VQ | {"distance": "cosine", "codebook_init": "normal", "code_dim": 8},
     "codes as moving averages (VQ-VAE-2)": VQ | {"ema_decay": 0.99},
-    "restart of dead codes (Jukebox)": VQ | {"restart": "dead"},
+    "restart of dead codes (Jukebox)": VQ | {"restart": "dead", "usage_decay": 0.9},  # an unused code is dead after 22 steps, not 230
     "codes drawn to features (CVQ-VAE)": VQ | {"restart": "online"},
     "k-means init and entropy penalty": VQ | {"codebook_init": "kmeans"} | ENTROPY,
     "entropy penalty": VQ | ENTROPY,
