@@ -22,14 +22,14 @@ class FSQConfig(QuantizerConfig):
     """`levels` a channel; the paper advises at least 5, e.g. (8, 5, 5, 5) for about 2^10 codes and (8, 8, 8, 5, 5, 5) for about 2^16."""
 
     method: Literal["fsq"] = "fsq"
-    levels: tuple[int, ...] = (4, 4, 4, 4, 4)
+    levels: tuple[int, ...] = Field((4, 4, 4, 4, 4), min_length=1)
     code_dim: int = Field(5, strict=True, ge=1, description="D, the number of levels")
 
     @model_validator(mode="after")
     def _levels_make_the_codebook(self) -> FSQConfig:
         product = math.prod(self.levels)
-        if min(self.levels, default=0) < 3:
-            raise ValueError(f"levels={self.levels} must be 3 or more each; for channels of two levels use method 'lfq'")
+        if not all(3 <= level <= 256 for level in self.levels):
+            raise ValueError(f"levels={self.levels} must lie in [3, 256]; for channels of two levels use method 'lfq'")
         if self.codebook_size != product:
             raise ValueError(
                 f"codebook_size={self.codebook_size} is not the product {product} of levels={self.levels}; set it to {product}"

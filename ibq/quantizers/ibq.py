@@ -7,7 +7,8 @@ Its parts can be taken away one by one, to see which of them it needs:
     top_m        p is the softmax over a token's m largest logits alone: index backpropagation on its m best codes; m = 1 is the one-hot
                  path alone (and none for features), m = K is IBQ
     logit_scale  a factor on the logits, as a number or 1/sqrt(D). Logits with N(0, 1) codes spread as |z|, which grows with sqrt(D): at
-                 D = 256 both softmaxes, the index's and the entropies', are one-hot and pass hardly any gradient; so the factor is on both
+                 D = 256 p is nearly one-hot, so that a token hears of one code and few tokens pass a gradient. The entropies' softmax has
+                 the same trouble, so the factor is on its logits too: its temperature is then worth the same at every D
     similarity   "cosine": features and codes at unit length, in the logits and in z_q
 Suffixes: N tokens, D code dimension, K codes, m best codes of a token.
 """
@@ -63,7 +64,8 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
     """Nearest code by dot product, index backpropagation.
 
     Gradient reach: z and all codes through z_q, `double` and the entropy terms; z alone through `commitment`, selected codes alone through
-    `codebook`. With soft_path="features" z_q and `double` reach selected codes only, with top_m the m best of some token.
+    `codebook`. With soft_path="features" z_q and `double` reach selected codes only, with top_m the m best of some token; with
+    soft_path="codes" `double` is left with the codes, because the copied gradient of z_q and that of z cancel in it.
     """
 
     config: IBQConfig

@@ -7,6 +7,7 @@ through the operator, whose N x K matrix never exists. Suffixes: N tokens, D cod
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -36,11 +37,11 @@ class BinaryConfig(QuantizerConfig):
 
     @model_validator(mode="after")
     def _bits_make_the_codebook(self) -> BinaryConfig:
-        if self.codebook_size != 2**self.code_dim:
-            raise ValueError(
-                f"codebook_size={self.codebook_size} is not 2 ** code_dim with code_dim={self.code_dim}; "
-                f"set codebook_size={2**self.code_dim}, or code_dim to the logarithm of a power of two"
-            )
+        bits = round(math.log2(self.codebook_size))
+        if self.codebook_size != 2**bits:
+            raise ValueError(f"codebook_size={self.codebook_size} is not a power of two; set codebook_size={2**bits} with code_dim={bits}")
+        if self.code_dim != bits:
+            raise ValueError(f"code_dim={self.code_dim} is not the logarithm of codebook_size={self.codebook_size}; set code_dim={bits}")
         return self
 
     @property

@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from training_runs import RUNTIME, assert_same_run, assert_same_tensors, images_once, read_the_images_once, stop_after  # noqa: F401
 
 import ibq.train_tokenizer as trainer
 from ibq import load_tokenizer
 from ibq.checkpoint import load_checkpoint
-from ibq.config import DataConfig, TrainConfig
-from ibq.data import Images, load_images
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.evaluation import evaluate
 from ibq.losses import loss_weights
 from ibq.run_directory import RunDirectory
 from ibq.train_tokenizer import LogEvent, NonFiniteError, Runtime, StopRequested, batch_indices, train_tokenizer
 
-RUNTIME = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8)
 CHECKPOINT_ALWAYS = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8, checkpoint_every_s=0)
-TIMED = {"train_seconds", "peak_memory_gib"}
 ARMS = {
     "vq": ("vq", {}),
     "ibq": ("ibq", {}),
@@ -37,18 +35,6 @@ ARMS = {
     "ibq in bf16": ("ibq", {"precision": "bf16"}),
 }
 every_arm = pytest.mark.parametrize("arm", ARMS)
-
-
-@functools.cache
-def images_once(config: DataConfig, split: str) -> Images:
-    return load_images(config, split)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _read_the_images_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "load_images", images_once)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +53,6 @@ def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 def of_arm(tiny: Any, arm: str) -> TrainConfig:
     method, fields = ARMS[arm]
     return tiny(method, **fields)
-
-
-def stop_after(steps: int) -> Callable[[], bool]:
-    asked = itertools.count()
-    return lambda: next(asked) == steps
-
-
-def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
-def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)] == []
-
-
-def assert_same_run(actual: RunDirectory, expected: RunDirectory) -> None:
-    """All that two runs of one config must share: weights, history, snapshots, evaluation and row, bit for bit but for the clock."""
-    assert untimed(actual.read_history()) == untimed(expected.read_history())
-    assert_same_tensors(load_file(actual.model), load_file(expected.model))
-    assert_same_tensors(load_file(actual.evaluation), load_file(expected.evaluation))
-    assert actual.snapshot_steps() == expected.snapshot_steps()
-    for step in expected.snapshot_steps():
-        assert_same_tensors(actual.read_snapshot(step), expected.read_snapshot(step))
-    rows = [{name: value for name, value in run.read_row().items() if name not in TIMED} for run in (actual, expected)]
-    assert rows[0] == rows[1]
 
 
 # --- A whole run -------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,95 @@
+"""Every method, with each of its options at least once, at one small size; what tests of all quantizers run over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ibq import build_quantizer
+from ibq.losses import weighted_sum
+from ibq.quantizers import Quantized, Quantizer
+from ibq.quantizers.base import CodebookQuantizer
+
+K = 64
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vq": {"method": "vq"},
+    "vq with entropy": {"method": "vq", "entropy_weight": 0.05},
+    "vq cosine": {"method": "vq", "distance": "cosine", "entropy_weight": 0.05},
+    "vq ema": {"method": "vq", "ema_decay": 0.8, "beta_on": "commitment", "entropy_weight": 0.05},
+    "vq ema cosine": {"method": "vq", "ema_decay": 0.8, "beta_on": "commitment", "distance": "cosine"},
+    "vq restart": {"method": "vq", "restart": "dead", "usage_decay": 0.5, "restart_threshold": 0.3},
+    "vq ema restart": {
+        "method": "vq",
+        "ema_decay": 0.8,
+        "beta_on": "commitment",
+        "restart": "dead",
+        "usage_decay": 0.5,
+        "restart_threshold": 0.3,
+        "codebook_init": "kmeans",
+    },
+    "vq online": {"method": "vq", "restart": "online"},
+    "vq features": {"method": "vq", "codebook_init": "features"},
+    "vq kmeans": {"method": "vq", "codebook_init": "kmeans", "distance": "cosine"},
+    "vq rotation": {"method": "vq", "gradient": "rotation"},
+    "vq linear": {"method": "vq", "reparametrization": "linear", "entropy_weight": 0.05},
+    "ibq": {"method": "ibq"},
+    "ibq without entropy and double": {"method": "ibq", "entropy_weight": 0.0, "double": False},
+    "ibq soft path to features": {"method": "ibq", "soft_path": "features"},
+    "ibq soft path to codes": {"method": "ibq", "soft_path": "codes"},
+    "ibq top 3": {"method": "ibq", "top_m": 3},
+    "ibq top 3 to features": {"method": "ibq", "top_m": 3, "soft_path": "features"},
+    "ibq scaled": {"method": "ibq", "logit_scale": "inverse_sqrt_dim"},
+    "ibq cosine": {"method": "ibq", "similarity": "cosine", "logit_scale": 4.0},
+    "lfq": {"method": "lfq"},
+    "lfq boosted": {"method": "lfq", "entropy_boost": 3.0, "entropy_boost_steps": 4},
+    "bsq": {"method": "bsq"},
+    "fsq": {"method": "fsq", "levels": (4, 4, 4), "code_dim": 3},
+    "simvq": {"method": "simvq", "entropy_weight": 0.05},
+    "gumbel": {"method": "gumbel"},
+    "gumbel without noise": {"method": "gumbel", "noise": False, "kl_weight": 0.0},
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def make(variant: str, **fields: Any) -> Quantizer:
+    """A variant in training mode, its codebook initialised."""
+    quantizer = build_quantizer({"codebook_size": K, "code_dim": 6} | VARIANTS[variant] | fields)
+    if isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features:
+        features_MD = torch.randn(quantizer.features_wanted, quantizer.config.code_dim)
+        quantizer.initialize_from(features_MD, torch.Generator().manual_seed(1))
+    return quantizer
+
+
+def assert_refused(config: Any, *mentions: str) -> None:
+    """Building this fails, in one sentence that mentions all of these."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is checked below)
+        build_quantizer(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "pydantic" not in message
+    assert all(mention in message for mention in mentions), message
+
+
+def features_for(quantizer: Quantizer) -> torch.Tensor:
+    """Features (2, D, 3, 4) with a gradient; fewer tokens than codes."""
+    return torch.randn(2, quantizer.config.code_dim, 3, 4, requires_grad=True)
+
+
+def total_loss(quantizer: Quantizer, quantized: Quantized) -> torch.Tensor:
+    """A loss that reaches all that training would."""
+    return (quantized.z_q - 0.5).square().mean() + weighted_sum(quantized.losses, quantizer.config.loss_weights)
+
+
+def train_step(quantizer: Quantizer, seed: int) -> Quantized:
+    """One SGD step on features (and noise) of a seed."""
+    torch.manual_seed(seed)
+    quantized = quantizer(features_for(quantizer))
+    quantizer.zero_grad()
+    total_loss(quantizer, quantized).backward()
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    return quantized

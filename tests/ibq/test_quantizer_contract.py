@@ -1,0 +1,204 @@
+"""One contract for every quantizer and every option: shapes, round trip, precision, state, and what each term reaches."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from quantizer_variants import VARIANTS, K, every_variant, features_for, make, total_loss, train_step
+
+from ibq import Quantized, build_quantizer
+from ibq.losses import weighted_sum
+from ibq.quantizers import Quantizer
+
+QUANTIZATION, ENTROPY = {"commitment", "codebook"}, {"sample_entropy", "codebook_entropy"}
+TERMS = {
+    "vq": QUANTIZATION,
+    "vq with entropy": QUANTIZATION | ENTROPY,
+    "vq cosine": QUANTIZATION | ENTROPY,
+    "vq ema": {"commitment"} | ENTROPY,
+    "vq ema cosine": {"commitment"},
+    "vq restart": QUANTIZATION,
+    "vq ema restart": {"commitment"},
+    "vq online": QUANTIZATION,
+    "vq features": QUANTIZATION,
+    "vq kmeans": QUANTIZATION,
+    "vq rotation": QUANTIZATION,
+    "vq linear": QUANTIZATION | ENTROPY,
+    "ibq without entropy and double": QUANTIZATION,
+    "lfq": {"commitment"} | ENTROPY,
+    "lfq boosted": {"commitment", "entropy_boost"} | ENTROPY,
+    "bsq": {"commitment"} | ENTROPY,
+    "fsq": set(),
+    "simvq": QUANTIZATION | ENTROPY,
+    "gumbel": {"kl"},
+    "gumbel without noise": set(),
+}  # where a variant of ibq is not named, it has them all
+IBQ_TERMS = QUANTIZATION | ENTROPY | {"double"}
+
+
+def assert_keeps_the_contract(quantizer: Quantizer, quantized: Quantized) -> None:
+    z_q, indices, losses = quantized
+    assert isinstance(quantized, Quantized)
+    assert (z_q.shape, z_q.dtype) == ((2, quantizer.config.code_dim, 3, 4), torch.float32)
+    assert (indices.shape, indices.dtype) == ((2, 3, 4), torch.int64)
+    assert 0 <= indices.min() <= indices.max() < K
+    assert quantizer.codebook.shape == (K, quantizer.config.code_dim)
+    assert torch.equal(z_q, quantizer.codebook[indices].permute(0, 3, 1, 2))
+    assert torch.equal(z_q, quantizer.indices_to_codes(indices))
+    assert losses.keys() == quantizer.config.loss_weights.keys()
+    for term in losses.values():
+        assert term.shape == ()
+        assert term.isfinite()
+        assert term.requires_grad
+
+
+@every_variant
+@pytest.mark.parametrize("training", [True, False])
+def test_every_quantizer_keeps_the_contract(variant: str, training: bool) -> None:
+    quantizer = make(variant).train(training)
+    assert quantizer.config.loss_weights.keys() == TERMS.get(variant, IBQ_TERMS)
+    for _ in range(3):  # what a forward leaves for the next one must not break it
+        assert_keeps_the_contract(quantizer, quantizer(features_for(quantizer)))
+
+
+@every_variant
+def test_the_loss_is_the_weighted_sum_even_without_terms(variant: str) -> None:
+    quantizer = make(variant)
+    losses, weights = quantizer(features_for(quantizer)).losses, quantizer.config.loss_weights
+    expected = sum((weights[name] * term for name, term in losses.items()), torch.zeros(()))
+    torch.testing.assert_close(weighted_sum(losses, weights), expected)
+
+
+@every_variant
+def test_each_token_is_quantized_by_itself_whatever_the_grid(variant: str) -> None:
+    quantizer = make(variant).eval()
+    z_BDHW = features_for(quantizer)
+    z_BDHW, whole = z_BDHW.detach(), quantizer(z_BDHW).indices
+    alone = [quantizer(z_BDHW[b : b + 1, :, h : h + 1, w : w + 1]).indices.item() for b in range(2) for h in range(3) for w in range(4)]
+    assert alone == whole.flatten().tolist()
+
+
+@every_variant
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
+def test_quantization_is_float32_inside_bf16_autocast(variant: str, inputs: torch.dtype) -> None:
+    quantizer = make(variant)
+    twin, z_BDHW = copy.deepcopy(quantizer), features_for(quantizer).to(inputs)
+    torch.manual_seed(5)
+    outside = quantizer(z_BDHW.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(5)
+        inside = twin(z_BDHW)
+        assert torch.equal(inside.z_q, twin.indices_to_codes(inside.indices))
+    assert inside.z_q.dtype == torch.float32
+    assert torch.equal(inside.z_q, outside.z_q)
+    assert torch.equal(inside.indices, outside.indices)
+    for name, term in inside.losses.items():
+        assert term.dtype == torch.float32
+        assert torch.equal(term, outside.losses[name])
+
+
+@every_variant
+def test_a_checkpoint_after_two_steps_goes_on_as_if_never_interrupted(variant: str) -> None:
+    original, restored = make(variant), make(variant)
+    for seed in (1, 2):
+        train_step(original, seed)
+    restored.load_state_dict({name: tensor.clone() for name, tensor in original.state_dict().items()})
+    z_BDHW = features_for(original)
+    for mine, theirs in zip(restored.eval()(z_BDHW)[:2], original.eval()(z_BDHW)[:2], strict=True):
+        assert torch.equal(mine, theirs)
+    for seed in (3, 4):
+        mine, theirs = (train_step(quantizer.train(), seed) for quantizer in (restored, original))
+        assert torch.equal(mine.z_q, theirs.z_q)
+        assert torch.equal(mine.indices, theirs.indices)
+        assert all(torch.equal(mine.losses[name], theirs.losses[name]) for name in theirs.losses)
+    expected = original.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in restored.state_dict().items())
+    assert torch.equal(restored.codebook, original.codebook)
+
+
+@every_variant
+def test_the_config_rebuilds_the_quantizer_from_its_json(variant: str) -> None:
+    quantizer = make(variant)
+    rebuilt = build_quantizer(quantizer.config.model_dump(mode="json"))
+    assert type(rebuilt) is type(quantizer) is type(build_quantizer(quantizer.config))
+    assert rebuilt.config == quantizer.config
+
+
+# --- What each term reaches --------------------------------------------------------------------------------------------------------------
+
+ALL, SELECTED, BEST, NONE, MAP = "all codes", "selected codes", "codes among some token's best", "no code", "all codes, through the map"
+NOTHING_LEARNT = ("vq ema", "lfq", "lfq boosted", "bsq", "fsq")  # by gradient
+SPECIAL: dict[tuple[str, str], str] = {
+    **{(variant, "z_q"): NONE for variant in VARIANTS if variant.startswith("vq")},
+    **{(variant, term): NONE for variant in NOTHING_LEARNT for term in ("z_q", *ENTROPY, "entropy_boost")},
+    ("vq linear", "codebook"): MAP,
+    ("vq linear", "sample_entropy"): MAP,
+    ("vq linear", "codebook_entropy"): MAP,
+    ("simvq", "z_q"): NONE,
+    ("simvq", "codebook"): MAP,
+    ("simvq", "sample_entropy"): MAP,
+    ("simvq", "codebook_entropy"): MAP,
+    ("ibq soft path to features", "z_q"): SELECTED,
+    ("ibq soft path to features", "double"): SELECTED,
+    ("ibq top 3", "z_q"): BEST,
+    ("ibq top 3", "double"): BEST,
+    ("ibq top 3 to features", "z_q"): SELECTED,
+    ("ibq top 3 to features", "double"): SELECTED,
+}
+ORDINARY = {"commitment": NONE, "codebook": SELECTED}
+REACH = [
+    (variant, term, SPECIAL.get((variant, term), ORDINARY.get(term, ALL)))
+    for variant in VARIANTS
+    for term in ["z_q", *sorted(TERMS.get(variant, IBQ_TERMS))]
+]
+
+
+def near_codes(variant: str) -> tuple[Quantizer, torch.Tensor]:
+    """Features and codes so near, and entropies so soft, that no probability underflows; some codes stay unselected."""
+    softer = {"entropy_temperature": 1.0} if TERMS.get(variant, IBQ_TERMS) >= ENTROPY else {}
+    quantizer = make(variant, **softer)
+    if hasattr(quantizer, "embedding"):
+        with torch.no_grad():
+            quantizer.embedding.normal_(std=0.05)
+    return quantizer, (0.05 * features_for(quantizer).detach()).requires_grad_()
+
+
+def codes_reached(quantizer: Quantizer) -> set[int] | str:
+    """The codes that the gradients at hand move, or MAP where they turn the map that makes all codes."""
+    gradients = {name: parameter.grad for name, parameter in quantizer.named_parameters() if parameter.grad is not None}
+    if "projection.weight" in gradients:
+        return MAP
+    return set(gradients["embedding"].abs().sum(1).nonzero().flatten().tolist()) if gradients else set()
+
+
+@pytest.mark.parametrize(("variant", "term", "reach"), REACH)
+def test_each_term_reaches_what_it_should(variant: str, term: str, reach: str) -> None:
+    quantizer, z_BDHW = near_codes(variant)
+    z_q, indices, losses = quantizer(z_BDHW)
+    loss = (z_q * torch.randn_like(z_q)).sum() if term == "z_q" else losses[term]
+    loss.backward()
+
+    dz = torch.zeros_like(z_BDHW) if z_BDHW.grad is None else z_BDHW.grad
+    if term == "codebook" or (variant, term) == ("ibq soft path to codes", "double"):
+        assert dz.abs().max() < 1e-6, "no gradient for features"  # the copy's gradient of z_q and that of z cancel in the double term
+    else:
+        assert (dz.abs().sum(1) > 0).all(), "a gradient for every feature"
+
+    selected = set(indices.flatten().tolist())
+    logits_NK = z_BDHW.detach().permute(0, 2, 3, 1).flatten(0, 2) @ quantizer.codebook.detach().T
+    best = set(logits_NK.topk(3).indices.flatten().tolist())
+    assert len(selected) < len(best) < K or variant in ("lfq", "lfq boosted", "bsq", "fsq")
+    assert codes_reached(quantizer) == {ALL: set(range(K)), SELECTED: selected, BEST: best, NONE: set(), MAP: MAP}[reach]
+
+
+@every_variant
+def test_a_training_step_leaves_a_finite_gradient_everywhere(variant: str) -> None:
+    quantizer = make(variant)
+    z_BDHW = features_for(quantizer)
+    total_loss(quantizer, quantizer(z_BDHW)).backward()
+    assert z_BDHW.grad.isfinite().all()
+    for name, parameter in quantizer.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert not parameter.requires_grad or parameter.grad.isfinite().all(), name

@@ -1,0 +1,112 @@
+"""The trainer with every quantizer: what they keep beside parameters survives a stop, and errors are measured where codes are compared."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantizer_variants import VARIANTS
+from training_runs import RUNTIME, assert_same_run, images_once, read_the_images_once, stop_after  # noqa: F401
+
+from ibq import load_tokenizer
+from ibq.checkpoint import load_checkpoint
+from ibq.config import TrainConfig, parse_train_config
+from ibq.run_directory import RunDirectory
+from ibq.train_tokenizer import StopRequested, train_tokenizer
+
+TRAINED = (
+    "vq cosine",
+    "vq ema restart",
+    "vq restart",
+    "vq online",
+    "vq kmeans",
+    "vq linear",
+    "ibq soft path to codes",
+    "ibq cosine",
+    "lfq boosted",
+    "bsq",
+    "fsq",
+    "simvq",
+    "gumbel",
+)
+CODES_WITHOUT_GRADIENT = ("vq ema restart", "lfq boosted", "bsq", "fsq", "simvq")
+
+
+@pytest.fixture(scope="module")
+def config_of(tiny: Any) -> Callable[[str], TrainConfig]:
+    def make(variant: str) -> TrainConfig:
+        quantizer = {"codebook_size": 64, "code_dim": 6} | VARIANTS[variant]
+        return parse_train_config(tiny().to_json_dict() | {"quantizer": quantizer, "steps": 6})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(config_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunDirectory]:
+    @functools.cache
+    def train(variant: str) -> RunDirectory:
+        folder = tmp_path_factory.mktemp("finished")
+        list(train_tokenizer(config_of(variant), folder, RUNTIME))
+        return RunDirectory(folder)
+
+    return train
+
+
+@pytest.mark.parametrize("variant", TRAINED)
+def test_stop_and_resume_equals_the_uninterrupted_run(config_of: Any, finished: Any, tmp_path: Path, variant: str) -> None:
+    with pytest.raises(StopRequested):
+        list(train_tokenizer(config_of(variant), tmp_path, RUNTIME, stop_after(3)))
+    torch.manual_seed(99)
+    list(train_tokenizer(config_of(variant), tmp_path, RUNTIME))
+    assert_same_run(RunDirectory(tmp_path), finished(variant))
+
+
+@pytest.mark.parametrize("variant", TRAINED)
+def test_a_finished_run_loads_and_its_numbers_are_finite(finished: Any, variant: str) -> None:
+    run = finished(variant)
+    row, history = run.read_row(), run.read_history()
+    assert row["status"] == "ok"
+    assert all(math.isfinite(value) for line in history for value in line.values())
+    assert [("reach_effective" in line) for line in history] == [variant not in CODES_WITHOUT_GRADIENT] * len(history)
+    tokenizer, snapshot = load_tokenizer(run.path), run.read_snapshot(6)
+    x_BCHW = torch.rand(2, 1, 32, 32)
+    assert torch.equal(tokenizer.decode(tokenizer.encode(x_BCHW)), tokenizer(x_BCHW).images)
+    D = tokenizer.config.quantizer.code_dim
+    assert (snapshot["codes"].shape, snapshot["features"].shape, snapshot["code_norms"].shape) == ((64, D), (2048, D), (64,))
+
+
+@pytest.mark.parametrize("variant", ["vq cosine", "ibq cosine", "bsq", "fsq"])
+def test_features_and_errors_are_in_the_space_of_the_codes(finished: Any, variant: str) -> None:
+    run = finished(variant)
+    snapshot = run.read_snapshot(6)
+    codes_KD, features_ND = snapshot["codes"], snapshot["features"]
+    if variant == "fsq":
+        assert features_ND.abs().max() < 1.01
+    else:
+        torch.testing.assert_close(features_ND.norm(dim=1), torch.ones(2048))
+        torch.testing.assert_close(codes_KD.norm(dim=1), torch.ones(64))
+        assert {round(line["feature_norm"], 4) for line in run.read_history()} == {1.0}
+    nearest = (features_ND[:, None] - codes_KD).square().sum(2).min(1).values.mean() / features_ND.var(0, correction=0).sum()
+    assert run.read_history()[-1]["quantization_error"] == pytest.approx(nearest.item(), rel=0.5)
+
+    tokenizer = load_tokenizer(run.path)
+    _, z_BDHW, quantized = tokenizer(images_once(tokenizer.config.data, "test").batch(torch.arange(8), torch.device("cpu")))
+    space_BDHW = tokenizer.quantize.to_code_space(z_BDHW)
+    error = (space_BDHW - quantized.z_q).square().sum() / (space_BDHW - space_BDHW.mean((0, 2, 3), keepdim=True)).square().sum()
+    assert run.read_row()["quantization_error"] == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_parameters_without_gradient_are_averaged_and_have_no_optimizer_state(config_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(StopRequested):
+        list(train_tokenizer(config_of("vq ema restart"), tmp_path, RUNTIME, stop_after(3)))
+    tensors = load_checkpoint(tmp_path / "checkpoint")[0].tensors
+    assert not [name for name in tensors if name.startswith("optimizer.quantize")]
+    average, raw = tensors["average.module.quantize.embedding"], tensors["model.quantize.embedding"]
+    assert not torch.equal(average, raw)
+    for name in ("restart.usage_K", "restart.weight_K", "restart.anchors_KD", "moving_average.counts_K", "moving_average.observed"):
+        assert torch.equal(tensors[f"average.module.quantize.{name}"], tensors[f"model.quantize.{name}"])

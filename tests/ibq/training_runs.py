@@ -1,0 +1,60 @@
+"""Short training runs and what two of them must share."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ibq.train_tokenizer as trainer
+from ibq.config import DataConfig
+from ibq.data import Images, load_images
+from ibq.run_directory import RunDirectory
+from ibq.train_tokenizer import Runtime
+
+RUNTIME = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8)
+TIMED = {"train_seconds", "peak_memory_gib"}
+
+
+@functools.cache
+def images_once(config: DataConfig, split: str) -> Images:
+    return load_images(config, split)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def read_the_images_once() -> Iterator[None]:
+    """Import it into a module of tests that train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "load_images", images_once)
+        yield
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    asked = itertools.count()
+    return lambda: next(asked) == steps
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)] == []
+
+
+def assert_same_run(actual: RunDirectory, expected: RunDirectory) -> None:
+    """All that two runs of one config must share: weights, history, snapshots, evaluation and row, bit for bit but for the clock."""
+    assert untimed(actual.read_history()) == untimed(expected.read_history())
+    assert_same_tensors(load_file(actual.model), load_file(expected.model))
+    assert_same_tensors(load_file(actual.evaluation), load_file(expected.evaluation))
+    assert actual.snapshot_steps() == expected.snapshot_steps()
+    for step in expected.snapshot_steps():
+        assert_same_tensors(actual.read_snapshot(step), expected.read_snapshot(step))
+    rows = [{name: value for name, value in run.read_row().items() if name not in TIMED} for run in (actual, expected)]
+    assert rows[0] == rows[1]
