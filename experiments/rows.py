@@ -19,7 +19,7 @@ FIRST_COLUMNS = ["ablation", "arm", "method", "codebook_size", "code_dim", "seed
 
 
 def load(study: Study | None = None) -> pd.DataFrame:
-    """One line per arm and seed of a study (default: everything at quick), whether finished or not.
+    """One line per arm and seed of a study (default: the core study at quick), whether finished or not.
 
     Returns:
         Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "failed", "interrupted", "running", "pending",

@@ -34,8 +34,9 @@ def test_status_tells_every_arm() -> None:
     assert output.count(" ok ") == len(Study("smoke").cells)
 
 
-def test_evaluate_adds_columns_to_old_rows_without_training(trained: tuple) -> None:
-    study: Study = trained[0]
+@pytest.mark.usefixtures("trained")
+def test_evaluate_adds_columns_to_old_rows_without_training() -> None:
+    study = Study("smoke")
     before = [cell.run.row.stat().st_mtime_ns for cell in study.cells]
     assert runner.invoke(app, ["evaluate", "--preset", "smoke", "--metric", "train_split"]).exit_code == 0
     assert "0 runs evaluated" in runner.invoke(app, ["evaluate", "--preset", "smoke", "--metric", "train_split"]).output

@@ -50,11 +50,12 @@ def test_two_reports_on_the_same_rows_are_the_same_bytes(page: Path, trained: tu
 def test_a_study_without_rows_renders_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "none"))
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
-    study = Study("smoke")
+    study = Study("smoke", tuple(ABLATIONS))
     text = report.write(study).read_text()
     assert "vq_published seed 0: pending" in text
+    assert "simvq seed 0: waiting (waits for the search of simvq, 0 of 3 runs finished)" in text
     assert "<img" not in text
-    assert set(rows.load(study)["status"]) == {"pending"}
+    assert set(rows.load(study)["status"]) == {"pending", "waiting"}
 
 
 def test_a_new_quantizer_needs_a_level_and_an_arm(trained: tuple) -> None:
