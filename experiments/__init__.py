@@ -17,7 +17,7 @@ def run(
     time_budget_minutes: float | None = None,
     fail_fast: bool = False,
 ) -> Study:
-    """Train what has no row yet of the named ablations (none: all) and project what is new, as the command line does.
+    """Train what has no row yet of the named ablations (none: the core study) and project what is new, as the command line does.
 
     Args:
         ablations: names.

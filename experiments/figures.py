@@ -20,11 +20,13 @@ from experiments.ablations import Ablation, Arm
 from experiments.effects import effects
 from experiments.projections import project
 from experiments.study import Cell, Study
+from experiments.tables import chosen_value, searches
 
 COLORS = sns.color_palette("colorblind")
 LINE_COLORS = [COLORS[i] for i in (3, 0, 1, 2, 4, 5, 6, 8, 9)]
 BOTH = COLORS[7]
 OTHER = "0.75"
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 Curve = Callable[[dict[str, Any], Cell], float]
 Panel = tuple[str, Curve, Curve | None]
@@ -40,7 +42,7 @@ def theme() -> None:
 
 
 def _finished(study: Study, ablation: Ablation) -> list[Cell]:
-    cells = [cell for cell in study.cells if cell.ablation.name == ablation.name and cell.run.finished]
+    cells = [cell for cell in study.cells if cell.ablation.name == ablation.name and cell.run.finished and not cell.search]
     return [cell for cell in cells if cell.run.read_row()["status"] == "ok"]
 
 
@@ -69,7 +71,7 @@ def _curves(study: Study, ablation: Ablation, panels: dict[str, Panel], log: boo
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 1.8, 3.1), squeeze=False)
     for axis, (title, (unit, value, uniform)) in zip(axes[0], panels.items(), strict=True):
         for cell in cells:
-            history = [line for line in cell.run.read_history() if "perplexity" in line]
+            history = cell.run.read_history()
             ys = [value(line, cell) for line in history]
             axis.plot([line["step"] for line in history], ys, color=colors.get(cell.arm.name, OTHER), lw=1.3 if cell.arm.focal else 0.8)
             seen.add(cell.arm.name)
@@ -105,6 +107,50 @@ def usage_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) ->
     return _curves(study, ablation, panels, log=False)
 
 
+def usage_of_each(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """A panel an arm, seed 0: codes used and perplexity over training; all other arms grey behind."""
+    cells = [cell for cell in _finished(study, ablation) if cell.seed == 0]
+    if not cells:
+        return None
+    histories = [pd.DataFrame(cell.run.read_history()) for cell in cells]
+    shares = [100 * history["perplexity"] / cell.config.quantizer.codebook_size for cell, history in zip(cells, histories, strict=True)]
+    figure, axes = _grid(len(cells), 5, 1.75)
+    for axis, cell, history, share in zip(axes, cells, histories, shares, strict=True):
+        for other, its_share in zip(histories, shares, strict=True):
+            axis.plot(other["step"], its_share, color="0.88", lw=0.6)
+        axis.plot(history["step"], 100 * history["usage"], color=COLORS[1], lw=1.2, ls=":")
+        axis.plot(history["step"], share, color=COLORS[0], lw=1.4)
+        axis.set(title=_label(ablation, cell.arm), ylim=(0, 103), xticks=[0, cell.config.steps], yticks=[0, 50, 100])
+        axis.title.set_fontsize(7.5)
+        axis.tick_params(labelsize=7)
+    handles = [
+        Line2D([], [], color=COLORS[0], lw=1.4, label="perplexity / K, %"),
+        Line2D([], [], color=COLORS[1], lw=1.2, ls=":", label="codes used, %"),
+        Line2D([], [], color="0.88", lw=0.8, label="perplexity of the other arms"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _grid(panels: int, columns: int, size: float) -> tuple[Figure, list[Any]]:
+    """A figure of so many panels, row by row."""
+    columns = min(columns, panels)
+    rows = -(-panels // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(size * columns + 0.4, size * rows + 0.4), squeeze=False)
+    for axis in axes.flat[panels:]:
+        axis.remove()
+    return figure, list(axes.flat[:panels])
+
+
+def geometry(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    panels: dict[str, Panel] = {
+        "Codes": ("mean norm of all codes", lambda line, cell: line["code_norm"], None),
+        "Features": ("mean norm of features", lambda line, cell: line["feature_norm"], None),
+        "Distance": ("quantization error / variance of z", lambda line, cell: line["quantization_error"], None),
+    }
+    return _curves(study, ablation, panels, log=True)
+
+
 def gradient_reach(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     panels: dict[str, Panel] = {
         "Effective gradient reach": ("codes (exp. entropy of norms)", lambda line, cell: line["reach_effective"], None),
@@ -135,20 +181,17 @@ def code_frequency(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
 
 
 def code_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
-    """Codes and features of every arm at seed 0 in one projection each."""
+    """Codes and features of the mapped arms at seed 0 in one projection each."""
     projected = []
     for cell in _finished(study, ablation):
-        projection = project(cell.run, study.preset.projection, compute=False) if cell.seed == 0 else None
+        shown = cell.seed == 0 and cell.arm in ablation.mapped
+        projection = project(cell.run, study.preset.projection, compute=False) if shown else None
         if projection is not None:
             projected.append((cell, projection))
     if not projected:
         return None
-    columns = min(4, len(projected))
-    rows_needed = -(-len(projected) // columns)
-    figure, axes = plt.subplots(rows_needed, columns, figsize=(2.1 * columns + 0.4, 2.15 * rows_needed + 0.4), squeeze=False)
-    for axis in axes.flat[len(projected) :]:
-        axis.remove()
-    for axis, (cell, projection) in zip(axes.flat, projected, strict=False):
+    figure, axes = _grid(len(projected), 4, 2.15)
+    for axis, (cell, projection) in zip(axes, projected, strict=True):
         axis.scatter(*projection.features.T, s=2.5, color="0.7", linewidths=0, rasterized=True)
         axis.scatter(*projection.codes[~projection.used].T, s=5, color=COLORS[3], marker="x", linewidths=0.5, rasterized=True)
         axis.scatter(*projection.codes[projection.used].T, s=5, color=COLORS[0], linewidths=0, rasterized=True)
@@ -165,30 +208,57 @@ def code_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | N
 
 def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """Every arm and seed: bits a token against L1; letters name the arms."""
-    finished = rows[rows["status"] == "ok"]
+    finished = rows[(rows["status"] == "ok") & rows["arm"].isin([arm.name for arm in ablation.arms])]
     if finished.empty:
         return None
     figure, axis = plt.subplots(figsize=(7.2, 3.8))
-    colors = _method_colors(ablation)
-    markers = {"uniform": "o", "normal": "s", "features": "^"}
+    method, colors = ablation.factors[0], _method_colors(ablation)
+    shapes = ablation.factor(ablation.marker).levels if ablation.marker else ("",)
+    fills = ablation.factor(ablation.fill).levels[::-1] if ablation.fill else ("",)
     limit = float(np.log2(finished["codebook_size"].astype(float).max()))
     for row in finished.to_dict("records"):
-        color = colors[row[f"factor.{ablation.factors[0].name}"]]
-        face = color if row["factor.entropy"] == "on" else "white"
-        axis.scatter(
-            row["bits"], row["l1"], marker=markers[row["factor.init"]], edgecolor=color, facecolor=face, s=34, linewidth=1.2, zorder=3
-        )
+        color = colors[row[f"factor.{method.name}"]]
+        marker = MARKERS[shapes.index(row[f"factor.{ablation.marker}"])] if ablation.marker else "o"
+        face = color if not ablation.fill or row[f"factor.{ablation.fill}"] == fills[0] else "white"
+        axis.scatter(row["bits"], row["l1"], marker=marker, edgecolor=color, facecolor=face, s=34, linewidth=1.2, zorder=3)
         beside = (-11, -3) if limit - row["bits"] < 0.3 else (5, 3)  # clear of the dashed line
         axis.annotate(ablation.letter(row["arm"]), (row["bits"], row["l1"]), xytext=beside, textcoords="offset points", fontsize=7.5)
     axis.axvline(limit, color="0.3", ls="--", lw=1)
     axis.set(xlabel=f"rate: bits a token (dashed: log2 K = {limit:g})", ylabel="distortion: L1 on the test split, [-1, 1]")
     style: dict[str, Any] = {"ls": "", "mew": 1.2, "ms": 6}
-    handles = [Line2D([], [], marker="o", color=colors[name], label=name, **style) for name in ablation.factors[0].levels]
-    handles += [Line2D([], [], marker=marker, color="0.4", label=f"{name} init", **style) for name, marker in markers.items()]
-    handles += [
-        Line2D([], [], marker="o", color="0.4", mfc=face, label=f"entropy {name}", **style)
-        for name, face in (("on", "0.4"), ("off", "white"))
-    ]
+    handles = [Line2D([], [], marker="o", color=colors[name], label=name, **style) for name in method.levels]
+    if ablation.marker:
+        shown = zip(MARKERS, shapes, strict=False)
+        handles += [Line2D([], [], marker=marker, color="0.4", label=f"{ablation.marker} {name}", **style) for marker, name in shown]
+    if ablation.fill:
+        faces = ["0.4", *["white"] * (len(fills) - 1)]
+        shades = zip(fills, faces, strict=True)
+        handles += [Line2D([], [], marker="o", color="0.4", mfc=face, label=f"{ablation.fill} {name}", **style) for name, face in shades]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    return figure
+
+
+def search(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """What decided over the values tried, a line an arm in the colour of its method; a ring marks the choice."""
+    lines = [(arm, mine[mine["status"] == "ok"], chosen_value(mine)) for arm, mine in searches(rows)]
+    lines = [line for line in lines if not line[1].empty]
+    if not lines or ablation.tuning is None:
+        return None
+    colors, method = _method_colors(ablation), ablation.factors[0]
+    figure, axis = plt.subplots(figsize=(7.2, 4.2))
+    for arm, mine, chosen in lines:
+        color = colors[ablation.arm(arm).levels[method.name]]
+        values, losses = mine["search.value"].astype(float), mine["search.loss"].astype(float)
+        axis.plot(values, losses, color=color, marker=".", lw=1)
+        axis.annotate(ablation.letter(arm), (values.iloc[-1], losses.iloc[-1]), xytext=(5, -2), textcoords="offset points", fontsize=7)
+        axis.scatter(values[values == chosen], losses[values == chosen], s=60, facecolor="none", edgecolor=color, linewidth=1.2)
+    axis.set(xscale="log", xlabel=ablation.tuning.field, ylabel="reconstruction error on training batches")
+    tried = sorted({value for _, mine, _ in lines for value in mine["search.value"]})
+    axis.set_xticks(tried, [f"{value:g}" for value in tried])
+    axis.minorticks_off()
+    shown = {ablation.arm(arm).levels[method.name] for arm, _, _ in lines}
+    handles = [Line2D([], [], color=colors[name], marker=".", label=name) for name in method.levels if name in shown]
+    handles.append(Line2D([], [], ls="", marker="o", ms=8, mfc="none", color="0.4", label="chosen"))
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
 
@@ -257,6 +327,15 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
         "Codes used and perplexity over training, counted on the training tokens between two log steps (dashed: as many uniform tokens); "
         "a line a seed.",
     ),
+    "search": (
+        search,
+        "The search before the comparison: reconstruction error on the training batches of the last third of each short run; rings mark "
+        "what the arms were then trained with.",
+    ),
+    "usage_of_each": (
+        usage_of_each,
+        "Perplexity and codes used over training, a panel an arm, seed 0, counted on the training tokens between two log steps.",
+    ),
     "main_effects": (
         main_effects,
         "Main effects. A point is a pair of arms that differ in the named factor alone, at one seed (letters: the arms); "
@@ -274,6 +353,11 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
         code_map,
         "Codes (at most 1,024) and test features of each arm in one projection ({projection}) at the end of training, raw weights, seed 0; "
         "in use: by a training token since the snapshot before.",
+    ),
+    "geometry": (
+        geometry,
+        "Norms of codes and features, and how far apart they are: squared distance of a feature to its code over the variance of features, "
+        "at single training steps.",
     ),
     "gradient_reach": (
         gradient_reach,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from experiments import anatomy
 from experiments.ablations import Ablation
 from experiments.effects import Verdict, main_effects, verdict
+from experiments.tables import chosen_value, searches
 
 
 def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
@@ -18,10 +20,25 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         states = ", ".join(f"{n} {state}" for state, n in counts.items() if state != "ok")
         sentences.append(f"{missing} of {int(counts.sum())} runs have no result ({states}); what follows rests on the others.")
     sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
-    table = main_effects(ablation, rows)
-    if not table.empty:
+    if "main_effects" in ablation.tables and not (table := main_effects(ablation, rows)).empty:
         sentences += _of_effects(table)
-    return sentences
+    if "search" in ablation.tables:
+        sentences += _of_searches(rows)
+    return sentences + anatomy.sentences(ablation, rows)
+
+
+def _of_searches(rows: pd.DataFrame) -> list[str]:
+    """What the searches chose, and where a choice at the edge of the grid says that the best value may lie beyond."""
+    chosen = {arm: value for arm, search in searches(rows) if (value := chosen_value(search)) is not None}
+    if not chosen:
+        return []
+    by_value = {value: [arm for arm in chosen if chosen[arm] == value] for value in sorted(set(chosen.values()))}
+    said = "; ".join(f"{value:g} for {', '.join(arms)}" for value, arms in by_value.items())
+    grid = rows["search.value"].dropna()
+    edges = [arm for arm, value in chosen.items() if value in (grid.min(), grid.max())]
+    return [
+        f"The search chose {said}." + (f" At the edge of the grid, so perhaps not the best there is: {', '.join(edges)}." if edges else "")
+    ]
 
 
 def _of_verdict(judged: Verdict) -> str:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
-from experiments.study import Cell
+from experiments.study import Cell, unique_runs
 from ibq.run_directory import RunDirectory, write_tensors
 
 Method = Literal["umap", "pca"]
@@ -57,8 +57,9 @@ def project(run: RunDirectory, method: Method, compute: bool = True) -> Projecti
 
 
 def project_all(cells: Iterable[Cell], method: Method, say: Callable[[str], None] = print) -> None:
-    """Fill the cache for all finished runs in this one process: UMAP compiles for most of a minute, once."""
-    todo = [cell for cell in cells if cell.run.finished and cell.run.snapshot_steps()]
+    """Fill the cache for the finished runs that a map shows, in this one process: UMAP compiles for most of a minute, once."""
+    mapped = [cell for cell in cells if cell.arm in cell.ablation.mapped]
+    todo = [cell for cell in unique_runs(mapped) if cell.run.finished and cell.run.snapshot_steps()]
     todo = [c for c in todo if not (c.run.path / "projections" / f"{method}-{c.run.snapshot_steps()[-1]:08d}.safetensors").is_file()]
     for i, cell in enumerate(todo, 1):
         say(f"projection {i} of {len(todo)} ({method.upper()}): {cell.name}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ibq.config import TrainConfig, parse_train_config
+from ibq.config import TrainConfig, flatten, parse_train_config
 from ibq.errors import ConfigError, nearest
 from ibq.train_tokenizer import Runtime
 
@@ -99,3 +100,16 @@ def tokenizer(preset: Preset, quantizer: dict[str, Any], seed: int = 0) -> Train
     """
     sizes = {"codebook_size": preset.codebook_size, "code_dim": preset.code_dim}
     return parse_train_config(preset.fields | {"quantizer": sizes | quantizer, "seed": seed})
+
+
+def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:
+    """A config with some of its numbers multiplied.
+
+    Args:
+        config: what to start from.
+        factors: by dotted path; a whole number stays one, of at least 1, and other numbers keep six digits.
+    """
+    numbers = flatten(config.to_json_dict())
+    products = {path: numbers[path] * factor for path, factor in factors.items()}
+    values = {path: max(1, round(x)) if isinstance(numbers[path], int) else float(f"{x:.6g}") for path, x in products.items()}
+    return config.with_fields(**values) if values else config

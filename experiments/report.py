@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from experiments import figures, notebooks, tables
+from experiments import figures, notebooks, tables, tuning
 from experiments import rows as rows_module
 from experiments.ablations import Ablation
 from experiments.findings import findings
@@ -38,13 +38,13 @@ def write(study: Study) -> Path:
 def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path) -> dict[str, Any]:
     mine = rows[rows["ablation"] == ablation.name]
     shown_tables, shown_figures, stem = [], [], file_name(ablation.name)
-    for name, (build, caption) in tables.TABLES.items():
-        table = build(ablation, mine)
+    for name in ablation.tables:
+        table, caption = tables.build(name, ablation, mine), tables.TABLES[name][1]
         if not table.empty:
             tables.write(table, folder / "tables", f"{stem}_{name}", caption)
             html = table.to_html(index=False, border=0, escape=True)
             shown_tables.append({"name": name, "file": f"tables/{stem}_{name}", "caption": caption, "html": html})
-    for name in figures.FIGURES:
+    for name in ablation.figures:
         figure = figures.draw(name, study, ablation, mine)
         if figure is not None:
             figures.save(figure, folder / "figures", f"{stem}_{name}")
@@ -57,12 +57,12 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
         "missing": mine[mine["status"] != "ok"].to_dict("records"),
         "notebook": f"notebooks/{ablation.notebook}.html" if (folder / "notebooks" / f"{ablation.notebook}.html").is_file() else None,
         "source": f"source: {ablation.paper_source}",
-        "protocol": protocol(mine),
+        "protocol": protocol(ablation, mine),
     }
 
 
-def protocol(rows: pd.DataFrame) -> str:
-    """The sentence without which a usage number means nothing: split, images, tokens, weights, and what uniform sampling would give."""
+def protocol(ablation: Ablation, rows: pd.DataFrame) -> str:
+    """Without this a number means nothing: split, images, tokens, weights, what uniform sampling would give, and how a field was tuned."""
     finished = rows[rows["status"] == "ok"]
     if finished.empty:
         return ""
@@ -72,6 +72,12 @@ def protocol(rows: pd.DataFrame) -> str:
         sentences.append(
             f"Protocol: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} weights; as many tokens "
             f"drawn uniformly would use {100 * usage:.1f}% of {int(K):,} codes at a perplexity of {perplexity:.0f}."
+        )
+    if ablation.tuning:
+        times = ", ".join(f"{factor:g}" for factor in ablation.tuning.factors)
+        sentences.append(
+            f"Tuning: {ablation.tuning.field} at {times} times the recipe's value, in runs of {100 * ablation.tuning.step_share:.0f}% "
+            f"of the steps with the whole schedule, seed 0; {tuning.RULE}."
         )
     return " ".join(sentences)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from experiments import tuning
 from experiments.study import Cell, Study
 from experiments.sweep import failure_reason, last_step
 from ibq.errors import ConfigError
@@ -18,31 +19,51 @@ FIRST_COLUMNS = ["ablation", "arm", "method", "codebook_size", "code_dim", "seed
 
 
 def load(study: Study | None = None) -> pd.DataFrame:
-    """One line per arm and seed of a study (default: everything at quick), whether finished or not.
+    """One line per arm and seed of a study (default: the core study at quick), whether finished or not.
 
     Returns:
-        Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "failed", "interrupted", "running", "pending"),
-        then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`, evaluations added later as
-        `<evaluation>.<metric>`, and `reason` where there is no result.
+        Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "failed", "interrupted", "running", "pending",
+        "waiting" for a search), then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`,
+        evaluations added later as `<evaluation>.<metric>`, and `reason` where there is no result. Runs of a search have arms of their own;
+        `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what decides.
 
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
     """
     import pandas as pd  # here, since status needs no frame and should answer at once
 
-    lines = [_line(cell) for cell in (study or Study()).cells]
+    study = study or Study()
+    lines = [_line(cell) for cell in study.cells] + [_waiting_line(study, cell) for cell in study.waiting]
     frame = pd.DataFrame(lines)
     return frame[FIRST_COLUMNS + [column for column in frame.columns if column not in FIRST_COLUMNS]]
 
 
 def _line(cell: Cell) -> dict[str, Any]:
+    line = _arm_line(cell)
+    if cell.search:
+        line |= {"search.arm": cell.search.arm, "search.value": cell.search.value}
+    if cell.run.finished:
+        decides = {"search.loss": tuning.search_loss(cell.run)} if cell.search else {}
+        return line | checked_row(cell) | _evaluations(cell) | decides
+    return line | {"run": cell.run.path.name, "status": state(cell), "reason": failure_reason(cell)}
+
+
+def _arm_line(cell: Cell) -> dict[str, Any]:
     quantizer = cell.config.quantizer
     line: dict[str, Any] = {"ablation": cell.ablation.name, "arm": cell.arm.name, "method": quantizer.method}
     line |= {"codebook_size": quantizer.codebook_size, "code_dim": quantizer.code_dim, "seed": cell.seed}
-    line |= {f"factor.{name}": level for name, level in cell.arm.levels.items()}
-    if cell.run.finished:
-        return line | checked_row(cell) | _evaluations(cell)
-    return line | {"run": cell.run.path.name, "status": state(cell), "reason": failure_reason(cell)}
+    return line | {f"factor.{name}": level for name, level in cell.arm.levels.items()}
+
+
+def _waiting_line(study: Study, cell: Cell) -> dict[str, Any]:
+    return _arm_line(cell) | {"status": "waiting", "reason": waits_for(study, cell)}
+
+
+def waits_for(study: Study, cell: Cell) -> str:
+    """What a waiting cell waits for, in a phrase."""
+    of = cell.arm.tuned_as or cell.arm.name
+    runs = [each.run for each in study.cells if each.ablation is cell.ablation and each.search and each.search.arm == of]
+    return f"waits for the search of {of}, {sum(run.finished for run in runs)} of {len(runs)} runs finished"
 
 
 def checked_row(cell: Cell) -> dict[str, Any]:
@@ -95,4 +116,4 @@ def status_lines(study: Study) -> list[dict[str, Any]]:
         if kind == "failed":
             phrase = failure_reason(cell) + (f" ({phrase})" if phrase else "")
         lines.append({"arm": cell.name, "state": kind, "detail": phrase, "run": cell.run.path.name})
-    return lines
+    return lines + [{"arm": cell.name, "state": "waiting", "detail": waits_for(study, cell), "run": ""} for cell in study.waiting]

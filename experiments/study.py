@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from experiments.ablations import ABLATIONS, Ablation, Arm
-from experiments.recipes import Preset, get_preset, tokenizer
-from ibq.config import TrainConfig
+from experiments import tuning
+from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
+from experiments.recipes import Preset, get_preset, scaled, tokenizer
+from ibq.config import TrainConfig, flatten
 from ibq.data import data_hash_of
 from ibq.errors import ConfigError, nearest
 from ibq.run_directory import RunDirectory
@@ -23,15 +24,23 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
 
 
+class Search(NamedTuple):
+    """What a run of a search is for: the arm, and the value of the tuned field that it tries."""
+
+    arm: str
+    value: float
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One arm at one seed. Arms of several ablations may share a run: the run's id hangs on its config alone."""
+    """One arm at one seed, or one run of an arm's search. Cells may share a run: the run's id hangs on its config alone."""
 
     ablation: Ablation
     arm: Arm
     seed: int
     config: TrainConfig
     run: RunDirectory
+    search: Search | None = None
 
     @property
     def name(self) -> str:
@@ -44,7 +53,7 @@ class Study:
 
     Args:
         preset: name of the scale.
-        ablations: names; none means all.
+        ablations: names; none means the core study.
         seeds: seeds of every arm (0 to seeds - 1); None leaves each arm its own number.
         overrides: fields changed in every arm, by dotted path.
 
@@ -71,7 +80,7 @@ class Study:
 
     @property
     def ablations(self) -> list[Ablation]:
-        return [ABLATIONS[name] for name in dict.fromkeys(self.ablation_names or ABLATIONS)]
+        return [ABLATIONS[name] for name in dict.fromkeys(self.ablation_names or CORE)]
 
     @property
     def name(self) -> str:
@@ -95,29 +104,82 @@ class Study:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Every arm and seed: seed 0 of everything first, so that a study that is cut short has one row of each arm."""
-        cells = [cell for ablation in self.ablations for arm in ablation.arms for cell in self._seeds_of(ablation, arm)]
-        return sorted(cells, key=lambda cell: cell.seed)
+        """Every arm and seed that can be trained now, and the runs of searches.
+
+        Seed 0 of everything comes first, so that a study that is cut short has one row of each arm.
+        """
+        return self._stages[0]
+
+    @cached_property
+    def waiting(self) -> list[Cell]:
+        """Arms and seeds whose search is not finished; their config is the one before the choice, and none of it is ever trained."""
+        return self._stages[1]
+
+    def advance(self) -> list[Cell]:
+        """Let cells whose search has finished in the meantime join `cells`; returns those that are new there."""
+        if not self.waiting:
+            return []
+        now, before = replace(self), {cell.run.path for cell in self.cells}
+        if len(now.waiting) < len(self.waiting):
+            self.__dict__.update(cells=now.cells, waiting=now.waiting)
+        return [cell for cell in self.cells if cell.run.path not in before]
 
     def only(self, cells: list[Cell]) -> Study:
         """The same study with some of its cells alone."""
         part = replace(self)
-        part.__dict__["cells"] = cells
+        part.__dict__.update(cells=cells, waiting=[])
         return part
 
-    def _seeds_of(self, ablation: Ablation, arm: Arm) -> list[Cell]:
-        """An arm at each of its seeds. What arms differ in cannot be set for all of them."""
-        fields = ablation.quantizer(arm.levels)
-        config = tokenizer(self.preset, fields)
+    @cached_property
+    def _stages(self) -> tuple[list[Cell], list[Cell]]:
+        ready: list[Cell] = []
+        waiting: list[Cell] = []
+        for ablation in self.ablations:
+            configs = {arm.name: self._config(ablation, arm) for arm in ablation.arms}
+            searches = {arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as}
+            ready += [cell for search in searches.values() for cell in search]
+            for arm in ablation.arms:
+                config, stage = configs[arm.name], ready
+                if ablation.tuning:
+                    search = searches[arm.tuned_as or arm.name]
+                    chosen = tuning.best({cell.search.value: tuning.search_loss(cell.run) for cell in search if cell.search})
+                    config, stage = (config, waiting) if chosen is None else (config.with_fields(**{ablation.tuning.field: chosen}), ready)
+                stage += [self._cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, self.preset, self.seeds)]
+        return sorted(ready, key=lambda cell: cell.seed), sorted(waiting, key=lambda cell: cell.seed)
+
+    def _search(self, ablation: Ablation, arm: Arm, config: TrainConfig) -> list[Cell]:
+        """The runs that decide an arm's tuned field, by ascending value; none where the ablation tunes nothing."""
+        if ablation.tuning is None:
+            return []
+        field, cells = ablation.tuning.field, []
+        for factor in ablation.tuning.factors:
+            short = scaled(config, {field: factor, "steps": ablation.tuning.step_share})
+            value = flatten(short.to_json_dict())[field]
+            candidate = Arm(f"{arm.name}: {field} {value:g}", arm.levels)
+            cells.append(replace(self._cell(ablation, candidate, short, seed=0), search=Search(arm.name, value)))
+        return cells
+
+    def _config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
+        """An arm's config before any search. What arms differ in cannot be set for all of them."""
+        fields = ablation.quantizer(arm.levels, self._codebook_size)
+        config = tokenizer(self.preset, {"codebook_size": self._codebook_size} | fields)
         config = config.with_fields(**self.overrides) if self.overrides else config
         for path in self.overrides:
             if path == "seed":
                 raise ConfigError("--set seed would give every arm one seed; use --seeds, which says how many")
             if path in {f"quantizer.{name}" for name in fields}:
                 raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; set another field, or add an arm")
-        data = _data_hash(config.data)
-        configs = [config.model_copy(update={"seed": seed}) for seed in ablation.seeds(arm, self.preset, self.seeds)]
-        return [Cell(ablation, arm, c.seed, c, RunDirectory(self.runs_folder / c.run_id(data))) for c in configs]
+        return scaled(config, ablation.scales(arm.levels))
+
+    @cached_property
+    def _codebook_size(self) -> int:
+        """K of every arm: the preset's, or the user's."""
+        wanted = self.overrides.get("quantizer.codebook_size", self.preset.codebook_size)
+        return tokenizer(self.preset, {"method": "vq", "codebook_size": wanted}).quantizer.codebook_size
+
+    def _cell(self, ablation: Ablation, arm: Arm, config: TrainConfig, seed: int) -> Cell:
+        config = config.model_copy(update={"seed": seed})
+        return Cell(ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data))))
 
 
 def file_name(text: str) -> str:

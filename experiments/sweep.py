@@ -57,7 +57,7 @@ def train_study(
     hang_s: float = HANG_S,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Train every run of a study that has no row yet.
+    """Train every run of a study that has no row yet; runs that wait for a search join as soon as it is finished.
 
     Args:
         study: what.
@@ -80,6 +80,7 @@ def train_study(
         raise ConfigError(f"a time budget of {time_budget_s / 60:g} minutes leaves nothing to do; give more than 0")
     if not hang_s > 0:
         raise ConfigError(f"a hang timeout of {hang_s / 60:g} minutes would kill every trainer at once; give more than 0")
+    study.advance()
     todo = [cell for cell in unique_runs(study.cells) if not cell.run.finished]
     outcome = Outcome(skipped=len(unique_runs(study.cells)) - len(todo))
     if outcome.skipped:
@@ -92,7 +93,7 @@ def train_study(
 
     study.runs_folder.mkdir(parents=True, exist_ok=True)
     runtime = replace(study.preset.runtime, device=device)
-    progress = _Progress(todo, say)
+    progress = _Progress(study, todo, say)
     pool = _Pool(runtime, threads)
     queue, stopping, started = list(todo), False, time.monotonic()
 
@@ -116,6 +117,10 @@ def train_study(
                 if cell.run.finished:
                     outcome.finished.append(cell)
                     progress.finished(cell)
+                    known = {each.run.path for each in todo}
+                    chosen = [each for each in unique_runs(study.advance()) if not each.run.finished and each.run.path not in known]
+                    todo += chosen
+                    queue += [] if stopping else chosen
                 elif code == worker.BUSY:
                     queue += [] if stopping else [cell]  # another driver trains it: look again after the others
                 elif code == worker.DISK_FULL:
@@ -129,7 +134,7 @@ def train_study(
             progress.heartbeat()
             time.sleep(POLL_S)
     done = {cell.run.path for cell in outcome.finished + outcome.failed}
-    outcome.unfinished = [cell for cell in todo if cell.run.path not in done]
+    outcome.unfinished = [cell for cell in todo if cell.run.path not in done] + study.waiting
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -218,10 +223,11 @@ def _note(cell: Cell, event: str, reason: str) -> None:
 class _Progress:
     """Lines, not a bar: they read the same in a terminal, a log and a notebook. Time left is steps left over the speed so far."""
 
-    def __init__(self, cells: list[Cell], say: Callable[[str], None]) -> None:
+    def __init__(self, study: Study, cells: list[Cell], say: Callable[[str], None]) -> None:
         self._cells, self._say, self._count = cells, say, 0
+        self._runs = len(cells) + len(study.waiting)
         self._start, self._last = time.monotonic(), time.monotonic()
-        self._total = sum(cell.config.steps for cell in cells)
+        self._total = sum(cell.config.steps for cell in cells + study.waiting)
         self._at_start = self._steps()
 
     def _steps(self) -> int:
@@ -240,7 +246,7 @@ class _Progress:
         result = (
             f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}" if row["status"] == "ok" else row["reason"]
         )
-        line = f"[{self._count}/{len(self._cells)}] {row['status']} {cell.name}: {result}, {row['train_seconds']:.0f} s"
+        line = f"[{self._count}/{self._runs}] {row['status']} {cell.name}: {result}, {row['train_seconds']:.0f} s"
         self._say(f"{line}; {self._left()}")
         self._last = time.monotonic()
 

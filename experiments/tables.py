@@ -3,41 +3,63 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
+from experiments import tuning
 from experiments.ablations import Ablation
+from experiments.anatomy import parts_table
 from experiments.effects import OUTCOMES, main_effects, verdict
 
 NOT_REPORTED = "not reported"
-METRICS = {
-    "perplexity": ("perplexity", 0),
-    "usage": ("usage %", 1),
-    "dead_codes": ("dead codes", 0),
-    "bits": ("bits/token", 2),
-    "l1": ("L1", 4),
-    "psnr_db": ("PSNR dB", 2),
-    "ssim": ("SSIM", 3),
-    "quantization_error": ("quant. error / var z", 2),
-    "train_seconds": ("train s", 0),
+
+
+class Column(NamedTuple):
+    """A number of finished rows in the table of arms: its heading, digits, and the value of each row."""
+
+    label: str
+    digits: int
+    value: Callable[[pd.DataFrame], pd.Series]
+
+
+def _entry(name: str, scale: float = 1.0) -> Callable[[pd.DataFrame], pd.Series]:
+    return lambda rows: rows[name].astype(float) * scale
+
+
+COLUMNS = {
+    "perplexity": Column("perplexity", 0, _entry("perplexity")),
+    "usage": Column("usage %", 1, _entry("usage", 100)),
+    "dead_codes": Column("dead codes", 0, _entry("dead_codes")),
+    "bits": Column("bits/token", 2, _entry("bits")),
+    "l1": Column("L1", 4, _entry("l1")),
+    "psnr_db": Column("PSNR dB", 2, _entry("psnr_db")),
+    "ssim": Column("SSIM", 3, _entry("ssim")),
+    "quantization_error": Column("quant. error / var z", 2, _entry("quantization_error")),
+    "train_seconds": Column("train s", 0, _entry("train_seconds")),
+    "step_ms": Column("ms a step", 0, lambda rows: 1000 * rows["train_seconds"].astype(float) / rows["config.steps"].astype(float)),
+    "parameters": Column("parameters, thousands", 0, _entry("parameters", 1e-3)),
+    "peak_memory": Column("peak memory GiB", 2, _entry("peak_memory_gib")),
+    "learning_rate": Column("learning rate / 1e-4", 1, _entry("config.optim.lr", 1e4)),
+    "code_dim": Column("D", 0, _entry("code_dim")),
 }
 
 
 def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
-    """Every arm: letter, levels, seeds, and each metric's mean over seeds (± sample standard deviation where there are several)."""
+    """Every arm: letter, levels, seeds, and each column's mean over seeds (± sample standard deviation where there are several)."""
+    columns = [COLUMNS[name] for name in ablation.columns]
     lines = []
     for arm in ablation.arms:
         mine = rows[rows["arm"] == arm.name]
         finished = mine[mine["status"] == "ok"]
         line: dict[str, object] = {"": ablation.letter(arm.name), "arm": arm.name, **arm.levels}
         if finished.empty:
-            line |= {"seeds": 0} | {label: _state(mine) for label, _ in METRICS.values()}
+            line |= {"seeds": 0} | {column.label: _state(mine) for column in columns}
         else:
             line["seeds"] = len(finished)
-            for metric, (label, digits) in METRICS.items():
-                values = finished[metric].astype(float) * (100 if metric == "usage" else 1)
-                line[label] = mean_and_spread(values, digits)
+            line |= {column.label: mean_and_spread(column.value(finished), column.digits) for column in columns}
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -47,9 +69,9 @@ def _state(rows: pd.DataFrame) -> str:
 
 
 def mean_and_spread(values: pd.Series, digits: int) -> str:
-    """'12.3 ± 0.4' (sample standard deviation), or '12.3' for a single value."""
+    """'12.3 ± 0.4' (sample standard deviation), or '12.3' where all values are the same one."""
     mean = f"{values.mean():.{digits}f}"
-    return f"{mean} ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else mean
+    return f"{mean} ± {values.std(ddof=1):.{digits}f}" if values.nunique() > 1 else mean
 
 
 def effects_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -109,6 +131,35 @@ def paper_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("")
 
 
+def search_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
+    """The search of every arm that has one: what decided at each value tried, the value that it chose, and who takes it over."""
+    lines = []
+    for arm, mine in searches(rows):
+        line: dict[str, object] = {"": ablation.letter(arm), "arm": arm}
+        for row in mine.to_dict("records"):
+            line[f"{row['search.value']:g}"] = f"{row['search.loss']:.4f}" if row["status"] == "ok" else row["status"]
+        chosen = chosen_value(mine)
+        followers = ", ".join(ablation.letter(other.name) for other in ablation.arms if other.tuned_as == arm)
+        lines.append(line | {"chosen": "not yet" if chosen is None else f"{chosen:g}", "also for": followers})
+    return pd.DataFrame(lines)
+
+
+def searches(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each arm's search by ascending value; none where nothing was searched."""
+    if "search.arm" not in rows:
+        return []
+    of_searches = rows[rows["search.arm"].notna()].sort_values("search.value", kind="stable")
+    return [(str(arm), of_searches[of_searches["search.arm"] == arm]) for arm in rows["search.arm"].dropna().unique()]
+
+
+def chosen_value(search: pd.DataFrame) -> float | None:
+    """The value that one arm's search chose, None while it goes on."""
+    if "search.loss" not in search:
+        return None
+    losses = zip(search["search.value"], search["search.loss"], strict=True)
+    return tuning.best({value: None if math.isnan(loss) else loss for value, loss in losses})
+
+
 TABLES = {
     "arms": (arms_table, "All arms: what they differ in, and what came out on the test split (the protocol stands below)."),
     "main_effects": (effects_table, "Main effects: mean over pairs of arms that differ in nothing else, with the range of the pairs."),
@@ -118,7 +169,14 @@ TABLES = {
         "The paper's rows, each beside the arm that comes closest. Data, size and metrics differ, so only directions can be compared; "
         "rFID is not measured here.",
     ),
+    "search": (search_table, f"The search before the comparison, the same for every arm. Rule: {tuning.RULE}."),
+    "parts": (parts_table, "Is a part necessary, is it sufficient? The threshold was stated beforehand."),
 }
+
+
+def build(name: str, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
+    """One table by name, from the rows of this ablation; empty while it has nothing to say."""
+    return TABLES[name][0](ablation, rows[rows["ablation"] == ablation.name])
 
 
 def write(table: pd.DataFrame, folder: Path, name: str, caption: str) -> None:

@@ -48,7 +48,7 @@ class Bench:
         }
 
     def sweep(self) -> subprocess.Popen[bytes]:
-        return self._start("-m", "experiments", "run", "--preset", "smoke", "--set", f"steps={self.steps}")
+        return self._start("-m", "experiments", "run", "vq_vs_ibq", "--preset", "smoke", "--set", f"steps={self.steps}")
 
     def papermill(self) -> subprocess.Popen[bytes]:
         notebook, out = ROOT / "notebooks" / "01_vq_vs_ibq.ipynb", self.folder / "out.ipynb"

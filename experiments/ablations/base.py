@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from string import ascii_uppercase
 from typing import Any, Literal
 
 from experiments.recipes import Preset
+
+MANY_ARMS = 16
+"""With more arms than this, figures with a panel of a projection show the focal arms alone: UMAP takes some eight seconds a run."""
+
+COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,8 @@ class Arm:
     seeds: int = 1
     focal: bool = False
     """Drawn in colour, and kept in the figures that show only a few arms."""
+    tuned_as: str | None = None
+    """The arm whose search decides this arm's value too, where the ablation tunes a field; None: it has a search of its own."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,44 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """A search before the comparison: each arm is trained shortly at several values of one field and takes the best.
+
+    Args:
+        field: dotted path of a number in the config.
+        factors: ascending multiples of the recipe's own value.
+        step_share: length of a search run over that of the arm.
+    """
+
+    field: str
+    factors: tuple[float, ...]
+    step_share: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a method: the arm that lacks it alone, and the arm that has it alone, each None where there is no such thing."""
+
+    name: str
+    removed: str | None
+    alone: str | None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a method is made of.
+
+    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed. A part is necessary if `whole` without
+    it collapses, and sufficient if `bare`, which collapses, does not once it has this part.
+    """
+
+    whole: str
+    bare: str
+    parts: tuple[Part, ...]
+    collapse: float
+
+
+@dataclass(frozen=True)
 class PaperRow:
     """A row of a table of the paper, None where it reports no number; `arm` is the arm that comes closest to it, if there is one."""
 
@@ -58,7 +105,8 @@ class PaperRow:
 class Ablation:
     """One study: see `experiments/ablations/`.
 
-    The first factor is the method, by which figures choose colours; `quantizer(levels)` turns an arm's levels into quantizer fields.
+    An arm's config is the preset's recipe around `quantizer(levels, K)`, with the numbers that `scales(levels)` names multiplied. Figures
+    choose colours by the first factor; `figures`, `tables` and `columns` name what the report shows, in the registries of those modules.
     """
 
     name: str
@@ -67,17 +115,40 @@ class Ablation:
     question: str
     factors: tuple[Factor, ...]
     arms: tuple[Arm, ...]
-    contrasts: tuple[Contrast, ...]
-    quantizer: Callable[[Mapping[str, str]], dict[str, Any]]
+    quantizer: Callable[[Mapping[str, str], int], dict[str, Any]]
     paper_source: str
     paper_rows: tuple[PaperRow, ...]
+    figures: tuple[str, ...]
+    tables: tuple[str, ...]
+    contrasts: tuple[Contrast, ...] = ()
+    columns: tuple[str, ...] = COLUMNS
+    scales: Callable[[Mapping[str, str]], dict[str, float]] = lambda levels: {}
+    marker: str | None = None
+    """The factor that rate against distortion shows by the shape of a point."""
+    fill: str | None = None
+    """The factor whose last level it shows by a filled point."""
+    tuning: Tuning | None = None
+    anatomy: Anatomy | None = None
+    core: bool = True
+    """Whether it belongs to the core study, which is what a study without names is."""
+
+    @cached_property
+    def mapped(self) -> tuple[Arm, ...]:
+        """The arms whose codes and features are projected."""
+        if "code_map" not in self.figures:
+            return ()
+        return self.arms if len(self.arms) <= MANY_ARMS else tuple(arm for arm in self.arms if arm.focal)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
+    def factor(self, name: str) -> Factor:
+        return next(factor for factor in self.factors if factor.name == name)
+
     def letter(self, name: str) -> str:
-        """The key under which figures name an arm; the table spells it out."""
-        return chr(ord("A") + [arm.name for arm in self.arms].index(name))
+        """The key under which figures name an arm, A to Z, then AA to ZZ; the table spells it out."""
+        hundreds, units = divmod([arm.name for arm in self.arms].index(name), len(ascii_uppercase))
+        return (ascii_uppercase[hundreds - 1] if hundreds else "") + ascii_uppercase[units]
 
     def seeds(self, arm: Arm, preset: Preset, wanted: int | None) -> range:
         """Seeds of an arm: its own number, or as many as the user wants."""

@@ -33,8 +33,8 @@ def levels(estimator: str, init: str, entropy: str, beta_on: str, double: str = 
     return {"estimator": estimator, "entropy": entropy, "init": init, "beta on": beta_on, "double": double}
 
 
-def quantizer(levels: Mapping[str, str]) -> dict[str, Any]:
-    """Quantizer fields of an arm."""
+def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
+    """Quantizer fields of an arm, the same at every K."""
     fields: dict[str, Any] = {
         "method": levels["estimator"].lower(),
         "codebook_init": levels["init"],
@@ -98,6 +98,18 @@ ABLATION = Ablation(
         ),
     ),
     quantizer=quantizer,
+    marker="init",
+    fill="entropy",
+    figures=(
+        "usage_over_training",
+        "main_effects",
+        "rate_distortion",
+        "code_frequency",
+        "code_map",
+        "gradient_reach",
+        "reconstructions",
+    ),
+    tables=("arms", "main_effects", "verdicts", "paper"),
     paper_source="Table 2 (ImageNet 256x256, 50k validation images, K = 16,384, D = 256)",
     paper_rows=(
         PaperRow("VQGAN, re-implemented", 3.98, 5.3, "vq_published"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.ablations import ABLATIONS
 from experiments.projections import project_all
 from experiments.study import Study
 from experiments.sweep import Outcome, train_study
@@ -29,9 +30,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def trained(folders: Path) -> tuple[Study, Outcome, list[str]]:
-    """The smoke study with all its rows, the outcome of the sweep and what the sweep said."""
+    """The smoke study of all ablations with all its rows, the outcome of the sweep and what the sweep said."""
     said: list[str] = []
-    study = Study("smoke")
+    study = Study("smoke", tuple(ABLATIONS))
     outcome = train_study(study, device="cpu", say=said.append)
     project_all(study.cells, study.preset.projection, said.append)
     return study, outcome, said

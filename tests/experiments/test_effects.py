@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments import figures, tables
 from experiments.ablations import ABLATIONS, Ablation
 from experiments.ablations.base import Contrast
 from experiments.effects import effects, main_effects, matched_pairs, paired_differences, verdict
@@ -23,13 +24,40 @@ def additive_rows(ablation: Ablation, weights: dict[tuple[str, str], float], see
     return pd.DataFrame(lines)
 
 
-def test_pairs_differ_in_one_factor_and_every_factor_has_two_pairs() -> None:
-    pairs = matched_pairs(ABLATION)
+@pytest.mark.parametrize("name", [name for name, ablation in ABLATIONS.items() if "main_effects" in ablation.tables])
+def test_pairs_differ_in_one_factor_and_every_factor_has_two_pairs(name: str) -> None:
+    ablation = ABLATIONS[name]
+    pairs = matched_pairs(ablation)
     for pair in pairs:
         assert [f for f in pair.low.levels if pair.low.levels[f] != pair.high.levels[f]] == [pair.factor]
     counts = pd.Series([pair.factor for pair in pairs]).value_counts()
-    assert set(counts.index) == {factor.name for factor in ABLATION.factors}
+    assert set(counts.index) == {factor.name for factor in ablation.factors}
     assert counts.min() >= 2
+
+
+def test_the_double_term_is_varied_alone_in_four_surroundings_and_its_claim_has_three_seeds() -> None:
+    ablation = ABLATIONS["double_quant_loss"]
+    assert sum(pair.factor == "loss" for pair in matched_pairs(ablation)) == 4
+    assert {ablation.arm(name).seeds for contrast in ablation.contrasts[:2] for name in (contrast.without, contrast.with_)} == {3}
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS)
+def test_names_in_an_ablation_name_something(ablation: Ablation) -> None:
+    arms, levels = {arm.name for arm in ablation.arms}, {factor.name: factor.levels for factor in ablation.factors}
+    assert len(arms) == len(ablation.arms)
+    assert all(arm.levels.keys() == levels.keys() and arm.levels[name] in levels[name] for arm in ablation.arms for name in levels)
+    assert {name for contrast in ablation.contrasts for name in (contrast.without, contrast.with_)} <= arms
+    assert {row.arm for row in ablation.paper_rows} - {None} <= arms
+    assert set(ablation.figures) <= figures.FIGURES.keys()
+    assert set(ablation.tables) <= tables.TABLES.keys()
+    assert set(ablation.columns) <= tables.COLUMNS.keys()
+    assert {ablation.marker, ablation.fill} - {None} <= levels.keys()
+    searched = {arm.name for arm in ablation.arms if arm.tuned_as is None}
+    assert {arm.tuned_as for arm in ablation.arms} - {None} <= searched
+    assert ablation.tuning is None or list(ablation.tuning.factors) == sorted(ablation.tuning.factors)
+    if ablation.anatomy:
+        parts = {name for part in ablation.anatomy.parts for name in (part.removed, part.alone)} - {None}
+        assert parts | {ablation.anatomy.whole, ablation.anatomy.bare} <= arms
 
 
 def test_published_pair_and_fairest_pair_are_what_they_claim() -> None:

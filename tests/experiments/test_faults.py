@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from experiments.study import Study
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -12,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import TARGETS, faults, results_of
 
 
-def test_a_round_of_every_kill_loses_nothing_and_leaves_nobody(trained: tuple, tmp_path: Path) -> None:
-    study: Study = trained[0]
+@pytest.mark.usefixtures("trained")
+def test_a_round_of_every_kill_loses_nothing_and_leaves_nobody(tmp_path: Path) -> None:
+    study = Study("smoke", ("vq_vs_ibq",))
     expected = results_of([cell.run for cell in study.cells])
     counts, trouble = faults(len(TARGETS), seed=0, folder=tmp_path, expected=expected, steps=study.cells[0].config.steps)
     assert trouble == []

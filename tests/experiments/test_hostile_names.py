@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablations, figures, report, tables
+from experiments import ablations, report, tables
 from experiments import rows as rows_module
 from experiments.study import LONGEST_NAME, Study, file_name
 
@@ -28,22 +28,24 @@ def test_long_names_stay_apart() -> None:
     assert file_name("n" * 300) != file_name("n" * 301)
 
 
+@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("text", [HOSTILE[0], " ".join(HOSTILE[1:3]), "\n".join(HOSTILE[3:])], ids=["html", "latex", "long"])
-def test_a_report_of_hostile_names(text: str, trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_of_hostile_names(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ablation, title, first arm and a changed field all bear the name."""
     honest = ablations.ABLATIONS["vq_vs_ibq"]
     arms = (replace(honest.arms[0], name=text), *honest.arms[1:])
     contrasts = tuple(replace(contrast, claim=text, without=arms[0].name) for contrast in honest.contrasts[:1])
     paper_rows = (replace(honest.paper_rows[0], arm=text), *honest.paper_rows[1:])
-    hostile = replace(honest, name=text, title=text, question=text, arms=arms, contrasts=contrasts, paper_rows=paper_rows)
-    rows = rows_module.load(trained[0])
+    shown = ("usage_over_training", "code_frequency")
+    hostile = replace(honest, figures=shown, name=text, title=text, question=text, arms=arms, contrasts=contrasts, paper_rows=paper_rows)
+    honest_study = Study("smoke", (honest.name,))
+    rows = rows_module.load(honest_study)
     rows.loc[rows["arm"] == honest.arms[0].name, "arm"] = text
     rows["ablation"] = text
     monkeypatch.setitem(ablations.ABLATIONS, text, hostile)
-    monkeypatch.setattr(figures, "FIGURES", {name: figures.FIGURES[name] for name in ("usage_over_training", "code_frequency")})
     monkeypatch.setattr(rows_module, "load", lambda study: rows)
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
-    cells = [replace(c, ablation=hostile, arm=arms[0] if c.arm is honest.arms[0] else c.arm) for c in trained[0].cells]
+    cells = [replace(c, ablation=hostile, arm=arms[0] if c.arm is honest.arms[0] else c.arm) for c in honest_study.cells]
     study = Study("smoke", (text,), overrides={"model.norm_groups": 4, "quantizer.beta_on": text})
     assert study.report_folder.parent == tmp_path / "reports"
     monkeypatch.setattr(Study, "cells", cells)

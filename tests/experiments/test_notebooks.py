@@ -9,11 +9,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from experiments import notebooks
+from experiments import notebooks, tables
 from experiments.ablations import ABLATIONS
 from experiments.study import ROOT, Study
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OF_ABLATIONS = {ablation.notebook: ablation for ablation in ABLATIONS.values()}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -22,25 +23,36 @@ def test_committed_without_outputs_and_with_one_parameters_cell(path: Path) -> N
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert [cell.metadata.get("tags") for cell in code].count(["parameters"]) == 1
+    assert subprocess.run([sys.executable, "-m", "nbstripout", "--verify", str(path)], capture_output=True).returncode == 0
 
 
 def test_every_ablation_has_its_notebook() -> None:
-    assert {ablation.notebook for ablation in ABLATIONS.values()} <= {path.stem for path in SOURCES}
+    assert OF_ABLATIONS.keys() <= {path.stem for path in SOURCES}
+
+
+@pytest.mark.parametrize("name", sorted(OF_ABLATIONS))
+def test_a_notebook_shows_what_its_ablation_shows(name: str) -> None:
+    text = (ROOT / "notebooks" / f"{name}.ipynb").read_text()
+    ablation = OF_ABLATIONS[name]
+    assert re.findall(r'show\(\\"(\w+)\\"\)', text) == list(ablation.figures)
+    assert set(ablation.tables) == {table for table in tables.TABLES if re.search(rf'\\"{table}\\"[,)]|tables\.{table}_table', text)}
 
 
 @pytest.mark.usefixtures("trained")
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_runs_under_papermill_from_any_folder(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(OF_ABLATIONS))
+def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None:
+    ablation, path = OF_ABLATIONS[name], ROOT / "notebooks" / f"{name}.ipynb"
     out = tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(path), str(out), "-p", "preset", "smoke", "--no-progress-bar"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == len(ablation.figures)
     texts = " ".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
-    assert "PCA" in texts
+    assert ("PCA" in texts) == bool(ablation.mapped)
     assert "UMAP" not in texts
-    assert "| verdict" in texts
+    assert ("| verdict" in texts) == bool(ablation.contrasts)
+    assert "No data yet" not in texts
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
 
 
@@ -57,12 +69,13 @@ def test_executed_once_then_only_when_something_changed(trained: tuple, monkeypa
     monkeypatch.setattr(notebooks, "execute", fake_papermill)
     for _ in range(2):
         notebooks.execute_changed(study, say=lambda _: None)
-    assert executed == ["01_vq_vs_ibq"]
+    everything = [ablation.notebook for ablation in study.ablations]
+    assert executed == everything
     page = (study.report_folder / "notebooks" / "01_vq_vs_ibq.html").read_text()
     assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", page)
     monkeypatch.setattr(notebooks, "_fingerprint", lambda *_: "changed")
     notebooks.execute_changed(study, say=lambda _: None)
-    assert executed == ["01_vq_vs_ibq"] * 2
+    assert executed == everything * 2
 
 
 def test_machine_paths_are_taken_out() -> None:

@@ -23,9 +23,10 @@ def page(trained: tuple) -> Path:
 
 def test_everything_is_there_and_every_link_leads_somewhere(page: Path) -> None:
     text = page.read_text()
-    assert {path.stem for path in (page.parent / "figures").iterdir()} == {f"vq_vs_ibq_{name}" for name in figures.FIGURES}
+    expected = {f"{ablation.name}_{name}" for ablation in ABLATIONS.values() for name in ablation.figures}
+    assert {path.stem for path in (page.parent / "figures").iterdir()} == expected
     targets = re.findall(r'(?:href|src)="([^"#]+)"', text)
-    assert len(targets) > 2 * len(figures.FIGURES)
+    assert len(targets) > 2 * len(expected)
     for target in targets:
         assert (page.parent / target).is_file(), target
 
@@ -49,11 +50,12 @@ def test_two_reports_on_the_same_rows_are_the_same_bytes(page: Path, trained: tu
 def test_a_study_without_rows_renders_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "none"))
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
-    study = Study("smoke")
+    study = Study("smoke", tuple(ABLATIONS))
     text = report.write(study).read_text()
     assert "vq_published seed 0: pending" in text
+    assert "simvq seed 0: waiting (waits for the search of simvq, 0 of 3 runs finished)" in text
     assert "<img" not in text
-    assert set(rows.load(study)["status"]) == {"pending"}
+    assert set(rows.load(study)["status"]) == {"pending", "waiting"}
 
 
 def test_a_new_quantizer_needs_a_level_and_an_arm(trained: tuple) -> None:
@@ -64,8 +66,8 @@ def test_a_new_quantizer_needs_a_level_and_an_arm(trained: tuple) -> None:
     frame = rows.load(trained[0])
     line = frame.iloc[[0]].assign(arm="noisy", **{"factor.estimator": "noisy"})
     frame = pd.concat([frame, line], ignore_index=True)
-    for name, (build, _) in tables.TABLES.items():
-        assert len(build(extended, frame)) > 0, name
+    for name in extended.tables:
+        assert len(tables.build(name, extended, frame)) > 0, name
     for name in ("rate_distortion", "main_effects"):
         figure = figures.draw(name, trained[0], extended, frame)
         assert figure is not None
@@ -103,7 +105,7 @@ def test_findings_admit_that_more_codes_can_mean_more_error() -> None:
 
 def test_a_hostile_reason_is_escaped(trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path))
-    monkeypatch.setattr(figures, "FIGURES", {})
+    monkeypatch.setattr(figures, "draw", lambda *_: None)
     frame = rows.load(trained[0])
     frame["reason"] = None
     frame.loc[0, ["status", "reason"]] = ["failed", "<script>alert(1)</script>"]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from experiments.ablations import ABLATIONS
-from experiments.recipes import PRESETS, get_preset
+from experiments.ablations import ABLATIONS, CORE, Arm
+from experiments.recipes import PRESETS, get_preset, scaled
 from experiments.study import Study, unique_runs
 from ibq.errors import ConfigError
 
@@ -12,14 +14,51 @@ from ibq.errors import ConfigError
 @pytest.mark.parametrize("ablation", sorted(ABLATIONS))
 def test_every_arm_is_a_valid_config_and_arms_differ(preset: str, ablation: str) -> None:
     study = Study(preset, (ablation,))
-    assert len(unique_runs(study.cells)) == len(study.cells)
-    assert {cell.config.quantizer.codebook_size for cell in study.cells} == {get_preset(preset).codebook_size}
+    cells = study.cells + study.waiting
+    assert len(unique_runs(cells)) == len(cells)
+    assert {cell.config.quantizer.codebook_size for cell in cells} == {get_preset(preset).codebook_size}
 
 
 def test_arms_differ_in_the_named_factors_alone() -> None:
-    cells = [cell for cell in Study("quick").cells if cell.seed == 0]
+    cells = [cell for cell in Study("quick", ("vq_vs_ibq",)).cells if cell.seed == 0]
     without_quantizer = [{k: v for k, v in cell.config.to_json_dict().items() if k != "quantizer"} for cell in cells]
     assert all(config == without_quantizer[0] for config in without_quantizer)
+
+
+def test_the_second_ablation_shares_the_runs_of_the_arms_that_are_equal() -> None:
+    """The recipe without and with the double term, and without the entropy penalty, are arms of both."""
+    one, two = ({cell.run.path: cell for cell in Study("quick", (name,)).cells} for name in ("vq_vs_ibq", "double_quant_loss"))
+    shared = {(one[path].arm.name, two[path].arm.name, one[path].seed) for path in one.keys() & two.keys()}
+    pairs = {("ibq_published", "double", seed) for seed in range(3)}
+    assert shared == pairs | {("ibq_single", "single", 0), ("ibq_no_entropy", "double_no_entropy", 0)}
+    assert len(unique_runs(Study("quick", ("vq_vs_ibq", "double_quant_loss")).cells)) == len(one) + len(two) - len(shared)
+
+
+def test_a_study_without_names_is_the_core_study() -> None:
+    assert [ablation.name for ablation in Study("quick").ablations] == list(CORE)
+    assert "quantizers" in ABLATIONS
+    assert "quantizers" not in CORE
+
+
+def test_letters_go_on_after_z() -> None:
+    arms = tuple(Arm(f"arm {i}", {}) for i in range(60))
+    many = replace(ABLATIONS["vq_vs_ibq"], arms=arms)
+    letters = [many.letter(arm.name) for arm in arms]
+    assert letters[25:28] == ["Z", "AA", "AB"]
+    assert letters[51:54] == ["AZ", "BA", "BB"]
+    assert len(set(letters)) == len(arms)
+
+
+def test_scales_multiply_the_recipe_and_what_the_user_set() -> None:
+    rates = {cell.arm.name: cell.config.optim.lr for cell in Study("quick", ("double_quant_loss",)).cells}
+    assert rates["single_slow"] == 3e-4
+    assert rates["single"] == 1e-3
+    config = Study("gpu", ("double_quant_loss",), overrides={"optim.lr": 2e-4}).cells[-1].config
+    assert config.optim.lr in (2e-4, 6e-5)
+    scaled_config = scaled(config, {"steps": 1e-9, "optim.lr": 1 / 3})
+    assert scaled_config.steps == 1
+    assert scaled_config.optim.lr == float(f"{config.optim.lr / 3:.6g}")
+    assert scaled(config, {}) == config
 
 
 def test_seed_0_of_everything_comes_first() -> None:
@@ -30,7 +69,7 @@ def test_seed_0_of_everything_comes_first() -> None:
 
 def test_seeds_apply_to_every_arm() -> None:
     study = Study("quick", seeds=2)
-    assert len(study.cells) == 2 * len(ABLATIONS["vq_vs_ibq"].arms)
+    assert len(study.cells) == 2 * sum(len(ablation.arms) for ablation in study.ablations)
 
 
 def test_overrides_change_runs_and_the_reports_name() -> None:
@@ -45,7 +84,7 @@ def test_an_override_cannot_leave_the_report_folder() -> None:
 
 
 def test_an_ablation_named_twice_counts_once() -> None:
-    assert len(Study("quick", ("vq_vs_ibq", "vq_vs_ibq")).cells) == len(Study("quick").cells)
+    assert len(Study("quick", ("vq_vs_ibq", "vq_vs_ibq")).cells) == len(Study("quick", ("vq_vs_ibq",)).cells)
 
 
 @pytest.mark.parametrize("field", ["seed", "quantizer.method", "quantizer.entropy_weight", "quantizer.beta_on"])

@@ -26,7 +26,7 @@ def test_arms_table_has_every_arm_and_the_rows_numbers(trained: tuple) -> None:
     study = trained[0]
     ablation = ABLATIONS["vq_vs_ibq"]
     frame = rows.load(study)
-    table = tables.arms_table(ablation, frame)
+    table = tables.build("arms", ablation, frame)
     assert list(table["arm"]) == [arm.name for arm in ablation.arms]
     assert list(table[""])[:3] == ["A", "B", "C"]
     first = frame[frame["arm"] == "vq_published"].iloc[0]
@@ -35,7 +35,7 @@ def test_arms_table_has_every_arm_and_the_rows_numbers(trained: tuple) -> None:
 
 
 def test_paper_rows_are_the_papers_and_what_it_does_not_report_is_said(trained: tuple) -> None:
-    table = tables.paper_table(ABLATIONS["vq_vs_ibq"], rows.load(trained[0]))
+    table = tables.build("paper", ABLATIONS["vq_vs_ibq"], rows.load(trained[0]))
     assert list(table["rFID (paper)"]) == ["3.98", "1.67", "not reported", "1.37"]
     assert list(table["usage % (paper)"]) == ["5.3", "98", "not reported", "not reported"]
     assert list(table["closest arm"]) == ["A vq_published", "I ibq_single", "B ibq_published", "none"]
