@@ -1,7 +1,7 @@
 """One cell of the benchmark of index backpropagation, in a process of its own: python -m experiments.benchmarks.measure CELL, CELL as JSON.
 
 Prints one JSON line: the median time of a forward and backward pass, its peak memory above the inputs, or that it does not fit.
-Suffixes: N tokens, K codes, D code dimension.
+Suffixes: N tokens, K codes, D code dimension, B images of L tokens.
 """
 
 from __future__ import annotations
@@ -22,25 +22,33 @@ from ibq.ops import index_backprop
 from ibq.ops.door import Backend
 from ibq.train_tokenizer import resolve_device
 
+TOKENS_PER_IMAGE = 256
+"""16 x 16, as in the paper's images."""
+
 REPEATS = ((1.0, 7), (10.0, 3), (float("inf"), 1))
 """How often a pass of up to so many seconds is timed, after the first, which warms up and is measured for memory."""
 
 
 def released(z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The released formulation (PAPER sections 3 and 4), in its kindest layout: one-hot products for z_q and for the selected code, softmax
-    and log-softmax apart, in whatever precision autocast gives. Returns the sum of both products, and the entropy penalty."""
-    logits_NK = z_ND @ codebook_KD.T
-    p_NK = logits_NK.softmax(1)
-    onehot_NK = torch.zeros_like(p_NK).scatter_(1, p_NK.argmax(1, keepdim=True), 1.0)
-    z_q_ND = (onehot_NK - p_NK.detach() + p_NK) @ codebook_KD
-    selected_ND = onehot_NK @ codebook_KD
+    """The released formulation (PAPER sections 3 and 4), in whatever precision autocast gives.
+
+    (B, K, L) tensors of images of 256 tokens, one-hot products for z_q and for the selected code, a softmax over K and one at tau over
+    rearranged rows. Returns the sum of both products (N, D), and the entropy penalty.
+    """
+    N, D = z_ND.shape
+    z_BDL = z_ND.reshape(-1, TOKENS_PER_IMAGE if N % TOKENS_PER_IMAGE == 0 else N, D).mT
+    logits_BKL = torch.einsum("bdl,kd->bkl", z_BDL, codebook_KD)
+    p_BKL = logits_BKL.softmax(1)
+    onehot_BKL = torch.zeros_like(p_BKL).scatter_(1, p_BKL.argmax(1, keepdim=True), 1.0)
+    z_q_BDL = torch.einsum("bkl,kd->bdl", onehot_BKL - p_BKL.detach() + p_BKL, codebook_KD)
+    selected_BDL = torch.einsum("bkl,kd->bdl", onehot_BKL, codebook_KD)
     penalty = z_ND.new_zeros(())
     if temperature is not None:
-        scaled_NK = logits_NK / temperature
+        scaled_NK = logits_BKL.mT.reshape(N, -1) / temperature
         p_NK = scaled_NK.softmax(1)
         mean_K = p_NK.mean(0)
         penalty = -(p_NK * F.log_softmax(scaled_NK, 1)).sum(1).mean() + (mean_K * (mean_K + 1e-5).log()).sum()
-    return z_q_ND + selected_ND, penalty
+    return (z_q_BDL + selected_BDL).mT.reshape(N, D), penalty
 
 
 def operator(

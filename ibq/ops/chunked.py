@@ -2,7 +2,7 @@
 
 `forward` and `backward` are one of the two ways in which `ibq.ops.operator` computes; `ibq.ops.tiled` is the other. Only two buffers are as
 wide as the codebook; what is elementwise runs over blocks of their columns that stay in the cache. Suffixes: N tokens, n tokens of one
-chunk, D code dimension, K codes, k codes of one block, S = 4 statistics of a row.
+chunk, D code dimension, K codes, k codes of one block, S = 3 statistics of a row.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ibq.ops.precision import operand, product
+from ibq.ops.precision import add_product, operand, product
 
-ROWS = 256
+ROWS = 512
 """Tokens of a chunk; with fewer the matrix products starve."""
 
 BLOCK_BYTES = {"cpu": 2**20, "other": 2**28}
@@ -43,10 +43,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Indices (N,), column sums (K,) of P_tau (empty without a temperature), and the statistics (S, N) of the rows.
 
-    The statistics are the maximum, the log-sum-exp below it at temperature 1 and at tau, and the entropy at tau.
+    The statistics are the maximum, the log-sum-exp at tau below it, and the entropy at tau.
     """
     indices_N = torch.empty(len(z_ND), dtype=torch.int64, device=z_ND.device)
-    statistics_SN = z_ND.new_zeros(4, len(z_ND))
+    statistics_SN = z_ND.new_zeros(3, len(z_ND))
     sum_K = z_ND.new_zeros(0 if temperature is None else len(codebook_KD))
     z_ND, codebook_KD = operand(z_ND, matmul_dtype), operand(codebook_KD, matmul_dtype)
     buffer_nK = None
@@ -54,20 +54,18 @@ def forward(
         logits_nK = buffer_nK = product(z_ND[chunk], codebook_KD.T, out=buffer_nK)
         indices_n = indices_N[chunk] = logits_nK.argmax(1)
         max_n1 = logits_nK.gather(1, indices_n[:, None])
-        sum_n, sum_tau_n, dot_tau_n = logits_nK.new_zeros(3, len(indices_n))
+        statistics_SN[0, chunk] = max_n1[:, 0]
+        if temperature is None:
+            continue
+        sum_n, dot_n = logits_nK.new_zeros(2, len(indices_n))
         for block in blocks(logits_nK):
-            below_nk = logits_nK[:, block].sub_(max_n1)
-            sum_n += _exp(below_nk.clone()).sum(1)
-            if temperature is not None:
-                below_nk = _floored(below_nk.div(temperature))
-                p_nk = torch.exp(below_nk, out=logits_nK[:, block])  # not yet normalised
-                sum_tau_n += p_nk.sum(1)
-                dot_tau_n += below_nk.mul_(p_nk).sum(1)
-        statistics_SN[:2, chunk] = torch.stack([max_n1[:, 0], sum_n.log_()])
-        if temperature is not None:
-            sum_K.addmv_(logits_nK.T, 1 / sum_tau_n)
-            log_sum_tau_n = sum_tau_n.log()
-            statistics_SN[2:, chunk] = torch.stack([log_sum_tau_n, log_sum_tau_n - dot_tau_n / sum_tau_n])
+            scaled_nk = _floored((logits_nK[:, block] - max_n1).div_(temperature))
+            p_nk = torch.exp(scaled_nk, out=logits_nK[:, block])  # not yet normalised
+            sum_n += p_nk.sum(1)
+            dot_n += scaled_nk.mul_(p_nk).sum(1)
+        sum_K.addmv_(logits_nK.T, 1 / sum_n)
+        log_sum_n = sum_n.log()
+        statistics_SN[1:, chunk] = torch.stack([log_sum_n, log_sum_n - dot_n / sum_n])
     return indices_N, sum_K, statistics_SN
 
 
@@ -93,31 +91,37 @@ def backward(
     g_ND = None if g_ND is None else operand(g_ND, matmul_dtype)
     logits_buffer_nK = buffer_nK = None
     for chunk in chunks(z_ND, codebook_KD):
-        max_n1, log_sum_n1, log_sum_tau_n1, entropy_n1 = statistics_SN[:, chunk, None]
+        max_n1, log_sum_tau_n1, entropy_n1 = statistics_SN[:, chunk, None]
         logits_nK = logits_buffer_nK = product(z_ND[chunk], codebook_KD.T, out=logits_buffer_nK)
         gradient_nK = torch.zeros_like(logits_nK) if g_ND is None else product(g_ND[chunk], codebook_KD.T, out=buffer_nK)
         buffer_nK = gradient_nK
-        mean_n1, mean_tau_n1 = logits_nK.new_zeros(2, len(logits_nK), 1)
+
+        # what each row subtracts
+        sum_n1, dot_n1, mean_tau_n1 = logits_nK.new_zeros(3, len(logits_nK), 1)
         for block in blocks(logits_nK):
-            logits_nk = logits_nK[:, block].sub_(max_n1)
+            below_nk = logits_nK[:, block].sub_(max_n1)
             if g_ND is not None:
-                mean_n1 += (_exp(logits_nk - log_sum_n1).mul_(gradient_nK[:, block])).sum(1, keepdim=True)
+                p_nk = _floored(below_nk.clone()).exp_()  # not yet normalised
+                sum_n1 += p_nk.sum(1, keepdim=True)
+                dot_n1 += p_nk.mul_(gradient_nK[:, block]).sum(1, keepdim=True)
             if v_K is not None and temperature is not None:
-                mean_tau_n1 += _exp(logits_nk.div(temperature).sub_(log_sum_tau_n1)) @ v_K[block, None]
+                mean_tau_n1 += _scaled(below_nk, log_sum_tau_n1, temperature).exp_() @ v_K[block, None]
+        log_sum_n1, mean_n1 = sum_n1.log(), dot_n1 / sum_n1
+        constant_n1 = -mean_tau_n1 if sharpness is None else -sharpness * entropy_n1 - mean_tau_n1
+
         for block in blocks(logits_nK):
-            logits_nk, gradient_nk = logits_nK[:, block], gradient_nK[:, block]
+            below_nk, gradient_nk = logits_nK[:, block], gradient_nK[:, block]
             if g_ND is not None:
-                gradient_nk.sub_(mean_n1).mul_(_exp(logits_nk - log_sum_n1))
+                gradient_nk.sub_(mean_n1).mul_(_scaled(below_nk, log_sum_n1, 1.0).exp_())
             if temperature is not None and (sharpness is not None or v_K is not None):
-                log_p_nk = _floored(logits_nk.div(temperature).sub_(log_sum_tau_n1))
+                log_p_nk = _scaled(below_nk, log_sum_tau_n1, temperature)
                 p_nk = log_p_nk.exp()
-                toward_nk = torch.zeros_like(p_nk) if sharpness is None else log_p_nk.add_(entropy_n1).mul_(-sharpness)
-                if v_K is not None:
-                    toward_nk.add_(v_K[block]).sub_(mean_tau_n1)
+                toward_nk = constant_n1 if sharpness is None else torch.addcmul(constant_n1, log_p_nk, -sharpness, out=log_p_nk)
+                toward_nk = toward_nk if v_K is None else toward_nk + v_K[block]
                 gradient_nk.addcmul_(p_nk, toward_nk, value=1 / temperature)
         gradient_nK = operand(gradient_nK, matmul_dtype)
-        dz_ND[chunk] += product(gradient_nK, codebook_KD)
-        dC_KD += product(gradient_nK.T, z_ND[chunk])
+        add_product(dz_ND[chunk], gradient_nK, codebook_KD)
+        add_product(dC_KD, gradient_nK.T, z_ND[chunk])
 
 
 def nearest_by_chunks(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
@@ -126,11 +130,11 @@ def nearest_by_chunks(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Te
     return torch.cat([torch.addmm(bias_K, z_ND[chunk], codebook_KD.T).argmax(1) for chunk in chunks(z_ND, codebook_KD)])
 
 
+def _scaled(below_nk: torch.Tensor, log_sum_n1: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log p, above a floor, of logits given below their row's maximum (which is subtracted first so that large ones keep differences)."""
+    return _floored(torch.add(-log_sum_n1, below_nk, alpha=1 / temperature))
+
+
 def _floored(exponent_nk: torch.Tensor) -> torch.Tensor:
     """The exponents, in place, none below -60 (in float64 -600): exp would give subnormal numbers, on which CPUs are ten times slower."""
     return exponent_nk.clamp_(min=-60.0 if exponent_nk.dtype == torch.float32 else -600.0)
-
-
-def _exp(exponent_nk: torch.Tensor) -> torch.Tensor:
-    """exp in place, of exponents that stop at a floor."""
-    return _floored(exponent_nk).exp_()

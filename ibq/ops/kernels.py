@@ -26,11 +26,11 @@ def _products(a_ptr, b_ptr, n_N, k_K, N, K, D, BLOCK_N: tl.constexpr, BLOCK_K: t
 
 @triton.jit
 def row_statistics(
-    z_ptr, codebook_ptr, bias_ptr, max_ptr, index_ptr, sum_ptr, sum_tau_ptr, dot_tau_ptr, N, K, D, per_split, inverse_tau,
-    BIAS: tl.constexpr, SOFT: tl.constexpr, ENTROPY: tl.constexpr,
+    z_ptr, codebook_ptr, bias_ptr, max_ptr, index_ptr, sum_tau_ptr, dot_tau_ptr, N, K, D, per_split, inverse_tau,
+    BIAS: tl.constexpr, ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Each row over one split of the codes: maximum and its lowest index; sum exp(s - max) at both temperatures, and sum exp * s at tau.
+    """Each row over one split of the codes: maximum and its lowest index; with ENTROPY the sums of e = exp((s - max) / tau) and of e log e.
 
     With BIAS a number (K,) is added to each code's logit, which makes the maximum that of any distance.
     """
@@ -38,7 +38,6 @@ def row_statistics(
     split = tl.program_id(1)
     best_N = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     index_N = tl.zeros((BLOCK_N,), tl.int32)
-    sum_N = tl.zeros((BLOCK_N,), tl.float32)
     sum_tau_N = tl.zeros((BLOCK_N,), tl.float32)
     dot_tau_N = tl.zeros((BLOCK_N,), tl.float32)
     for k in range(split * per_split, min((split + 1) * per_split, K), BLOCK_K):
@@ -51,25 +50,19 @@ def row_statistics(
         tile_best_N, tile_index_N = tl.max(s, 1, return_indices=True, return_indices_tie_break_left=True)
         index_N = tl.where(tile_best_N > best_N, k + tile_index_N, index_N)
         new_best_N = tl.maximum(best_N, tile_best_N)
-        if SOFT:
-            below_N = tl.where(best_N == float("-inf"), 0.0, best_N - new_best_N)  # the sums of no tile yet are 0
-            s = s - new_best_N[:, None]
-            sum_N = sum_N * tl.exp(below_N) + tl.sum(tl.exp(s), 1)
-            if ENTROPY:
-                s = tl.where(inside, s * inverse_tau, 0.0)
-                e = tl.where(inside, tl.exp(s), 0.0)
-                below_N = below_N * inverse_tau
-                dot_tau_N = (dot_tau_N + below_N * sum_tau_N) * tl.exp(below_N) + tl.sum(e * s, 1)
-                sum_tau_N = sum_tau_N * tl.exp(below_N) + tl.sum(e, 1)
+        if ENTROPY:
+            below_N = tl.where(best_N == float("-inf"), 0.0, best_N - new_best_N) * inverse_tau  # the sums of no tile yet are 0
+            s = tl.where(inside, (s - new_best_N[:, None]) * inverse_tau, 0.0)
+            e = tl.where(inside, tl.exp(s), 0.0)
+            dot_tau_N = (dot_tau_N + below_N * sum_tau_N) * tl.exp(below_N) + tl.sum(e * s, 1)
+            sum_tau_N = sum_tau_N * tl.exp(below_N) + tl.sum(e, 1)
         best_N = new_best_N
     out_N = split.to(tl.int64) * N + n_N
     tl.store(max_ptr + out_N, best_N, mask=n_N < N)
     tl.store(index_ptr + out_N, index_N, mask=n_N < N)
-    if SOFT:
-        tl.store(sum_ptr + out_N, sum_N, mask=n_N < N)
-        if ENTROPY:
-            tl.store(sum_tau_ptr + out_N, sum_tau_N, mask=n_N < N)
-            tl.store(dot_tau_ptr + out_N, dot_tau_N, mask=n_N < N)
+    if ENTROPY:
+        tl.store(sum_tau_ptr + out_N, sum_tau_N, mask=n_N < N)
+        tl.store(dot_tau_ptr + out_N, dot_tau_N, mask=n_N < N)
 
 
 @triton.jit
@@ -92,15 +85,19 @@ def assignment_sums(
 
 @triton.jit
 def row_means(
-    z_ptr, codebook_ptr, g_ptr, v_ptr, max_ptr, log_sum_ptr, log_sum_tau_ptr, mean_ptr, mean_tau_ptr, N, K, D, per_split, inverse_tau,
+    z_ptr, codebook_ptr, g_ptr, v_ptr, max_ptr, log_sum_tau_ptr, sum_ptr, dot_ptr, mean_tau_ptr, N, K, D, per_split, inverse_tau,
     CODES: tl.constexpr, SPREAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What the two softmax backward passes subtract, over one split of the codes: rowsum(P dS) if CODES, rowsum(P_tau v) if SPREAD."""
+    """What the softmax backward passes subtract, over one split of the codes.
+
+    rowsum(P_tau v) if SPREAD; if CODES the sums of e = exp(s - max) and of e dS, whose quotient is rowsum(P dS).
+    """
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     max_N = tl.load(max_ptr + n_N, mask=n_N < N, other=0.0)
-    mean_N = tl.zeros((BLOCK_N,), tl.float32)
+    sum_N = tl.zeros((BLOCK_N,), tl.float32)
+    dot_N = tl.zeros((BLOCK_N,), tl.float32)
     mean_tau_N = tl.zeros((BLOCK_N,), tl.float32)
     for k in range(split * per_split, min((split + 1) * per_split, K), BLOCK_K):
         k_K = k + tl.arange(0, BLOCK_K)
@@ -108,16 +105,18 @@ def row_means(
         s = _products(z_ptr, codebook_ptr, n_N, k_K, N, K, D, BLOCK_N, BLOCK_K, BLOCK_D)
         s = tl.where(inside, s - max_N[:, None], float("-inf"))
         if CODES:
-            log_sum_N = tl.load(log_sum_ptr + n_N, mask=n_N < N, other=0.0)
             ds = _products(g_ptr, codebook_ptr, n_N, k_K, N, K, D, BLOCK_N, BLOCK_K, BLOCK_D)
-            mean_N += tl.sum(tl.exp(s - log_sum_N[:, None]) * ds, 1)
+            e = tl.exp(s)
+            sum_N += tl.sum(e, 1)
+            dot_N += tl.sum(e * ds, 1)
         if SPREAD:
             log_sum_tau_N = tl.load(log_sum_tau_ptr + n_N, mask=n_N < N, other=0.0)
             v_K = tl.load(v_ptr + k_K, mask=k_K < K, other=0.0)
             mean_tau_N += tl.sum(tl.exp(s * inverse_tau - log_sum_tau_N[:, None]) * v_K[None, :], 1)
     out_N = split.to(tl.int64) * N + n_N
     if CODES:
-        tl.store(mean_ptr + out_N, mean_N, mask=n_N < N)
+        tl.store(sum_ptr + out_N, sum_N, mask=n_N < N)
+        tl.store(dot_ptr + out_N, dot_N, mask=n_N < N)
     if SPREAD:
         tl.store(mean_tau_ptr + out_N, mean_tau_N, mask=n_N < N)
 

@@ -3,7 +3,7 @@
 `ibq::index_backprop` and `ibq::index_backprop_backward` are opaque to torch.compile, which sees their shapes alone. With p̄ the mean
 assignment over all processes, g the gradient of z_q, g_H and g_A those of the sample and the codebook entropy (PAPER sections 3 and 4):
     v = -(log(p̄ + eps) + p̄ / (p̄ + eps)) g_A / N,   sharpness = g_H / N,
-and `ibq.ops.chunked.backward` states the rest. Suffixes: N tokens, D code dimension, K codes, S = 4 statistics of
+and `ibq.ops.chunked.backward` states the rest. Suffixes: N tokens, D code dimension, K codes, S = 3 statistics of
 a row.
 """
 
@@ -78,7 +78,7 @@ def _forward(
             return codebook_KD[indices_N], indices_N, nothing, nothing.clone(), mean_K, statistics_SN
         mean_K /= _sum_over(group, mean_K, len(z_ND))
         codebook_entropy = -(mean_K * (mean_K + ENTROPY_EPS).log()).sum()
-    return codebook_KD[indices_N], indices_N, statistics_SN[3].mean(), codebook_entropy, mean_K, statistics_SN
+    return codebook_KD[indices_N], indices_N, statistics_SN[-1].mean(), codebook_entropy, mean_K, statistics_SN
 
 
 def _sum_over(group: str, sum_K: torch.Tensor, tokens: int) -> int:
@@ -136,7 +136,7 @@ def _(
     N, K = len(z_ND), len(codebook_KD)
     mean_K = z_ND.new_empty(0 if temperature is None else K)
     indices_N = z_ND.new_empty(N, dtype=torch.int64)
-    return torch.empty_like(z_ND), indices_N, z_ND.new_empty(()), z_ND.new_empty(()), mean_K, z_ND.new_empty(4, N)
+    return torch.empty_like(z_ND), indices_N, z_ND.new_empty(()), z_ND.new_empty(()), mean_K, z_ND.new_empty(3, N)
 
 
 @torch.library.register_fake("ibq::index_backprop_backward")

@@ -29,6 +29,14 @@ def operand(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return rounded.float() if dtype == torch.bfloat16 and tensor.device.type == "cpu" else rounded
 
 
+def add_product(sum: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a @ b of two operands to `sum`, in place."""
+    if a.dtype == torch.bfloat16:
+        sum += product(a, b)
+    else:
+        sum.addmm_(a, b)
+
+
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """a @ b of two operands, in the first rows of `out` if given; bfloat16 ones give their float32 sum."""
     out = None if out is None else out[: len(a)]

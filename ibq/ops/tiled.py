@@ -2,7 +2,7 @@
 
 The logits' gradient is written one panel of codes at a time, and the two large products dz = dS C and dC = dS^T z are the library's.
 Nothing is added in an order that could change: results are the same bits every time. Suffixes: N tokens, K codes, D code dimension, P codes
-of a panel, X splits, S = 4 statistics of a row.
+of a panel, X splits, S = 3 statistics of a row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ibq.ops.precision import operand, product
+from ibq.ops.precision import add_product, operand
 
 PANEL_BYTES = 256 * 2**20
 """Size of one panel of logit gradients, (N, P) of as many codes P as fit."""
@@ -44,21 +44,19 @@ def forward(
     (N, D), K = z_ND.shape, len(codebook_KD)
     blocks, inverse_tau = _blocks(z_ND), 0.0 if temperature is None else 1 / temperature
     splits, per_split = _splits(K, blocks["BLOCK_K"], _cdiv(N, blocks["BLOCK_N"]))
-    max_XN, sum_XN, sum_tau_XN, dot_tau_XN = torch.empty(4, splits, N, device=z_ND.device)
+    max_XN, sum_tau_XN, dot_tau_XN = torch.empty(3, splits, N, device=z_ND.device)
     index_XN = torch.empty(splits, N, device=z_ND.device, dtype=torch.int32)
     grid = (_cdiv(N, blocks["BLOCK_N"]), splits)
     kernels.row_statistics[grid](
-        z_ND, codebook_KD, max_XN, max_XN, index_XN, sum_XN, sum_tau_XN, dot_tau_XN, N, K, D, per_split, inverse_tau,
-        BIAS=False, SOFT=True, ENTROPY=temperature is not None, **blocks,
+        z_ND, codebook_KD, max_XN, max_XN, index_XN, sum_tau_XN, dot_tau_XN, N, K, D, per_split, inverse_tau,
+        BIAS=False, ENTROPY=temperature is not None, **blocks,
     )  # fmt: skip
     max_N, split_N = max_XN.max(0)
     indices_N = index_XN.gather(0, split_N[None])[0].long()
-    below_XN = max_XN - max_N
-    log_sum_N = (sum_XN * below_XN.exp()).sum(0).log_()
     if temperature is None:
-        return indices_N, max_N.new_empty(0), torch.stack([max_N, log_sum_N, torch.zeros_like(max_N), torch.zeros_like(max_N)])
+        return indices_N, max_N.new_empty(0), torch.stack([max_N, torch.zeros_like(max_N), torch.zeros_like(max_N)])
 
-    below_XN *= inverse_tau
+    below_XN = (max_XN - max_N) * inverse_tau
     scale_XN = below_XN.exp()
     sum_tau_N = (sum_tau_XN * scale_XN).sum(0)
     dot_tau_N = ((dot_tau_XN + below_XN * sum_tau_XN).mul_(scale_XN)).sum(0)
@@ -70,7 +68,7 @@ def forward(
     kernels.assignment_sums[(_cdiv(K, blocks["BLOCK_K"]), splits)](
         z_ND, codebook_KD, max_N, log_sum_tau_N, sum_XK, N, K, D, per_split, inverse_tau, **blocks
     )
-    return indices_N, sum_XK.sum(0), torch.stack([max_N, log_sum_N, log_sum_tau_N, entropy_N])
+    return indices_N, sum_XK.sum(0), torch.stack([max_N, log_sum_tau_N, entropy_N])
 
 
 def backward(
@@ -91,20 +89,21 @@ def backward(
     z_ND, codebook_KD = operand(z_ND, matmul_dtype), operand(codebook_KD, matmul_dtype)
     (N, D), K = z_ND.shape, len(codebook_KD)
     blocks, inverse_tau = _blocks(z_ND), 0.0 if temperature is None else 1 / temperature
-    max_N, log_sum_N, log_sum_tau_N, entropy_N = statistics_SN
+    max_N, log_sum_tau_N, entropy_N = statistics_SN
     codes, sharpen, spread = g_ND is not None, sharpness is not None, v_K is not None
     g_ND = z_ND if g_ND is None else operand(g_ND, matmul_dtype)  # an argument that a kernel ignores still has to be a tensor
     v_K = max_N if v_K is None else v_K
     sharpness = max_N if sharpness is None else sharpness
 
     splits, per_split = _splits(K, blocks["BLOCK_K"], _cdiv(N, blocks["BLOCK_N"]))
-    mean_XN, mean_tau_XN = torch.zeros(2, splits, N, device=z_ND.device)
+    sum_XN, dot_XN, mean_tau_XN = torch.zeros(3, splits, N, device=z_ND.device)
     if codes or spread:
         kernels.row_means[(_cdiv(N, blocks["BLOCK_N"]), splits)](
-            z_ND, codebook_KD, g_ND, v_K, max_N, log_sum_N, log_sum_tau_N, mean_XN, mean_tau_XN, N, K, D, per_split, inverse_tau,
+            z_ND, codebook_KD, g_ND, v_K, max_N, log_sum_tau_N, sum_XN, dot_XN, mean_tau_XN, N, K, D, per_split, inverse_tau,
             CODES=codes, SPREAD=spread, **blocks,
         )  # fmt: skip
-    mean_N, mean_tau_N = mean_XN.sum(0), mean_tau_XN.sum(0)
+    sum_N, dot_N, mean_tau_N = sum_XN.sum(0), dot_XN.sum(0), mean_tau_XN.sum(0)
+    log_sum_N, mean_N = sum_N.log(), dot_N / sum_N
 
     width = min(K, max(blocks["BLOCK_K"], PANEL_BYTES // (N * z_ND.element_size())))
     for first in range(0, K, width):
@@ -116,8 +115,8 @@ def backward(
             N, K, D, first, dS_NP.shape[1], inverse_tau, CODES=codes, SHARPEN=sharpen, SPREAD=spread, **blocks,
         )  # fmt: skip
         dS_NP = operand(dS_NP, matmul_dtype)
-        dz_ND += product(dS_NP, codebook_KD[panel])
-        dC_KD[panel] += product(dS_NP.T, z_ND)
+        add_product(dz_ND, dS_NP, codebook_KD[panel])
+        add_product(dC_KD[panel], dS_NP.T, z_ND)
 
 
 def nearest_by_tiles(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
@@ -131,8 +130,8 @@ def nearest_by_tiles(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Ten
     max_XN = torch.empty(splits, N, device=z_ND.device)
     index_XN = torch.empty(splits, N, device=z_ND.device, dtype=torch.int32)
     kernels.row_statistics[(_cdiv(N, blocks["BLOCK_N"]), splits)](
-        z_ND, codebook_KD, bias_K, max_XN, index_XN, max_XN, max_XN, max_XN, N, K, D, per_split, 0.0,
-        BIAS=True, SOFT=False, ENTROPY=False, **blocks,
+        z_ND, codebook_KD, bias_K, max_XN, index_XN, max_XN, max_XN, N, K, D, per_split, 0.0,
+        BIAS=True, ENTROPY=False, **blocks,
     )  # fmt: skip
     return index_XN.gather(0, max_XN.max(0).indices[None])[0].long()
 

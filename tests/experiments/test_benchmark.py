@@ -45,8 +45,9 @@ def test_every_rival_is_measured_once_with_and_without_entropy(rows: pd.DataFram
     assert rows["tflops"].iloc[0] == pytest.approx(16 * 8 * 16 * 4 / rows["seconds"].iloc[0] / 1e12)
 
 
-def test_the_released_formulation_computes_what_the_operator_computes() -> None:
-    z_ND, codebook_KD = (torch.randn(rows, 5, dtype=torch.float64).requires_grad_() for rows in (23, 11))
+@pytest.mark.parametrize("N", [23, 512])
+def test_the_released_formulation_computes_what_the_operator_computes(N: int) -> None:
+    z_ND, codebook_KD = (torch.randn(rows, 5, dtype=torch.float64).requires_grad_() for rows in (N, 11))
     weight_ND = torch.randn_like(z_ND)
     results = []
     for method in (measure.released, lambda *tensors: measure.operator("chunked", torch.float64, *tensors)):
