@@ -1,4 +1,5 @@
 # make study   train the core study at PRESET, execute its notebooks, write reports/PRESET/index.html
+# make study-all   the same with every ablation
 # make test    pytest, ruff, mypy           make test-browser   what needs Chromium
 # make faults  kill -9, full disks, 100 rounds; prints what was lost: nothing
 # make lab     JupyterLab on 127.0.0.1      make clean-env      forget the environment
@@ -9,10 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: study test test-browser faults lab data clean-env
+.PHONY: study study-all test test-browser faults lab data clean-env
 
 study: $(STAMP) data
 	$(BIN)/python -m experiments run --preset $(PRESET)
+
+study-all: $(STAMP) data
+	$(BIN)/python -m experiments run all --preset $(PRESET)
 
 data: $(STAMP)
 	$(BIN)/python -m ibq.data fashion-mnist

@@ -30,7 +30,7 @@ from ibq.errors import ConfigError, nearest
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers.")
 console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
-Names = Annotated[list[str] | None, typer.Argument(help="ablations; none means all")]
+Names = Annotated[list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one")]
 PresetOption = Annotated[str, typer.Option("--preset", help=f"scale: {', '.join(PRESETS)}")]
 SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4; repeatable")]
@@ -76,7 +76,7 @@ def study_of(names: list[str] | None, preset: str, seeds: int | None, changes: l
         if not equals:
             raise ConfigError(f"--set {change!r} is not of the form field=value, e.g. --set optim.lr=3e-4")
         overrides[path] = _value(text)
-    return Study(preset, tuple(names or ()), seeds, overrides)
+    return Study(preset, tuple(ABLATIONS) if names == ["all"] else tuple(names or ()), seeds, overrides)
 
 
 def _value(text: str) -> Any:
@@ -154,8 +154,7 @@ def run(
         report.record_session(study, command, len(outcome.finished), (time.monotonic() - started) / 60)
     if complete:
         notebooks.execute_changed(study, _say)
-    page = report.write(study)
-    print(f"report: {page}")
+    print(f"report: {report.write(report.widened(study))}")
     _suggest_gpu(study)
     if not complete:
         print(f"{len(outcome.failed)} failed, {len(outcome.unfinished)} unfinished; the same command goes on from here")
@@ -187,7 +186,7 @@ def report(
     """Tables, figures and the page, from the rows there are."""
     from experiments import report as report_module
 
-    study = study_of(names, preset, seeds, set_)
+    study = report_module.widened(study_of(names, preset, seeds, set_))
     print(f"report: {report_module.write(study)}")
     if publish:
         print(f"published: {report_module.publish(study)}")
@@ -248,7 +247,7 @@ def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
 @one_sentence_errors
 def rerun(run_id: RunArgument, preset: PresetOption = "quick", seeds: SeedsOption = None, set_: SetOption = None) -> None:
     """Train a run again, and say what changed."""
-    study = study_of(None, preset, seeds, set_)
+    study = study_of(["all"], preset, seeds, set_)
     before, after = manage.rerun(study, manage.find_run(study, run_id), say=_say)
     if before and after:
         changed = [name for name in after if before.get(name) != after[name]]

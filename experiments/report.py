@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,28 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from experiments import figures, notebooks, tables, tuning
 from experiments import rows as rows_module
-from experiments.ablations import Ablation
+from experiments.ablations import ABLATIONS, Ablation
 from experiments.findings import findings
 from experiments.study import ROOT, Study, file_name
+from ibq.errors import ConfigError
 from ibq.run_directory import read_lines, write_text
 
 FACTS = ["device", "cores", "threads", "torch", "python", "commit"]
 PROTOCOL = "protocol."
+
+
+def widened(study: Study) -> Study:
+    """The study with every other ablation that has a finished run under the same fields: a report shows all there is."""
+    names = []
+    for name in ABLATIONS:
+        alone = replace(study, ablation_names=(name,))
+        try:
+            finished = any(cell.run.finished for cell in alone.cells)
+        except ConfigError:  # a changed field that this ablation's arms differ in
+            finished = False
+        if finished or name in {ablation.name for ablation in study.ablations}:
+            names.append(name)
+    return replace(study, ablation_names=tuple(names))
 
 
 def write(study: Study) -> Path:
@@ -30,7 +46,14 @@ def write(study: Study) -> Path:
     write_text(folder / "rows.csv", rows.to_csv(index=False))
     sections = [_section(study, ablation, rows, folder) for ablation in study.ablations]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=select_autoescape())
-    page = environment.get_template("report.html").render(study=study, sections=sections, facts=_facts(rows), sessions=_sessions(folder))
+    mechanism = Path("notebooks") / f"{notebooks.MECHANISM}.html"
+    page = environment.get_template("report.html").render(
+        study=study,
+        sections=sections,
+        facts=_facts(rows),
+        sessions=_sessions(folder),
+        mechanism=mechanism.as_posix() if (folder / mechanism).is_file() else None,
+    )
     write_text(folder / "index.html", page)
     return folder / "index.html"
 

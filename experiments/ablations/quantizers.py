@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "soft path to codes alone": IBQ | {"soft_path": "codes"},
     "softmax over the 8 best codes": IBQ | {"top_m": 8},
     "logits over the root of D": IBQ | {"logit_scale": "inverse_sqrt_dim"},
-    "normalised features and codes": IBQ | {"similarity": "cosine"},
+    "normalised features and codes, logits ×10": IBQ | {"similarity": "cosine", "logit_scale": 10.0},  # at 1 p is all but uniform
 }
 """Quantizer fields by what is said of them in tables."""
 
@@ -118,7 +118,7 @@ ARMS = (
     arm("ibq_codes_path", CONTROL, "soft path to codes alone", tuned_as="ibq"),
     arm("ibq_top_8", CONTROL, "softmax over the 8 best codes", tuned_as="ibq"),
     arm("ibq_scaled", CONTROL, "logits over the root of D", tuned_as="ibq"),
-    arm("ibq_normalised", CONTROL, "normalised features and codes", tuned_as="ibq"),
+    arm("ibq_normalised", CONTROL, "normalised features and codes, logits ×10", tuned_as="ibq"),
 )
 
 ABLATION = Ablation(

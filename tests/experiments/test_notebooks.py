@@ -26,8 +26,8 @@ def test_committed_without_outputs_and_with_one_parameters_cell(path: Path) -> N
     assert subprocess.run([sys.executable, "-m", "nbstripout", "--verify", str(path)], capture_output=True).returncode == 0
 
 
-def test_every_ablation_has_its_notebook() -> None:
-    assert OF_ABLATIONS.keys() <= {path.stem for path in SOURCES}
+def test_every_notebook_belongs_to_an_ablation_but_the_one_on_the_mechanism() -> None:
+    assert {*OF_ABLATIONS, notebooks.MECHANISM} == {path.stem for path in SOURCES}
 
 
 @pytest.mark.parametrize("name", sorted(OF_ABLATIONS))
@@ -56,11 +56,23 @@ def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
 
 
+def test_the_notebook_on_the_mechanism_runs_and_refuses_parameters_that_it_has_not(tmp_path: Path) -> None:
+    path, out = ROOT / "notebooks" / f"{notebooks.MECHANISM}.ipynb", tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(path), str(out), "--no-progress-bar"]
+    done = subprocess.run([*command, "-p", "seed", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    refused = subprocess.run([*command, "-p", "sead", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "notebook parameter 'sead' does not exist; did you mean 'seed'?" in refused.stderr
+
+
 def test_executed_once_then_only_when_something_changed(trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     study: Study = trained[0]
     executed: list[str] = []
 
-    def fake_papermill(source: Path, target: Path, study: Study) -> None:
+    def fake_papermill(source: Path, target: Path, study: Study, parameters: dict) -> None:
         executed.append(source.stem)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(source.read_text())
@@ -69,7 +81,7 @@ def test_executed_once_then_only_when_something_changed(trained: tuple, monkeypa
     monkeypatch.setattr(notebooks, "execute", fake_papermill)
     for _ in range(2):
         notebooks.execute_changed(study, say=lambda _: None)
-    everything = [ablation.notebook for ablation in study.ablations]
+    everything = [notebooks.MECHANISM, *(ablation.notebook for ablation in study.ablations)]
     assert executed == everything
     page = (study.report_folder / "notebooks" / "01_vq_vs_ibq.html").read_text()
     assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", page)
