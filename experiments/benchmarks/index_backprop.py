@@ -36,6 +36,8 @@ GRIDS = {"cuda": ((1024, 4096, 16384, 65536), (1024, 16384, 262144, 1048576)), "
 OPERATIONS = {True: 16, False: 12}
 """Operations per N·K·D with and without entropy: forward, backward and the passes that need a row's statistics first."""
 
+NO_ROOM = "does not fit"
+
 CAPTION = (
     "Forward and backward pass of index backpropagation, fresh N(0, 0.3²) inputs, median after one pass of warm-up; peak memory above the "
     "inputs, gradients included. Operations are counted as 16·N·K·D with entropy, 12 without, whatever a method really computes."
@@ -65,6 +67,8 @@ def run(
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r} is not known; use 'float32' or 'bfloat16'")
+    if dtype == "bfloat16" and device.type != "cuda":
+        raise ConfigError("dtype='bfloat16' on a CPU would compare different arithmetic; use 'float32' there, or a CUDA device")
     own_tokens, own_codes = GRIDS["cuda" if device.type == "cuda" else "cpu"]
     tokens, codes = tokens or own_tokens, codes or own_codes
     if smallest := [size for size in (*tokens, *codes, dim) if size < 1]:
@@ -110,11 +114,11 @@ def _cached(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "experiments.benchmarks.measure", json.dumps(request)], capture_output=True, text=True, cwd=ROOT
     )
-    if done.returncode < 0:  # killed: by the system's out-of-memory killer, or by the user, whose Ctrl-C also reaches this process
-        return {"status": "killed"}
-    if done.returncode:
-        what = _name(request) if "method" in request else "the matrix product"
-        raise ConfigError(f"{what} failed: {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode:  # not kept: the next call tries again
+        reason = f"killed by signal {-done.returncode}" if done.returncode < 0 else done.stderr.strip().splitlines()[-1]
+        if "method" not in request:
+            raise ConfigError(f"the matrix product that all is measured against failed: {reason}")
+        return {"status": f"failed: {reason}"}
     result = dict(json.loads(done.stdout.splitlines()[-1]))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
@@ -164,7 +168,7 @@ def figure(rows: pd.DataFrame) -> Figure:
                 mine = rows[(rows["N"] == N) & (rows["method"] == method) & (rows["entropy"] == entropy)].sort_values("K")
                 fits = mine[mine["status"] == "ok"]
                 axis.plot(fits["K"], fits[quantity], color=colors[method], ls="-" if entropy else ":", marker="o", ms=4)
-                misfits = mine[mine["status"] != "ok"]["K"] * 1.3 ** methods.index(method)  # side by side
+                misfits = mine[mine["status"] == NO_ROOM]["K"] * 1.3 ** methods.index(method)  # side by side
                 edge = {"transform": axis.get_xaxis_transform(), "marker": "x", "ls": ""}
                 axis.plot(misfits, [0.95] * len(misfits), color=colors[method], **edge)
             axis.set(xscale="log", yscale="log")

@@ -16,7 +16,7 @@ from ibq.ops.precision import add_product, operand, product
 ROWS = 512
 """Tokens of a chunk; with fewer the matrix products starve."""
 
-BLOCK_BYTES = {"cpu": 2**20, "other": 2**28}
+BLOCK_BYTES = {"cpu": 2**20, "other": 2**26}
 """Size of one (n, k) block of elementwise work: what the cache of a core holds, or what a GPU needs to be busy."""
 
 MEMORY_BYTES = 768 * 2**20
@@ -25,7 +25,7 @@ MEMORY_BYTES = 768 * 2**20
 
 def chunks(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> Iterator[slice]:
     """The rows of each chunk, from the memory budget."""
-    row_bytes = codebook_KD.shape[0] * codebook_KD.element_size()
+    row_bytes = codebook_KD.shape[0] * max(4, codebook_KD.element_size())  # products of bfloat16 are float32
     rows = max(ROWS, BLOCK_BYTES["cpu" if z_ND.device.type == "cpu" else "other"] // row_bytes)
     rows = max(1, min(rows, MEMORY_BYTES // (2 * row_bytes), len(z_ND)))
     return (slice(start, min(start + rows, len(z_ND))) for start in range(0, len(z_ND), rows))

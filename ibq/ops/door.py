@@ -13,7 +13,7 @@ from ibq.ops import tiled
 from ibq.ops.chunked import nearest_by_chunks
 from ibq.ops.dense import Result, dense, nearest_densely
 from ibq.ops.operator import operator, require_finite
-from ibq.ops.precision import full_float32
+from ibq.ops.precision import coarse_center, full_float32
 
 Backend = Literal["auto", "dense", "chunked", "triton"]
 
@@ -29,18 +29,20 @@ def index_backprop(
 ) -> Result:
     """Quantize by index backpropagation (arXiv 2412.02692, algorithm 1).
 
-    z_q = Ind C with Ind = onehot(argmax p) + p - sg(p) and p = softmax(z C^T); gradients equal autograd's through that formula. Everything
-    but the factors of matrix products is float32 or, for float64 inputs, float64, whatever autocast says.
+    z_q = Ind C with Ind = onehot(argmax p) + p - sg(p) and p = softmax(z C^T); gradients equal autograd's through that formula (on chunks
+    no probability counts as less than e^-60 of its row's greatest, in float64 e^-600). Everything but the factors of matrix products is
+    float32 or, for float64 inputs, float64, whatever autocast says.
 
     Args:
         z_ND: features (N, D), floating, finite.
         codebook_KD: codes (K, D) on the same device, floating, finite.
-        entropy_temperature: tau > 0 of the softmax whose entropies are returned; None leaves them out.
+        entropy_temperature: tau of the softmax whose entropies are returned, 1e-30 to 1e30; None leaves them out.
         backend: "dense" holds several (N, K) matrices; "chunked" (any device) and "triton" (CUDA) add memory of order N + K only. "auto" is
             Triton for bfloat16 products on CUDA, else chunks.
         matmul_dtype: type to which the factors of matrix products are rounded; their sums and all else stay float32. None: bfloat16 when
             both inputs are, else float32 (never TF32) or float64.
-        group: processes over which the mean assignment is averaged, forward and backward; None keeps it local, as released.
+        group: processes over which the mean assignment is averaged, forward and backward; None keeps it local, as released. Then all of
+            them call this with a temperature, and all use the codebook entropy in their loss or none does.
 
     Returns:
         z_q (N, D), whose value is exactly the gathered codes; indices (N,) int64, ties to the lower index; the mean over tokens of the
@@ -49,20 +51,22 @@ def index_backprop(
 
     Raises:
         ValueError: shapes, devices or types that do not fit, with both values; a backend that cannot run here, with the reason.
-        NonFiniteInputError: a ValueError; features or codes hold NaN or infinity.
+        NonFiniteInputError: a ValueError; features or codes hold NaN or infinity, on this or another process of the group. Finite ones
+            whose logits overflow are not noticed here.
     """
     inputs_are_bfloat16 = z_ND.dtype == codebook_KD.dtype == torch.bfloat16
     z_ND, codebook_KD = _checked(z_ND, codebook_KD)
-    if entropy_temperature is not None and not entropy_temperature > 0:
-        raise ValueError(f"entropy_temperature={entropy_temperature} must be above 0, or None for no entropies")
+    if entropy_temperature is not None and not 1e-30 <= entropy_temperature <= 1e30:
+        raise ValueError(f"entropy_temperature={entropy_temperature} must lie between 1e-30 and 1e30, or be None for no entropies")
     if matmul_dtype is None:
         matmul_dtype = torch.bfloat16 if inputs_are_bfloat16 else z_ND.dtype
-    if matmul_dtype not in (torch.bfloat16, z_ND.dtype):
-        raise ValueError(f"matmul_dtype={matmul_dtype} does not fit {z_ND.dtype}; use that, torch.bfloat16 or None")
+    if matmul_dtype != z_ND.dtype and (matmul_dtype, z_ND.dtype) != (torch.bfloat16, torch.float32):
+        raise ValueError(f"matmul_dtype={matmul_dtype} does not fit {z_ND.dtype}; use None, or torch.bfloat16 for float32")
     chosen = _choose(backend, z_ND.device, matmul_dtype)
     if chosen != "dense":
         return operator(z_ND, codebook_KD, entropy_temperature, group, matmul_dtype, chosen)
-    require_finite(features=z_ND, codebook=codebook_KD)
+    shared = "" if group is None or entropy_temperature is None else group.group_name
+    require_finite(shared, features=z_ND, codebook=codebook_KD)
     with full_float32(z_ND.device):
         return dense(z_ND, codebook_KD, entropy_temperature, group, matmul_dtype)
 
@@ -71,15 +75,15 @@ def index_backprop(
 def nearest_code(z_ND: torch.Tensor, codebook_KD: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
     """Index (N,) int64 of the Euclidean nearest code of each feature, ties to the lower index, not differentiable.
 
-    Arguments and errors as in `index_backprop`; products are float32 or float64, "dense" holds the (N, K) distances.
+    Arguments and errors as in `index_backprop`; products are float32 or float64, "dense" holds the (N, K) distances, "auto" is "chunked".
     """
     z_ND, codebook_KD = _checked(z_ND, codebook_KD)
     require_finite(features=z_ND, codebook=codebook_KD)
     chosen = _choose(backend, z_ND.device, z_ND.dtype)
     if chosen == "dense":
         return nearest_densely(z_ND, codebook_KD)
-    center_D = codebook_KD.mean(0)  # far from the origin the squares would cancel
-    with full_float32(z_ND.device):
+    center_D = coarse_center(codebook_KD)
+    with full_float32(z_ND.device), torch.cuda.device_of(z_ND):
         return {"chunked": nearest_by_chunks, "triton": tiled.nearest_by_tiles}[chosen](z_ND - center_D, codebook_KD - center_D)
 
 

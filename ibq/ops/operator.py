@@ -40,28 +40,43 @@ def operator(
     return (z_q_ND, indices_N, None, None) if temperature is None else (z_q_ND, indices_N, sample_entropy, codebook_entropy)
 
 
-def require_finite(**tensors: torch.Tensor) -> None:
+def require_finite(group: str = "", **tensors: torch.Tensor) -> None:
     """Refuse NaN and infinity by name: an argmax over them means nothing, and one such row poisons every code.
 
     Raises:
-        NonFiniteInputError: how many values of which tensor.
+        NonFiniteInputError: how many values of which tensor; every process of the group raises, so that none waits for another.
     """
+    bounds = torch.stack([bound for tensor in tensors.values() for bound in tensor.detach().aminmax()])
+    finite = bounds.isfinite().all()
+    if group:
+        dist.all_reduce(finite_everywhere := finite.int(), op=dist.ReduceOp.MIN, group=_resolved(group))
+    else:
+        finite_everywhere = finite
+    if finite_everywhere:
+        return
     for name, tensor in tensors.items():
-        finite = tensor.isfinite()
-        if not finite.all():
-            bad = tensor.numel() - int(finite.sum())
+        if bad := tensor.numel() - int(tensor.isfinite().sum()):
             raise NonFiniteInputError(
                 f"{bad} of {tensor.numel()} values of {name} are NaN or infinite; lower the learning rate, or check what went in"
             )
+    raise NonFiniteInputError("another process has values that are NaN or infinite; lower the learning rate, or check what went in")
+
+
+def _resolved(group: str) -> dist.ProcessGroup:
+    return c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
 
 
 # torch.library's lower level: custom_op would import all of torch.compile (1.5 s, 150 MB) at the first call
 _HOW = "float? temperature, str group, ScalarType matmul_dtype, str backend"
-torch.library.define("ibq::index_backprop", f"(Tensor z, Tensor codebook, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # the check for finite inputs waits for the device
+torch.library.define(
+    "ibq::index_backprop", f"(Tensor z, Tensor codebook, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAGS
+)
 torch.library.define(
     "ibq::index_backprop_backward",
     "(Tensor? g, Tensor? g_sample, Tensor? g_codebook, Tensor z, Tensor codebook, Tensor indices, Tensor mean, Tensor statistics, "
     f"{_HOW}) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 
@@ -70,8 +85,8 @@ def _forward(
     z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: str, matmul_dtype: torch.dtype, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """z_q, indices, both entropies, the mean assignment and the statistics (S, N) of the rows."""
-    require_finite(features=z_ND, codebook=codebook_KD)
-    with full_float32(z_ND.device):
+    require_finite(group if temperature is not None else "", features=z_ND, codebook=codebook_KD)
+    with full_float32(z_ND.device), torch.cuda.device_of(z_ND):
         indices_N, mean_K, statistics_SN = _COMPUTED_BY[backend].forward(z_ND, codebook_KD, temperature, matmul_dtype)
         if temperature is None:
             nothing = z_ND.new_zeros(())
@@ -87,7 +102,7 @@ def _sum_over(group: str, sum_K: torch.Tensor, tokens: int) -> int:
         return tokens
     total = torch.tensor(tokens, device=sum_K.device)
     for tensor in (sum_K, total):
-        dist.all_reduce(tensor, group=c10d._resolve_process_group(group))  # type: ignore[attr-defined, arg-type]
+        dist.all_reduce(tensor, group=_resolved(group))
     return int(total)
 
 
@@ -116,11 +131,11 @@ def _backward(
             tokens = _sum_over(group, g_codebook, N)
         v_K = -((mean_K + ENTROPY_EPS).log() + mean_K / (mean_K + ENTROPY_EPS)) * (g_codebook / tokens)
     sharpness = None if g_sample is None else g_sample / N
-    dz_ND = torch.zeros_like(z_ND)
+    dz_ND = z_ND.new_zeros(z_ND.shape)
     # the hard path onehot^T g; unlike index_add_ this adds in one order on a GPU too
     hard = torch.ops.aten.embedding_dense_backward
-    dC_KD = torch.zeros_like(codebook_KD) if g_ND is None else hard(g_ND, indices_N, len(codebook_KD), -1, False)
-    with full_float32(z_ND.device):
+    dC_KD = codebook_KD.new_zeros(codebook_KD.shape) if g_ND is None else hard(g_ND, indices_N, len(codebook_KD), -1, False)
+    with full_float32(z_ND.device), torch.cuda.device_of(z_ND):
         compute = _COMPUTED_BY[backend].backward
         compute(dz_ND, dC_KD, z_ND, codebook_KD, g_ND, sharpness, v_K, statistics_SN, temperature, matmul_dtype)
     return dz_ND, dC_KD
@@ -133,15 +148,15 @@ def _backward(
 def _(
     z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: str, matmul_dtype: torch.dtype, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    N, K = len(z_ND), len(codebook_KD)
+    N, K = z_ND.shape[0], codebook_KD.shape[0]  # len() would fix a size that torch.compile holds open
+    scalars = (z_ND.new_empty(()), z_ND.new_empty(()))
     mean_K = z_ND.new_empty(0 if temperature is None else K)
-    indices_N = z_ND.new_empty(N, dtype=torch.int64)
-    return torch.empty_like(z_ND), indices_N, z_ND.new_empty(()), z_ND.new_empty(()), mean_K, z_ND.new_empty(3, N)
+    return z_ND.new_empty(z_ND.shape), z_ND.new_empty(N, dtype=torch.int64), *scalars, mean_K, z_ND.new_empty(3, N)
 
 
 @torch.library.register_fake("ibq::index_backprop_backward")
 def _(g_ND: Any, g_sample: Any, g_codebook: Any, z_ND: torch.Tensor, codebook_KD: torch.Tensor, *_: Any) -> Any:
-    return torch.empty_like(z_ND), torch.empty_like(codebook_KD)
+    return z_ND.new_empty(z_ND.shape), codebook_KD.new_empty(codebook_KD.shape)
 
 
 # --- Derivatives -------------------------------------------------------------------------------------------------------------------------

@@ -10,14 +10,31 @@ import torch
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32: at a temperature of 0.01 an error of a logit is multiplied by a hundred."""
+    """No autocast, no TF32: at a temperature of 0.01 an error of a logit is multiplied by a hundred.
+
+    Torch keeps the TF32 switch for the whole process; whatever the caller had chosen, by either of torch's ways, is restored.
+    """
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
     with torch.autocast(device.type, enabled=False):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
         try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            for switch, precision in zip(switches, before, strict=True):
+                switch.fp32_precision = precision
+
+
+def coarse_center(codebook_KD: torch.Tensor) -> torch.Tensor:
+    """About the mean code (D,), to be subtracted before distances are taken through dot products: far from the origin squares would cancel.
+
+    It is rounded to a quarter of the power of two below the greatest value, so that subtracting it is exact on coarse numbers: what is an
+    exact tie stays one.
+    """
+    greatest = codebook_KD.abs().amax().clamp_min(torch.finfo(codebook_KD.dtype).tiny)
+    step = greatest / torch.frexp(greatest).mantissa / 8
+    return (codebook_KD.mean(0) / step).round() * step
 
 
 def operand(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -29,6 +29,8 @@ def why_unavailable(device: torch.device) -> str | None:
     """The reason why these kernels cannot run on a device, or None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors are on {device.type}, which Triton serves only in its interpreter (TRITON_INTERPRET=1)"
     return None
@@ -44,7 +46,7 @@ def forward(
     (N, D), K = z_ND.shape, len(codebook_KD)
     blocks, inverse_tau = _blocks(z_ND), 0.0 if temperature is None else 1 / temperature
     splits, per_split = _splits(K, blocks["BLOCK_K"], _cdiv(N, blocks["BLOCK_N"]))
-    max_XN, sum_tau_XN, dot_tau_XN = torch.empty(3, splits, N, device=z_ND.device)
+    max_XN, sum_tau_XN, dot_tau_XN = torch.empty(3, splits, N, device=z_ND.device, dtype=torch.float32)
     index_XN = torch.empty(splits, N, device=z_ND.device, dtype=torch.int32)
     grid = (_cdiv(N, blocks["BLOCK_N"]), splits)
     kernels.row_statistics[grid](
@@ -64,7 +66,7 @@ def forward(
     entropy_N = log_sum_tau_N - dot_tau_N / sum_tau_N
 
     splits, per_split = _splits(N, blocks["BLOCK_N"], _cdiv(K, blocks["BLOCK_K"]))
-    sum_XK = torch.empty(splits, K, device=z_ND.device)
+    sum_XK = torch.empty(splits, K, device=z_ND.device, dtype=torch.float32)
     kernels.assignment_sums[(_cdiv(K, blocks["BLOCK_K"]), splits)](
         z_ND, codebook_KD, max_N, log_sum_tau_N, sum_XK, N, K, D, per_split, inverse_tau, **blocks
     )
@@ -96,7 +98,7 @@ def backward(
     sharpness = max_N if sharpness is None else sharpness
 
     splits, per_split = _splits(K, blocks["BLOCK_K"], _cdiv(N, blocks["BLOCK_N"]))
-    sum_XN, dot_XN, mean_tau_XN = torch.zeros(3, splits, N, device=z_ND.device)
+    sum_XN, dot_XN, mean_tau_XN = torch.zeros(3, splits, N, device=z_ND.device, dtype=torch.float32)
     if codes or spread:
         kernels.row_means[(_cdiv(N, blocks["BLOCK_N"]), splits)](
             z_ND, codebook_KD, g_ND, v_K, max_N, log_sum_tau_N, sum_XN, dot_XN, mean_tau_XN, N, K, D, per_split, inverse_tau,
@@ -105,7 +107,7 @@ def backward(
     sum_N, dot_N, mean_tau_N = sum_XN.sum(0), dot_XN.sum(0), mean_tau_XN.sum(0)
     log_sum_N, mean_N = sum_N.log(), dot_N / sum_N
 
-    width = min(K, max(blocks["BLOCK_K"], PANEL_BYTES // (N * z_ND.element_size())))
+    width = panel_width(N, K, z_ND.element_size(), blocks["BLOCK_K"])
     for first in range(0, K, width):
         panel = slice(first, min(first + width, K))
         dS_NP = torch.empty(N, panel.stop - first, device=z_ND.device, dtype=z_ND.dtype)
@@ -119,15 +121,21 @@ def backward(
         add_product(dC_KD[panel], dS_NP.T, z_ND)
 
 
+def panel_width(N: int, K: int, element_size: int, block: int) -> int:
+    """Codes of a panel: as many whole blocks as fit, so that its rows stay aligned for the large products; at least one."""
+    return min(K, block * max(1, PANEL_BYTES // (N * element_size * block)))
+
+
 def nearest_by_tiles(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
     """Index (N,) of the Euclidean nearest code, by the kernel of the forward pass; see `ibq.ops.nearest_code`."""
     from ibq.ops import kernels
 
     bias_K = -codebook_KD.square().sum(1) / 2
+    z_ND, codebook_KD = z_ND.contiguous(), codebook_KD.contiguous()
     (N, D), K = z_ND.shape, len(codebook_KD)
     blocks = _blocks(z_ND)
     splits, per_split = _splits(K, blocks["BLOCK_K"], _cdiv(N, blocks["BLOCK_N"]))
-    max_XN = torch.empty(splits, N, device=z_ND.device)
+    max_XN = torch.empty(splits, N, device=z_ND.device, dtype=torch.float32)
     index_XN = torch.empty(splits, N, device=z_ND.device, dtype=torch.int32)
     kernels.row_statistics[(_cdiv(N, blocks["BLOCK_N"]), splits)](
         z_ND, codebook_KD, bias_K, max_XN, index_XN, max_XN, max_XN, N, K, D, per_split, 0.0,
@@ -137,7 +145,7 @@ def nearest_by_tiles(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Ten
 
 
 def _blocks(z_ND: torch.Tensor) -> dict[str, Any]:
-    return _BLOCKS[z_ND.dtype] | {"enable_fp_fusion": True}
+    return _BLOCKS[z_ND.dtype] | {"enable_fp_fusion": True}  # said aloud, or Triton warns that its default will change
 
 
 def _splits(size: int, block: int, programs: int) -> tuple[int, int]:

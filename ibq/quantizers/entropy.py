@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from ibq.ops.precision import coarse_center
+
 
 def entropy_terms(sample_entropy: torch.Tensor | None, codebook_entropy: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """The two raw terms of the penalty, or none where the operator was asked for none; the config weighs the second negatively."""
@@ -21,9 +23,9 @@ def euclidean_as_dot(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> tuple[tor
     """Queries (N, E) and keys (K, E) whose dot product is -|z - c|^2 plus a constant of the row: one more coordinate carries -|c|^2.
 
     That constant changes neither softmax nor argmax, so dot-product operators serve Euclidean quantizers, gradients included.
-    Both are shifted by the mean code first, which changes no distance: far from the origin the squares would cancel.
+    Both are shifted by about the mean code first, which changes no distance: far from the origin the squares would cancel.
     """
-    center_D = codebook_KD.detach().mean(0)
+    center_D = coarse_center(codebook_KD.detach())
     z_ND, codebook_KD = z_ND - center_D, codebook_KD - center_D
     query_NE = torch.cat([2 * z_ND, torch.ones_like(z_ND[:, :1])], 1)
     key_KE = torch.cat([codebook_KD, -codebook_KD.square().sum(1, keepdim=True)], 1)

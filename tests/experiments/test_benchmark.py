@@ -84,6 +84,7 @@ def test_an_allocation_beyond_memory_is_a_row() -> None:
     ("change", "message"),
     [
         ({"dtype": "int8"}, "dtype='int8' is not known; use 'float32' or 'bfloat16'"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' on a CPU would compare different arithmetic"),
         ({"codes": (0,)}, "a size of 0 cannot be measured"),
         ({"device_name": "tpu"}, "device='tpu' is not known"),
     ],

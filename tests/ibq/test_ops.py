@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from operators import Operator, by, close, inputs, scalar, sizes_of, textbook
 
 from ibq.errors import NonFiniteInputError
-from ibq.ops import index_backprop, nearest_code
+from ibq.ops import chunked, index_backprop, nearest_code
 
 SIZES = {"rows=1": (1, 3), "rows=7": (7, 1), "rows=64": (64, 5)}
 
@@ -172,6 +172,43 @@ def test_nearest_code_is_the_brute_force_argmin(N: int, K: int, D: int, rows: in
         assert torch.equal(nearest_code(z_ND, codebook_KD), expected_N)
 
 
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton"])
+@pytest.mark.parametrize("unit", [1.0, 0.125])
+def test_exact_ties_of_distance_go_to_the_lower_index(backend: str, unit: float) -> None:
+    """Integer grids, whose mean code is no grid point: subtracting it as it is would break the ties by rounding."""
+    ties = 0
+    for K in (3, 7, 11, 19, 30):
+        z_ND, codebook_KD = (unit * torch.randint(-4, 5, (rows, 2)).float() for rows in (200, K))
+        distance_NK = (z_ND[:, None].double() - codebook_KD.double()).square().sum(2)
+        ties += int(((distance_NK == distance_NK.amin(1, keepdim=True)).sum(1) > 1).sum())
+        assert torch.equal(nearest_code(z_ND, codebook_KD, backend=backend), distance_NK.argmin(1))
+    assert ties > 50
+
+
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton"])
+def test_views_with_other_strides_are_the_same_numbers(backend: str) -> None:
+    z_ND, codebook_KD = torch.randn(17, 40).T, torch.randn(17, 30).T
+    copies = z_ND.clone(memory_format=torch.contiguous_format), codebook_KD.clone(memory_format=torch.contiguous_format)
+    assert torch.equal(nearest_code(z_ND, codebook_KD, backend=backend), nearest_code(*copies, backend=backend))
+    gradients = []
+    for pair in ((z_ND, codebook_KD), copies):
+        leaves = [tensor.detach().requires_grad_() for tensor in pair]
+        outputs = by(backend)(*leaves, 0.1)
+        gradients.append([*outputs, *torch.autograd.grad(scalar(outputs, "z_q sample codebook", torch.ones(40, 17)), leaves)])
+    for strided, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(strided, plain)
+
+
+@pytest.mark.parametrize("K", [1, 1000, 2**14, 2**18, 2**20])
+def test_chunks_keep_to_the_memory_budget_and_cover_every_row(K: int) -> None:
+    z_ND = torch.empty(5000, 2, device="meta")
+    for dtype in (torch.float32, torch.bfloat16):
+        slices = list(chunked.chunks(z_ND, torch.empty(K, 2, device="meta", dtype=dtype)))
+        assert [part.start for part in slices[1:]] == [part.stop for part in slices[:-1]]
+        assert (slices[0].start, slices[-1].stop) == (0, 5000)
+        assert 2 * 4 * K * max(part.stop - part.start for part in slices) <= max(chunked.MEMORY_BYTES, 8 * K)
+
+
 def test_nearest_code_prefers_the_lower_index_and_has_no_gradient() -> None:
     z_ND = torch.tensor([[0.0], [3.0]], requires_grad=True)
     indices_N = nearest_code(z_ND, torch.tensor([[1.0], [-1.0], [5.0], [1.0]]))
@@ -204,9 +241,9 @@ def test_tensors_that_do_not_fit_are_refused_with_both_values(
         function(z, codebook)
 
 
-@pytest.mark.parametrize("tau", [0.0, -0.5, math.nan])
-def test_a_temperature_that_is_not_positive_is_refused(tau: float) -> None:
-    with pytest.raises(ValueError, match=rf"entropy_temperature={tau} must be above 0"):
+@pytest.mark.parametrize("tau", [0.0, -0.5, math.nan, 1e-40, math.inf])
+def test_a_temperature_out_of_range_is_refused(tau: float) -> None:
+    with pytest.raises(ValueError, match=rf"entropy_temperature={tau} must lie between 1e-30 and 1e30"):
         index_backprop(torch.zeros(2, 3), torch.zeros(5, 3), entropy_temperature=tau)
 
 
@@ -227,6 +264,7 @@ def test_values_that_are_not_finite_are_refused_and_counted(bad: float, where: s
         function(z_ND, codebook_KD, backend=backend)
 
 
-def test_products_of_another_type_than_the_inputs_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"matmul_dtype=torch.float16 does not fit torch.float32; use that, torch.bfloat16 or None"):
-        index_backprop(torch.zeros(2, 3), torch.zeros(5, 3), matmul_dtype=torch.float16)
+@pytest.mark.parametrize(("inputs_dtype", "matmul_dtype"), [(torch.float32, torch.float16), (torch.float64, torch.bfloat16)])
+def test_products_of_a_type_that_does_not_fit_the_inputs_are_refused(inputs_dtype: torch.dtype, matmul_dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"matmul_dtype={matmul_dtype} does not fit {inputs_dtype}; use None, or torch.bfloat16"):
+        index_backprop(torch.zeros(2, 3, dtype=inputs_dtype), torch.zeros(5, 3), matmul_dtype=matmul_dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from operators import inputs, scalar
@@ -47,8 +49,29 @@ def test_a_module_with_the_quantizer_compiles_into_one_graph() -> None:
 
 
 def test_torch_finds_the_operator_well_formed() -> None:
-    z_ND, codebook_KD = inputs(9, 5, 3)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     for tau in (0.1, None):
-        arguments = (z_ND, codebook_KD, tau, "", torch.float64, "chunked")
-        utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(torch.ops.ibq.index_backprop, arguments, test_utils=utilities)
+        for z_ND, codebook_KD in (inputs(9, 5, 3), [tensor.detach().T.requires_grad_() for tensor in inputs(4, 4, 7)]):
+            arguments = (z_ND, codebook_KD, tau, "", torch.float64, "chunked")
+            torch.library.opcheck(torch.ops.ibq.index_backprop, arguments, test_utils=utilities)
+            *_, mean_K, statistics_SN = torch.ops.ibq.index_backprop(*arguments)
+            indices_N, g = torch.zeros(len(z_ND), dtype=torch.int64), torch.ones((), dtype=torch.float64)
+            entropies = (None, None) if tau is None else (g, g)
+            saved = [tensor.detach() for tensor in (z_ND, codebook_KD, indices_N, mean_K, statistics_SN)]
+            for g_ND in (None, torch.ones(z_ND.shape, dtype=torch.float64)):
+                backward = (g_ND, *entropies, *saved, *arguments[2:])
+                torch.library.opcheck(torch.ops.ibq.index_backprop_backward, backward, test_utils=utilities)
+
+
+def test_one_graph_serves_every_number_of_tokens() -> None:
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda z, codebook: index_backprop(z, codebook)[0], backend=counting, dynamic=True)
+    codebook_KD = torch.randn(7, 3)
+    for N in (5, 9, 20):
+        assert step(torch.randn(N, 3), codebook_KD).shape == (N, 3)
+    assert len(graphs) == 1

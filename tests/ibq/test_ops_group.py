@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from operators import Outputs, close, textbook
+from operators import DEVICE, Outputs, textbook
 
+from ibq.errors import NonFiniteInputError
 from ibq.ops import index_backprop
 
 SPLITS = {"equal": (6, 6), "unequal": (5, 9)}
@@ -32,13 +34,20 @@ def one_of_two_processes(rank: int, folder: str) -> None:
     for split, sizes in SPLITS.items():
         z_ND, codebook_KD, weight_ND = joined_batch(split)
         mine = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
-        for backend in ("dense", "chunked"):
-            z, codebook = z_ND[mine].clone().requires_grad_(), codebook_KD.clone().requires_grad_()
+        for backend in ("dense", "chunked", "triton"):
+            where = {"device": DEVICE, "dtype": torch.float32} if backend == "triton" else {"dtype": torch.float64}
+            z, codebook = (tensor.to(copy=True, **where).requires_grad_() for tensor in (z_ND[mine], codebook_KD))
             outputs = index_backprop(z, codebook, entropy_temperature=0.5, backend=backend, group=dist.group.WORLD)
-            local_loss(outputs, weight_ND[mine]).backward()
+            local_loss(outputs, weight_ND[mine].to(z)).backward()
             result = {"z_q": outputs[0], "indices": outputs[1], "sample": outputs[2], "codebook_entropy": outputs[3]}
             result |= {"dz": z.grad, "dC": codebook.grad}
-            torch.save({name: tensor.detach() for name, tensor in result.items()}, Path(folder) / f"{split}-{backend}-{rank}.pt")
+            torch.save({name: tensor.detach().cpu() for name, tensor in result.items()}, Path(folder) / f"{split}-{backend}-{rank}.pt")
+    z_ND, codebook_KD, _ = joined_batch("equal")
+    z_ND[0, 0] = float("nan") if rank == 1 else 0.0
+    try:
+        index_backprop(z_ND, codebook_KD, group=dist.group.WORLD)
+    except NonFiniteInputError as error:
+        (Path(folder) / f"refused-{rank}").write_text(str(error))
     dist.destroy_process_group()
 
 
@@ -49,7 +58,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", ["dense", "chunked"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_group_of_two_equals_one_process_on_the_joined_batch(two_processes: Path, backend: str, split: str) -> None:
     """Mean loss over ranks, averaged gradients: the sample entropy is a local mean, so its joined form is the mean of both halves."""
@@ -63,6 +72,8 @@ def test_a_group_of_two_equals_one_process_on_the_joined_batch(two_processes: Pa
     loss = sum(local_loss((*half[:3], joined_entropy), weight) for half, weight in zip(halves, weights, strict=True)) / 2
     dz_ND, dC_KD = torch.autograd.grad(loss, (z_ND, codebook_KD))
 
+    tolerance = 1e-5 if backend == "triton" else 1e-10
+    close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False)
     for rank, half in zip(ranks, halves, strict=True):
         close(rank["z_q"], half[0])
         assert torch.equal(rank["indices"], half[1])
@@ -71,3 +82,8 @@ def test_a_group_of_two_equals_one_process_on_the_joined_batch(two_processes: Pa
         assert abs(rank["codebook_entropy"] - half[3]) > 1e-3, "the group's entropy must not be the local one"
     close(torch.cat([rank["dz"] for rank in ranks]) / 2, dz_ND)
     close(torch.stack([rank["dC"] for rank in ranks]).mean(0), dC_KD)
+
+
+def test_what_one_process_refuses_all_refuse_so_that_none_waits(two_processes: Path) -> None:
+    assert (two_processes / "refused-1").read_text().startswith("1 of 36 values of features are NaN or infinite")
+    assert (two_processes / "refused-0").read_text().startswith("another process has values that are NaN or infinite")

@@ -72,6 +72,34 @@ def test_the_callers_matmul_precision_is_restored_even_after_an_error(backend: s
         torch.set_float32_matmul_precision(before)
 
 
+def test_torchs_newer_switch_for_tf32_is_respected_and_restored() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        by("chunked")(*inputs(3, 3, 3), 0.1)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_type_changes_nothing(backend: str, default: torch.dtype) -> None:
+    z_ND, codebook_KD = inputs(20, 9, 5, torch.float32)
+    results = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            outputs = by(backend)(z_ND, codebook_KD, 0.1)
+            loss = scalar(outputs, "z_q sample codebook", torch.ones_like(z_ND))
+            results.append([*outputs, *torch.autograd.grad(loss, (z_ND, codebook_KD))])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for mine, plain in zip(*results, strict=True):
+        assert mine.dtype == plain.dtype
+        assert torch.equal(mine, plain)
+
+
 # --- Errors against float64 on the same (rounded) inputs ----------------------------------------------------------------------------------
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

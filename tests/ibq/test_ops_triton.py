@@ -147,10 +147,35 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
+@pytest.fixture
+def new_card() -> Iterator[None]:
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)):
+        yield
+
+
+@pytest.mark.usefixtures("new_card")
 def test_auto_is_triton_for_bfloat16_on_cuda_and_chunks_elsewhere() -> None:
     assert door._choose("auto", CUDA, torch.bfloat16) == "triton"
     assert door._choose("auto", CUDA, torch.float32) == "chunked"
     assert door._choose("auto", CPU, torch.bfloat16) == "chunked"
+
+
+def test_an_old_card_gets_chunks_and_a_warning() -> None:
+    door._warn_once.cache_clear()
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5)),
+        mock.patch.object(torch.cuda, "get_device_name", return_value="Tesla T4"),
+        pytest.warns(RuntimeWarning, match=r"Tesla T4 is older than compute capability 8.0; index_backprop falls back"),
+    ):
+        assert door._choose("auto", CUDA, torch.bfloat16) == "chunked"
+
+
+@pytest.mark.parametrize("N", [1, 1000, 3136, 65536, 10**7])
+def test_panels_are_whole_blocks_within_their_budget(N: int) -> None:
+    width = tiled.panel_width(N, 2**20, 2, 128)
+    assert width % 128 == 0
+    assert width == 128 or width * N * 2 <= tiled.PANEL_BYTES
+    assert tiled.panel_width(N, 100, 2, 128) == 100
 
 
 def test_without_triton_auto_falls_back_with_one_warning_and_a_request_is_refused() -> None:
