@@ -141,6 +141,12 @@ class Quantizer(nn.Module):
             z_q_ND, indices_N, losses = self.quantize(z_ND)
         return Quantized(z_q_ND.reshape(B, H, W, D).permute(0, 3, 1, 2), indices_N.reshape(B, H, W), losses)
 
+    def mend_average(self, average: Quantizer) -> None:
+        """Give `average`, whose weights have just been averaged with these, what an average is wrong for: by default nothing is.
+
+        To be called after every training step, since it may hang on what the step's forward has done.
+        """
+
     def indices_to_codes(self, indices_BHW: torch.Tensor) -> torch.Tensor:
         """Codes (B, D, H, W) of integer indices (B, H, W): bit for bit the values of z_q.
 

@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ablation:
 def pretend(cell: Cell, losses: list[float], status: str = "ok") -> None:
     """A finished run with these reconstruction errors in its history."""
     cell.run.path.mkdir(parents=True)
-    cell.run.history.write_text("".join(json.dumps({"step": i, "loss_pixel": loss}) + "\n" for i, loss in enumerate(losses)))
+    cell.run.history.write_text("".join(json.dumps({"step": i, "pixel_mean": loss}) + "\n" for i, loss in enumerate(losses)))
     cell.run.row.write_text(json.dumps({"run": cell.run.path.name, "status": status, "reason": "step 1: the gradient norm overflowed"}))
 
 
