@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from ibq.run_directory import RunDirectory
 
 RULE = (
-    "least mean reconstruction error on all training batches of the last third of the search run (no test image has a part in it); a run that \
-did not stay finite loses to any other, a tie goes to the smaller value"
+    "least mean reconstruction error on all training batches of the last third of the search run (no test image has a part in it); a run \
+that did not stay finite loses to any other, a tie goes to the smaller value"
 )
 
 
 def search_loss(run: RunDirectory) -> float | None:
-    """The number that decides: mean pixel loss over all batches of the last third of the logged windows; None while the run is not finished,
-    infinite where it did not stay finite."""
+    """The number that decides: mean pixel loss over all batches of the last third of the logged windows; None while the run is not
+    finished, infinite where it did not stay finite."""
     if not run.finished:
         return None
     if run.read_row()["status"] != "ok":

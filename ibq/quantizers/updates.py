@@ -70,7 +70,7 @@ class Restart(nn.Module):
     """Moves codes towards anchors, which are features of the last batch: code = (1 - weight) code + weight anchor.
 
     `usage_K` is the running average of each code's share of the tokens, in units of the uniform share 1/K. A subclass says which weights
-    and anchors follow from it. `applied_K` are the weights that the last training forward has applied; no state, since none outlives a step.
+    and anchors follow from it. `applied_K` are the weights that the last training forward applied; no state, since none outlives a step.
     """
 
     usage_K: torch.Tensor

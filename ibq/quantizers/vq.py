@@ -124,7 +124,7 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
 
     @torch.no_grad()
     def mend_average(self, average: Quantizer) -> None:
-        """Moving averages are not averaged once more; codes that the last forward moved to their anchors are moved as much to themselves."""
+        """Moving averages are not averaged again; by as much as the last forward moved a code to its anchor, its average moves to it."""
         assert isinstance(average, VectorQuantizer)
         if self.moving_average is not None:
             average.embedding.copy_(self.embedding)

@@ -28,6 +28,9 @@ TRAINED = (
     "vq online",
     "vq kmeans",
     "vq linear",
+    "vq cosine ema restart",
+    "vq kmeans rotation",
+    "vq online cosine",
     "ibq soft path to codes",
     "ibq cosine",
     "lfq boosted",
@@ -36,7 +39,7 @@ TRAINED = (
     "simvq",
     "gumbel",
 )
-CODES_WITHOUT_GRADIENT = ("vq ema restart", "lfq boosted", "bsq", "fsq", "simvq")
+CODES_WITHOUT_GRADIENT = ("vq ema restart", "vq cosine ema restart", "lfq boosted", "bsq", "fsq", "simvq")
 
 
 @pytest.fixture(scope="module")
