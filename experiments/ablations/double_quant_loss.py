@@ -5,9 +5,9 @@ Paper: the third row of Table 2, "+ double quantization loss", stands between IB
 Cost: 16 runs, 5 of them also runs of vq_vs_ibq; at quick about 8 minutes on 2 cores.  Command: python -m experiments run double_quant_loss
 
 The decisive corner is the released recipe (entropy penalty, 0.25 on the codebook term, the recipe's learning rate) without and with the
-term: that is the step of the paper's ladder. It has three seeds, and so has its counterpart in the other loss order. Other arms move one factor
-each away from it, so that the term is varied alone in four surroundings and every other factor in two. All arms are IBQ with codes
-drawn from N(0, 1).
+term: that is the step of the paper's ladder. It has three seeds, and so has its counterpart in the other loss order. Other arms move one
+factor each away from it, so that the term is varied alone in four surroundings and every other factor in two. All arms are IBQ with
+codes drawn from N(0, 1).
 """
 
 from __future__ import annotations

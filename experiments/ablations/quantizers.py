@@ -7,8 +7,9 @@ Cost: 48 runs of the search and 38 of the comparison, 8,100 steps at quick, sinc
 Command: python -m experiments run quantizers
 
 Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving averages and for
-the usage that restarts go by. D is the preset's but where a method has its own: 8 for cosine codes (LlamaGen), log2 K for LFQ and BSQ, the
-number of levels for FSQ.
+the usage that restarts go by, 100 steps for the fall of Gumbel's temperature (half of which a search run sees).
+
+D is the preset's but where a method has its own: 8 for cosine codes (LlamaGen), log2 K for LFQ and BSQ, the number of levels for FSQ.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "signs, D = log2 K (LFQ)": {"method": "lfq"},
     "signs on the sphere, D = log2 K (BSQ)": {"method": "bsq"},
     "rounded channels (FSQ)": {"method": "fsq"},
-    "Gumbel-softmax, straight-through": {"method": "gumbel"},
-    "Gumbel-softmax without noise": {"method": "gumbel", "noise": False},
+    "Gumbel-softmax, straight-through, T from 1 to 1/16 (DALL-E)": {"method": "gumbel", "final_temperature": 1 / 16, "anneal_steps": 100},
+    "Gumbel-softmax without noise, T = 1": {"method": "gumbel", "noise": False},
     "as released": IBQ,
     "k-means init, 0.25 on commitment, no double term": FAIR_IBQ,
     "VQ but for search, logits and gradient": VQ | {"method": "ibq", "double": False},
@@ -113,8 +114,8 @@ ARMS = (
     arm("lfq", IMPLIED, "signs, D = log2 K (LFQ)", focal=True),
     arm("bsq", IMPLIED, "signs on the sphere, D = log2 K (BSQ)"),
     arm("fsq", IMPLIED, "rounded channels (FSQ)", focal=True),
-    arm("gumbel", GUMBEL, "Gumbel-softmax, straight-through"),
-    arm("gumbel_noiseless", GUMBEL, "Gumbel-softmax without noise"),
+    arm("gumbel", GUMBEL, "Gumbel-softmax, straight-through, T from 1 to 1/16 (DALL-E)"),
+    arm("gumbel_noiseless", GUMBEL, "Gumbel-softmax without noise, T = 1"),
     arm("ibq", OURS, "as released", seeds=3, focal=True),
     arm("ibq_fair", OURS, "k-means init, 0.25 on commitment, no double term", seeds=3, focal=True),
     arm("ibq_bare", OURS, "VQ but for search, logits and gradient", tuned_as="vq"),

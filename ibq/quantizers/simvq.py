@@ -16,7 +16,7 @@ from ibq.quantizers.vq import nearest_with_entropies
 
 
 class SimVQConfig(TermsConfig):
-    """Terms and entropy penalty as in `VQConfig`. The embedding is drawn from N(0, 1/D), the map, with a bias, as a new torch linear layer."""
+    """Terms and entropy penalty as in `VQConfig`. The embedding is drawn from N(0, 1/D); the map is a torch linear layer, with its bias."""
 
     method: Literal["simvq"] = "simvq"
 

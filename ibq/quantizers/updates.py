@@ -133,8 +133,10 @@ class DeadRestart(Restart):
 class OnlineClustering(Restart):
     """CVQ-VAE (arXiv 2307.15139): every code moves towards an anchor, the more the less it is used.
 
-    Weight exp(-usage * 10 / (1 - usage_decay) - 1e-3), with usage in uniform shares (the paper's N_k K); the anchor of a code is a feature
-    drawn with probability softmax(-|z - c|^2) over the batch. Usage starts at 0.
+    Weight exp(-usage * 10 / (1 - usage_decay) - 1e-3), with usage in uniform shares (the paper's N_k K). Of the paper's anchor rules
+    (random, closest, probabilistic random) it is the probabilistic one: the anchor of a code is a feature drawn with probability
+    softmax(-|z - c|^2) over the batch, by Euclidean distance (of unit vectors where the quantizer's distance is cosine). The paper's
+    contrastive loss is left out. Usage starts at 0.
     """
 
     def __init__(self, embedding_KD: torch.Tensor, usage_decay: float) -> None:

@@ -59,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsq": {"method": "fsq", "levels": (4, 4, 4), "code_dim": 3},
     "simvq": {"method": "simvq", "entropy_weight": 0.05},
     "gumbel": {"method": "gumbel"},
+    "gumbel annealed": {"method": "gumbel", "final_temperature": 0.25, "anneal_steps": 4},
     "gumbel without noise": {"method": "gumbel", "noise": False, "kl_weight": 0.0},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)

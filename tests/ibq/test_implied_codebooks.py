@@ -139,6 +139,27 @@ def test_a_temperature_is_an_ibq_whose_logits_are_divided_by_it() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_the_temperature_falls_along_half_a_cosine_with_the_training_forwards_alone() -> None:
+    quantizer, z_BDHW = make("gumbel", temperature=1.0, final_temperature=0.25, anneal_steps=4), torch.randn(1, D, 4, 4)
+    seen = []
+    for _ in range(6):
+        quantizer.eval()(z_BDHW)
+        seen.append(float(quantizer.temperature))
+        quantizer.train()(z_BDHW)
+    assert seen == pytest.approx([0.25 + 0.375 * (1 + math.cos(math.pi * min(step, 4) / 4)) for step in range(6)])
+    assert make("gumbel", temperature=0.3).temperature == 0.3
+
+
+def test_an_annealed_temperature_is_that_of_the_gradient() -> None:
+    annealed, z_ND, g_ND = gumbel_in_float64(noise=False, final_temperature=0.25, anneal_steps=4)
+    constant, _, _ = gumbel_in_float64(noise=False, temperature=0.25)
+    constant.load_state_dict(annealed.state_dict())
+    annealed.forwards.fill_(4)
+    gradients = [torch.autograd.grad(q.quantize(z_ND)[0], [z_ND, q.embedding], g_ND, retain_graph=True) for q in (annealed, constant)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
 def test_noise_samples_codes_by_their_probability_in_training_alone() -> None:
     quantizer = make("gumbel", codebook_size=4)
     z_BDHW = torch.randn(1, D, 1, 1).expand(1, D, 100, 200)

@@ -38,6 +38,7 @@ TERMS = {
     "fsq": set(),
     "simvq": QUANTIZATION | ENTROPY,
     "gumbel": {"kl"},
+    "gumbel annealed": {"kl"},
     "gumbel without noise": set(),
 }  # where a variant of ibq is not named, it has them all
 IBQ_TERMS = QUANTIZATION | ENTROPY | {"double"}

@@ -38,6 +38,7 @@ TRAINED = (
     "fsq",
     "simvq",
     "gumbel",
+    "gumbel annealed",
 )
 CODES_WITHOUT_GRADIENT = ("vq ema restart", "vq cosine ema restart", "lfq boosted", "bsq", "fsq", "simvq")
 
