@@ -249,18 +249,14 @@ def train_tokenizer(
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
         except NonFiniteInputError as error:  # the quantizer refuses what the encoder or the codebook has come to
-            reason = f"step {state.step}: {error}"
-            write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
-            raise NonFiniteError(reason) from None
+            raise _lost(run, state, f"step {state.step}: {error}", data) from None
         terms = {"pixel": pixel_loss(x_BCHW, y_BCHW.float(), config.loss.pixel)} | quantized.losses
         loss = weighted_sum(terms, weights)
         optimizer.zero_grad()
         loss.backward()
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in tokenizer.parameters() if p.grad is not None])
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)):
-            reason = _name_non_finite(state.step, terms, tokenizer)
-            write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
-            raise NonFiniteError(reason)
+            raise _lost(run, state, _name_non_finite(state.step, terms, tokenizer), data)
         optimizer.step()
         state.update_average()
         state.log_window.add(quantized.indices)
@@ -290,13 +286,14 @@ def train_tokenizer(
     # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
     averaged = state.average.module
     assert isinstance(averaged, Tokenizer)
-    metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
+    try:
+        metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
+    except NonFiniteInputError as error:  # the last update was one too many
+        raise _lost(run, state, f"step {state.step}: in the evaluation {error}", data) from None
     write_tensors(run.evaluation, tensors)
     write_tensors(run.model, averaged.state_dict())
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
-        reason = f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite"
-        write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
-        raise NonFiniteError(reason)
+        raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", data)
     write_json(run.row, _row(state, "ok", metrics, protocol, data))
     remove_checkpoint(run.checkpoint)
 
@@ -370,6 +367,12 @@ def _name_non_finite(step: int, terms: dict[str, torch.Tensor], tokenizer: Token
     gradients = {name: p.grad for name, p in tokenizer.named_parameters() if p.grad is not None}
     bad += [f"the gradient of {name!r} is not finite" for name, gradient in gradients.items() if not gradient.isfinite().all()]
     return f"step {step}: {bad[0] if bad else 'the gradient norm overflowed'}"
+
+
+def _lost(run: RunDirectory, state: _State, reason: str, data: str) -> NonFiniteError:
+    """Write the row of a run that did not stay finite; returns what to raise."""
+    write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
+    return NonFiniteError(reason)
 
 
 def _row(state: _State, status: str, metrics: dict[str, Any], protocol: dict[str, Any], data: str) -> dict[str, Any]:

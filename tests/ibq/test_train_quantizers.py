@@ -19,7 +19,7 @@ from ibq import load_tokenizer
 from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig, parse_train_config
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import StopRequested, train_tokenizer
+from ibq.train_tokenizer import NonFiniteError, StopRequested, train_tokenizer
 
 TRAINED = (
     "vq cosine",
@@ -130,3 +130,13 @@ def test_a_restarted_code_is_restarted_in_the_averaged_weights_at_once(config_of
         assert torch.equal(equal_K, moved_K)
         restarted.append(int(moved_K.sum()))
     assert 0 < sum(restarted) < 64 * len(restarted)
+
+
+@pytest.mark.parametrize("variant", ["vq", "ibq", "fsq", "lfq", "gumbel"])
+@pytest.mark.parametrize("steps", [6, 1], ids=["in training", "at the last update"])
+def test_features_that_leave_the_finite_numbers_end_a_run_with_a_row(config_of: Any, tmp_path: Path, variant: str, steps: int) -> None:
+    config = config_of(variant).with_fields(**{"optim.lr": 1e38, "optim.ema_decay": 0.0, "steps": steps})
+    with pytest.raises(NonFiniteError, match=f"step {min(steps, 1)}: ") as caught:
+        list(train_tokenizer(config, tmp_path, RUNTIME))
+    row = RunDirectory(tmp_path).read_row()
+    assert (row["status"], row["reason"]) == ("nan", str(caught.value))
