@@ -12,12 +12,16 @@ from experiments.effects import MIN_SEEDS
 
 @dataclass(frozen=True)
 class Codebook:
-    """The state of an arm's codebook over its finished seeds; `alive` is None where they disagree or there is none."""
+    """The state of an arm's codebook over its finished seeds; `alive` is None where they disagree or there is none.
+
+    A seed that did not stay finite counts as collapsed; `share` is the mean perplexity over K of the others.
+    """
 
     arm: str
     share: float
     alive: bool | None
     seeds: int
+    diverged: int
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,13 @@ class PartVerdict:
 
 
 def codebook_of(anatomy: Anatomy, rows: pd.DataFrame, arm: str) -> Codebook:
-    mine = rows[(rows["arm"] == arm) & (rows["status"] == "ok")]
-    if mine.empty:
-        return Codebook(arm, float("nan"), None, 0)
-    shares = mine["perplexity_share"].astype(float)
-    alive = set(shares >= anatomy.collapse)
-    return Codebook(arm, shares.mean(), alive.pop() if len(alive) == 1 else None, len(shares))
+    mine = rows[rows["arm"] == arm]
+    finished = mine[mine["status"] == "ok"]
+    shares = [] if finished.empty else finished["perplexity_share"].astype(float).tolist()
+    diverged = int((mine["status"] == "nan").sum())
+    alive = {share >= anatomy.collapse for share in shares} | ({False} if diverged else set())
+    mean = sum(shares) / len(shares) if shares else float("nan")
+    return Codebook(arm, mean, alive.pop() if len(alive) == 1 else None, len(shares) + diverged, diverged)
 
 
 def part_verdicts(anatomy: Anatomy, rows: pd.DataFrame) -> list[PartVerdict]:
@@ -80,15 +85,15 @@ def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     seeds = min(whole.seeds, bare.seeds)
     caution = "" if seeds >= MIN_SEEDS else f" With {seeds} seed{'s' * (seeds != 1)} all of this is at most consistent."
     said = [
-        f"A codebook has collapsed if its perplexity is below {100 * anatomy.collapse:g}% of K: {_named(whole)} {state[whole.alive]}, "
-        f"{_named(bare)} {state[bare.alive]}.{caution}"
+        f"A codebook has collapsed if its perplexity is below {100 * anatomy.collapse:g}% of K or its run did not stay finite: "
+        f"{_named(whole)} {state[whole.alive]}, {_named(bare)} {state[bare.alive]}.{caution}"
     ]
     verdicts = part_verdicts(anatomy, rows)
     removals = [(v.necessary, f"{v.name} ({_named(v.removed)})") for v in verdicts if v.removed]
     additions = [(v.sufficient, f"{v.name} ({_named(v.alone)})") for v in verdicts if v.alone]
-    for word, judged, meaning in (
-        ("necessary", removals, f"without it {anatomy.whole} collapses"),
-        ("sufficient", additions, f"with it alone {anatomy.bare} lives"),
+    for word, judged, meaning, base in (
+        ("necessary", removals, f"without it {anatomy.whole} collapses", anatomy.whole),
+        ("sufficient", additions, f"with it alone {anatomy.bare} lives", anatomy.bare),
     ):
         for answer, phrase in (
             (True, f"{word.capitalize()}, since {meaning}"),
@@ -96,9 +101,14 @@ def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
             (None, f"Undecided whether {word}"),
         ):
             if parts := [part for verdict, part in judged if verdict is answer]:
-                said.append(f"{phrase}: {'; '.join(parts)}.")
+                said.append(f"{phrase} (at the learning rate of {base}): {'; '.join(parts)}.")
     return said
 
 
 def _named(book: Codebook) -> str:
-    return f"{book.arm} at {100 * book.share:.1f}%" if book.seeds else f"{book.arm} without a result"
+    if not book.seeds:
+        return f"{book.arm} without a result"
+    lost = f"{book.diverged} of {book.seeds} seeds not finite"
+    if book.diverged == book.seeds:
+        return f"{book.arm}, {lost}"
+    return f"{book.arm} at {100 * book.share:.1f}%" + (f", {lost}" if book.diverged else "")

@@ -14,11 +14,14 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     """Sentences for the report and the notebook; with missing rows it says so first."""
     rows = rows[rows["ablation"] == ablation.name]
     sentences = []
-    counts = rows["status"].value_counts()
-    missing = int(counts.sum() - counts.get("ok", 0))
-    if missing:
-        states = ", ".join(f"{n} {state}" for state, n in counts.items() if state != "ok")
-        sentences.append(f"{missing} of {int(counts.sum())} runs have no result ({states}); what follows rests on the others.")
+    lost_search = rows["status"].eq("nan") & (rows["search.arm"].notna() if "search.arm" in rows else False)  # a result of a search
+    known = rows[~lost_search & rows["status"].ne("waiting")]
+    counts = known["status"][known["status"] != "ok"].value_counts()
+    if len(counts):
+        states = ", ".join(f"{n} {state}" for state, n in counts.items())
+        sentences.append(f"{counts.sum()} of {len(known)} runs have no result ({states}); what follows rests on the others.")
+    if waiting := int(rows["status"].eq("waiting").sum()):
+        sentences.append(f"{waiting} runs wait for the search of their learning rate.")
     sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
     if "main_effects" in ablation.tables and not (table := main_effects(ablation, rows)).empty:
         sentences += _of_effects(table)

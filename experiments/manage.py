@@ -109,12 +109,15 @@ def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]
 def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = print) -> int:
     """Add an evaluation to every finished run of a study that lacks it, as eval/<name>.json; returns how many were added.
 
+    Runs of a search are passed by, since no table shows them but for what decided.
+
     Raises:
         ConfigError: an unknown evaluation (the nearest is named).
     """
     if name not in EVALUATIONS:
         raise ConfigError(f"evaluation {name!r} does not exist; {nearest(name, EVALUATIONS)}")
-    todo = [cell for cell in unique_runs(study.cells) if cell.run.finished and not evaluation_file(cell, name).is_file()]
+    compared = unique_runs(cell for cell in study.cells if not cell.search)
+    todo = [cell for cell in compared if cell.run.finished and not evaluation_file(cell, name).is_file()]
     todo = [cell for cell in todo if cell.run.read_row()["status"] == "ok"]
     for i, cell in enumerate(todo, 1):
         split, _ = EVALUATIONS[name]

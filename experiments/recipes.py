@@ -105,11 +105,16 @@ def tokenizer(preset: Preset, quantizer: dict[str, Any], seed: int = 0) -> Train
 def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:
     """A config with some of its numbers multiplied.
 
+    Where `steps` is multiplied by a share s, `optim.ema_decay` becomes ema_decay ** (1 / s): the window of the averaged weights keeps its
+    share of the run, e.g. 0.98 at 300 steps and 0.96 at 150.
+
     Args:
         config: what to start from.
         factors: by dotted path; a whole number stays one, of at least 1, and other numbers keep six digits.
     """
     numbers = flatten(config.to_json_dict())
     products = {path: numbers[path] * factor for path, factor in factors.items()}
+    if "steps" in factors:
+        products["optim.ema_decay"] = numbers["optim.ema_decay"] ** (1 / factors["steps"])
     values = {path: max(1, round(x)) if isinstance(numbers[path], int) else float(f"{x:.6g}") for path, x in products.items()}
     return config.with_fields(**values) if values else config

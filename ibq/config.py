@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from ibq.errors import ConfigError, nearest, one_sentence
 from ibq.quantizers.base import QuantizerConfig, parse_quantizer_config
 
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 """Raised whenever a change of the code changes the numbers that a config would give."""
 
 

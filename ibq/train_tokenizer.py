@@ -107,6 +107,24 @@ class TokenWindow:
         self.counts_K = torch.zeros_like(self.counts_K)
 
 
+class LossWindow:
+    """Mean of a loss over the batches since the last reset, gathered on its device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sum_and_count = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.sum_and_count[0] += loss.detach()
+        self.sum_and_count[1] += 1
+
+    def mean(self) -> float:
+        total, count = self.sum_and_count.tolist()
+        return total / count
+
+    def reset(self) -> None:
+        self.sum_and_count = torch.zeros_like(self.sum_and_count)
+
+
 class _State:
     """Everything that training changes, so that one object is saved, restored and passed on."""
 
@@ -116,6 +134,7 @@ class _State:
         trained = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=config.optim.lr, betas=config.optim.betas, fused=True)
         self.log_window, self.snapshot_window = (TokenWindow(config.quantizer.codebook_size, device) for _ in range(2))
+        self.pixel_window = LossWindow(device)
         self.step, self.seconds, self.device = 0, 0.0, device
 
     def start_average(self) -> None:
@@ -124,11 +143,18 @@ class _State:
         self.average = AveragedModel(self.tokenizer, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.average.n_averaged.fill_(1)  # the initial weights count: no warm-up, as released
 
+    def update_average(self) -> None:
+        self.average.update_parameters(self.tokenizer)
+        averaged = self.average.module
+        assert isinstance(averaged, Tokenizer)
+        self.tokenizer.quantize.mend_average(averaged.quantize)
+
     def save(self, folder: Path, data_hash: str) -> None:
         tensors = {f"model.{name}": value for name, value in self.tokenizer.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         tensors |= flatten_optimizer(self.tokenizer, self.optimizer)
         tensors |= {"window.log": self.log_window.counts_K, "window.snapshot": self.snapshot_window.counts_K}
+        tensors["window.pixel"] = self.pixel_window.sum_and_count
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -148,6 +174,7 @@ class _State:
             restore_optimizer(self.tokenizer, self.optimizer, tensors)
         self.log_window.counts_K = tensors["window.log"].to(self.device)
         self.snapshot_window.counts_K = tensors["window.snapshot"].to(self.device)
+        self.pixel_window.sum_and_count = tensors["window.pixel"].to(self.device)
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:  # a run begun on a CPU may go on on a GPU
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
@@ -222,21 +249,18 @@ def train_tokenizer(
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
         except NonFiniteInputError as error:  # the quantizer refuses what the encoder or the codebook has come to
-            reason = f"step {state.step}: {error}"
-            write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
-            raise NonFiniteError(reason) from None
+            raise _lost(run, state, f"step {state.step}: {error}", data) from None
         terms = {"pixel": pixel_loss(x_BCHW, y_BCHW.float(), config.loss.pixel)} | quantized.losses
         loss = weighted_sum(terms, weights)
         optimizer.zero_grad()
         loss.backward()
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in tokenizer.parameters() if p.grad is not None])
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)):
-            reason = _name_non_finite(state.step, terms, tokenizer)
-            write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
-            raise NonFiniteError(reason)
+            raise _lost(run, state, _name_non_finite(state.step, terms, tokenizer), data)
         optimizer.step()
-        state.average.update_parameters(tokenizer)
+        state.update_average()
         state.log_window.add(quantized.indices)
+        state.pixel_window.add(terms["pixel"])
         state.snapshot_window.add(quantized.indices)
         state.step += 1
         state.seconds += time.perf_counter() - started
@@ -246,8 +270,10 @@ def train_tokenizer(
             record = {"step": state.step, "seconds": state.seconds, "lr": optimizer.param_groups[0]["lr"]}
             record |= {"gradient_norm": gradient_norm.item(), "loss": loss.item()}
             record |= {f"loss_{name}": term.item() for name, term in terms.items()}
+            record["pixel_mean"] = state.pixel_window.mean()  # of all batches since the last line, where loss_pixel is of this one
             record |= usage_metrics(state.log_window.counts_K) | _geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
             state.log_window.reset()
+            state.pixel_window.reset()
             append_line(run.history, record)
             yield LogEvent(state.step, config.steps, record)
         if state.step in snapshot_steps:
@@ -260,13 +286,14 @@ def train_tokenizer(
     # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
     averaged = state.average.module
     assert isinstance(averaged, Tokenizer)
-    metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
+    try:
+        metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
+    except NonFiniteInputError as error:  # the last update was one too many
+        raise _lost(run, state, f"step {state.step}: in the evaluation {error}", data) from None
     write_tensors(run.evaluation, tensors)
     write_tensors(run.model, averaged.state_dict())
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
-        reason = f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite"
-        write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
-        raise NonFiniteError(reason)
+        raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", data)
     write_json(run.row, _row(state, "ok", metrics, protocol, data))
     remove_checkpoint(run.checkpoint)
 
@@ -340,6 +367,12 @@ def _name_non_finite(step: int, terms: dict[str, torch.Tensor], tokenizer: Token
     gradients = {name: p.grad for name, p in tokenizer.named_parameters() if p.grad is not None}
     bad += [f"the gradient of {name!r} is not finite" for name, gradient in gradients.items() if not gradient.isfinite().all()]
     return f"step {step}: {bad[0] if bad else 'the gradient norm overflowed'}"
+
+
+def _lost(run: RunDirectory, state: _State, reason: str, data: str) -> NonFiniteError:
+    """Write the row of a run that did not stay finite; returns what to raise."""
+    write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
+    return NonFiniteError(reason)
 
 
 def _row(state: _State, status: str, metrics: dict[str, Any], protocol: dict[str, Any], data: str) -> dict[str, Any]:

@@ -81,8 +81,8 @@ class Part:
 class Anatomy:
     """What a method is made of.
 
-    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed. A part is necessary if `whole` without
-    it collapses, and sufficient if `bare`, which collapses, does not once it has this part.
+    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one whose run did not stay
+    finite. A part is necessary if `whole` without it collapses, and sufficient if `bare`, which collapses, does not once it has this part.
     """
 
     whole: str

@@ -14,6 +14,7 @@ from torch import nn
 
 from ibq.distributed import copy_from_first
 from ibq.errors import ConfigError, one_sentence
+from ibq.ops.operator import require_finite
 from ibq.quantizers.kmeans import kmeans
 
 CodebookInit = Literal["uniform", "normal", "features", "kmeans"]
@@ -129,6 +130,7 @@ class Quantizer(nn.Module):
 
         Raises:
             ValueError: z has not four dimensions, or its channels are not the config's code_dim.
+            NonFiniteInputError: z has NaN or infinite values.
         """
         if z_BDHW.dim() != 4 or z_BDHW.shape[1] != self.config.code_dim:
             raise ValueError(
@@ -138,8 +140,16 @@ class Quantizer(nn.Module):
         with torch.autocast(z_BDHW.device.type, enabled=False):
             z_ND = z_BDHW.permute(0, 2, 3, 1).reshape(-1, D)
             z_ND = z_ND if z_ND.dtype == torch.float64 else z_ND.float()
+            if not torch.compiler.is_compiling():  # whose graph would break; there the operator alone checks
+                require_finite(features=z_ND)
             z_q_ND, indices_N, losses = self.quantize(z_ND)
         return Quantized(z_q_ND.reshape(B, H, W, D).permute(0, 3, 1, 2), indices_N.reshape(B, H, W), losses)
+
+    def mend_average(self, average: Quantizer) -> None:
+        """Give `average`, whose weights have just been averaged with these, what an average is wrong for: by default nothing is.
+
+        To be called after every training step, since it may hang on what the step's forward has done.
+        """
 
     def indices_to_codes(self, indices_BHW: torch.Tensor) -> torch.Tensor:
         """Codes (B, D, H, W) of integer indices (B, H, W): bit for bit the values of z_q.
@@ -173,6 +183,8 @@ class CodebookQuantizer(Quantizer):
             nn.init.uniform_(self.embedding, -1 / K, 1 / K)
         else:  # codes that await their features hold N(0, 1) until then, so that a state_dict is always finite
             nn.init.normal_(self.embedding)
+        with torch.no_grad():  # rows at unit length where only their direction counts, as in LlamaGen: it sets how fast they turn
+            self.embedding.copy_(self.to_code_space(self.embedding))
 
     @property
     def codebook(self) -> torch.Tensor:

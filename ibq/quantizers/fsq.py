@@ -19,7 +19,10 @@ MARGIN = 1e-3  # the outermost levels are reached within this of tanh's bound
 
 
 class FSQConfig(QuantizerConfig):
-    """`levels` a channel; the paper advises at least 5, e.g. (8, 5, 5, 5) for about 2^10 codes and (8, 8, 8, 5, 5, 5) for about 2^16."""
+    """`levels` a channel; the paper advises at least 5, e.g. (8, 5, 5, 5) for about 2^10 codes and (8, 8, 8, 5, 5, 5) for about 2^16.
+
+    Powers of two such as (8, 8, 4, 4) go below that advice for a K that is exactly that of other methods.
+    """
 
     method: Literal["fsq"] = "fsq"
     levels: tuple[int, ...] = Field((4, 4, 4, 4, 4), min_length=1)

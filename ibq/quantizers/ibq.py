@@ -22,6 +22,7 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 
 from ibq.ops import index_backprop
+from ibq.ops.precision import full_float32
 from ibq.quantizers.base import CodebookConfig, CodebookInit, CodebookQuantizer, quantization_terms
 from ibq.quantizers.entropy import entropy_terms
 
@@ -109,9 +110,10 @@ def soft_path_alone(query_ND: torch.Tensor, keys_KD: torch.Tensor, m: int) -> to
     if m == len(keys_KD):
         z_q_ND, indices_N, *_ = index_backprop(query_ND, keys_KD, entropy_temperature=None)
         return z_q_ND - keys_KD[indices_N]
-    with torch.no_grad():
-        chunks = query_ND.split(math.ceil(CHUNK_ELEMENTS / len(keys_KD)))
-        best_Nm = torch.cat([(query_nD @ keys_KD.T).topk(m).indices for query_nD in chunks])
-    best_NmD = keys_KD[best_Nm]
-    p_N1m = (query_ND[:, None] @ best_NmD.mT).softmax(2)
-    return ((p_N1m - p_N1m.detach()) @ best_NmD.detach()).squeeze(1)
+    with full_float32(query_ND.device):
+        with torch.no_grad():
+            chunks = query_ND.split(math.ceil(CHUNK_ELEMENTS / len(keys_KD)))
+            best_Nm = torch.cat([(query_nD @ keys_KD.T).topk(m).indices for query_nD in chunks])
+        best_NmD = keys_KD[best_Nm]
+        p_N1m = (query_ND[:, None] @ best_NmD.mT).softmax(2)
+        return ((p_N1m - p_N1m.detach()) @ best_NmD.detach()).squeeze(1)

@@ -16,7 +16,7 @@ from ibq.quantizers.vq import nearest_with_entropies
 
 
 class SimVQConfig(TermsConfig):
-    """Terms and entropy penalty as in `VQConfig`. The embedding is drawn from N(0, 1/D), the map begins as a new torch linear layer."""
+    """Terms and entropy penalty as in `VQConfig`. The embedding is drawn from N(0, 1/D); the map is a torch linear layer, with its bias."""
 
     method: Literal["simvq"] = "simvq"
 
@@ -35,7 +35,7 @@ class SimVectorQuantizer(Quantizer, config=SimVQConfig):
         super().__init__(config)
         K, D = config.codebook_size, config.code_dim
         self.embedding = nn.Parameter(torch.randn(K, D) * D**-0.5, requires_grad=False)
-        self.projection = nn.Linear(D, D, bias=False)
+        self.projection = nn.Linear(D, D)
 
     @property
     def codebook(self) -> torch.Tensor:

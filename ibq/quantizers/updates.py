@@ -70,12 +70,13 @@ class Restart(nn.Module):
     """Moves codes towards anchors, which are features of the last batch: code = (1 - weight) code + weight anchor.
 
     `usage_K` is the running average of each code's share of the tokens, in units of the uniform share 1/K. A subclass says which weights
-    and anchors follow from it.
+    and anchors follow from it. `applied_K` are the weights that the last training forward applied; no state, since none outlives a step.
     """
 
     usage_K: torch.Tensor
     weight_K: torch.Tensor
     anchors_KD: torch.Tensor
+    applied_K: torch.Tensor
 
     def __init__(self, embedding_KD: torch.Tensor, usage_decay: float, first_usage: float) -> None:
         super().__init__()
@@ -83,6 +84,7 @@ class Restart(nn.Module):
         self.register_buffer("usage_K", torch.full((len(embedding_KD),), first_usage))
         self.register_buffer("weight_K", torch.zeros(len(embedding_KD)))
         self.register_buffer("anchors_KD", torch.zeros_like(embedding_KD))
+        self.register_buffer("applied_K", torch.zeros(len(embedding_KD)), persistent=False)
 
     def choose(self, z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (K,) and anchors (K, D)."""
@@ -91,6 +93,7 @@ class Restart(nn.Module):
     @torch.no_grad()
     def apply_to(self, embedding_KD: torch.Tensor) -> None:
         embedding_KD.lerp_(self.anchors_KD, self.weight_K[:, None])
+        self.applied_K.copy_(self.weight_K)
 
     @torch.no_grad()
     def observe(self, z_ND: torch.Tensor, indices_N: torch.Tensor, codebook_KD: torch.Tensor) -> None:
@@ -130,8 +133,10 @@ class DeadRestart(Restart):
 class OnlineClustering(Restart):
     """CVQ-VAE (arXiv 2307.15139): every code moves towards an anchor, the more the less it is used.
 
-    Weight exp(-usage * 10 / (1 - usage_decay) - 1e-3), with usage in uniform shares (the paper's N_k K); the anchor of a code is a feature
-    drawn with probability softmax(-|z - c|^2) over the batch. Usage starts at 0.
+    Weight exp(-usage * 10 / (1 - usage_decay) - 1e-3), with usage in uniform shares (the paper's N_k K). Of the paper's anchor rules
+    (random, closest, probabilistic random) it is the probabilistic one: the anchor of a code is a feature drawn with probability
+    softmax(-|z - c|^2) over the batch, by Euclidean distance (of unit vectors where the quantizer's distance is cosine). The paper's
+    contrastive loss is left out. Usage starts at 0.
     """
 
     def __init__(self, embedding_KD: torch.Tensor, usage_decay: float) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ibq.ops import index_backprop, nearest_code
-from ibq.quantizers.base import CodebookConfig, CodebookQuantizer, quantization_terms
+from ibq.quantizers.base import CodebookConfig, CodebookQuantizer, Quantizer, quantization_terms
 from ibq.quantizers.entropy import entropy_terms, euclidean_as_dot
 from ibq.quantizers.gradients import rotation, straight_through
 from ibq.quantizers.updates import DeadRestart, MovingAverage, OnlineClustering, Restart
@@ -29,7 +29,7 @@ class VQConfig(CodebookConfig):
     """PAPER section 2. The entropy penalty, when on, is that of IBQ with the logits -|z - c|^2 (2 cos - 2 where the distance is cosine).
 
     With `ema_decay` there is no codebook term, and the entropy penalty, when on, moves features alone. `restart_threshold` is a share of
-    the uniform usage 1/K. After a restart Adam's moments of a code remain what they were, and averaged weights follow at their own pace.
+    the uniform usage 1/K. After a restart Adam's moments of a code remain what they were; averaged weights follow at once (`mend_average`).
     """
 
     method: Literal["vq"] = "vq"
@@ -121,6 +121,15 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
             self.restart.apply_to(self.embedding)
         if self.moving_average is not None and self.restart is not None:
             self.moving_average.restart(self.restart.weight_K, self.restart.anchors_KD)
+
+    @torch.no_grad()
+    def mend_average(self, average: Quantizer) -> None:
+        """Moving averages are not averaged again; by as much as the last forward moved a code to its anchor, its average moves to it."""
+        assert isinstance(average, VectorQuantizer)
+        if self.moving_average is not None:
+            average.embedding.copy_(self.embedding)
+        elif self.restart is not None:
+            average.embedding.lerp_(self.embedding, self.restart.applied_K[:, None])
 
     def _observe(self, z_ND: torch.Tensor, indices_N: torch.Tensor, codebook_KD: torch.Tensor) -> None:
         if self.moving_average is not None:

@@ -20,7 +20,7 @@ ABLATION = ABLATIONS["quantizers"]
 
 def configs() -> dict[str, dict[str, object]]:
     """Flat config of every arm before its search."""
-    return {cell.arm.name: flatten(cell.config.to_json_dict()) for cell in Study("quick", ("quantizers",)).waiting}
+    return {cell.arm.name: flatten(cell.config.to_json_dict()) for cell in Study("quick", ("quantizers",), seeds=1).waiting}
 
 
 @pytest.mark.parametrize("bits", range(2, 19))
@@ -55,11 +55,27 @@ def test_a_control_differs_from_the_released_ibq_in_one_field_and_takes_its_rate
     for part in ABLATION.anatomy.parts:
         if part.removed:
             assert ABLATION.arm(part.removed).tuned_as == ABLATION.anatomy.whole
-            assert sum(flat[part.removed][k] != v for k, v in flat["ibq"].items()) == 1, part
+            fields = 2 if part.removed in ("ibq_scaled", "ibq_normalised") else 1  # with the factor on the logits
+            assert sum(flat[part.removed][k] != v for k, v in flat["ibq"].items()) == fields, part
         if part.alone:
             assert ABLATION.arm(part.alone).tuned_as == ABLATION.anatomy.bare
             shared = flat["vq"].keys() & flat[part.alone].keys()
             assert sum(flat[part.alone][k] != flat["vq"][k] for k in shared) == 1, part
+
+
+def test_scaled_logits_leave_the_entropies_where_they_were() -> None:
+    flat = configs()
+    whole, control = flat["ibq"], flat["ibq_scaled"]
+    ratios = [config["quantizer.entropy_temperature"] / config["quantizer.logit_scale"] for config in (whole, control)]
+    assert control["quantizer.logit_scale"] == flat["ibq"]["quantizer.code_dim"] ** -0.5
+    assert ratios[0] == pytest.approx(ratios[1])
+
+
+def test_the_fair_ibq_and_the_best_vq_differ_in_the_estimator_alone() -> None:
+    flat = configs()
+    shared = flat["vq_best"].keys() & flat["ibq_fair"].keys()
+    assert [k for k in shared if flat["vq_best"][k] != flat["ibq_fair"][k]] == ["quantizer.method"]
+    assert flat["ibq_fair"]["quantizer.double"] is False
 
 
 def test_a_codebook_size_that_some_method_cannot_have_is_refused_for_all() -> None:
@@ -81,6 +97,7 @@ def frame(shares: dict[str, list[float]]) -> pd.DataFrame:
 def test_parts_are_judged_by_the_threshold_stated_beforehand() -> None:
     rows = frame({"vq": [0.02], "ibq_single": [0.01], "ibq_no_entropy": [0.1], "vq_entropy": [0.099], "ibq_top_8": [0.05, 0.5]})
     rows.loc[rows["arm"] == "ibq_scaled", "status"] = "nan"
+    rows.loc[rows["arm"] == "ibq_uniform", "status"] = "pending"
     assert ABLATION.anatomy is not None
     judged = {verdict.name: verdict for verdict in anatomy.part_verdicts(ABLATION.anatomy, rows)}
     assert judged["double term"].necessary is True
@@ -89,13 +106,16 @@ def test_parts_are_judged_by_the_threshold_stated_beforehand() -> None:
     assert judged["entropy penalty"].sufficient is False
     assert judged["search, logits and gradient of IBQ"].sufficient is True
     assert judged["all codes in the softmax"].necessary is None  # the seeds disagree
-    assert judged["logits as large as they are"].necessary is None
+    assert judged["logits as large as they are"].necessary is True  # not finite is not alive
+    assert judged["initialisation from N(0, 1)"].necessary is None
     sentences = anatomy.sentences(ABLATION, rows)
     assert sentences[0].endswith("With 1 seed all of this is at most consistent.")
-    assert "Necessary, since without it ibq collapses: double term (ibq_single at 1.0%)." in sentences
-    assert any(s.startswith("Undecided whether necessary: ") and "ibq_scaled without a result" in s for s in sentences)
+    (necessary,) = [s for s in sentences if s.startswith("Necessary, since without it ibq collapses (at the learning rate of ibq): ")]
+    assert "double term (ibq_single at 1.0%)" in necessary
+    assert "logits as large as they are (ibq_scaled, 1 of 1 seeds not finite)" in necessary
+    assert any(s.startswith("Undecided whether necessary (") and "ibq_uniform without a result" in s for s in sentences)
     table = tables.build("parts", ABLATION, rows).set_index("part")
-    assert list(table.loc["entropy penalty"]) == ["S ibq_no_entropy", "10.0", "no", "G vq_entropy", "9.9", "no"]
+    assert list(table.loc["entropy penalty"]) == ["T ibq_no_entropy", "10.0", "no", "G vq_entropy", "9.9", "no"]
 
 
 def test_nothing_is_necessary_for_what_has_collapsed_itself_and_nothing_sufficient_where_there_is_no_collapse() -> None:
@@ -133,7 +153,15 @@ def test_the_search_table_and_what_is_said_of_it() -> None:
     assert dict(table["chosen"]) == {"vq": "0.001", "ibq": "0.003", "lfq": "0.0003", "fsq": "not yet"}
     assert table.loc["lfq", "0.001"] == "nan"
     assert table.loc["fsq", "0.001"] == "pending"
-    assert table.loc["vq", "also for"] == "G, R"
+    assert table.loc["vq", "also for"] == "G, H, S"
     (sentence,) = [s for s in findings.findings(ABLATION, rows) if s.startswith("The search chose")]
     assert sentence.startswith("The search chose 0.0003 for lfq; 0.001 for vq; 0.003 for ibq.")
     assert sentence.endswith("At the edge of the grid, so perhaps not the best there is: ibq, lfq.")
+
+
+def test_a_search_that_left_the_finite_numbers_and_an_arm_that_waits_lack_no_result() -> None:
+    rows = search_frame({"vq": [0.3, 0.2, math.inf], "ibq": [0.3, 0.2, math.nan]})
+    rows.loc[(rows["arm"] == "ibq") | (rows["arm"] == "ibq_single"), "status"] = "waiting"
+    first, second = findings.findings(ABLATION, rows)[:2]
+    assert first.startswith(f"1 of {len(rows) - 3} runs have no result (1 pending)")
+    assert second == "2 runs wait for the search of their learning rate."

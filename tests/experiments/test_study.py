@@ -61,6 +61,15 @@ def test_scales_multiply_the_recipe_and_what_the_user_set() -> None:
     assert scaled(config, {}) == config
 
 
+def test_a_share_of_the_steps_keeps_the_share_of_the_run_that_is_averaged() -> None:
+    config = next(cell.config for cell in Study("quick").cells)
+    assert (config.steps, config.optim.ema_decay) == (300, 0.98)
+    half, sixth = scaled(config, {"steps": 1 / 2}), scaled(scaled(config, {"steps": 1 / 2}), {"steps": 1 / 3})
+    assert (half.steps, half.optim.ema_decay) == (150, 0.9604)
+    assert sixth.optim.ema_decay**sixth.steps == pytest.approx(config.optim.ema_decay**config.steps, rel=1e-3)
+    assert {cell.config.optim.ema_decay for cell in Study("quick", ("quantizers",)).waiting} == {0.9604}
+
+
 def test_seed_0_of_everything_comes_first() -> None:
     seeds = [cell.seed for cell in Study("quick").cells]
     assert seeds == sorted(seeds)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments import ablations, rows, tuning
+from experiments import ablations, manage, rows, tuning
 from experiments.ablations import ABLATIONS, Ablation
 from experiments.cli import app
 from experiments.plan import expected_cost, plan_table
@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ablation:
 def pretend(cell: Cell, losses: list[float], status: str = "ok") -> None:
     """A finished run with these reconstruction errors in its history."""
     cell.run.path.mkdir(parents=True)
-    cell.run.history.write_text("".join(json.dumps({"step": i, "loss_pixel": loss}) + "\n" for i, loss in enumerate(losses)))
+    cell.run.history.write_text("".join(json.dumps({"step": i, "pixel_mean": loss}) + "\n" for i, loss in enumerate(losses)))
     cell.run.row.write_text(json.dumps({"run": cell.run.path.name, "status": status, "reason": "step 1: the gradient norm overflowed"}))
 
 
@@ -141,6 +141,13 @@ def test_a_stop_leaves_what_waits_for_later(small: Ablation) -> None:
     assert [cell.arm.name for cell in outcome.unfinished][-2:] == ["ibq", "ibq_single"]
     assert len(outcome.unfinished) == 5
     assert [RunDirectory(path).finished for path in study.runs_folder.glob("*/")] == [False]
+
+
+def test_runs_of_a_search_are_not_evaluated_anew(small: Ablation) -> None:
+    study = Study("smoke", ("quantizers",))
+    for cell in study.cells:
+        pretend(cell, [0.1])
+    assert manage.evaluate_finished(study, "train_split") == 0
 
 
 def test_the_command_line_knows_what_waits(small: Ablation) -> None:

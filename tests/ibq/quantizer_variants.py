@@ -34,6 +34,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vq kmeans": {"method": "vq", "codebook_init": "kmeans", "distance": "cosine"},
     "vq rotation": {"method": "vq", "gradient": "rotation"},
     "vq linear": {"method": "vq", "reparametrization": "linear", "entropy_weight": 0.05},
+    "vq cosine ema restart": {
+        "method": "vq",
+        "distance": "cosine",
+        "ema_decay": 0.8,
+        "beta_on": "commitment",
+        "restart": "dead",
+        "usage_decay": 0.5,
+        "restart_threshold": 0.3,
+    },
+    "vq kmeans rotation": {"method": "vq", "codebook_init": "kmeans", "gradient": "rotation", "entropy_weight": 0.05},
+    "vq online cosine": {"method": "vq", "restart": "online", "distance": "cosine"},
     "ibq": {"method": "ibq"},
     "ibq without entropy and double": {"method": "ibq", "entropy_weight": 0.0, "double": False},
     "ibq soft path to features": {"method": "ibq", "soft_path": "features"},
@@ -48,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsq": {"method": "fsq", "levels": (4, 4, 4), "code_dim": 3},
     "simvq": {"method": "simvq", "entropy_weight": 0.05},
     "gumbel": {"method": "gumbel"},
+    "gumbel annealed": {"method": "gumbel", "final_temperature": 0.25, "anneal_steps": 4},
     "gumbel without noise": {"method": "gumbel", "noise": False, "kl_weight": 0.0},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)

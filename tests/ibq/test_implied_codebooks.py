@@ -67,7 +67,7 @@ def test_entropies_are_finite_and_have_their_limits_at_any_size_of_features(scal
     assert losses["sample_entropy"].item() == pytest.approx(D * math.log(2) if scale == 0 else 0, abs=1e-5)
 
 
-def test_two_to_the_18_codes_are_exact_and_quick() -> None:
+def test_two_to_the_18_codes_have_the_entropies_of_a_dense_softmax() -> None:
     quantizer = build_quantizer({"method": "lfq", "codebook_size": 2**18, "code_dim": 18, "entropy_temperature": 1.0})
     z_BDHW = torch.randn(1, 18, 2, 2, requires_grad=True)
     quantized = quantizer(z_BDHW)
@@ -137,6 +137,27 @@ def test_a_temperature_is_an_ibq_whose_logits_are_divided_by_it() -> None:
     gradients = [torch.autograd.grad(z_q, (z_ND, quantizer.embedding), g_ND) for z_q in (quantizer.quantize(z_ND)[0], z_q_ND)]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_the_temperature_falls_along_half_a_cosine_with_the_training_forwards_alone() -> None:
+    quantizer, z_BDHW = make("gumbel", temperature=1.0, final_temperature=0.25, anneal_steps=4), torch.randn(1, D, 4, 4)
+    seen = []
+    for _ in range(6):
+        quantizer.eval()(z_BDHW)
+        seen.append(float(quantizer.temperature))
+        quantizer.train()(z_BDHW)
+    assert seen == pytest.approx([0.25 + 0.375 * (1 + math.cos(math.pi * min(step, 4) / 4)) for step in range(6)])
+    assert make("gumbel", temperature=0.3).temperature == 0.3
+
+
+def test_an_annealed_temperature_is_that_of_the_gradient() -> None:
+    annealed, z_ND, g_ND = gumbel_in_float64(noise=False, final_temperature=0.25, anneal_steps=4)
+    constant, _, _ = gumbel_in_float64(noise=False, temperature=0.25)
+    constant.load_state_dict(annealed.state_dict())
+    annealed.forwards.fill_(4)
+    gradients = [torch.autograd.grad(q.quantize(z_ND)[0], [z_ND, q.embedding], g_ND, retain_graph=True) for q in (annealed, constant)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
 
 def test_noise_samples_codes_by_their_probability_in_training_alone() -> None:

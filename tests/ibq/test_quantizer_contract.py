@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from quantizer_variants import VARIANTS, K, every_variant, features_for, make, total_loss, train_step
 
 from ibq import Quantized, build_quantizer
+from ibq.errors import NonFiniteInputError
 from ibq.losses import weighted_sum
 from ibq.quantizers import Quantizer
 
@@ -26,6 +28,9 @@ TERMS = {
     "vq kmeans": QUANTIZATION,
     "vq rotation": QUANTIZATION,
     "vq linear": QUANTIZATION | ENTROPY,
+    "vq cosine ema restart": {"commitment"},
+    "vq kmeans rotation": QUANTIZATION | ENTROPY,
+    "vq online cosine": QUANTIZATION,
     "ibq without entropy and double": QUANTIZATION,
     "lfq": {"commitment"} | ENTROPY,
     "lfq boosted": {"commitment", "entropy_boost"} | ENTROPY,
@@ -33,6 +38,7 @@ TERMS = {
     "fsq": set(),
     "simvq": QUANTIZATION | ENTROPY,
     "gumbel": {"kl"},
+    "gumbel annealed": {"kl"},
     "gumbel without noise": set(),
 }  # where a variant of ibq is not named, it has them all
 IBQ_TERMS = QUANTIZATION | ENTROPY | {"double"}
@@ -61,6 +67,19 @@ def test_every_quantizer_keeps_the_contract(variant: str, training: bool) -> Non
     assert quantizer.config.loss_weights.keys() == TERMS.get(variant, IBQ_TERMS)
     for _ in range(3):  # what a forward leaves for the next one must not break it
         assert_keeps_the_contract(quantizer, quantizer(features_for(quantizer)))
+
+
+@every_variant
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused_and_change_nothing(variant: str, value: float) -> None:
+    quantizer = make(variant)
+    quantizer(features_for(quantizer))
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    z_BDHW = features_for(quantizer).detach()
+    z_BDHW[1, 2, 0, 3] = value
+    with pytest.raises(NonFiniteInputError, match=r"1 of \d+ values of features"):
+        quantizer(z_BDHW)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.state_dict().items())
 
 
 @every_variant
@@ -168,9 +187,13 @@ def near_codes(variant: str) -> tuple[Quantizer, torch.Tensor]:
 def codes_reached(quantizer: Quantizer) -> set[int] | str:
     """The codes that the gradients at hand move, or MAP where they turn the map that makes all codes."""
     gradients = {name: parameter.grad for name, parameter in quantizer.named_parameters() if parameter.grad is not None}
-    if "projection.weight" in gradients:
+    if (turned := gradients.get("projection.weight")) is not None and turned.any():
         return MAP
-    return set(gradients["embedding"].abs().sum(1).nonzero().flatten().tolist()) if gradients else set()
+    return rows_reached(gradients["embedding"]) if "embedding" in gradients else set()
+
+
+def rows_reached(gradient_KD: torch.Tensor) -> set[int]:
+    return set(gradient_KD.abs().sum(1).nonzero().flatten().tolist())
 
 
 @pytest.mark.parametrize(("variant", "term", "reach"), REACH)
@@ -191,6 +214,8 @@ def test_each_term_reaches_what_it_should(variant: str, term: str, reach: str) -
     best = set(logits_NK.topk(3).indices.flatten().tolist())
     assert len(selected) < len(best) < K or variant in ("lfq", "lfq boosted", "bsq", "fsq")
     assert codes_reached(quantizer) == {ALL: set(range(K)), SELECTED: selected, BEST: best, NONE: set(), MAP: MAP}[reach]
+    if variant == "vq linear" and reach == MAP:  # beside the map the embedding learns too
+        assert rows_reached(quantizer.embedding.grad) == (selected if term == "codebook" else set(range(K)))
 
 
 @every_variant

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from vector_quantize_pytorch import FSQ, LFQ, SimVQ, VectorQuantize
 
 from ibq import build_quantizer
@@ -60,9 +61,6 @@ def test_vq_with_moving_averages(distance: str) -> None:
     mine = make(method="vq", codebook_init="normal", distance=distance, ema_decay=0.8, beta_on="commitment", beta=0.25)
     theirs = VectorQuantize(D, K, decay=0.8, use_cosine_sim=distance == "cosine", rotation_trick=False, commitment_weight=0.25)
     start_KD = mine.codebook.detach().clone()
-    with torch.no_grad():
-        mine.embedding.copy_(start_KD)
-        mine.moving_average.start_from(start_KD)
     theirs._codebook.embed.copy_(start_KD[None])
     theirs._codebook.embed_avg.copy_(start_KD[None])
     for _ in range(4):
@@ -127,11 +125,15 @@ def test_fsq(levels: tuple[int, ...]) -> None:
 
 
 def test_simvq() -> None:
-    """Their default adds the rotation trick, which the paper has not; switched off here. Beta stands on the commitment term there."""
+    """Their default adds the rotation trick, which the paper has not; switched off here. Beta stands on the commitment term there.
+
+    Their map has no bias, where the authors' code, as ours, has one: ours is set to zero.
+    """
     mine = make(method="simvq", beta=0.25, beta_on="commitment")
     theirs = SimVQ(D, K, rotation_trick=False)
     theirs.frozen_codebook.copy_(mine.embedding)
     theirs.code_transform.weight.data.copy_(mine.projection.weight)
+    nn.init.zeros_(mine.projection.bias)
     z_BDHW = torch.randn(GRID, requires_grad=True)
     codes_BND, indices_BN, loss = theirs(tokens(z_BDHW))
     quantized = mine(z_BDHW)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ibq import load_tokenizer
 from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig, parse_train_config
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import StopRequested, train_tokenizer
+from ibq.train_tokenizer import NonFiniteError, StopRequested, train_tokenizer
 
 TRAINED = (
     "vq cosine",
@@ -26,6 +28,9 @@ TRAINED = (
     "vq online",
     "vq kmeans",
     "vq linear",
+    "vq cosine ema restart",
+    "vq kmeans rotation",
+    "vq online cosine",
     "ibq soft path to codes",
     "ibq cosine",
     "lfq boosted",
@@ -33,8 +38,9 @@ TRAINED = (
     "fsq",
     "simvq",
     "gumbel",
+    "gumbel annealed",
 )
-CODES_WITHOUT_GRADIENT = ("vq ema restart", "lfq boosted", "bsq", "fsq", "simvq")
+CODES_WITHOUT_GRADIENT = ("vq ema restart", "vq cosine ema restart", "lfq boosted", "bsq", "fsq", "simvq")
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +107,36 @@ def test_features_and_errors_are_in_the_space_of_the_codes(finished: Any, varian
     assert run.read_row()["quantization_error"] == pytest.approx(error.item(), rel=1e-3)
 
 
-def test_parameters_without_gradient_are_averaged_and_have_no_optimizer_state(config_of: Any, tmp_path: Path) -> None:
+def test_codes_that_are_averages_are_not_averaged_again_and_have_no_optimizer_state(config_of: Any, tmp_path: Path) -> None:
     with pytest.raises(StopRequested):
         list(train_tokenizer(config_of("vq ema restart"), tmp_path, RUNTIME, stop_after(3)))
     tensors = load_checkpoint(tmp_path / "checkpoint")[0].tensors
     assert not [name for name in tensors if name.startswith("optimizer.quantize")]
     average, raw = tensors["average.module.quantize.embedding"], tensors["model.quantize.embedding"]
-    assert not torch.equal(average, raw)
+    assert torch.equal(average, raw)
     for name in ("restart.usage_K", "restart.weight_K", "restart.anchors_KD", "moving_average.counts_K", "moving_average.observed"):
         assert torch.equal(tensors[f"average.module.quantize.{name}"], tensors[f"model.quantize.{name}"])
+
+
+def test_a_restarted_code_is_restarted_in_the_averaged_weights_at_once(config_of: Any, tmp_path: Path) -> None:
+    """A checkpoint every step; where a code is restarted in a step, its average is the code, and where it is not, it is not."""
+    runtime = replace(RUNTIME, log_every=1, checkpoint_every_s=0)
+    config = config_of("vq restart").with_fields(**{"quantizer.restart_threshold": 0.9})
+    states = [load_checkpoint(tmp_path / "checkpoint")[0].tensors for event in train_tokenizer(config, tmp_path, runtime) if event.step > 1]
+    restarted = []
+    for before, after in itertools.pairwise(states):
+        moved_K = before["model.quantize.restart.weight_K"].bool()
+        equal_K = (after["average.module.quantize.embedding"] == after["model.quantize.embedding"]).all(1)
+        assert torch.equal(equal_K, moved_K)
+        restarted.append(int(moved_K.sum()))
+    assert 0 < sum(restarted) < 64 * len(restarted)
+
+
+@pytest.mark.parametrize("variant", ["vq", "ibq", "fsq", "lfq", "gumbel"])
+@pytest.mark.parametrize("steps", [6, 1], ids=["in training", "at the last update"])
+def test_features_that_leave_the_finite_numbers_end_a_run_with_a_row(config_of: Any, tmp_path: Path, variant: str, steps: int) -> None:
+    config = config_of(variant).with_fields(**{"optim.lr": 1e38, "optim.ema_decay": 0.0, "steps": steps})
+    with pytest.raises(NonFiniteError, match=f"step {min(steps, 1)}: ") as caught:
+        list(train_tokenizer(config, tmp_path, RUNTIME))
+    row = RunDirectory(tmp_path).read_row()
+    assert (row["status"], row["reason"]) == ("nan", str(caught.value))

@@ -132,6 +132,13 @@ def test_every_token_is_counted_once(finished: Any, arm: str) -> None:
     assert int(load_file(run.evaluation)["counts_K"].sum()) == run.read_row()["tokens"] == 8 * 64
 
 
+def test_the_mean_pixel_loss_is_of_every_batch_since_the_last_line(tiny: Any, finished: Any, tmp_path: Path) -> None:
+    list(train_tokenizer(tiny(), tmp_path, Runtime(device="cpu", log_every=1, snapshots=0, eval_images=8)))
+    each = [line["loss_pixel"] for line in RunDirectory(tmp_path).read_history()]
+    means = [line["pixel_mean"] for line in finished("ibq")[0].read_history()]
+    assert means == pytest.approx([(each[i] + each[i + 1]) / 2 for i in range(0, 8, 2)])
+
+
 def test_snapshots_hold_what_figures_need(finished: Any) -> None:
     run, _ = finished("ibq")
     snapshot = run.read_snapshot(8)

@@ -145,6 +145,19 @@ def test_restarts_keep_a_codebook_alive_that_dies_without() -> None:
     assert used["online"] > 10
 
 
+@pytest.mark.parametrize("restart", ["dead", "online"])
+def test_the_average_of_a_code_moves_to_it_by_the_weight_that_moved_the_code(restart: str) -> None:
+    quantizer, average = (make(restart=restart, usage_decay=0.5, restart_threshold=0.6) for _ in range(2))
+    quantizer(at_codes(quantizer, [0, 1, 2]))
+    weight_K, start_KD = quantizer.restart.weight_K.clone(), average.embedding.detach().clone()
+    quantizer(torch.randn(1, D, 2, 2))
+    quantizer.mend_average(average)
+    assert 0 < weight_K.sum() < K
+    expected_KD = start_KD + weight_K[:, None] * (quantizer.embedding.detach() - start_KD)
+    torch.testing.assert_close(average.embedding.detach(), expected_KD)
+    assert torch.equal(average.embedding[weight_K == 1], quantizer.embedding[weight_K == 1])
+
+
 # --- k-means -----------------------------------------------------------------------------------------------------------------------------
 
 
