@@ -3,8 +3,8 @@
 Paper: Table 1 compares tokenizers of different recipes, data and lengths; here autoencoder, data, steps, bits a token (K) and the tuning
 budget are equal: before the comparison every method searches its learning rate at three values, in runs of a third of the steps. Close
 relatives take over the rate of the arm that they change: the controls of IBQ that of IBQ as released, so that one part alone differs.
-Cost: 48 runs of the search and 28 of the comparison, 6,600 steps at quick, since arms take half of the preset's steps: 12 minutes on 2 cores
-with one seed, UMAP included.  --seeds 3 adds 56 runs of the comparison.
+Cost: 48 runs of the search and 28 of the comparison, 6,600 steps at quick, since arms take half of the preset's steps: 12 minutes on 2
+cores with one seed, UMAP included; --seeds 3 adds 56 runs of the comparison.
 Command: python -m experiments run quantizers
 
 Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving averages and for
