@@ -109,7 +109,7 @@ def results(backend: str, dtype: torch.dtype, matmul_dtype: torch.dtype, tau: fl
     """z_q, indices, entropies and both gradients on inputs that every precision can hold, computed in one of them."""
     generator = torch.Generator().manual_seed(1)
     z_ND, codebook_KD, g_ND = (
-        torch.randn(rows, 256, generator=generator).mul_(scale).bfloat16().to(DEVICE, dtype) for rows in (96, 700, 96)
+        torch.randn(rows, 256, generator=generator).mul_(scale).bfloat16().to(DEVICE, dtype) for rows in (48, 300, 48)
     )
     z_ND.requires_grad_()
     codebook_KD.requires_grad_()

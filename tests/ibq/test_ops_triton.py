@@ -36,7 +36,7 @@ def inputs(N: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 @pytest.mark.usefixtures("tiling")
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 50, 17), (33, 1, 3), (33, 35, 20), (17, 49, 33)], ids=str)
-@pytest.mark.parametrize("tau", [0.05, 1.0, None])
+@pytest.mark.parametrize("tau", [0.05, None])
 def test_values_and_gradients_are_those_of_the_textbook(sizes: tuple[int, int, int], tau: float | None) -> None:
     z_ND, codebook_KD, g_ND = inputs(*sizes)
     exact = [tensor.double().requires_grad_() for tensor in (z_ND, codebook_KD)]
