@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -200,14 +201,15 @@ def started_pid(study: Study) -> int | None:
 def test_ctrl_c_and_sigterm_stop_within_ten_seconds_resumably(tmp_path: Path, signum: signal.Signals) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path / "runs"), "IBQ_REPORTS": str(tmp_path / "reports")}
     command = [sys.executable, "-m", "experiments", "run", "--preset", "smoke", "--set", "steps=100000"]
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: list(tmp_path.glob("runs/*/history.jsonl")))
-        started = time.monotonic()
-        driver.send_signal(signum)
-        _, stderr = driver.communicate(timeout=30)
-    finally:
-        driver.kill()
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that Ctrl-C is ignored
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as driver:
+        try:
+            wait_for(lambda: list(tmp_path.glob("runs/*/history.jsonl")))
+            started = time.monotonic()
+            driver.send_signal(signum)
+            _, stderr = driver.communicate(timeout=30)
+        finally:
+            driver.kill()
     assert time.monotonic() - started < 10
     assert driver.returncode == 130
     assert stderr.strip() == "stopped; the same command goes on from here"
