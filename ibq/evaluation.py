@@ -12,7 +12,7 @@ from ibq.analysis import QuantizationError
 from ibq.data import DataError, Images
 from ibq.data.images import one_line
 from ibq.metrics import ImageQuality, usage_metrics
-from ibq.metrics.distances import NAMES, Distances, to_uint8, too_few
+from ibq.metrics.distances import Distances, to_uint8, too_few
 from ibq.models.tokenizer import Tokenizer
 
 SHOWN_IMAGES = 8
@@ -68,7 +68,7 @@ def evaluate(
     if isinstance(distances, Distances):
         perceptual, perceptual_protocol = distances.compute()
     else:
-        perceptual, perceptual_protocol = {}, {f"{name}[fashion-cnn]": f"absent: {distances}" for name in NAMES}
+        perceptual, perceptual_protocol = {}, {"distances[fashion-cnn]": f"absent: {distances}"}
     tensors = {"counts_K": counts_K, "images_BCHW": shown[0], "reconstructions_BCHW": shown[1]}
     return metrics | perceptual, protocol | perceptual_protocol, tensors
 

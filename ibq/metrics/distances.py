@@ -72,19 +72,20 @@ class Distances:
         self._stream.add(to_uint8(images_BCHW))
 
     def compute(self) -> tuple[dict[str, float], dict[str, Any]]:
-        """The distances that mean something, and for each name of NAMES (with the network's suffix) its protocol or why it is absent."""
+        """The distances that mean something, labelled with the network's suffix, and their protocol.
+
+        The protocol has an entry `distances` (with the suffix), and one under a metric's own name where that one alone is absent: why.
+        """
         features_NF, logits_NL = self._stream.finish()
         reference_features_NF = reference_features(self.extractor, self.references_NCHW)
         metrics, absent = distances(features_NF, logits_NL, reference_features_NF)
-        what = _provenance(self.extractor, len(features_NF), len(reference_features_NF))
-        details = {
-            "kid": f", {KID_SUBSETS} subsets of {_kid_subset_size(features_NF, reference_features_NF)}",
-            "is": f", {IS_SPLITS} splits",
-        }
-        details |= dict.fromkeys(("precision", "recall"), f", {NEIGHBOURS} neighbours")
-        protocol = {name: what + details.get(name, "") for name in metrics} | {name: f"absent: {reason}" for name, reason in absent.items()}
         suffix = self.extractor.suffix
-        return {name + suffix: value for name, value in metrics.items()}, {name + suffix: protocol[name] for name in NAMES}
+        protocol = {f"{name}{suffix}": f"absent: {reason}" for name, reason in absent.items()}
+        if not metrics:
+            protocol = {f"distances{suffix}": protocol[f"fid{suffix}"]}
+        else:
+            protocol[f"distances{suffix}"] = _provenance(self.extractor, len(features_NF), len(reference_features_NF))
+        return {f"{name}{suffix}": value for name, value in metrics.items()}, protocol
 
 
 def distances(
@@ -112,7 +113,7 @@ def distances(
     if fewest > F:  # else the covariances are singular and FID measures little but the number of images
         fid = fid_statistics_to_metric(fid_features_to_statistics(x_NF), fid_features_to_statistics(y_NF), verbose=False)
         metrics["fid"] = max(0.0, fid[KEY_METRIC_FID])
-    kid_subset_size = _kid_subset_size(x_NF, y_NF)
+    kid_subset_size = _kid_subset_size(len(x_NF), len(y_NF))
     kid = kid_features_to_metric(x_NF, y_NF, kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset_size, verbose=False)
     metrics["kid"] = kid[KEY_METRIC_KID_MEAN]
     metrics["is"] = isc_features_to_metric(logits_NL, splits=IS_SPLITS)[KEY_METRIC_ISC_MEAN]
@@ -204,12 +205,14 @@ class _FeatureStream:
         self._logits.append(logits_BL.float().cpu())
 
 
-def _kid_subset_size(features_NF: torch.Tensor, reference_features_NF: torch.Tensor) -> int:
-    return min(KID_SUBSET_SIZE, min(len(features_NF), len(reference_features_NF)) // 10)
+def _kid_subset_size(n_images: int, n_references: int) -> int:
+    return min(KID_SUBSET_SIZE, n_images // 10, n_references // 10)
 
 
 def _provenance(extractor: Extractor, n_images: int, n_references: int) -> str:
     import torch_fidelity
 
-    against = f"{n_images} uint8 images against {n_references} as the encoder saw them"
-    return f"torch-fidelity {torch_fidelity.__version__}, {extractor.name} {extractor.weights}: {against}"
+    network = f"torch-fidelity {torch_fidelity.__version__}, {extractor.name} {extractor.weights}"
+    sets = f"{n_images} uint8 images against {n_references} as the encoder saw them"
+    subsets = f"KID of {KID_SUBSETS} subsets of {_kid_subset_size(n_images, n_references)}"
+    return f"{network}; {sets}; {subsets}, inception score of {IS_SPLITS} splits, {NEIGHBOURS} neighbours"

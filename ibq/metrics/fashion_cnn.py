@@ -132,8 +132,9 @@ def load_fashion_cnn() -> FashionCNN:
         raise DataError(f"fashion-cnn's weights {path} cannot be read ({error.strerror}); install ibq again") from None
     if (digest := hashlib.sha256(content).hexdigest()) != WEIGHTS_SHA256:
         raise DataError(f"fashion-cnn's weights {path} have sha256 {digest} where {WEIGHTS_SHA256} is expected; install ibq again")
-    network = FashionCNN()
-    network.load_state_dict(load_tensors(content))
+    with torch.device("meta"):  # draws no random numbers, so that an evaluation does not change what comes after it
+        network = FashionCNN()
+    network.load_state_dict(load_tensors(content), assign=True)
     return network.eval().requires_grad_(False)
 
 
