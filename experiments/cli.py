@@ -35,7 +35,7 @@ PresetOption = Annotated[str, typer.Option("--preset", help=f"scale: {', '.join(
 SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4; repeatable")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
-MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, (_, what) in manage.EVALUATIONS.items()))]
+MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in manage.EVALUATIONS.items()))]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")]
 
@@ -45,7 +45,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        for name in ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE"):  # notebooks run in a folder of their own
+        for name in ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE", "IBQ_WEIGHTS"):  # notebooks run in a folder of their own
             if os.environ.get(name):
                 os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
         try:
@@ -203,7 +203,7 @@ def evaluate(
 ) -> None:
     """Add an evaluation to finished runs, without training."""
     study = study_of(names, preset, seeds, set_)
-    print(f"{manage.evaluate_finished(study, metric, _say)} runs evaluated; the columns {metric}.* are in the rows")
+    print(f"{manage.evaluate_finished(study, metric, _say)} runs evaluated with {metric}; the rows have its columns")
 
 
 @app.command()

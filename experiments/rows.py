@@ -11,6 +11,7 @@ from experiments import tuning
 from experiments.study import Cell, Study
 from experiments.sweep import failure_reason, last_step
 from ibq.errors import ConfigError
+from ibq.evaluation import PERCEPTUAL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,8 +25,9 @@ def load(study: Study | None = None) -> pd.DataFrame:
     Returns:
         Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "failed", "interrupted", "running", "pending",
         "waiting" for a search), then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`,
-        evaluations added later as `<evaluation>.<metric>`, and `reason` where there is no result. Runs of a search have arms of their own;
-        `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what decides.
+        evaluations added later as `<evaluation>.<metric>` (of the row's own images: as `<metric>`), and `reason` where there is no result.
+        Runs of a search have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what
+        decides.
 
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
@@ -79,9 +81,12 @@ def checked_row(cell: Cell) -> dict[str, Any]:
 
 
 def _evaluations(cell: Cell) -> dict[str, Any]:
-    """Numbers added after training: eval/<name>.json as columns <name>.<metric>."""
-    files = sorted((cell.run.path / "eval").glob("*.json"))
-    return {f"{path.stem}.{key}": value for path in files for key, value in json.loads(path.read_text()).items()}
+    """Numbers added after training: eval/<name>.json as columns <name>.<metric>, or, where they belong to the row's images, <metric>."""
+    columns: dict[str, Any] = {}
+    for path in sorted((cell.run.path / "eval").glob("*.json")):
+        prefix = "" if path.stem in PERCEPTUAL else f"{path.stem}."
+        columns |= {f"{prefix}{key}": value for key, value in json.loads(path.read_text()).items()}
+    return columns
 
 
 def state(cell: Cell) -> str:
