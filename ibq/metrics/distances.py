@@ -200,7 +200,7 @@ class _FeatureStream:
     @torch.no_grad()
     def _extract(self, images_BCHW: torch.Tensor) -> None:
         rgb_BCHW = images_BCHW.to(self._extractor.device).expand(-1, 3, -1, -1)  # as torch-fidelity reads a grey PNG
-        with full_float32(self._extractor.device):
+        with full_float32(self._extractor.device, convolutions=True):
             features_BF, logits_BL = self._extractor.network(rgb_BCHW)
         self._features.append(features_BF.float().cpu())
         self._logits.append(logits_BL.float().cpu())
