@@ -12,7 +12,7 @@ import pandas as pd
 from experiments import tuning
 from experiments.ablations import Ablation
 from experiments.anatomy import parts_table
-from experiments.effects import OUTCOMES, main_effects, verdict
+from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, main_effects, verdict
 
 NOT_REPORTED = "not reported"
 
@@ -80,8 +80,8 @@ def effects_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for effect in table.to_dict("records"):
         line = {"change": effect["change"], "matched pairs": effect["pairs"]}
-        for outcome, label in OUTCOMES.items():
-            digits = 2 if outcome == "bits" else 4
+        for outcome in RATE_AND_DISTORTION:
+            label, _, digits, _ = OUTCOMES[outcome]
             mean, least, greatest = (effect[f"{outcome}_{part}"] for part in ("mean", "min", "max"))
             spread = "one pair" if effect["pairs"] == 1 else f"{least:+.{digits}f} to {greatest:+.{digits}f}"
             line |= {label: f"{mean:+.{digits}f}", f"{label}, range": spread}
@@ -94,12 +94,12 @@ def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for contrast in ablation.contrasts:
         judged = verdict(contrast, rows)
-        digits = 2 if contrast.outcome == "bits" else 4
+        label, _, digits, _ = OUTCOMES[contrast.outcome]
         lines.append(
             {
                 "claim": contrast.claim,
                 "arms": f"{ablation.letter(contrast.without)}→{ablation.letter(contrast.with_)}",
-                "required in every seed": f"{OUTCOMES[contrast.outcome]} {'≥' if contrast.effect > 0 else '≤'} {contrast.effect:+g}",
+                "required in every seed": f"{label} {'≥' if contrast.effect > 0 else '≤'} {contrast.effect:+g}",
                 "seen, seed by seed": ", ".join(f"{d:+.{digits}f}" for d in judged.differences) or "nothing yet",
                 "verdict": judged.word,
             }

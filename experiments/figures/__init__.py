@@ -1,0 +1,83 @@
+"""Figures of an ablation, in one theme, from rows and run directories alone; each is None while it has no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.ablations import Ablation
+from experiments.figures.codebooks import code_frequency, code_map, reconstructions
+from experiments.figures.comparisons import main_effects, rate_distortion, search
+from experiments.figures.theme import COLORS, LINE_COLORS, theme
+from experiments.figures.training import geometry, gradient_reach, usage_of_each, usage_over_training
+from experiments.study import Study
+
+__all__ = ["COLORS", "FIGURES", "LINE_COLORS", "caption", "draw", "plt", "save", "theme"]
+
+FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None], str]] = {
+    "usage_over_training": (
+        usage_over_training,
+        "Codes used and perplexity over training, counted on the training tokens between two log steps (dashed: as many uniform tokens); "
+        "a line a seed.",
+    ),
+    "search": (
+        search,
+        "The search before the comparison: reconstruction error on the training batches of the last third of each short run; rings mark "
+        "what the arms were then trained with.",
+    ),
+    "usage_of_each": (
+        usage_of_each,
+        "Perplexity and codes used over training, a panel an arm, seed 0, counted on the training tokens between two log steps.",
+    ),
+    "main_effects": (
+        main_effects,
+        "Main effects. A point is a pair of arms that differ in the named factor alone, at one seed (letters: the arms); "
+        "bars are means over pairs.",
+    ),
+    "rate_distortion": (
+        rate_distortion,
+        "Rate against distortion on the test split, every arm and seed; more codes in use need not mean a lower error.",
+    ),
+    "code_frequency": (
+        code_frequency,
+        "Share of the test split's tokens by rank of the code; codes without a token are counted in the legend.",
+    ),
+    "code_map": (
+        code_map,
+        "Codes (at most 1,024) and test features of each arm in one projection ({projection}) at the end of training, raw weights, seed 0; "
+        "in use: by a training token since the snapshot before.",
+    ),
+    "geometry": (
+        geometry,
+        "Norms of codes and features, and how far apart they are: squared distance of a feature to its code over the variance of features, "
+        "at single training steps.",
+    ),
+    "gradient_reach": (
+        gradient_reach,
+        "How many codes the gradient of the whole loss reaches at a step; 'non-zero' would say nothing of a softmax.",
+    ),
+    "reconstructions": (reconstructions, "Test images and their reconstructions, seed 0."),
+}
+
+
+def draw(name: str, study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """One figure by name, in the theme."""
+    theme()
+    return FIGURES[name][0](study, ablation, rows[rows["ablation"] == ablation.name])
+
+
+def caption(name: str, study: Study) -> str:
+    method = "UMAP, 15 neighbours, fixed random state" if study.preset.projection == "umap" else "PCA"
+    return FIGURES[name][1].format(projection=method)
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """PNG and PDF (embedded fonts, no dates: equal figures are equal files)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    plt.close(figure)

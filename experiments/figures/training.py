@@ -1,0 +1,106 @@
+"""What happens over training: usage, geometry, gradient reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from experiments.ablations import Ablation
+from experiments.figures.theme import COLORS, OTHER, arm_colors, arm_label, finished_cells, panel_grid
+from experiments.study import Cell, Study
+
+Curve = Callable[[dict[str, Any], Cell], float]
+Panel = tuple[str, Curve, Curve | None]
+"""Label of the y axis, the value of a history line, and what uniform sampling would give, where that has a meaning."""
+
+
+def usage_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    panels: dict[str, Panel] = {
+        "Codes used": ("share of codes used, %", lambda line, cell: 100 * line["usage"], lambda line, cell: 100 * line["uniform_usage"]),
+        "Perplexity": (
+            "perplexity / K, %",
+            lambda line, cell: 100 * line["perplexity"] / cell.config.quantizer.codebook_size,
+            lambda line, cell: 100 * line["uniform_perplexity"] / cell.config.quantizer.codebook_size,
+        ),
+    }
+    return _curves(study, ablation, panels, log=False)
+
+
+def usage_of_each(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """A panel an arm, seed 0: codes used and perplexity over training; all other arms grey behind."""
+    cells = [cell for cell in finished_cells(study, ablation) if cell.seed == 0]
+    if not cells:
+        return None
+    histories = [pd.DataFrame(cell.run.read_history()) for cell in cells]
+    shares = [100 * history["perplexity"] / cell.config.quantizer.codebook_size for cell, history in zip(cells, histories, strict=True)]
+    figure, axes = panel_grid(len(cells), 5, 1.75)
+    for axis, cell, history, share in zip(axes, cells, histories, shares, strict=True):
+        for other, its_share in zip(histories, shares, strict=True):
+            axis.plot(other["step"], its_share, color="0.88", lw=0.6)
+        axis.plot(history["step"], 100 * history["usage"], color=COLORS[1], lw=1.2, ls=":")
+        axis.plot(history["step"], share, color=COLORS[0], lw=1.4)
+        axis.set(title=arm_label(ablation, cell.arm), ylim=(0, 103), xticks=[0, cell.config.steps], yticks=[0, 50, 100])
+        axis.title.set_fontsize(7.5)
+        axis.tick_params(labelsize=7)
+    handles = [
+        Line2D([], [], color=COLORS[0], lw=1.4, label="perplexity / K, %"),
+        Line2D([], [], color=COLORS[1], lw=1.2, ls=":", label="codes used, %"),
+        Line2D([], [], color="0.88", lw=0.8, label="perplexity of the other arms"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def geometry(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    panels: dict[str, Panel] = {
+        "Codes": ("mean norm of all codes", lambda line, cell: line["code_norm"], None),
+        "Features": ("mean norm of features", lambda line, cell: line["feature_norm"], None),
+        "Distance": ("quantization error / variance of z", lambda line, cell: line["quantization_error"], None),
+    }
+    return _curves(study, ablation, panels, log=True)
+
+
+def gradient_reach(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    panels: dict[str, Panel] = {
+        "Effective gradient reach": ("codes (exp. entropy of norms)", lambda line, cell: line["reach_effective"], None),
+        "RMS gradient above Adam's eps (1e-8)": ("share of codes, %", lambda line, cell: 100 * line["reach_above_eps"], None),
+    }
+    return _curves(study, ablation, panels, log=False)
+
+
+def _curves(study: Study, ablation: Ablation, panels: dict[str, Panel], log: bool) -> Figure | None:
+    """Training curves: focal arms in colour, a line per seed; all others grey behind them."""
+    cells = sorted(finished_cells(study, ablation), key=lambda cell: cell.arm.focal)
+    if not cells:
+        return None
+    colors, seen = arm_colors(ablation), set()
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 1.8, 3.1), squeeze=False)
+    for axis, (title, (unit, value, uniform)) in zip(axes[0], panels.items(), strict=True):
+        for cell in cells:
+            history = cell.run.read_history()
+            ys = [value(line, cell) for line in history]
+            axis.plot([line["step"] for line in history], ys, color=colors.get(cell.arm.name, OTHER), lw=1.3 if cell.arm.focal else 0.8)
+            seen.add(cell.arm.name)
+        if uniform:
+            axis.plot([line["step"] for line in history], [uniform(line, cell) for line in history], color="0.2", ls="--", lw=1)
+        axis.set(title=title, xlabel="training step", ylabel=unit)
+        if log:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, None)
+    handles = [
+        Line2D([], [], color=colors[arm.name], label=arm_label(ablation, arm))
+        for arm in ablation.arms
+        if arm.name in colors and arm.name in seen
+    ]
+    if seen - colors.keys():
+        handles.append(Line2D([], [], color=OTHER, label="other arms"))
+    if any(uniform for _, _, uniform in panels.values()):
+        handles.append(Line2D([], [], color="0.2", ls="--", lw=1, label="uniform sampling"))
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    return figure
