@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ from matplotlib.lines import Line2D
 from experiments.ablations import Ablation
 from experiments.figures.theme import COLORS, OTHER, arm_colors, arm_label, finished_cells, panel_grid
 from experiments.study import Cell, Study
+from ibq.observation import GAPS
 
-Curve = Callable[[dict[str, Any], Cell], float]
+Line = dict[str, Any]
+Curve = Callable[[Line, Cell], float]
 Panel = tuple[str, Curve, Curve | None]
-"""Label of the y axis, the value of a history line, and what uniform sampling would give, where that has a meaning."""
+"""Label of the y axis, the value of a line, and what uniform sampling would give, where that has a meaning."""
 
 
 def usage_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
@@ -65,6 +68,38 @@ def geometry(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | N
     return _curves(study, ablation, panels, log=True)
 
 
+def logits_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    panels: dict[str, Panel] = {
+        "Spread": ("std of a token's logits", lambda line, cell: line["logit_spread"], None),
+        "Decision": (
+            "largest probability of a token",
+            lambda line, cell: line["max_probability"],
+            lambda line, cell: 1 / cell.config.quantizer.codebook_size,
+        ),
+    }
+    return _curves(study, ablation, panels, log=True)
+
+
+def gap_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """Of the focal arms, at the moments of the snapshots."""
+    label = "Fréchet distance / variance of z"
+    panels: dict[str, Panel] = {
+        "All codes": (label, lambda line, cell: line["gap"], None),
+        "Codes in use": (label, lambda line, cell: line["gap_used"], None),
+        "Codes not in use": (label, lambda line, cell: line["gap_dead"], None),
+    }
+    return _curves(study, ablation, panels, log=True, lines=_gaps)
+
+
+def _gaps(cell: Cell) -> list[Line]:
+    """A line a snapshot; nothing has been counted before the first step, so which codes are in use is not known there."""
+    lines = []
+    for step in cell.run.snapshot_steps():
+        gaps = cell.run.read_snapshot(step)["gap"].tolist()
+        lines.append({"step": step} | dict(zip(GAPS, gaps if step else (gaps[0], math.nan, math.nan), strict=True)))
+    return lines
+
+
 def gradient_reach(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     panels: dict[str, Panel] = {
         "Effective gradient reach": ("codes (exp. entropy of norms)", lambda line, cell: line["reach_effective"], None),
@@ -73,7 +108,13 @@ def gradient_reach(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
     return _curves(study, ablation, panels, log=False)
 
 
-def _curves(study: Study, ablation: Ablation, panels: dict[str, Panel], log: bool) -> Figure | None:
+def _curves(
+    study: Study,
+    ablation: Ablation,
+    panels: dict[str, Panel],
+    log: bool,
+    lines: Callable[[Cell], list[Line]] = lambda cell: cell.run.read_history(),
+) -> Figure | None:
     """Training curves: focal arms in colour, a line per seed; all others grey behind them."""
     cells = sorted(finished_cells(study, ablation), key=lambda cell: cell.arm.focal)
     if not cells:
@@ -82,7 +123,7 @@ def _curves(study: Study, ablation: Ablation, panels: dict[str, Panel], log: boo
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 1.8, 3.1), squeeze=False)
     for axis, (title, (unit, value, uniform)) in zip(axes[0], panels.items(), strict=True):
         for cell in cells:
-            history = cell.run.read_history()
+            history = lines(cell)
             ys = [value(line, cell) for line in history]
             axis.plot([line["step"] for line in history], ys, color=colors.get(cell.arm.name, OTHER), lw=1.3 if cell.arm.focal else 0.8)
             seen.add(cell.arm.name)
