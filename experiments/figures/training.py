@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ from ibq.observation import GAPS
 Line = dict[str, Any]
 Curve = Callable[[Line, Cell], float]
 Panel = tuple[str, Curve, Curve | None]
-"""Label of the y axis, the value of a line, and what uniform sampling would give, where that has a meaning."""
+"""Label of the y axis, the value of a line, and that of indifference (uniform sampling), where it has one, drawn once for each K."""
 
 
 def usage_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
@@ -77,7 +77,7 @@ def logits_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -
             lambda line, cell: 1 / cell.config.quantizer.codebook_size,
         ),
     }
-    return _curves(study, ablation, panels, log=True)
+    return _curves(study, ablation, panels, log=True, dashed="1/K")
 
 
 def gap_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
@@ -114,21 +114,24 @@ def _curves(
     panels: dict[str, Panel],
     log: bool,
     lines: Callable[[Cell], list[Line]] = lambda cell: cell.run.read_history(),
+    dashed: str = "uniform sampling",
 ) -> Figure | None:
     """Training curves: focal arms in colour, a line per seed; all others grey behind them."""
     cells = sorted(finished_cells(study, ablation), key=lambda cell: cell.arm.focal)
     if not cells:
         return None
-    colors, seen = arm_colors(ablation), set()
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 1.8, 3.1), squeeze=False)
-    for axis, (title, (unit, value, uniform)) in zip(axes[0], panels.items(), strict=True):
-        for cell in cells:
-            history = lines(cell)
-            ys = [value(line, cell) for line in history]
-            axis.plot([line["step"] for line in history], ys, color=colors.get(cell.arm.name, OTHER), lw=1.3 if cell.arm.focal else 0.8)
-            seen.add(cell.arm.name)
+    histories = [(cell, lines(cell)) for cell in cells]
+    drawn = {title: panel for title, panel in panels.items() if any(math.isfinite(panel[1](*at)) for at in _points(histories))}
+    by_size = {cell.config.quantizer.codebook_size: (cell, history) for cell, history in histories}.values()
+    colors, seen = arm_colors(ablation), {cell.arm.name for cell in cells}
+    figure, axes = plt.subplots(1, len(drawn), figsize=(3.6 * len(drawn) + 1.8, 3.1), squeeze=False)
+    for axis, (title, (unit, value, uniform)) in zip(axes[0], drawn.items(), strict=True):
+        for cell, history in histories:
+            style = {"color": colors.get(cell.arm.name, OTHER), "lw": 1.3 if cell.arm.focal else 0.8}
+            axis.plot([line["step"] for line in history], [value(line, cell) for line in history], **style)
         if uniform:
-            axis.plot([line["step"] for line in history], [uniform(line, cell) for line in history], color="0.2", ls="--", lw=1)
+            for cell, history in by_size:
+                axis.plot([line["step"] for line in history], [uniform(line, cell) for line in history], color="0.2", ls="--", lw=1)
         axis.set(title=title, xlabel="training step", ylabel=unit)
         if log:
             axis.set_yscale("log")
@@ -141,7 +144,11 @@ def _curves(
     ]
     if seen - colors.keys():
         handles.append(Line2D([], [], color=OTHER, label="other arms"))
-    if any(uniform for _, _, uniform in panels.values()):
-        handles.append(Line2D([], [], color="0.2", ls="--", lw=1, label="uniform sampling"))
+    if any(uniform for _, _, uniform in drawn.values()):
+        handles.append(Line2D([], [], color="0.2", ls="--", lw=1, label=dashed))
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
+
+
+def _points(histories: list[tuple[Cell, list[Line]]]) -> Iterator[tuple[Line, Cell]]:
+    return ((line, cell) for cell, history in histories for line in history)
