@@ -5,8 +5,6 @@ Suffixes: B images, D code dimension, H W token grid, N tokens, K codes.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ibq.analysis import code_gap, gradient_reach, logit_statistics
@@ -57,8 +55,8 @@ def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, devi
 
     Returns:
         codes (at most 1,024 of K, with code_indices), features of the first images of the probe split (at most 2,048 tokens) in the space
-        of the codes, counts of the training tokens since the last snapshot, code_norms; gap (3,): `code_gap` of these codes and features,
-        with all codes, with those counted since the last snapshot and with the others, NaN where there are none.
+        of the codes, counts of the training tokens since the last snapshot, code_norms; and gap, gap_used, gap_dead: `code_gap` of these
+        features and codes, in use if counted since the last snapshot, each absent where there are no such codes.
     """
     f = tokenizer.config.model.downsampling
     n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))
@@ -68,15 +66,15 @@ def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, devi
         features_ND = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
         chosen = torch.randperm(len(codebook_KD), generator=torch.Generator().manual_seed(0))[:SNAPSHOT_CODES].sort().values
         codes_kD = codebook_KD[chosen.to(device)]
-        gaps = code_gap(features_ND, codes_kD, window.counts_K[chosen.to(device)] > 0)
+        finite = bool(features_ND.isfinite().all() & codes_kD.isfinite().all())  # a run that has diverged still leaves its snapshot
+        gaps = code_gap(features_ND, codes_kD, window.counts_K[chosen.to(device)] > 0) if finite else {}
         return {
             "codes": codes_kD,
             "code_indices": chosen,
             "features": features_ND,
             "counts": window.counts_K,
             "code_norms": codebook_KD.norm(dim=1),
-            "gap": torch.tensor([gaps.get(name, math.nan) for name in GAPS], dtype=torch.float64),
-        }
+        } | {name: torch.tensor(gap, dtype=torch.float64) for name, gap in gaps.items()}
 
 
 @torch.no_grad()

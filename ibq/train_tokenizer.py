@@ -261,8 +261,8 @@ def train_tokenizer(
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", data)
     if config.steps in snapshot_steps:
-        gaps = run.read_snapshot(config.steps)["gap"].tolist()
-        metrics |= {name: gap for name, gap in zip(GAPS, gaps, strict=True) if math.isfinite(gap)}
+        last = run.read_snapshot(config.steps)
+        metrics |= {name: last[name].item() for name in GAPS if name in last}
     write_json(run.row, _row(state, "ok", metrics, protocol, data))
     remove_checkpoint(run.checkpoint)
 

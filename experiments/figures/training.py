@@ -95,8 +95,9 @@ def _gaps(cell: Cell) -> list[Line]:
     """A line a snapshot; nothing has been counted before the first step, so which codes are in use is not known there."""
     lines = []
     for step in cell.run.snapshot_steps():
-        gaps = cell.run.read_snapshot(step)["gap"].tolist()
-        lines.append({"step": step} | dict(zip(GAPS, gaps if step else (gaps[0], math.nan, math.nan), strict=True)))
+        snapshot = cell.run.read_snapshot(step)
+        shown = [name for name in GAPS if name in snapshot and (step or name == "gap")]
+        lines.append({"step": step} | dict.fromkeys(GAPS, math.nan) | {name: snapshot[name].item() for name in shown})
     return lines
 
 
