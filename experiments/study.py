@@ -140,7 +140,7 @@ class Study:
             ready += [cell for search in searches.values() for cell in search]
             for arm in ablation.arms:
                 config, stage = configs[arm.name], ready
-                if config.quantizer.codebook_size > self.preset.max_codebook_size:
+                if config.quantizer.codebook_size > max(self.preset.max_codebook_size, self._codebook_size):
                     continue
                 if ablation.tuning:
                     search = searches[arm.tuned_as or arm.name]
