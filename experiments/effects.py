@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from experiments.ablations import Ablation, Arm, Contrast
@@ -13,8 +16,29 @@ from experiments.ablations import Ablation, Arm, Contrast
 MIN_SEEDS = 3
 """Below this many seeds nothing is confirmed or refuted."""
 
-OUTCOMES = {"bits": "Δ bits a token", "l1": "Δ L1"}
-"""What effects are measured in: rate (log2 of perplexity) and distortion, side by side."""
+
+class Outcome(NamedTuple):
+    """Something that differences are taken of: how the difference is written, its unit in a sentence, digits, and its value in rows."""
+
+    label: str
+    unit: str
+    digits: int
+    value: Callable[[pd.DataFrame], pd.Series]
+
+
+def _entry(name: str, scale: float = 1.0) -> Callable[[pd.DataFrame], pd.Series]:
+    return lambda rows: scale * rows[name].astype(float) if name in rows else pd.Series(float("nan"), rows.index)
+
+
+OUTCOMES = {
+    "bits": Outcome("Δ bits a token", "bits a token", 2, _entry("bits")),
+    "l1": Outcome("Δ L1", "L1", 4, _entry("l1")),
+    "usage": Outcome("Δ usage, points", "points of usage", 1, _entry("usage", 100)),
+    "share": Outcome("Δ perplexity / K, points", "points of perplexity / K", 1, _entry("perplexity_share", 100)),
+    "fid": Outcome("Δ log2 FID[fashion-cnn]", "doublings of FID[fashion-cnn]", 2, lambda rows: np.log2(_entry("fid[fashion-cnn]")(rows))),
+}
+RATE_AND_DISTORTION = ("bits", "l1")
+"""What main effects are shown in, side by side."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +65,15 @@ def matched_pairs(ablation: Ablation) -> list[Pair]:
     return sorted(pairs, key=lambda pair: (order.index(pair.factor), pair.change))
 
 
-def paired_differences(rows: pd.DataFrame, low: str, high: str) -> pd.DataFrame:
-    """Differences (high - low) of the outcomes at every seed that both arms have finished."""
-    finished = rows[rows["status"] == "ok"] if "bits" in rows else rows.iloc[:0]
-    sides = [finished[finished["arm"] == name].set_index("seed") for name in (low, high)]
-    seeds = sides[0].index.intersection(sides[1].index)
-    if seeds.empty:
-        return pd.DataFrame(columns=["seed", *OUTCOMES])
-    return (sides[1].loc[seeds, list(OUTCOMES)] - sides[0].loc[seeds, list(OUTCOMES)]).astype(float).reset_index()
+def paired_differences(rows: pd.DataFrame, low: str, high: str, outcomes: Iterable[str] = RATE_AND_DISTORTION) -> pd.DataFrame:
+    """Differences (high - low) of outcomes at every seed that both arms have finished; columns seed and the outcomes' names.
+
+    A seed at which one of the two lacks an outcome is left out.
+    """
+    finished = rows[rows["status"] == "ok"]
+    values = pd.DataFrame({name: OUTCOMES[name].value(finished) for name in outcomes}).set_index(finished["seed"])
+    sides = [values[(finished["arm"] == name).to_numpy()] for name in (low, high)]
+    return (sides[1] - sides[0]).dropna().rename_axis("seed").reset_index()
 
 
 def effects(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -60,7 +85,7 @@ def effects(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
         surrounding = "both" if pair.factor == method else pair.low.levels[method]
         for difference in paired_differences(rows, pair.low.name, pair.high.name).to_dict("records"):
             lines.append({"factor": pair.factor, "change": pair.change, "pair": letters, "surrounding": surrounding} | difference)
-    return pd.DataFrame(lines, columns=["factor", "change", "pair", "surrounding", "seed", *OUTCOMES])
+    return pd.DataFrame(lines, columns=["factor", "change", "pair", "surrounding", "seed", *RATE_AND_DISTORTION])
 
 
 def main_effects(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -68,9 +93,9 @@ def main_effects(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     table = effects(ablation, rows)
     lines = []
     for change, group in table.groupby("change", sort=False):
-        by_pair = group.groupby("pair")[list(OUTCOMES)].mean()
+        by_pair = group.groupby("pair")[list(RATE_AND_DISTORTION)].mean()
         line: dict[str, object] = {"factor": group["factor"].iloc[0], "change": change, "pairs": len(by_pair)}
-        for outcome in OUTCOMES:
+        for outcome in RATE_AND_DISTORTION:
             line |= {
                 f"{outcome}_mean": by_pair[outcome].mean(),
                 f"{outcome}_min": by_pair[outcome].min(),
@@ -86,6 +111,7 @@ class Verdict:
 
     contrast: Contrast
     word: str
+    seeds: tuple[int, ...]
     differences: tuple[float, ...]
 
     @property
@@ -95,10 +121,11 @@ class Verdict:
 
 def verdict(contrast: Contrast, rows: pd.DataFrame) -> Verdict:
     """Judge a claim by its own rule: every seed's paired difference reaches the effect size, or none does."""
-    differences = tuple(paired_differences(rows, contrast.without, contrast.with_)[contrast.outcome])
+    table = paired_differences(rows, contrast.without, contrast.with_, (contrast.outcome,))
+    seeds, differences = tuple(table["seed"]), tuple(table[contrast.outcome])
     reached = [difference * math.copysign(1, contrast.effect) >= abs(contrast.effect) for difference in differences]
     if not reached or any(reached) != all(reached):
-        return Verdict(contrast, "undecided", differences)
+        return Verdict(contrast, "undecided", seeds, differences)
     if len(reached) < MIN_SEEDS:
-        return Verdict(contrast, "consistent" if all(reached) else "undecided", differences)
-    return Verdict(contrast, "confirmed" if all(reached) else "refuted", differences)
+        return Verdict(contrast, "consistent" if all(reached) else "undecided", seeds, differences)
+    return Verdict(contrast, "confirmed" if all(reached) else "refuted", seeds, differences)

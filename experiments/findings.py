@@ -6,7 +6,7 @@ import pandas as pd
 
 from experiments import anatomy
 from experiments.ablations import Ablation
-from experiments.effects import Verdict, main_effects, verdict
+from experiments.effects import OUTCOMES, Verdict, main_effects, verdict
 from experiments.tables import chosen_value, searches
 
 
@@ -48,8 +48,7 @@ def _of_verdict(judged: Verdict) -> str:
     contrast, n = judged.contrast, len(judged.differences)
     if not n:
         return f"{contrast.claim} Undecided: no pair of finished runs yet."
-    unit = "bits a token" if contrast.outcome == "bits" else "L1"
-    digits = 2 if contrast.outcome == "bits" else 4
+    _, unit, digits, _ = OUTCOMES[contrast.outcome]
     least, greatest = min(judged.differences), max(judged.differences)
     seen = f"{judged.mean:+.{digits}f} {unit} over {n} seed{'s' if n > 1 else ''}"
     spread = f" ({least:+.{digits}f} to {greatest:+.{digits}f})" if n > 1 else ""

@@ -140,6 +140,8 @@ class Study:
             ready += [cell for search in searches.values() for cell in search]
             for arm in ablation.arms:
                 config, stage = configs[arm.name], ready
+                if config.quantizer.codebook_size > max(self.preset.max_codebook_size, self._codebook_size):
+                    continue
                 if ablation.tuning:
                     search = searches[arm.tuned_as or arm.name]
                     chosen = tuning.best({cell.search.value: tuning.search_loss(cell.run) for cell in search if cell.search})

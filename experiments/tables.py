@@ -12,9 +12,9 @@ import pandas as pd
 from experiments import tuning
 from experiments.ablations import Ablation
 from experiments.anatomy import parts_table
-from experiments.effects import OUTCOMES, main_effects, verdict
+from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, main_effects, verdict
 
-NOT_REPORTED = "not reported"
+NOT_REPORTED, NOT_MEASURED = "not reported", "not measured"
 
 
 class Column(NamedTuple):
@@ -26,7 +26,7 @@ class Column(NamedTuple):
 
 
 def _entry(name: str, scale: float = 1.0) -> Callable[[pd.DataFrame], pd.Series]:
-    return lambda rows: rows[name].astype(float) * scale
+    return lambda rows: rows[name].astype(float) * scale if name in rows else pd.Series(math.nan, rows.index)
 
 
 COLUMNS = {
@@ -43,7 +43,10 @@ COLUMNS = {
     "parameters": Column("parameters, thousands", 0, _entry("parameters", 1e-3)),
     "peak_memory": Column("peak memory GiB", 2, _entry("peak_memory_gib")),
     "learning_rate": Column("learning rate / 1e-4", 1, _entry("config.optim.lr", 1e4)),
+    "codebook_size": Column("K", 0, _entry("codebook_size")),
     "code_dim": Column("D", 0, _entry("code_dim")),
+    "fid": Column("FID[fashion-cnn]", 2, _entry("fid[fashion-cnn]")),
+    "gap": Column("gap", 2, _entry("gap")),
 }
 
 
@@ -53,6 +56,8 @@ def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for arm in ablation.arms:
         mine = rows[rows["arm"] == arm.name]
+        if mine.empty:  # larger than the preset's largest codebook
+            continue
         finished = mine[mine["status"] == "ok"]
         line: dict[str, object] = {"": ablation.letter(arm.name), "arm": arm.name, **arm.levels}
         if finished.empty:
@@ -69,7 +74,9 @@ def _state(rows: pd.DataFrame) -> str:
 
 
 def mean_and_spread(values: pd.Series, digits: int) -> str:
-    """'12.3 ± 0.4' (sample standard deviation), or '12.3' where all values are the same one."""
+    """'12.3 ± 0.4' (sample standard deviation), '12.3' where all values are the same one, or that none was measured."""
+    if values.isna().all():
+        return NOT_MEASURED
     mean = f"{values.mean():.{digits}f}"
     return f"{mean} ± {values.std(ddof=1):.{digits}f}" if values.nunique() > 1 else mean
 
@@ -80,8 +87,8 @@ def effects_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for effect in table.to_dict("records"):
         line = {"change": effect["change"], "matched pairs": effect["pairs"]}
-        for outcome, label in OUTCOMES.items():
-            digits = 2 if outcome == "bits" else 4
+        for outcome in RATE_AND_DISTORTION:
+            label, _, digits, _ = OUTCOMES[outcome]
             mean, least, greatest = (effect[f"{outcome}_{part}"] for part in ("mean", "min", "max"))
             spread = "one pair" if effect["pairs"] == 1 else f"{least:+.{digits}f} to {greatest:+.{digits}f}"
             line |= {label: f"{mean:+.{digits}f}", f"{label}, range": spread}
@@ -94,12 +101,12 @@ def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for contrast in ablation.contrasts:
         judged = verdict(contrast, rows)
-        digits = 2 if contrast.outcome == "bits" else 4
+        label, _, digits, _ = OUTCOMES[contrast.outcome]
         lines.append(
             {
                 "claim": contrast.claim,
                 "arms": f"{ablation.letter(contrast.without)}→{ablation.letter(contrast.with_)}",
-                "required in every seed": f"{OUTCOMES[contrast.outcome]} {'≥' if contrast.effect > 0 else '≤'} {contrast.effect:+g}",
+                "required in every seed": f"{label} {'≥' if contrast.effect > 0 else '≤'} {contrast.effect:+g}",
                 "seen, seed by seed": ", ".join(f"{d:+.{digits}f}" for d in judged.differences) or "nothing yet",
                 "verdict": judged.word,
             }

@@ -1,4 +1,7 @@
-"""What a codebook's gradient and geometry say: gradient reach, quantization error, norms. Suffixes: N tokens, K codes, D code dimension."""
+"""What a codebook's gradient and geometry say: gradient reach, quantization error, logits, the gap between features and codes.
+
+Suffixes: N tokens, K codes, D code dimension.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,62 @@ def gradient_reach(gradient_KD: torch.Tensor) -> dict[str, float]:
         return {"reach_effective": 0.0, "reach_above_eps": above}
     share_K = norms_K / total
     return {"reach_effective": math.exp(float(-torch.special.xlogy(share_K, share_K).sum())), "reach_above_eps": above}
+
+
+@torch.no_grad()
+def logit_statistics(logits_NK: torch.Tensor) -> dict[str, float]:
+    """How decisive an assignment is: `logit_spread`, the standard deviation of a token's logits over the codes, and `max_probability`, the
+    largest entry of its softmax at temperature 1; means over tokens. 1/K there is indifference; near 1 the softmax hears of one code, and
+    its gradient vanishes.
+
+    Args:
+        logits_NK: scores of every code (N, K).
+    """
+    logits_NK = logits_NK.double()
+    return {
+        "logit_spread": float(logits_NK.std(1, correction=0).mean()),
+        "max_probability": float(logits_NK.softmax(1).amax(1).mean()),
+    }
+
+
+@torch.no_grad()
+def code_gap(features_ND: torch.Tensor, codes_KD: torch.Tensor, used_K: torch.Tensor) -> dict[str, float]:
+    """How far the codebook as a cloud of points lies from the features: `gap`, with `gap_used` and `gap_dead` for part of the codes.
+
+    The Fréchet distance of two Gaussians, |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), over the features' variance tr S1, so that it has no
+    unit: 0 is the same cloud; 1 is what a single point at the features' mean has. It is a distance of distributions, not of tokens to their
+    codes (that is the quantization error): few codes amid the features are near all the same.
+
+    Args:
+        features_ND: features in the space of the codes (N, D), N at least 2.
+        codes_KD: codes (K, D).
+        used_K: bool (K,), which of them are in use; a part without a code is left out of the result.
+    """
+    parts = {"gap": codes_KD, "gap_used": codes_KD[used_K], "gap_dead": codes_KD[~used_K]}
+    mean_D, covariance_DD = _moments(features_ND)
+    root_DD = _root(covariance_DD)
+    variance = float(covariance_DD.trace().clamp_min(1e-300))
+    gaps = {}
+    for name, part_KD in parts.items():
+        if len(part_KD):
+            part_mean_D, part_covariance_DD = _moments(part_KD)
+            cross = torch.linalg.eigvalsh(root_DD @ part_covariance_DD @ root_DD).clamp_min(0).sqrt().sum()
+            distance = (mean_D - part_mean_D).square().sum() + covariance_DD.trace() + part_covariance_DD.trace() - 2 * cross
+            gaps[name] = max(0.0, float(distance)) / variance
+    return gaps
+
+
+def _moments(points_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (D,) and covariance (D, D), over N, in float64."""
+    points_ND = points_ND.double()
+    mean_D = points_ND.mean(0)
+    return mean_D, (points_ND - mean_D).T @ (points_ND - mean_D) / len(points_ND)
+
+
+def _root(matrix_DD: torch.Tensor) -> torch.Tensor:
+    """Square root of a symmetric positive semi-definite matrix."""
+    values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
+    return vectors_DD * values_D.clamp_min(0).sqrt() @ vectors_DD.T
 
 
 class QuantizationError:

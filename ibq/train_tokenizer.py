@@ -20,20 +20,17 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ibq.analysis import gradient_reach
 from ibq.checkpoint import Checkpoint, flatten_optimizer, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig, flatten, parse_train_config
 from ibq.data import Images, data_hash, load_images
 from ibq.errors import ConfigError, NonFiniteInputError
-from ibq.evaluation import evaluate, evaluating
+from ibq.evaluation import evaluate
 from ibq.losses import loss_weights, pixel_loss, weighted_sum
 from ibq.metrics import usage_metrics
 from ibq.models.tokenizer import Tokenizer
+from ibq.observation import GAPS, LossWindow, TokenWindow, geometry, take_snapshot
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, source_commit, write_json, write_tensors
-
-SNAPSHOT_CODES, SNAPSHOT_FEATURES = 1024, 2048
-CODEBOOK_PARAMETER = "quantize.embedding"
 
 
 @dataclass(frozen=True)
@@ -92,37 +89,6 @@ def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch
 @lru_cache(maxsize=2)
 def _permutation(seed: int, n: int) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
-class TokenWindow:
-    """Code counts of the training tokens since the last reset."""
-
-    def __init__(self, codebook_size: int, device: torch.device) -> None:
-        self.counts_K = torch.zeros(codebook_size, dtype=torch.int64, device=device)
-
-    def add(self, indices: torch.Tensor) -> None:
-        self.counts_K += torch.bincount(indices.flatten(), minlength=len(self.counts_K))
-
-    def reset(self) -> None:
-        self.counts_K = torch.zeros_like(self.counts_K)
-
-
-class LossWindow:
-    """Mean of a loss over the batches since the last reset, gathered on its device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sum_and_count = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add(self, loss: torch.Tensor) -> None:
-        self.sum_and_count[0] += loss.detach()
-        self.sum_and_count[1] += 1
-
-    def mean(self) -> float:
-        total, count = self.sum_and_count.tolist()
-        return total / count
-
-    def reset(self) -> None:
-        self.sum_and_count = torch.zeros_like(self.sum_and_count)
 
 
 class _State:
@@ -271,7 +237,7 @@ def train_tokenizer(
             record |= {"gradient_norm": gradient_norm.item(), "loss": loss.item()}
             record |= {f"loss_{name}": term.item() for name, term in terms.items()}
             record["pixel_mean"] = state.pixel_window.mean()  # of all batches since the last line, where loss_pixel is of this one
-            record |= usage_metrics(state.log_window.counts_K) | _geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
+            record |= usage_metrics(state.log_window.counts_K) | geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
             state.log_window.reset()
             state.pixel_window.reset()
             append_line(run.history, record)
@@ -294,6 +260,9 @@ def train_tokenizer(
     write_tensors(run.model, averaged.state_dict())
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", data)
+    if config.steps in snapshot_steps:
+        last = run.read_snapshot(config.steps)
+        metrics |= {name: last[name].item() for name in GAPS if name in last}
     write_json(run.row, _row(state, "ok", metrics, protocol, data))
     remove_checkpoint(run.checkpoint)
 
@@ -310,43 +279,6 @@ def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: Image
         z_BDHW = tokenizer.features(images.batch(batch_indices(config.seed, step, len(images), config.batch_size), device))
         features.append(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
     quantizer.initialize_from(torch.cat(features).float(), torch.Generator().manual_seed(config.seed))
-
-
-def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, device: torch.device) -> dict[str, torch.Tensor]:
-    """All that a figure needs later of this moment of training (raw weights).
-
-    Returns:
-        codes (at most 1,024 of K, with code_indices), features of the first images of the probe split (at most 2,048 tokens) in the space
-        of the codes, counts of the training tokens since the last snapshot, code_norms.
-    """
-    f = tokenizer.config.model.downsampling
-    n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))
-    with evaluating(tokenizer):
-        codebook_KD = tokenizer.quantize.codebook
-        z_BDHW = tokenizer.quantize.to_code_space(tokenizer.features(probe.batch(torch.arange(n_images), device)))
-        features_ND = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
-        chosen = torch.randperm(len(codebook_KD), generator=torch.Generator().manual_seed(0))[:SNAPSHOT_CODES].sort().values
-        return {
-            "codes": codebook_KD[chosen.to(device)],
-            "code_indices": chosen,
-            "features": features_ND,
-            "counts": window.counts_K,
-            "code_norms": codebook_KD.norm(dim=1),
-        }
-
-
-@torch.no_grad()
-def _geometry(tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor) -> dict[str, float]:
-    """Gradient reach (where codes have a gradient), norms and relative quantization error of the last step, in the space of the codes."""
-    parameter = dict(tokenizer.named_parameters()).get(CODEBOOK_PARAMETER)
-    reach = {} if parameter is None or parameter.grad is None else gradient_reach(parameter.grad)
-    z_BDHW = tokenizer.quantize.to_code_space(z_BDHW.float())
-    variance = z_BDHW.var(dim=(0, 2, 3), correction=0).sum()
-    return reach | {
-        "feature_norm": z_BDHW.norm(dim=1).mean().item(),
-        "code_norm": tokenizer.quantize.codebook.norm(dim=1).mean().item(),
-        "quantization_error": ((z_BDHW - z_q_BDHW).square().sum(1).mean() / variance.clamp_min(1e-30)).item(),
-    }
 
 
 def _check_config(run: RunDirectory, config: TrainConfig) -> None:

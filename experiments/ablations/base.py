@@ -10,9 +10,6 @@ from typing import Any, Literal
 
 from experiments.recipes import Preset
 
-MANY_ARMS = 16
-"""With more arms than this, figures with a panel of a projection show the focal arms alone: UMAP takes some eight seconds a run."""
-
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
 
 
@@ -42,15 +39,17 @@ class Factor:
 class Contrast:
     """A claim and the pair of arms that tests it.
 
-    Stated before the numbers: `outcome` changes from `without` to `with_` by at least `effect` (its sign is the direction) in every seed.
+    Stated before the numbers: `outcome` (one of `experiments.effects.OUTCOMES`) changes from `without` to `with_` by at least `effect` (its
+    sign is the direction) in every seed. `paper` says where the paper makes this claim; empty: the question is this study's own.
     """
 
     name: str
     without: str
     with_: str
     claim: str
-    outcome: Literal["bits", "l1"]
+    outcome: Literal["bits", "l1", "usage", "share", "fid"]
     effect: float
+    paper: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,15 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """The factor whose levels are sizes, and the column of a row that says how large: what figures of scaling have below."""
+
+    factor: str
+    column: str
+    label: str
+
+
+@dataclass(frozen=True)
 class PaperRow:
     """A row of a table of the paper, None where it reports no number; `arm` is the arm that comes closest to it, if there is one."""
 
@@ -127,6 +135,9 @@ class Ablation:
     """The factor that rate against distortion shows by the shape of a point."""
     fill: str | None = None
     """The factor whose last level it shows by a filled point."""
+    axis: Axis | None = None
+    followed: tuple[str, ...] = ()
+    """The arms whose codes and features are projected at several moments of training."""
     tuning: Tuning | None = None
     anatomy: Anatomy | None = None
     core: bool = True
@@ -134,10 +145,10 @@ class Ablation:
 
     @cached_property
     def mapped(self) -> tuple[Arm, ...]:
-        """The arms whose codes and features are projected."""
+        """The arms whose codes and features are projected: the focal ones, since UMAP takes some eight seconds each."""
         if "code_map" not in self.figures:
             return ()
-        return self.arms if len(self.arms) <= MANY_ARMS else tuple(arm for arm in self.arms if arm.focal)
+        return tuple(arm for arm in self.arms if arm.focal or arm.name in self.followed)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

@@ -90,8 +90,8 @@ class CodebookConfig(EmbeddingConfig, TermsConfig):
 class Quantizer(nn.Module):
     """Base of every quantizer. A subclass names its config class: ``class Mine(Quantizer, config=MineConfig)``; that registers it.
 
-    A subclass implements `codebook` and `quantize`, and `to_code_space` if it compares codes with something else than z itself; the base
-    keeps shapes, float32 and the index look-up the same for all.
+    A subclass implements `codebook` and `quantize`, `to_code_space` if it compares codes with something else than z itself, and `logits` if
+    it does not choose the nearest code; the base keeps shapes, float32 and the index look-up the same for all.
     """
 
     registry: ClassVar[dict[str, type[Quantizer]]] = {}
@@ -117,6 +117,13 @@ class Quantizer(nn.Module):
     def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
         """Of features (N, D) or (B, D, H, W) what codes are compared with: z, or z normalised or bounded; errors are measured there."""
         return z
+
+    def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
+        """Scores (N, K) of every code for features (N, D), the largest of which names the code; for analysis, training does without.
+
+        -|z - c|^2 in the space of the codes, unless a method says otherwise.
+        """
+        return -torch.cdist(self.to_code_space(z_ND), self.codebook).square()
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """The method itself on flat float32 features; returns z_q (N, D), indices (N,) and the raw loss terms."""

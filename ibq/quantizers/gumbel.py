@@ -60,9 +60,12 @@ class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
         done = (self.forwards / self.config.anneal_steps).clamp_max(1)
         return last + (first - last) * (1 + torch.cos(math.pi * done)) / 2
 
+    def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
+        return z_ND @ self.codebook.T
+
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         codebook_KD = self.codebook
-        logits_NK = z_ND @ codebook_KD.T
+        logits_NK = self.logits(z_ND)
         noisy_NK = logits_NK
         if self.training and self.config.noise:
             noisy_NK = logits_NK - torch.empty_like(logits_NK).exponential_().log()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibq.analysis import QuantizationError, gradient_reach
+from ibq.analysis import QuantizationError, code_gap, gradient_reach, logit_statistics
 
 
 @pytest.mark.parametrize("K", [1, 7, 1000])
@@ -74,3 +76,34 @@ def test_error_of_the_mean_is_1_and_of_a_copy_0() -> None:
     copy.update(z_BDHW, z_BDHW)
     assert mean.compute() == pytest.approx(1)
     assert copy.compute() == 0
+
+
+def test_logit_statistics_at_their_limits() -> None:
+    assert logit_statistics(torch.full((3, 50), 7.0)) == pytest.approx({"logit_spread": 0, "max_probability": 1 / 50})
+    decided_NK = 1000 * torch.eye(4)
+    assert logit_statistics(decided_NK) == pytest.approx({"logit_spread": 1000 * math.sqrt(3) / 4, "max_probability": 1})
+
+
+def test_the_gap_equals_the_frechet_distance_of_scipy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features_ND = torch.randn(500, 6, generator=generator) * torch.arange(1, 7) + 0.3
+    codes_KD = torch.randn(40, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    used_K = torch.arange(40) < 4  # fewer than D: their covariance is singular
+    gaps = code_gap(features_ND, codes_KD, used_K)
+    for name, part_KD in (("gap", codes_KD), ("gap_used", codes_KD[used_K]), ("gap_dead", codes_KD[~used_K])):
+        one, other = features_ND.double().numpy(), part_KD.double().numpy()
+        S1, S2 = np.cov(one.T, bias=True), np.cov(other.T, bias=True)
+        root = scipy.linalg.sqrtm(S1 @ S2 + 1e-15 * np.eye(6)).real
+        expected = np.square(one.mean(0) - other.mean(0)).sum() + np.trace(S1 + S2 - 2 * root)
+        assert gaps[name] == pytest.approx(expected / np.trace(S1), rel=1e-5)
+
+
+def test_the_gap_at_its_limits() -> None:
+    features_ND = torch.randn(300, 5) + 2
+    everything = torch.ones(300, dtype=torch.bool)
+    assert code_gap(features_ND, features_ND, everything) == pytest.approx({"gap": 0, "gap_used": 0}, abs=1e-9)
+    at_the_mean = features_ND.double().mean(0, keepdim=True)
+    assert code_gap(features_ND, at_the_mean, torch.tensor([False])) == pytest.approx({"gap": 1, "gap_dead": 1})
+    assert code_gap(10 * features_ND, 10 * features_ND.flip(0) + 1, everything)["gap"] == pytest.approx(
+        code_gap(features_ND, features_ND + 0.1, everything)["gap"]
+    )  # no unit

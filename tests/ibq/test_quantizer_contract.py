@@ -44,6 +44,15 @@ TERMS = {
 IBQ_TERMS = QUANTIZATION | ENTROPY | {"double"}
 
 
+@every_variant
+def test_the_largest_logit_names_the_code(variant: str) -> None:
+    quantizer = make(variant).eval()
+    z_BDHW = features_for(quantizer)
+    logits_NK = quantizer.logits(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
+    assert logits_NK.shape == (24, K)
+    assert torch.equal(logits_NK.argmax(1), quantizer(z_BDHW).indices.flatten())
+
+
 def assert_keeps_the_contract(quantizer: Quantizer, quantized: Quantized) -> None:
     z_q, indices, losses = quantized
     assert isinstance(quantized, Quantized)

@@ -1,0 +1,112 @@
+"""Figures of an ablation, in one theme, from rows and run directories alone; each is None while it has no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.ablations import Ablation
+from experiments.figures.codebooks import code_frequency, code_map, map_over_training, reconstructions
+from experiments.figures.comparisons import main_effects, rate_distortion, scaling, search
+from experiments.figures.theme import COLORS, LINE_COLORS, theme
+from experiments.figures.training import (
+    gap_over_training,
+    geometry,
+    gradient_reach,
+    logits_over_training,
+    usage_of_each,
+    usage_over_training,
+)
+from experiments.study import Study
+
+__all__ = ["COLORS", "FIGURES", "LINE_COLORS", "caption", "draw", "plt", "save", "theme"]
+
+FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None], str]] = {
+    "usage_over_training": (
+        usage_over_training,
+        "Codes used and perplexity over training, counted on the training tokens between two log steps (dashed: as many uniform tokens); "
+        "a line a seed.",
+    ),
+    "search": (
+        search,
+        "The search before the comparison: reconstruction error on the training batches of the last third of each short run; rings mark "
+        "what the arms were then trained with.",
+    ),
+    "usage_of_each": (
+        usage_of_each,
+        "Perplexity and codes used over training, a panel an arm, seed 0, counted on the training tokens between two log steps.",
+    ),
+    "main_effects": (
+        main_effects,
+        "Main effects. A point is a pair of arms that differ in the named factor alone, at one seed (letters: the arms); "
+        "bars are means over pairs.",
+    ),
+    "rate_distortion": (
+        rate_distortion,
+        "Rate against distortion on the test split, every arm and seed; more codes in use need not mean a lower error.",
+    ),
+    "code_frequency": (
+        code_frequency,
+        "Share of the test split's tokens by rank of the code; codes without a token are counted in the legend.",
+    ),
+    "code_map": (
+        code_map,
+        "Codes (at most 1,024) and test features of each arm in one projection ({projection}) at the end of training, raw weights, seed 0; "
+        "in use: by a training token since the snapshot before.",
+    ),
+    "scaling": (
+        scaling,
+        "Usage and quality on the test split against {axis}: a point a seed, lines through the means; averaged weights.",
+    ),
+    "map_over_training": (
+        map_over_training,
+        "Codes (at most 1,024) and test features over training, raw weights, seed 0. Every panel is a projection of its own "
+        "({projection}), so positions compare within a panel alone: whether codes lie among features or apart from them. In use: by a "
+        "training token since the snapshot before; before the first step nothing is counted.",
+    ),
+    "gap_over_training": (
+        gap_over_training,
+        "Gap between features and codes: Fréchet distance of the two clouds over the variance of the features (0: the same cloud; 1: a "
+        "single point at the features' mean), for all codes (at most 1,024), those in use by a training token since the snapshot before, "
+        "and the others; raw weights, a line a seed.",
+    ),
+    "logits_over_training": (
+        logits_over_training,
+        "How decisive assignments are: standard deviation of a token's logits over the codes, and the largest probability of its softmax "
+        "at temperature 1 (dashed: 1/K), means over tokens of a step. Logits are those that the search goes by: z·c for IBQ, -|z - c|² "
+        "elsewhere.",
+    ),
+    "geometry": (
+        geometry,
+        "Norms of codes and features, and how far apart they are: squared distance of a feature to its code over the variance of features, "
+        "at single training steps.",
+    ),
+    "gradient_reach": (
+        gradient_reach,
+        "How many codes the gradient of the whole loss reaches at a step; 'non-zero' would say nothing of a softmax.",
+    ),
+    "reconstructions": (reconstructions, "Test images and their reconstructions, seed 0."),
+}
+
+
+def draw(name: str, study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """One figure by name, in the theme."""
+    theme()
+    return FIGURES[name][0](study, ablation, rows[rows["ablation"] == ablation.name])
+
+
+def caption(name: str, study: Study, ablation: Ablation) -> str:
+    method = "UMAP, 15 neighbours, fixed random state" if study.preset.projection == "umap" else "PCA"
+    return FIGURES[name][1].format(projection=method, axis=ablation.axis.label if ablation.axis else "")
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """PNG and PDF (embedded fonts, no dates: equal figures are equal files)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    plt.close(figure)
