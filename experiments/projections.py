@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
-from experiments.study import Cell, unique_runs
+from experiments.study import Cell
 from ibq.run_directory import RunDirectory, write_tensors
 
 Method = Literal["umap", "pca"]
@@ -32,38 +33,48 @@ class Projection:
     used: np.ndarray
 
 
-def project(run: RunDirectory, method: Method, compute: bool = True) -> Projection | None:
-    """The last snapshot of a run, projected; from the cache where it was done before.
-
-    None where there is no snapshot, or no cached projection and `compute` is off.
-    """
+def moments(run: RunDirectory) -> list[int]:
+    """Steps of a run's snapshots at which a map follows it: the first two, the middle one and the last."""
     steps = run.snapshot_steps()
-    if not steps:
-        return None
-    step = steps[-1]
-    snapshot = run.read_snapshot(step)
-    cached = run.path / "projections" / f"{method}-{step:08d}.safetensors"
-    if cached.is_file():
-        xy = load_file(cached)["xy"].numpy()
-    elif not compute:
-        return None
-    else:
-        points = torch.cat([snapshot["codes"], snapshot["features"]]).float().numpy()
-        xy = _reduce(points, method)
-        write_tensors(cached, {"xy": torch.from_numpy(np.ascontiguousarray(xy, dtype=np.float32))})
-    k = len(snapshot["codes"])
-    used = (snapshot["counts"][snapshot["code_indices"]] > 0).numpy()
-    return Projection(method, step, xy[:k], xy[k:], used)
+    return sorted({steps[i] for i in (0, min(1, len(steps) - 1), len(steps) // 2, -1)}) if steps else []
+
+
+def project(run: RunDirectory, method: Method, steps: list[int], compute: bool = True) -> list[Projection]:
+    """Snapshots of a run, each projected by itself; from the cache where it was done before, and left out where it was not and `compute`
+    is off."""
+    projections = []
+    for step in steps:
+        cached = _cache(run, method, step)
+        if not (compute or cached.is_file()):
+            continue
+        snapshot = run.read_snapshot(step)
+        if cached.is_file():
+            xy = load_file(cached)["xy"].numpy()
+        else:
+            xy = _reduce(torch.cat([snapshot["codes"], snapshot["features"]]).float().numpy(), method)
+            write_tensors(cached, {"xy": torch.from_numpy(np.ascontiguousarray(xy, dtype=np.float32))})
+        k = len(snapshot["codes"])
+        used = (snapshot["counts"][snapshot["code_indices"]] > 0).numpy()
+        projections.append(Projection(method, step, xy[:k], xy[k:], used))
+    return projections
 
 
 def project_all(cells: Iterable[Cell], method: Method, say: Callable[[str], None] = print) -> None:
     """Fill the cache for the finished runs that a map shows, in this one process: UMAP compiles for most of a minute, once."""
-    mapped = [cell for cell in cells if cell.arm in cell.ablation.mapped]
-    todo = [cell for cell in unique_runs(mapped) if cell.run.finished and cell.run.snapshot_steps()]
-    todo = [c for c in todo if not (c.run.path / "projections" / f"{method}-{c.run.snapshot_steps()[-1]:08d}.safetensors").is_file()]
-    for i, cell in enumerate(todo, 1):
-        say(f"projection {i} of {len(todo)} ({method.upper()}): {cell.name}")
-        project(cell.run, method)
+    wanted: dict[Path, tuple[Cell, int]] = {}
+    for cell in cells:
+        followed, mapped = cell.arm.name in cell.ablation.followed, cell.arm in cell.ablation.mapped
+        if cell.run.finished and (followed or mapped):
+            for step in moments(cell.run) if followed else cell.run.snapshot_steps()[-1:]:
+                wanted[_cache(cell.run, method, step)] = (cell, step)
+    todo = [each for path, each in wanted.items() if not path.is_file()]
+    for i, (cell, step) in enumerate(todo, 1):
+        say(f"projection {i} of {len(todo)} ({method.upper()}): {cell.name} step {step}")
+        project(cell.run, method, [step])
+
+
+def _cache(run: RunDirectory, method: Method, step: int) -> Path:
+    return run.path / "projections" / f"{method}-{step:08d}.safetensors"
 
 
 def _reduce(points: np.ndarray, method: Method) -> np.ndarray:

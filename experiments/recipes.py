@@ -26,6 +26,8 @@ class Preset:
     seconds_per_step: float = 0.2
     measured_on: str = "2 cores of a server CPU, two runs at a time"
     max_seeds: int = 1_000_000
+    max_codebook_size: int = 4096
+    """Arms with more codes are left out at this scale."""
 
 
 PRESETS = {
@@ -45,6 +47,7 @@ PRESETS = {
             projection="pca",
             seconds_per_step=0.05,
             max_seeds=1,
+            max_codebook_size=128,
         ),
         Preset(
             name="quick",
@@ -74,6 +77,7 @@ PRESETS = {
             runtime=Runtime(log_every=50, eval_images=10_000, eval_batch_size=500),
             seconds_per_step=0.1,
             measured_on="nothing yet: an estimate",
+            max_codebook_size=2**18,
         ),
     )
 }

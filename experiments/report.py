@@ -73,7 +73,7 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
         figure = figures.draw(name, study, ablation, mine)
         if figure is not None:
             figures.save(figure, folder / "figures", f"{stem}_{name}")
-            shown_figures.append({"name": name, "file": f"figures/{stem}_{name}", "caption": figures.caption(name, study)})
+            shown_figures.append({"name": name, "file": f"figures/{stem}_{name}", "caption": figures.caption(name, study, ablation)})
     return {
         "ablation": ablation,
         "findings": findings(ablation, rows),

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from experiments import tuning
 from experiments.study import Cell, Study
 from experiments.sweep import failure_reason, last_step
+from ibq.config import flatten
 from ibq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def _arm_line(cell: Cell) -> dict[str, Any]:
     quantizer = cell.config.quantizer
     line: dict[str, Any] = {"ablation": cell.ablation.name, "arm": cell.arm.name, "method": quantizer.method}
     line |= {"codebook_size": quantizer.codebook_size, "code_dim": quantizer.code_dim, "seed": cell.seed}
+    line |= {f"config.{name}": value for name, value in flatten(cell.config.identity()).items()}
     return line | {f"factor.{name}": level for name, level in cell.arm.levels.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -155,12 +156,15 @@ class Study:
     def _stages(self) -> tuple[list[Cell], list[Cell]]:
         ready: list[Cell] = []
         waiting: list[Cell] = []
+        largest = max(self.preset.max_codebook_size, self._codebook_size(self.overrides)) if not self.grid else math.inf  # it was asked for
         for ablation in self.ablations:
             configs = {arm.name: self._config(ablation, arm) for arm in ablation.arms}
             searches = {arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as}
             ready += [cell for search in searches.values() for cell in search]
             for arm in ablation.arms:
                 config, stage = configs[arm.name], ready
+                if config.quantizer.codebook_size > largest:
+                    continue
                 if ablation.tuning:
                     search = searches[arm.tuned_as or arm.name]
                     chosen = tuning.best({cell.search.value: tuning.search_loss(cell.run) for cell in search if cell.search})

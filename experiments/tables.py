@@ -17,7 +17,7 @@ from experiments.ablations.grid import BASE, GRID_COLUMNS, strips, varied
 from experiments.anatomy import parts_table
 from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, main_effects, verdict
 
-NOT_REPORTED = "not reported"
+NOT_REPORTED, NOT_MEASURED = "not reported", "not measured"
 
 
 class Column(NamedTuple):
@@ -29,7 +29,7 @@ class Column(NamedTuple):
 
 
 def _entry(name: str, scale: float = 1.0) -> Callable[[pd.DataFrame], pd.Series]:
-    return lambda rows: rows[name].astype(float) * scale
+    return lambda rows: rows[name].astype(float) * scale if name in rows else pd.Series(math.nan, rows.index)
 
 
 COLUMNS = {
@@ -47,7 +47,10 @@ COLUMNS = {
     "parameters": Column("parameters, thousands", 0, _entry("parameters", 1e-3)),
     "peak_memory": Column("peak memory GiB", 2, _entry("peak_memory_gib")),
     "learning_rate": Column("learning rate / 1e-4", 1, _entry("config.optim.lr", 1e4)),
+    "codebook_size": Column("K", 0, _entry("codebook_size")),
     "code_dim": Column("D", 0, _entry("code_dim")),
+    "fid": Column("FID[fashion-cnn]", 2, _entry("fid[fashion-cnn]")),
+    "gap": Column("gap", 2, _entry("gap")),
 }
 
 
@@ -57,6 +60,8 @@ def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for arm in ablation.arms:
         mine = rows[rows["arm"] == arm.name]
+        if mine.empty:  # larger than the preset's largest codebook
+            continue
         finished = mine[mine["status"] == "ok"]
         line: dict[str, object] = {"": ablation.letter(arm.name), "arm": arm.name, **arm.levels}
         if finished.empty:
@@ -73,7 +78,9 @@ def _state(rows: pd.DataFrame) -> str:
 
 
 def mean_and_spread(values: pd.Series, digits: int) -> str:
-    """'12.3 ± 0.4' (sample standard deviation), or '12.3' where all values are the same one."""
+    """'12.3 ± 0.4' (sample standard deviation), '12.3' where all values are the same one, or that none was measured."""
+    if values.isna().all():
+        return NOT_MEASURED
     mean = f"{values.mean():.{digits}f}"
     return f"{mean} ± {values.std(ddof=1):.{digits}f}" if values.nunique() > 1 else mean
 
@@ -170,9 +177,10 @@ def grid_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     if not more:
         return pd.DataFrame()
     across, *others = more
-    arms = arms_table(replace(ablation, columns=GRID_COLUMNS), rows).set_index([BASE, *(field.name for field in varied(ablation))])
+    outcomes = [name for name in GRID_COLUMNS if name != "fid" or COLUMNS[name].value(rows).notna().any()]
+    arms = arms_table(replace(ablation, columns=tuple(outcomes)), rows).set_index([BASE, *(field.name for field in varied(ablation))])
     lines = []
-    for name, (base, *rest), level in product(GRID_COLUMNS, strips(ablation), down.levels):
+    for name, (base, *rest), level in product(outcomes, strips(ablation), down.levels):
         line = {"outcome": COLUMNS[name].label, BASE: base} | {field.name: at for field, at in zip(others, rest, strict=True)}
         line |= {down.name: level}
         for column in across.levels:

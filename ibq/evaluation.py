@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from ibq.analysis import QuantizationError
-from ibq.data import Images
+from ibq.data import DataError, Images
+from ibq.data.images import one_line
 from ibq.metrics import ImageQuality, usage_metrics
+from ibq.metrics.distances import Distances, to_uint8, too_few
 from ibq.models.tokenizer import Tokenizer
 
 SHOWN_IMAGES = 8
@@ -41,26 +43,45 @@ def evaluate(
         weights: which weights these are ("ema" or "raw"), for the protocol.
 
     Returns:
-        metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z, both in the space of the codes); protocol;
-        and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8).
+        metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z, both in the space of the codes, and for
+        Fashion-MNIST the distances in the features of fashion-cnn); protocol, which also says why a distance is absent; and tensors:
+        counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8).
     """
     n_images = min(n_images, len(images))
     device = next(tokenizer.parameters()).device
     counts_K = torch.zeros(tokenizer.config.quantizer.codebook_size, dtype=torch.int64, device=device)
     quality, error, shown = ImageQuality(), QuantizationError(), None
+    distances = _stand_in(images, n_images, device)
     with evaluating(tokenizer):
         for indices_B in torch.arange(n_images).split(batch_size):
             x_BCHW = images.batch(indices_B, device)
             y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
             quality.update(x_BCHW, y_BCHW)
+            if isinstance(distances, Distances):
+                distances.update(y_BCHW)
             error.update(tokenizer.quantize.to_code_space(z_BDHW), quantized.z_q)
             counts_K += torch.bincount(quantized.indices.flatten(), minlength=len(counts_K))
             shown = shown if shown is not None else (to_uint8(x_BCHW[:SHOWN_IMAGES]), to_uint8(y_BCHW[:SHOWN_IMAGES]))
     assert shown is not None
     metrics = usage_metrics(counts_K) | quality.compute() | {"quantization_error": error.compute()}
     protocol = {"split": images.split, "n_images": n_images, "weights": weights, "precision": "fp32", "images": "float in [-1, 1], clamped"}
-    return metrics, protocol, {"counts_K": counts_K, "images_BCHW": shown[0], "reconstructions_BCHW": shown[1]}
+    if isinstance(distances, Distances):
+        perceptual, perceptual_protocol = distances.compute()
+    else:
+        perceptual, perceptual_protocol = {}, {"distances[fashion-cnn]": f"absent: {distances}"}
+    tensors = {"counts_K": counts_K, "images_BCHW": shown[0], "reconstructions_BCHW": shown[1]}
+    return metrics | perceptual, protocol | perceptual_protocol, tensors
 
 
-def to_uint8(images_BCHW: torch.Tensor) -> torch.Tensor:
-    return ((images_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def _stand_in(images: Images, n_images: int, device: torch.device) -> Distances | str:
+    """Distances in the features of fashion-cnn, for Fashion-MNIST; or a phrase that says why there are none."""
+    if images.name != "fashion-mnist":
+        return f"fashion-cnn knows Fashion-MNIST, not {images.name}"
+    if reason := too_few(n_images):  # known before seconds are spent on importing
+        return reason
+    try:
+        from ibq.metrics.extractors import fashion_cnn_extractor
+
+        return Distances(fashion_cnn_extractor(device), images.images_NCHW[:n_images])
+    except (ImportError, DataError) as error:
+        return one_line(error)

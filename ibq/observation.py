@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ibq.analysis import gradient_reach, logit_statistics
+from ibq.analysis import code_gap, gradient_reach, logit_statistics
 from ibq.data import Images
 from ibq.evaluation import evaluating
 from ibq.models.tokenizer import Tokenizer
@@ -16,6 +16,7 @@ SNAPSHOT_CODES, SNAPSHOT_FEATURES = 1024, 2048
 LEAST_TOKENS, LOGITS = 64, 2**21
 """Of a batch the log looks at the logits of so many tokens: 2,048 at 1,024 codes, 64 at 2^18."""
 CODEBOOK_PARAMETER = "quantize.embedding"
+GAPS = ("gap", "gap_used", "gap_dead")
 
 
 class TokenWindow:
@@ -54,7 +55,8 @@ def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, devi
 
     Returns:
         codes (at most 1,024 of K, with code_indices), features of the first images of the probe split (at most 2,048 tokens) in the space
-        of the codes, counts of the training tokens since the last snapshot, code_norms.
+        of the codes, counts of the training tokens since the last snapshot, code_norms; and gap, gap_used, gap_dead: `code_gap` of these
+        features and codes, in use if counted since the last snapshot, each absent where there are no such codes.
     """
     f = tokenizer.config.model.downsampling
     n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))
@@ -63,13 +65,16 @@ def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, devi
         z_BDHW = tokenizer.quantize.to_code_space(tokenizer.features(probe.batch(torch.arange(n_images), device)))
         features_ND = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
         chosen = torch.randperm(len(codebook_KD), generator=torch.Generator().manual_seed(0))[:SNAPSHOT_CODES].sort().values
+        codes_kD = codebook_KD[chosen.to(device)]
+        finite = bool(features_ND.isfinite().all() & codes_kD.isfinite().all())  # a run that has diverged still leaves its snapshot
+        gaps = code_gap(features_ND, codes_kD, window.counts_K[chosen.to(device)] > 0) if finite else {}
         return {
-            "codes": codebook_KD[chosen.to(device)],
+            "codes": codes_kD,
             "code_indices": chosen,
             "features": features_ND,
             "counts": window.counts_K,
             "code_norms": codebook_KD.norm(dim=1),
-        }
+        } | {name: torch.tensor(gap, dtype=torch.float64) for name, gap in gaps.items()}
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from ibq.evaluation import evaluate
 from ibq.losses import loss_weights, pixel_loss, weighted_sum
 from ibq.metrics import usage_metrics
 from ibq.models.tokenizer import Tokenizer
-from ibq.observation import LossWindow, TokenWindow, geometry, take_snapshot
+from ibq.observation import GAPS, LossWindow, TokenWindow, geometry, take_snapshot
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, source_commit, write_json, write_tensors
 
@@ -260,6 +260,9 @@ def train_tokenizer(
     write_tensors(run.model, averaged.state_dict())
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", data)
+    if config.steps in snapshot_steps:
+        last = run.read_snapshot(config.steps)
+        metrics |= {name: last[name].item() for name in GAPS if name in last}
     write_json(run.row, _row(state, "ok", metrics, protocol, data))
     remove_checkpoint(run.checkpoint)
 

@@ -13,7 +13,13 @@ from ibq.quantizers import Quantizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMPORT_NAMES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn", "umap-learn": "umap"}
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "torch-fidelity": "torch_fidelity",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+    "umap-learn": "umap",
+}
 
 
 def requirement_name(requirement: str) -> str:

@@ -1,9 +1,18 @@
 """The ablations, one file each; `ABLATIONS` lists them in the order of their notebooks, `CORE` those that a study without names has."""
 
-from experiments.ablations import double_quant_loss, quantizers, vq_vs_ibq
-from experiments.ablations.base import Ablation, Anatomy, Arm, Contrast, Factor, PaperRow, Part, Tuning
+from experiments.ablations import (
+    code_dimension,
+    codebook_size,
+    double_quant_loss,
+    lfq_comparison,
+    model_size,
+    quantizers,
+    vq_vs_ibq,
+)
+from experiments.ablations.base import Ablation, Anatomy, Arm, Axis, Contrast, Factor, PaperRow, Part, Tuning
 
-ABLATIONS: dict[str, Ablation] = {module.ABLATION.name: module.ABLATION for module in (vq_vs_ibq, double_quant_loss, quantizers)}
+_IN_ORDER = (vq_vs_ibq, double_quant_loss, codebook_size, code_dimension, lfq_comparison, model_size, quantizers)
+ABLATIONS: dict[str, Ablation] = {module.ABLATION.name: module.ABLATION for module in _IN_ORDER}
 CORE = tuple(ablation.name for ablation in ABLATIONS.values() if ablation.core)
 
-__all__ = ["ABLATIONS", "CORE", "Ablation", "Anatomy", "Arm", "Contrast", "Factor", "PaperRow", "Part", "Tuning"]
+__all__ = ["ABLATIONS", "CORE", "Ablation", "Anatomy", "Arm", "Axis", "Contrast", "Factor", "PaperRow", "Part", "Tuning"]

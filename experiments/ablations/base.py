@@ -10,9 +10,6 @@ from typing import Any, Literal
 
 from experiments.recipes import Preset
 
-MANY_ARMS = 16
-"""With more arms than this, figures with a panel of a projection show the focal arms alone: UMAP takes some eight seconds a run."""
-
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
 
 
@@ -150,10 +147,10 @@ class Ablation:
 
     @cached_property
     def mapped(self) -> tuple[Arm, ...]:
-        """The arms whose codes and features are projected."""
+        """The arms whose codes and features are projected: the focal ones, since UMAP takes some eight seconds each."""
         if "code_map" not in self.figures:
             return ()
-        return self.arms if len(self.arms) <= MANY_ARMS else tuple(arm for arm in self.arms if arm.focal)
+        return tuple(arm for arm in self.arms if arm.focal or arm.name in self.followed)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from experiments.ablations import ABLATIONS
-from experiments.ablations.base import Ablation, Arm, Factor
+from experiments.ablations.base import COLUMNS, Ablation, Arm, Factor
 from ibq.config import flatten, parse_train_config
 from ibq.errors import ConfigError, nearest
 from ibq.quantizers import Quantizer
@@ -27,10 +27,10 @@ MOST_ARMS = 700
 """As many as there are letters from A to ZZ, which is what tables and figures call arms by."""
 MOST_CURVES, MOST_POINTS = 9, 50
 """Arms that have a colour each in figures of curves, and arms whose letters can be told apart in a figure of points."""
-BASE, CODEBOOK_SIZE = "base", "quantizer.codebook_size"
-"""Name of the first factor, and of the field that many bases derive others from."""
-GRID_COLUMNS = ("share", "bits", "l1")
-"""Outcomes that the pivot table and the heat map show; the table of arms has more."""
+BASE = "base"
+"""Name of the first factor."""
+GRID_COLUMNS = ("share", "bits", "l1", "fid")
+"""Outcomes that the pivot table and the heat map show where they were measured; the table of arms has more."""
 
 
 class Base(NamedTuple):
@@ -91,8 +91,9 @@ def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] =
         quantizer=lambda point, codebook_size: by_label[point[BASE]].ablation.quantizer(by_label[point[BASE]].arm.levels, codebook_size),
         scales=lambda point: by_label[point[BASE]].ablation.scales(by_label[point[BASE]].arm.levels),
         settings=settings,
-        figures=_figures(size, one_codebook_size=CODEBOOK_SIZE not in grid),
+        figures=_figures(size),
         tables=("grid", "arms"),
+        columns=(*COLUMNS, "fid"),
         paper_source="",
         paper_rows=(),
     )
@@ -180,11 +181,11 @@ def _equations(point: Mapping[str, str]) -> list[str]:
     return [f"{leaf if leaves.count(leaf) == 1 else field}={level}" for leaf, (field, level) in zip(leaves, point.items(), strict=True)]
 
 
-def _figures(arms: int, one_codebook_size: bool) -> tuple[str, ...]:
-    """The map always, points and curves while they can be told apart; curves of usage have one line of uniform sampling, so one K."""
-    curves = ["usage_over_training"] if arms <= MOST_CURVES and one_codebook_size else []
+def _figures(arms: int) -> tuple[str, ...]:
+    """The map always, points and curves while they can be told apart."""
     points = ["rate_distortion"] if arms <= MOST_POINTS else []
-    return ("heat_map", *curves, *points, *(["reconstructions"] if arms <= MOST_CURVES else []))
+    curves = ["usage_over_training", "reconstructions"] if arms <= MOST_CURVES else []
+    return ("heat_map", *curves[:1], *points, *curves[1:])
 
 
 def _meaning(bases: Sequence[Base], grid: Mapping[str, Sequence[Any]]) -> str:

@@ -10,11 +10,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.ablations import Ablation
-from experiments.figures.codebooks import code_frequency, code_map, reconstructions
-from experiments.figures.comparisons import main_effects, rate_distortion, search
+from experiments.figures.codebooks import code_frequency, code_map, map_over_training, reconstructions
+from experiments.figures.comparisons import main_effects, rate_distortion, scaling, search
 from experiments.figures.heat_map import heat_map
 from experiments.figures.theme import COLORS, LINE_COLORS, theme
-from experiments.figures.training import geometry, gradient_reach, usage_of_each, usage_over_training
+from experiments.figures.training import (
+    gap_over_training,
+    geometry,
+    gradient_reach,
+    logits_over_training,
+    usage_of_each,
+    usage_over_training,
+)
 from experiments.study import Study
 
 __all__ = ["COLORS", "FIGURES", "LINE_COLORS", "caption", "draw", "plt", "save", "theme"]
@@ -52,6 +59,28 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
         "Codes (at most 1,024) and test features of each arm in one projection ({projection}) at the end of training, raw weights, seed 0; "
         "in use: by a training token since the snapshot before.",
     ),
+    "scaling": (
+        scaling,
+        "Usage and quality on the test split against {axis}: a point a seed, lines through the means; averaged weights.",
+    ),
+    "map_over_training": (
+        map_over_training,
+        "Codes (at most 1,024) and test features over training, raw weights, seed 0. Every panel is a projection of its own "
+        "({projection}), so positions compare within a panel alone: whether codes lie among features or apart from them. In use: by a "
+        "training token since the snapshot before; before the first step nothing is counted.",
+    ),
+    "gap_over_training": (
+        gap_over_training,
+        "Gap between features and codes: Fréchet distance of the two clouds over the variance of the features (0: the same cloud; 1: a "
+        "single point at the features' mean), for all codes (at most 1,024), those in use by a training token since the snapshot before, "
+        "and the others; raw weights, a line a seed.",
+    ),
+    "logits_over_training": (
+        logits_over_training,
+        "How decisive assignments are: standard deviation of a token's logits over the codes, and the largest probability of its softmax "
+        "at temperature 1 (dashed: 1/K), means over tokens of a step. Logits are those that the search goes by: z·c for IBQ, -|z - c|² "
+        "elsewhere.",
+    ),
     "geometry": (
         geometry,
         "Norms of codes and features, and how far apart they are: squared distance of a feature to its code over the variance of features, "
@@ -76,9 +105,9 @@ def draw(name: str, study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
     return FIGURES[name][0](study, ablation, rows[rows["ablation"] == ablation.name])
 
 
-def caption(name: str, study: Study) -> str:
+def caption(name: str, study: Study, ablation: Ablation) -> str:
     method = "UMAP, 15 neighbours, fixed random state" if study.preset.projection == "umap" else "PCA"
-    return FIGURES[name][1].format(projection=method)
+    return FIGURES[name][1].format(projection=method, axis=ablation.axis.label if ablation.axis else "")
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

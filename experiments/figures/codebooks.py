@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from safetensors.torch import load_file
 
 from experiments.ablations import Ablation
 from experiments.figures.theme import COLORS, arm_colors, arm_label, finished_cells, panel_grid
-from experiments.projections import project
+from experiments.projections import Projection, moments, project
 from experiments.study import Study
 
 
@@ -42,20 +43,46 @@ def code_frequency(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
 
 def code_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """Codes and features of the mapped arms at seed 0 in one projection each."""
-    projected = []
-    for cell in finished_cells(study, ablation):
-        shown = cell.seed == 0 and cell.arm in ablation.mapped
-        projection = project(cell.run, study.preset.projection, compute=False) if shown else None
-        if projection is not None:
-            projected.append((cell, projection))
+    cells = [cell for cell in finished_cells(study, ablation) if cell.seed == 0 and cell.arm in ablation.mapped]
+    found = [(cell, project(cell.run, study.preset.projection, cell.run.snapshot_steps()[-1:], compute=False)) for cell in cells]
+    projected = [(cell, projections[0]) for cell, projections in found if projections]
     if not projected:
         return None
     figure, axes = panel_grid(len(projected), 4, 2.15)
     for axis, (cell, projection) in zip(axes, projected, strict=True):
-        axis.scatter(*projection.features.T, s=2.5, color="0.7", linewidths=0, rasterized=True)
-        axis.scatter(*projection.codes[~projection.used].T, s=5, color=COLORS[3], marker="x", linewidths=0.5, rasterized=True)
-        axis.scatter(*projection.codes[projection.used].T, s=5, color=COLORS[0], linewidths=0, rasterized=True)
-        axis.set(title=arm_label(ablation, cell.arm), xticks=[], yticks=[])
+        _draw_map(axis, projection)
+        axis.set_title(arm_label(ablation, cell.arm))
+    _map_legend(figure)
+    return figure
+
+
+def map_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """A row an arm that is followed, a column a moment."""
+    cells = [cell for cell in finished_cells(study, ablation) if cell.seed == 0 and cell.arm.name in ablation.followed]
+    found = [(cell, project(cell.run, study.preset.projection, moments(cell.run), compute=False)) for cell in cells]
+    projected = [(cell, projections) for cell, projections in found if projections]
+    if not projected:
+        return None
+    columns = max(len(projections) for _, projections in projected)
+    figure, axes = panel_grid(columns * len(projected), columns, 2.15)
+    for i, (cell, projections) in enumerate(projected):
+        for axis, projection in zip(axes[i * columns :], projections, strict=False):
+            _draw_map(axis, projection)
+            axis.set_title(f"step {projection.step}")
+        axes[i * columns].set_ylabel(arm_label(ablation, cell.arm))
+    _map_legend(figure)
+    return figure
+
+
+def _draw_map(axis: Axes, projection: Projection) -> None:
+    dead, used = projection.codes[~projection.used], projection.codes[projection.used]
+    axis.scatter(projection.features[:, 0], projection.features[:, 1], s=2.5, color="0.7", linewidths=0, rasterized=True)
+    axis.scatter(dead[:, 0], dead[:, 1], s=5, color=COLORS[3], marker="x", linewidths=0.5, rasterized=True)
+    axis.scatter(used[:, 0], used[:, 1], s=5, color=COLORS[0], linewidths=0, rasterized=True)
+    axis.set(xticks=[], yticks=[])
+
+
+def _map_legend(figure: Figure) -> None:
     style: dict[str, Any] = {"ls": "", "ms": 5}
     handles = [
         Line2D([], [], color="0.7", marker="o", label="features", **style),
@@ -63,7 +90,6 @@ def code_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | N
         Line2D([], [], color=COLORS[3], marker="x", label="codes not in use", **style),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    return figure
 
 
 def reconstructions(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:

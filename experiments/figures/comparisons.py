@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from experiments.ablations import Ablation
+from experiments.ablations import Ablation, Axis
 from experiments.effects import effects
-from experiments.figures.theme import BOTH, MARKERS, method_colors
+from experiments.figures.theme import BOTH, MARKERS, method_colors, panel_grid
 from experiments.study import Study
 from experiments.tables import chosen_value, searches
 
@@ -48,6 +48,59 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
         handles += [Line2D([], [], marker="o", color="0.4", mfc=face, label=f"{ablation.fill} {name}", **style) for name, face in shades]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
+
+
+SCALING = {
+    "usage": ("codes used, %", 100.0),
+    "perplexity_share": ("perplexity / K, %", 100.0),
+    "l1": ("L1 on the test split, [-1, 1]", 1.0),
+    "fid[fashion-cnn]": ("FID[fashion-cnn]", 1.0),
+}
+"""What a figure of scaling shows: labels and factors by the rows' columns."""
+
+
+def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """Usage and quality against the size that an ablation varies: a point a seed, a line through the means, arms of one size left out.
+
+    A size at which no run has a result is marked on the lower edge, in the colour of its line.
+    """
+    if ablation.axis is None or rows["status"].ne("ok").all():
+        return None
+    lines, panels, colors = _by_size(ablation, ablation.axis, rows), [name for name in SCALING if name in rows], method_colors(ablation)
+    ticks = sorted({size for _, mine in lines for size in mine["size"]})
+    figure, axes = panel_grid(len(panels), 2, 3.1)
+    for axis, name in zip(axes, panels, strict=True):
+        for method, mine in lines:
+            known = mine[(mine["status"] == "ok") & mine[name].notna()]
+            values = SCALING[name][1] * known[name].astype(float)
+            means = values.groupby(known["x"]).mean()
+            axis.plot(means.index, means, color=colors[method], lw=1.3)
+            axis.scatter(known["x"], values, color=colors[method], s=16, zorder=3)
+            lost = mine[~mine["arm"].isin(known["arm"])]["x"]
+            axis.scatter(lost, [0.03] * len(lost), color=colors[method], marker="x", transform=axis.get_xaxis_transform(), zorder=4)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{size:,}" for size in ticks])
+        axis.minorticks_off()
+        axis.set(xlabel=ablation.axis.label, ylabel=SCALING[name][0])
+        if name in ("usage", "perplexity_share"):
+            axis.set_ylim(-3, 103)
+    handles = [Line2D([], [], color=colors[method], marker="o", ms=4, label=method) for method in dict.fromkeys(m for m, _ in lines)]
+    if any(mine["status"].ne("ok").any() for _, mine in lines):
+        handles.append(Line2D([], [], ls="", marker="x", color="0.4", label="no result"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _by_size(ablation: Ablation, axis: Axis, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Method and rows of each set of arms that differ in size alone; x is the size, a little apart, so that no set hides another."""
+    sets: dict[tuple[str, ...], list[str]] = {}
+    for arm in ablation.arms:
+        sets.setdefault(tuple(level for name, level in arm.levels.items() if name != axis.factor), []).append(arm.name)
+    known = [(levels[0], rows[rows["arm"].isin(names)]) for levels, names in sets.items()]
+    known = [(method, mine) for method, mine in known if mine["arm"].nunique() > 1]
+    apart = [1.04 ** (i - (len(known) - 1) / 2) for i in range(len(known))]
+    sizes = [mine[axis.column].astype(int) for _, mine in known]
+    return [(method, mine.assign(size=size, x=size * by)) for (method, mine), size, by in zip(known, sizes, apart, strict=True)]
 
 
 def search(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:

@@ -19,9 +19,10 @@ from experiments.figures.theme import method_colors
 from experiments.study import Study
 from experiments.tables import COLUMNS
 
-COLORMAPS = {"share": "viridis", "bits": "viridis", "l1": "viridis_r"}
+COLORMAPS = {"share": "viridis", "bits": "viridis", "l1": "viridis_r", "fid": "viridis_r"}
 """Perceptually uniform, told apart with any colour vision; brighter where more codes are in use or the error is lower."""
-MOST_STRIPS = 12
+MOST_STRIPS, WIDEST = 12, 24
+"""Maps below each other, and cells beside each other."""
 LONGEST_LEVEL = 18
 CLOSEST_TICKS = 0.09
 """A field's values are its ticks where no two of them are closer than this share of the axis."""
@@ -29,9 +30,11 @@ CLOSEST_TICKS = 0.09
 
 def heat_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """Maps of the first two fields that vary, or lines over the one that does."""
-    if not (rows["status"] == "ok").any():
+    finished = rows[rows["status"] == "ok"]
+    if finished.empty:
         return None
-    shown = [name for name in GRID_COLUMNS if name != "bits" or rows["codebook_size"].nunique() > 1]  # at one K it says what share says
+    sizes = rows["codebook_size"].nunique()  # at one K bits say what perplexity / K says
+    shown = [name for name in GRID_COLUMNS if COLUMNS[name].value(finished).notna().any() and (name != "bits" or sizes > 1)]
     return _lines(ablation, rows, shown) if len(varied(ablation)) == 1 else _maps(ablation, rows, shown)
 
 
@@ -40,18 +43,18 @@ def _maps(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
     down, across, *others = varied(ablation)
     names = [ablation.factors[0].name, down.name, across.name, *(field.name for field in others)]
     arms = {tuple(arm.levels[name] for name in names): rows[rows["arm"] == arm.name] for arm in ablation.arms}
-    every_strip = strips(ablation)
-    of_each_base = max(1, MOST_STRIPS // len(ablation.factors[0].levels))
-    drawn = [strip for base in ablation.factors[0].levels for strip in [s for s in every_strip if s[0] == base][:of_each_base]][
-        :MOST_STRIPS
-    ]
+    every_strip, bases = strips(ablation), ablation.factors[0].levels
+    of_one_base = len(every_strip) // len(bases)
+    drawn = [strip for i, strip in enumerate(every_strip) if i % of_one_base < max(1, MOST_STRIPS // len(bases))][:MOST_STRIPS]
+    if len(shown) * len(across.levels) > WIDEST:
+        shown = [outcome for outcome in shown if outcome != "bits"]  # the table has them
     longest = max(len(_short(level)) for level in across.levels)
     width, height = max(0.53, 0.075 * longest), 0.36
     size = (len(shown) * (width * len(across.levels) + 0.25) + 1.5, len(drawn) * (height * len(down.levels) + 0.32) + 1.5)
     figure, axes = plt.subplots(len(drawn), len(shown), figsize=(max(size[0], 5.0), size[1]), squeeze=False, sharex=True, sharey=True)
     for column, outcome in enumerate(shown):
-        finished = [COLUMNS[outcome].value(mine[mine["status"] == "ok"]).mean() for mine in arms.values() if (mine["status"] == "ok").any()]
-        colors = ScalarMappable(_scale(finished), mpl.colormaps[COLORMAPS[outcome]])
+        means = [_values(mine, outcome).mean() for mine in arms.values() if len(_values(mine, outcome))]
+        colors = ScalarMappable(_scale(means), mpl.colormaps[COLORMAPS[outcome]])
         for axis, (base, *rest) in zip(axes[:, column], drawn, strict=True):
             for y, at_y in enumerate(down.levels):
                 for x, at_x in enumerate(across.levels):
@@ -76,17 +79,16 @@ def _maps(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
 
 def _cell(axis: Axes, x: int, y: int, outcome: str, mine: pd.DataFrame, colors: ScalarMappable) -> None:
     """One arm: its mean over seeds in its colour, or why it has none on hatched grey."""
-    finished, column = mine[mine["status"] == "ok"], COLUMNS[outcome]
-    if finished.empty:
+    values = _values(mine, outcome)
+    if values.empty:
         axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="0.93", edgecolor="0.72", hatch="////", linewidth=0))
         axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="none", edgecolor="white", linewidth=0.6))
         box = {"boxstyle": "round,pad=0.15", "facecolor": "0.93", "edgecolor": "none"}
         axis.text(x, y, _why(mine), ha="center", va="center", fontsize=6, color="0.15", bbox=box)
         return
-    mean = column.value(finished).mean()
-    color = colors.to_rgba(mean)
+    color = colors.to_rgba(values.mean())
     axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
-    words = f"{mean:.{column.digits}f}" + (f"\n{len(finished)} of {len(mine)}" if len(finished) < len(mine) else "")
+    words = f"{values.mean():.{COLUMNS[outcome].digits}f}" + (f"\n{len(values)} of {len(mine)}" if len(values) < len(mine) else "")
     ink = "black" if float(np.dot(color[:3], (0.299, 0.587, 0.114))) > 0.5 else "white"
     axis.text(x, y, words, ha="center", va="center", fontsize=6.5, color=ink)
 
@@ -94,42 +96,32 @@ def _cell(axis: Axes, x: int, y: int, outcome: str, mine: pd.DataFrame, colors: 
 def _lines(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
     """A panel an outcome: a point a seed, a line a base through the means; an arm without a result is named at the foot."""
     field, (bases, *_) = varied(ablation)[0], ablation.factors
-    colors, values = method_colors(ablation), numbers(field.levels)
-    xs = values or [float(i) for i in range(len(field.levels))]
-    log = values is not None and min(values) > 0 and max(values) >= 10 * min(values)
+    colors, sizes = method_colors(ablation), numbers(field.levels)
+    xs = sizes or [float(i) for i in range(len(field.levels))]
+    log = sizes is not None and min(sizes) > 0 and max(sizes) >= 10 * min(sizes)
     places = np.log10(xs) if log else np.array(xs)
     room = 0.25 * float(np.ptp(places)) or 1.0
     ends = np.array([places.min() - room, places.max() + room])
-    lost = [
-        (base, x, _why(mine)) for base in bases.levels for x, mine in _along(ablation, rows, base, xs) if not (mine["status"] == "ok").any()
-    ]
     figure, axes = plt.subplots(1, len(shown), figsize=(2.9 * len(shown) + 0.6, 3.3), squeeze=False)
     for axis, outcome in zip(axes[0], shown, strict=True):
-        column = COLUMNS[outcome]
-        for base in bases.levels:
-            points = [(x, column.value(mine[mine["status"] == "ok"])) for x, mine in _along(ablation, rows, base, xs)]
-            means = [y.mean() if len(y) else np.nan for _, y in points]  # a gap where there is no result
-            axis.plot(xs, means, color=colors[base], lw=1.3)
-            for x, y in points:
-                axis.scatter([x] * len(y), y, color=[colors[base]], s=16, zorder=3)
-        for base, x, why in lost:
-            row = bases.levels.index(base)
-            axis.text(
-                x,
-                0.02 + 0.065 * row,
-                f"× {' '.join(why.split())}",
-                transform=axis.get_xaxis_transform(),
-                color=colors[base],
-                fontsize=7,
-                ha="center",
-            )
-        axis.set(xlabel=field.name, ylabel=column.label, xscale="log" if log else "linear")
+        lost = 0
+        for row, base in enumerate(bases.levels):
+            along = _along(ablation, rows, base, xs)
+            axis.plot(xs, [_values(mine, outcome).mean() for _, mine in along], color=colors[base], lw=1.3)  # a gap where there is none
+            for x, mine in along:
+                values = _values(mine, outcome)
+                axis.scatter([x] * len(values), values, color=[colors[base]], s=16, zorder=3)
+                if values.empty:
+                    why, height = " ".join(_why(mine).split()), 0.02 + 0.065 * row
+                    axis.text(x, height, f"× {why}", transform=axis.get_xaxis_transform(), color=colors[base], fontsize=7, ha="center")
+                    lost += 1
+        axis.set(xlabel=field.name, ylabel=COLUMNS[outcome].label, xscale="log" if log else "linear")
         axis.margins(y=0.1)
         axis.set_xlim(10.0**ends if log else ends)
         if lost:
             low, high = axis.get_ylim()
             axis.set_ylim(low - 0.075 * len(bases.levels) * (high - low), high)
-        if values is None or _apart(places):
+        if sizes is None or _apart(places):
             axis.set_xticks(xs, [_short(level) for level in field.levels], fontsize=7.5)
             axis.minorticks_off()
     handles = [Line2D([], [], color=colors[base], marker="o", ms=4, label=base.replace("$", r"\$")) for base in bases.levels]
@@ -142,6 +134,11 @@ def _along(ablation: Ablation, rows: pd.DataFrame, base: str, xs: list[float]) -
     field, first = varied(ablation)[0], ablation.factors[0].name
     arms = {arm.levels[field.name]: arm.name for arm in ablation.arms if arm.levels[first] == base}
     return [(x, rows[rows["arm"] == arms[level]]) for x, level in zip(xs, field.levels, strict=True)]
+
+
+def _values(mine: pd.DataFrame, outcome: str) -> pd.Series:
+    """An outcome of one arm, seed by seed, where there is one."""
+    return COLUMNS[outcome].value(mine[mine["status"] == "ok"]).dropna()
 
 
 def _scale(values: list[float]) -> Normalize:
@@ -157,6 +154,8 @@ def _apart(ascending: np.ndarray) -> bool:
 
 def _why(mine: pd.DataFrame) -> str:
     """Why an arm has no number, in two words."""
+    if (mine["status"] == "ok").any():
+        return "not\nmeasured"
     if any(str(reason).startswith("out of memory") for reason in mine.get("reason", ())):
         return "out of\nmemory"
     return "/\n".join(sorted(set(mine["status"]))) or "pending"

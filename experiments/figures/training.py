@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,10 +14,12 @@ from matplotlib.lines import Line2D
 from experiments.ablations import Ablation
 from experiments.figures.theme import COLORS, OTHER, arm_colors, arm_label, finished_cells, panel_grid
 from experiments.study import Cell, Study
+from ibq.observation import GAPS
 
-Curve = Callable[[dict[str, Any], Cell], float]
+Line = dict[str, Any]
+Curve = Callable[[Line, Cell], float]
 Panel = tuple[str, Curve, Curve | None]
-"""Label of the y axis, the value of a history line, and what uniform sampling would give, where that has a meaning."""
+"""Label of the y axis, the value of a line, and that of indifference (uniform sampling), where it has one, drawn once for each K."""
 
 
 def usage_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
@@ -65,6 +68,39 @@ def geometry(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | N
     return _curves(study, ablation, panels, log=True)
 
 
+def logits_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    panels: dict[str, Panel] = {
+        "Spread": ("std of a token's logits", lambda line, cell: line["logit_spread"], None),
+        "Decision": (
+            "largest probability of a token",
+            lambda line, cell: line["max_probability"],
+            lambda line, cell: 1 / cell.config.quantizer.codebook_size,
+        ),
+    }
+    return _curves(study, ablation, panels, log=True, dashed="1/K")
+
+
+def gap_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """Of the focal arms, at the moments of the snapshots."""
+    label = "Fréchet distance / variance of z"
+    panels: dict[str, Panel] = {
+        "All codes": (label, lambda line, cell: line["gap"], None),
+        "Codes in use": (label, lambda line, cell: line["gap_used"], None),
+        "Codes not in use": (label, lambda line, cell: line["gap_dead"], None),
+    }
+    return _curves(study, ablation, panels, log=True, lines=_gaps)
+
+
+def _gaps(cell: Cell) -> list[Line]:
+    """A line a snapshot; nothing has been counted before the first step, so which codes are in use is not known there."""
+    lines = []
+    for step in cell.run.snapshot_steps():
+        snapshot = cell.run.read_snapshot(step)
+        shown = [name for name in GAPS if name in snapshot and (step or name == "gap")]
+        lines.append({"step": step} | dict.fromkeys(GAPS, math.nan) | {name: snapshot[name].item() for name in shown})
+    return lines
+
+
 def gradient_reach(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     panels: dict[str, Panel] = {
         "Effective gradient reach": ("codes (exp. entropy of norms)", lambda line, cell: line["reach_effective"], None),
@@ -73,21 +109,30 @@ def gradient_reach(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
     return _curves(study, ablation, panels, log=False)
 
 
-def _curves(study: Study, ablation: Ablation, panels: dict[str, Panel], log: bool) -> Figure | None:
+def _curves(
+    study: Study,
+    ablation: Ablation,
+    panels: dict[str, Panel],
+    log: bool,
+    lines: Callable[[Cell], list[Line]] = lambda cell: cell.run.read_history(),
+    dashed: str = "uniform sampling",
+) -> Figure | None:
     """Training curves: focal arms in colour, a line per seed; all others grey behind them."""
     cells = sorted(finished_cells(study, ablation), key=lambda cell: cell.arm.focal)
     if not cells:
         return None
-    colors, seen = arm_colors(ablation), set()
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 1.8, 3.1), squeeze=False)
-    for axis, (title, (unit, value, uniform)) in zip(axes[0], panels.items(), strict=True):
-        for cell in cells:
-            history = cell.run.read_history()
-            ys = [value(line, cell) for line in history]
-            axis.plot([line["step"] for line in history], ys, color=colors.get(cell.arm.name, OTHER), lw=1.3 if cell.arm.focal else 0.8)
-            seen.add(cell.arm.name)
+    histories = [(cell, lines(cell)) for cell in cells]
+    drawn = {title: panel for title, panel in panels.items() if any(math.isfinite(panel[1](*at)) for at in _points(histories))}
+    by_size = {cell.config.quantizer.codebook_size: (cell, history) for cell, history in histories}.values()
+    colors, seen = arm_colors(ablation), {cell.arm.name for cell in cells}
+    figure, axes = plt.subplots(1, len(drawn), figsize=(3.6 * len(drawn) + 1.8, 3.1), squeeze=False)
+    for axis, (title, (unit, value, uniform)) in zip(axes[0], drawn.items(), strict=True):
+        for cell, history in histories:
+            style = {"color": colors.get(cell.arm.name, OTHER), "lw": 1.3 if cell.arm.focal else 0.8}
+            axis.plot([line["step"] for line in history], [value(line, cell) for line in history], **style)
         if uniform:
-            axis.plot([line["step"] for line in history], [uniform(line, cell) for line in history], color="0.2", ls="--", lw=1)
+            for cell, history in by_size:
+                axis.plot([line["step"] for line in history], [uniform(line, cell) for line in history], color="0.2", ls="--", lw=1)
         axis.set(title=title, xlabel="training step", ylabel=unit)
         if log:
             axis.set_yscale("log")
@@ -100,7 +145,11 @@ def _curves(study: Study, ablation: Ablation, panels: dict[str, Panel], log: boo
     ]
     if seen - colors.keys():
         handles.append(Line2D([], [], color=OTHER, label="other arms"))
-    if any(uniform for _, _, uniform in panels.values()):
-        handles.append(Line2D([], [], color="0.2", ls="--", lw=1, label="uniform sampling"))
+    if any(uniform for _, _, uniform in drawn.values()):
+        handles.append(Line2D([], [], color="0.2", ls="--", lw=1, label=dashed))
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
+
+
+def _points(histories: list[tuple[Cell, list[Line]]]) -> Iterator[tuple[Line, Cell]]:
+    return ((line, cell) for cell, history in histories for line in history)

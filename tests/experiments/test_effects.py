@@ -35,10 +35,8 @@ def test_pairs_differ_in_one_factor_and_every_factor_has_two_pairs(name: str) ->
     assert counts.min() >= 2
 
 
-def test_the_double_term_is_varied_alone_in_four_surroundings_and_its_claim_has_three_seeds() -> None:
-    ablation = ABLATIONS["double_quant_loss"]
-    assert sum(pair.factor == "loss" for pair in matched_pairs(ablation)) == 4
-    assert {ablation.arm(name).seeds for contrast in ablation.contrasts[:2] for name in (contrast.without, contrast.with_)} == {3}
+def test_the_double_term_is_varied_alone_in_four_surroundings() -> None:
+    assert sum(pair.factor == "loss" for pair in matched_pairs(ABLATIONS["double_quant_loss"])) == 4
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from experiments import notebooks, tables
+from experiments import notebooks
 from experiments.ablations import ABLATIONS
 from experiments.study import ROOT, Study
 
@@ -35,7 +35,9 @@ def test_a_notebook_shows_what_its_ablation_shows(name: str) -> None:
     text = (ROOT / "notebooks" / f"{name}.ipynb").read_text()
     ablation = OF_ABLATIONS[name]
     assert re.findall(r'show\(\\"(\w+)\\"\)', text) == list(ablation.figures)
-    assert set(ablation.tables) == {table for table in tables.TABLES if re.search(rf'\\"{table}\\"[,)]|tables\.{table}_table', text)}
+    shown = re.findall(r'show_table\(\\"(\w+)\\", ablation, table\)', text)
+    assert set(shown) | {"verdicts"} == set(ablation.tables)
+    assert "show_finding(ablation, table)" in text  # and with it the verdicts
 
 
 @pytest.mark.usefixtures("trained")
@@ -49,7 +51,7 @@ def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None
     outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == len(ablation.figures)
     texts = " ".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
-    assert ("PCA" in texts) == bool(ablation.mapped)
+    assert ("PCA" in texts) == bool(ablation.mapped or ablation.followed)
     assert "UMAP" not in texts
     assert ("| verdict" in texts) == bool(ablation.contrasts)
     assert "No data yet" not in texts

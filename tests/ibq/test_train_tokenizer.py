@@ -19,11 +19,13 @@ from training_runs import RUNTIME, assert_same_run, assert_same_tensors, images_
 
 import ibq.train_tokenizer as trainer
 from ibq import load_tokenizer
+from ibq.analysis import code_gap
 from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.evaluation import evaluate
 from ibq.losses import loss_weights
+from ibq.observation import GAPS
 from ibq.run_directory import RunDirectory
 from ibq.train_tokenizer import LogEvent, NonFiniteError, Runtime, StopRequested, batch_indices, train_tokenizer
 
@@ -142,13 +144,18 @@ def test_the_mean_pixel_loss_is_of_every_batch_since_the_last_line(tiny: Any, fi
 def test_snapshots_hold_what_figures_need(finished: Any) -> None:
     run, _ = finished("ibq")
     snapshot = run.read_snapshot(8)
-    assert {name: tuple(tensor.shape) for name, tensor in snapshot.items()} == {
+    assert {name: tuple(tensor.shape) for name, tensor in snapshot.items() if name not in GAPS} == {
         "codes": (16, 8),
         "code_indices": (16,),
         "features": (2048, 8),
         "counts": (16,),
         "code_norms": (16,),
     }
+    in_use = snapshot["counts"][snapshot["code_indices"]] > 0
+    gaps = code_gap(snapshot["features"], snapshot["codes"], in_use)
+    assert {name: snapshot[name].item() for name in GAPS if name in snapshot} == pytest.approx(gaps)
+    assert {name: run.read_row()[name] for name in gaps} == pytest.approx(gaps)
+    assert GAPS[1] not in run.read_snapshot(0)  # nothing is counted yet
     torch.testing.assert_close(snapshot["code_norms"][snapshot["code_indices"]], snapshot["codes"].norm(dim=1))
     assert not torch.equal(run.read_snapshot(0)["codes"], snapshot["codes"])
 

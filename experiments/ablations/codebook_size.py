@@ -1,0 +1,134 @@
+"""The number of codes: what VQ, VQ with every help of notebook 01, and IBQ as released make of 16 to 1,024 times as many.
+
+Paper: Table 4, IBQ with 1,024, 8,192, 16,384 and 262,144 codes of dimension 256: rFID 2.24, 1.87, 1.37, 1.00 at 99, 98, 96, 84% usage. Of
+VQGAN Table 1 has 44% usage of 1,024 codes and 5.9% of 16,384, at rFID 7.94 and 4.98 (the recipes differ).
+Cost: 12 runs at quick, 3 of them also runs of vq_vs_ibq, those with 4,096 codes three times as long as those with 1,024; about 5 minutes on
+2 cores.  Command: python -m experiments run codebook_size
+
+Sizes are multiples of the preset's K: at quick 64 to 4,096 codes, at gpu the paper's 1,024 to 262,144. Batch, steps, learning rate and the
+temperature of the entropy penalty do not follow K, as in the paper; the tokens of a batch bound the entropy of their mean assignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from experiments.ablations import vq_vs_ibq
+from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
+from ibq.errors import ConfigError
+
+SIZES = {"sixteenth": "×1/16", "quarter": "×1/4", "base": "×1", "fourfold": "×4", "sixteenfold": "×16"}
+"""Levels of the factor K by what arms are called."""
+
+METHODS = {
+    "VQ": vq_vs_ibq.ABLATION.arm("vq_published").levels,
+    "VQ, strongest": vq_vs_ibq.ABLATION.arm("vq_fair").levels,
+    "IBQ": vq_vs_ibq.ABLATION.arm("ibq_published").levels,
+}
+"""Levels of vq_vs_ibq by method, so that the arms at the preset's K share its runs."""
+
+AXIS = Axis("K", "codebook_size", "codebook size K")
+
+
+def codes(size: str, codebook_size: int) -> int:
+    """K of a level of the factor K.
+
+    Raises:
+        ConfigError: the preset's K (or the user's) has no such part.
+    """
+    share = Fraction(size.removeprefix("×")) * codebook_size
+    if share.denominator != 1:
+        raise ConfigError(f"quantizer.codebook_size={codebook_size} cannot be taken {size} times; choose a multiple of 16")
+    return int(share)
+
+
+def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
+    K = codes(levels["K"], codebook_size)
+    return vq_vs_ibq.quantizer(METHODS[levels["method"]], K) | {"codebook_size": K}
+
+
+def arm(prefix: str, method: str, size: str) -> Arm:
+    return Arm(f"{prefix}_{size}", {"method": method, "K": SIZES[size]}, focal=size in ("sixteenth", "fourfold"))
+
+
+PREFIXES = {"vq": "VQ", "vq_strong": "VQ, strongest", "ibq": "IBQ"}
+
+ABLATION = Ablation(
+    name="codebook_size",
+    title="Codebook size",
+    notebook="03_codebook_size",
+    question="Do more codes mean better reconstructions, and does the codebook stay in use as it grows?",
+    factors=(
+        Factor(
+            "method",
+            tuple(METHODS),
+            "vq_published, vq_fair (codes that begin as features, entropy penalty, 0.25 on the commitment term) and ibq_published of "
+            "notebook 01",
+        ),
+        Factor("K", tuple(SIZES.values()), "number of codes, as a multiple of the preset's"),
+    ),
+    arms=tuple(arm(prefix, method, size) for prefix, method in PREFIXES.items() for size in SIZES),
+    contrasts=(
+        Contrast(
+            "IBQ: quality",
+            "ibq_sixteenth",
+            "ibq_fourfold",
+            "IBQ reconstructs better with 64 times as many codes, by at least 0.003 of L1.",
+            "l1",
+            -0.003,
+            paper="Table 4: rFID 2.24 with 1,024 codes, 1.00 with 262,144",
+        ),
+        Contrast(
+            "IBQ: quality in distribution",
+            "ibq_sixteenth",
+            "ibq_fourfold",
+            "IBQ's FID[fashion-cnn] is at least 10% lower with 64 times as many codes.",
+            "fid",
+            -0.152,
+            paper="Table 4: rFID 2.24 with 1,024 codes, 1.00 with 262,144",
+        ),
+        Contrast(
+            "IBQ: usage",
+            "vq_fourfold",
+            "ibq_fourfold",
+            "With the largest codebook IBQ uses at least 50 points more of its codes than VQ.",
+            "usage",
+            50,
+            paper="Tables 1 and 4: with 16,384 codes IBQ uses 96%, VQGAN 5.9%",
+        ),
+        Contrast(
+            "VQ: usage",
+            "vq_sixteenth",
+            "vq_fourfold",
+            "The share of its codes that VQ uses falls by at least 10 points with 64 times as many.",
+            "usage",
+            -10,
+            paper="Table 1: VQGAN uses 44% of 1,024 codes, 5.9% of 16,384",
+        ),
+        Contrast(
+            "strongest VQ: quality",
+            "vq_strong_fourfold",
+            "ibq_fourfold",
+            "With the largest codebook IBQ reconstructs better than the strongest VQ, by at least 0.003 of L1.",
+            "l1",
+            -0.003,
+        ),
+    ),
+    quantizer=quantizer,
+    axis=AXIS,
+    marker="K",
+    figures=("scaling", "usage_over_training", "rate_distortion", "logits_over_training", "gap_over_training", "reconstructions"),
+    tables=("arms", "verdicts", "paper"),
+    columns=("codebook_size", "perplexity", "usage", "bits", "l1", "psnr_db", "ssim", "fid", "quantization_error", "gap", "step_ms"),
+    paper_source="Tables 1 and 4 (ImageNet 256x256, 50k validation images, D = 256)",
+    paper_rows=(
+        PaperRow("VQGAN, K = 1,024", 7.94, 44.0, "vq_sixteenth"),
+        PaperRow("VQGAN, K = 16,384", 4.98, 5.9, "vq_base"),
+        PaperRow("IBQ, K = 1,024", 2.24, 99.0, "ibq_sixteenth"),
+        PaperRow("IBQ, K = 8,192", 1.87, 98.0, "ibq_quarter"),
+        PaperRow("IBQ, K = 16,384", 1.37, 96.0, "ibq_base"),
+        PaperRow("IBQ, K = 262,144", 1.00, 84.0, "ibq_fourfold"),
+    ),
+)

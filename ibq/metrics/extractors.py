@@ -1,0 +1,72 @@
+"""Networks whose features measure distances between sets of images, in the form that torch-fidelity uses and registers.
+
+Imported only where a distance is computed: torch-fidelity takes seconds to import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from ibq.metrics import fashion_cnn
+
+
+class FashionCNNExtractor(FeatureExtractorBase):
+    """ibq.metrics.fashion_cnn for torch-fidelity: `features` (64) and `logits` (10) of uint8 images (B, 1 or 3, 32, 32).
+
+    Once this module is imported, torch-fidelity's own functions and command know it as `fashion-cnn`.
+    """
+
+    def __init__(self, name: str, features_list: list[str], **ignored: Any) -> None:  # torch-fidelity passes all settings of all metrics
+        super().__init__(name, features_list)
+        self.network = fashion_cnn.load_fashion_cnn()
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = dict(zip(self.get_provided_features_list(), self.network(images_BCHW), strict=True))
+        return tuple(outputs[name] for name in self.features_list)
+
+
+if "fashion-cnn" not in FEATURE_EXTRACTORS_REGISTRY:
+    register_feature_extractor("fashion-cnn", FashionCNNExtractor)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network on its device, and which weights it has.
+
+    Args:
+        name: its name in torch-fidelity.
+        suffix: what its numbers are labelled with; "" for the network that the metrics' own names mean.
+        network: images_BCHW (uint8) -> (features_BF, logits_BL).
+        weights: the beginning of the SHA-256 of its weights.
+        device: where it computes.
+    """
+
+    name: str
+    suffix: str
+    network: FeatureExtractorBase
+    weights: str
+    device: torch.device
+
+
+def fashion_cnn_extractor(device: torch.device) -> Extractor:
+    """The stand-in for Inception on Fashion-MNIST. DataError: its weights are absent or damaged."""
+    network = create_feature_extractor("fashion-cnn", ["features", "logits"], cuda=False, verbose=False).to(device)
+    return Extractor("fashion-cnn", "[fashion-cnn]", network, fashion_cnn.WEIGHTS_SHA256[:8], device)
