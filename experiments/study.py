@@ -24,6 +24,7 @@ from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
+CODEBOOK_SIZE = "quantizer.codebook_size"
 
 
 class Search(NamedTuple):
@@ -199,12 +200,13 @@ class Study:
 
     def _build_config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         settings = ablation.settings(arm.levels)
-        changes = {**self.overrides, **settings}
-        codebook_size = self._codebook_size(changes)
+        codebook_size = self._codebook_size({**self.overrides, **settings})  # from which an arm derives its own, and more
         fields = ablation.quantizer(arm.levels, codebook_size)
+        overrides = {path: value for path, value in self.overrides.items() if path != CODEBOOK_SIZE}
+        changes = {**overrides, **settings}
         config = tokenizer(self.preset, {"codebook_size": codebook_size} | fields)
         config = config.with_fields(**changes) if changes else config
-        for path in self.overrides:
+        for path in overrides:
             if path == "seed":
                 raise ConfigError("--set seed would give every arm one seed; use --seeds, which says how many")
             if path in {f"quantizer.{name}" for name in fields}:
@@ -215,7 +217,7 @@ class Study:
 
     def _codebook_size(self, changes: Mapping[str, Any]) -> int:
         """K of an arm: what was set, else the preset's."""
-        wanted = changes.get("quantizer.codebook_size", self.preset.codebook_size)
+        wanted = changes.get(CODEBOOK_SIZE, self.preset.codebook_size)
         return tokenizer(self.preset, {"method": "vq", "codebook_size": wanted}).quantizer.codebook_size
 
     def _cell(self, ablation: Ablation, arm: Arm, config: TrainConfig, seed: int) -> Cell:
