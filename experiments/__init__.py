@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.study import Study
@@ -13,6 +13,8 @@ def run(
     preset: str = "quick",
     seeds: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    bases: Sequence[str] = (),
     slots: int | None = None,
     time_budget_minutes: float | None = None,
     fail_fast: bool = False,
@@ -24,6 +26,8 @@ def run(
         preset: the scale.
         seeds: seeds of every arm; None: each arm's own number.
         overrides: fields changed in every arm, by dotted path.
+        grid: values by dotted path; in place of ablations, every combination of them is an arm.
+        bases: arms that the grid starts from, as "ablation/arm", or the arm alone where one ablation has it; none: the published pair.
         slots: runs at a time.
         time_budget_minutes: stop, resumably, after so long.
         fail_fast: stop at the first failure.
@@ -37,7 +41,7 @@ def run(
     from experiments.projections import project_all
     from experiments.sweep import train_study
 
-    study = Study(preset, ablations, seeds, overrides or {})
+    study = Study(preset, ablations, seeds, overrides or {}, grid or {}, tuple(bases))
     budget_s = None if time_budget_minutes is None else 60 * time_budget_minutes
     train_study(study, slots=slots, time_budget_s=budget_s, fail_fast=fail_fast)
     project_all((cell for cell in study.cells if cell.seed == 0), study.preset.projection)

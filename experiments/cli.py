@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,14 @@ Names = Annotated[list[str] | None, typer.Argument(help="ablations; none: the co
 PresetOption = Annotated[str, typer.Option("--preset", help=f"scale: {', '.join(PRESETS)}")]
 SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4; repeatable")]
+GridOption = Annotated[
+    list[str] | None,
+    typer.Option("--grid", help="field=value,value in place of ablations, every combination an arm, e.g. optim.lr=1e-4,1e-3; repeatable"),
+]
+BaseOption = Annotated[
+    list[str] | None,
+    typer.Option("--base", help="arm that the grid starts from, e.g. vq_vs_ibq/vq_fair; repeatable; none: the published pair"),
+]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
 MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in manage.EVALUATIONS.items()))]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
@@ -68,15 +77,44 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-def study_of(names: list[str] | None, preset: str, seeds: int | None, changes: list[str] | None) -> Study:
+def study_of(
+    names: Names = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    grid: GridOption = None,
+    base: BaseOption = None,
+) -> Study:
     """The study that a command line names."""
-    overrides = {}
-    for change in changes or []:
-        path, equals, text = change.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {change!r} is not of the form field=value, e.g. --set optim.lr=3e-4")
-        overrides[path] = _value(text)
-    return Study(preset, tuple(ABLATIONS) if names == ["all"] else tuple(names or ()), seeds, overrides)
+    overrides = {path: _value(text) for path, text in (_equation("--set", change) for change in set_ or [])}
+    values: dict[str, list[Any]] = {}
+    for path, text in (_equation("--grid", line) for line in grid or []):
+        if path in values:
+            raise ConfigError(f"--grid has {path} twice; give all its values in one, e.g. --grid {path}=VALUE,VALUE")
+        values[path] = _values(text)
+    return Study(preset, tuple(ABLATIONS) if names == ["all"] else tuple(names or ()), seeds, overrides, values, tuple(base or ()))
+
+
+def of_a_study(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes, in place of its first parameter, the options that name a study, and receives that study."""
+    naming, own = signature(study_of, eval_str=True).parameters, signature(command, eval_str=True).parameters
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        study = study_of(**{name: given.pop(name) for name in naming})
+        command(study, **given)
+
+    parameters = [*naming.values(), *list(own.values())[1:]]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return with_options
+
+
+def _equation(option: str, given: str) -> tuple[str, str]:
+    path, equals, text = given.partition("=")
+    if not equals:
+        raise ConfigError(f"{option} {given!r} is not of the form field=value, e.g. {option} optim.lr=3e-4")
+    return path, text
 
 
 def _value(text: str) -> Any:
@@ -84,6 +122,14 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def _values(text: str) -> list[Any]:
+    """What commas separate: JSON as a whole, so that lists may be values, else each value by itself."""
+    try:
+        return list(json.loads(f"[{text}]"))
+    except json.JSONDecodeError:
+        return [_value(part) for part in text.split(",")]
 
 
 @app.command("list")
@@ -109,13 +155,11 @@ def list_ablations(
 
 @app.command()
 @one_sentence_errors
-def plan(
-    names: Names = None, preset: PresetOption = "quick", seeds: SeedsOption = None, set_: SetOption = None, slots: SlotsOption = None
-) -> None:
+@of_a_study
+def plan(study: Study, slots: SlotsOption = None) -> None:
     """Arms, steps and expected minutes; trains nothing."""
     from experiments import plan as plan_module
 
-    study = study_of(names, preset, seeds, set_)
     for ablation in study.ablations:
         lines = plan_module.plan_table(study, ablation)
         table = Table(*lines.columns, title=ablation.name, box=None)
@@ -127,11 +171,9 @@ def plan(
 
 @app.command()
 @one_sentence_errors
+@of_a_study
 def run(
-    names: Names = None,
-    preset: PresetOption = "quick",
-    seeds: SeedsOption = None,
-    set_: SetOption = None,
+    study: Study,
     slots: SlotsOption = None,
     time_budget: Annotated[float | None, typer.Option(help="minutes; then stop, resumably")] = None,
     fail_fast: Annotated[bool, typer.Option(help="stop everything at the first failed run")] = False,
@@ -139,7 +181,7 @@ def run(
     device: DeviceOption = "auto",
 ) -> None:
     """Train all arms that have no row yet, execute the notebooks, write the report."""
-    study, started = study_of(names, preset, seeds, set_), time.monotonic()
+    started = time.monotonic()
     budget_s = None if time_budget is None else 60 * time_budget
     outcome = train_study(
         study, slots=slots, device=device, time_budget_s=budget_s, fail_fast=fail_fast, hang_s=60 * hang_timeout, say=_say
@@ -163,11 +205,11 @@ def run(
 
 @app.command()
 @one_sentence_errors
-def status(names: Names = None, preset: PresetOption = "quick", seeds: SeedsOption = None, set_: SetOption = None) -> None:
+@of_a_study
+def status(study: Study) -> None:
     """Every arm: finished, running with step and speed, failed with its reason, or pending."""
     from experiments.rows import status_lines
 
-    study = study_of(names, preset, seeds, set_)
     lines = status_lines(study)
     widths = {key: max(len(str(line[key])) for line in lines) for key in lines[0]}
     for line in lines:  # plain text: a table of thousands of rows takes longer to lay out than to read
@@ -176,17 +218,14 @@ def status(names: Names = None, preset: PresetOption = "quick", seeds: SeedsOpti
 
 @app.command()
 @one_sentence_errors
+@of_a_study
 def report(
-    names: Names = None,
-    preset: PresetOption = "quick",
-    seeds: SeedsOption = None,
-    set_: SetOption = None,
-    publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
+    study: Study, publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False
 ) -> None:
     """Tables, figures and the page, from the rows there are."""
     from experiments import report as report_module
 
-    study = report_module.widened(study_of(names, preset, seeds, set_))
+    study = report_module.widened(study)
     print(f"report: {report_module.write(study)}")
     if publish:
         print(f"published: {report_module.publish(study)}")
@@ -194,15 +233,9 @@ def report(
 
 @app.command()
 @one_sentence_errors
-def evaluate(
-    names: Names = None,
-    preset: PresetOption = "quick",
-    seeds: SeedsOption = None,
-    set_: SetOption = None,
-    metric: MetricOption = "full_test",
-) -> None:
+@of_a_study
+def evaluate(study: Study, metric: MetricOption = "full_test") -> None:
     """Add an evaluation to finished runs, without training."""
-    study = study_of(names, preset, seeds, set_)
     print(f"{manage.evaluate_finished(study, metric, _say)} runs evaluated with {metric}; the rows have its columns")
 
 
@@ -245,9 +278,16 @@ def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
 
 @app.command()
 @one_sentence_errors
-def rerun(run_id: RunArgument, preset: PresetOption = "quick", seeds: SeedsOption = None, set_: SetOption = None) -> None:
+def rerun(
+    run_id: RunArgument,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    grid: GridOption = None,
+    base: BaseOption = None,
+) -> None:
     """Train a run again, and say what changed."""
-    study = study_of(["all"], preset, seeds, set_)
+    study = study_of(None if grid else ["all"], preset, seeds, set_, grid, base)
     before, after = manage.rerun(study, manage.find_run(study, run_id), say=_say)
     if before and after:
         changed = [name for name in after if before.get(name) != after[name]]

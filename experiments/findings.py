@@ -6,8 +6,9 @@ import pandas as pd
 
 from experiments import anatomy
 from experiments.ablations import Ablation
+from experiments.ablations.grid import BASE, numbers, varied
 from experiments.effects import OUTCOMES, Verdict, main_effects, verdict
-from experiments.tables import chosen_value, searches
+from experiments.tables import COLUMNS, chosen_value, searches
 
 
 def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
@@ -25,9 +26,36 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
     if "main_effects" in ablation.tables and not (table := main_effects(ablation, rows)).empty:
         sentences += _of_effects(table)
+    if "grid" in ablation.tables:
+        sentences += _of_grid(ablation, rows)
     if "search" in ablation.tables:
         sentences += _of_searches(rows)
     return sentences + anatomy.sentences(ablation, rows)
+
+
+def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
+    """Where in the grid each base does best and worst, by the means over seeds, and where the best lies at an edge."""
+    finished, sentences = rows[rows["status"] == "ok"], []
+    for base in ablation.factors[0].levels:
+        mine = finished[finished[f"factor.{BASE}"] == base]
+        if mine["arm"].nunique() < 2:
+            continue
+        shares, errors = (COLUMNS[name].value(mine).groupby(mine["arm"]).mean().sort_values(kind="stable") for name in ("share", "l1"))
+        at = {arm: arm.removeprefix(base).strip() for arm in shares.index}
+        (fewest, most), (best, worst) = ((means.index[0], means.index[-1]) for means in (shares, errors))
+        sentences.append(
+            f"{base}: perplexity / K is highest ({shares[most]:.1f}%) at {at[most]} and lowest ({shares[fewest]:.1f}%) at {at[fewest]}; "
+            f"L1 is lowest ({errors[best]:.4f}) at {at[best]} and highest ({errors[worst]:.4f}) at {at[worst]}."
+        )
+        inner = [field for field in varied(ablation) if len(field.levels) > 2 and numbers(field.levels)]
+        edges = [field.name for field in inner if ablation.arm(best).levels[field.name] in (field.levels[0], field.levels[-1])]
+        if edges:
+            sentences[-1] += f" The lowest L1 lies at the edge of the grid in {' and '.join(edges)}, so perhaps not the best there is."
+    if sentences:
+        sentences.append(
+            f"Nothing was claimed beforehand, so nothing here is confirmed or refuted; seeds an arm: {finished['seed'].nunique()}."
+        )
+    return sentences
 
 
 def _of_searches(rows: pd.DataFrame) -> list[str]:

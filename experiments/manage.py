@@ -89,7 +89,7 @@ def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, An
     before = run.read_row() if run.finished else None
     cells = [cell for cell in study.cells if cell.run.path == run.path]
     if not cells:
-        known_by = "--preset, --seeds and --set it was trained with"
+        known_by = "--preset, --seeds, --set and --grid it was trained with"
         raise ConfigError(f"run {run.path.name} is of no arm of study {study.name}; give the {known_by}")
     fresh = RunDirectory(run.path.with_name(f".rerun-{run.path.name}"))
     train_study(study.only([replace(cells[0], run=fresh)]), **options)

@@ -26,10 +26,15 @@ MECHANISM = "00_how_ibq_works"
 
 
 def execute_changed(study: Study, say: Callable[[str], None] = print) -> None:
-    """Execute notebook 00 and each ablation's into the report folder, but for those that would show what they showed the last time."""
+    """Execute notebook 00 and each ablation's into the report folder, but for those that would show what they showed the last time.
+
+    A grid has no notebook, so there nothing is executed.
+    """
+    if study.grid:
+        return
     rows = rows_module.load(study)
     shown = {MECHANISM: index_backprop.known_rows().to_csv(index=False)}
-    shown |= {a.notebook: rows[rows["ablation"] == a.name].to_csv(index=False) for a in study.ablations}
+    shown |= {a.notebook: rows[rows["ablation"] == a.name].to_csv(index=False) for a in study.ablations if a.notebook}
     parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": dict(study.overrides)}
     for name, data in shown.items():
         source = SOURCES / f"{name}.ipynb"

@@ -24,7 +24,9 @@ PROTOCOL = "protocol."
 
 
 def widened(study: Study) -> Study:
-    """The study with every other ablation that has a finished run under the same fields: a report shows all there is."""
+    """The study with every other ablation that has a finished run under the same fields: a report shows all there is. A grid is alone."""
+    if study.grid:
+        return study
     names = []
     for name in ABLATIONS:
         alone = replace(study, ablation_names=(name,))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 from experiments import tuning
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
+from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
 from experiments.recipes import Preset, get_preset, scaled, tokenizer
 from ibq.config import TrainConfig, flatten
 from ibq.data import data_hash_of
@@ -22,6 +24,7 @@ from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
+CODEBOOK_SIZE = "quantizer.codebook_size"
 
 
 class Search(NamedTuple):
@@ -56,15 +59,19 @@ class Study:
         ablations: names; none means the core study.
         seeds: seeds of every arm (0 to seeds - 1); None leaves each arm its own number.
         overrides: fields changed in every arm, by dotted path.
+        grid: values by dotted path; in place of ablations, every combination of them is an arm.
+        bases: arms that the grid starts from, as "ablation/arm", or the arm alone where one ablation has it; none: the published pair.
 
     Raises:
-        ConfigError: an unknown preset, ablation or field, seeds below 1, or a config that contradicts itself.
+        ConfigError: an unknown preset, ablation, base or field, seeds below 1, a grid beside ablations, a config that contradicts itself.
     """
 
     preset_name: str = "quick"
     ablation_names: tuple[str, ...] = ()
     seeds: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    bases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         get_preset(self.preset_name)
@@ -73,21 +80,37 @@ class Study:
                 raise ConfigError(f"ablation {name!r} does not exist; {nearest(name, ABLATIONS)}")
         if self.seeds is not None and self.seeds < 1:
             raise ConfigError(f"seeds={self.seeds} must be at least 1")
+        if self.grid and self.ablation_names:
+            raise ConfigError(
+                f"--grid is a study of its own; leave out {' '.join(self.ablation_names)}, and name arms to start from by --base"
+            )
+        if self.bases and not self.grid:
+            raise ConfigError(f"--base {self.bases[0]} names what a grid starts from; give the grid too, e.g. --grid optim.lr=1e-4,1e-3")
+        if both := [path for path in self.grid if path in self.overrides]:
+            raise ConfigError(f"{both[0]} is in --grid and in --set; leave one out")
+        _ = self.ablations  # a grid that cannot be is refused at once
 
     @property
     def preset(self) -> Preset:
         return get_preset(self.preset_name)
 
-    @property
+    @cached_property
     def ablations(self) -> list[Ablation]:
+        if self.grid:
+            return [grid_ablation(self.grid, self.bases)]
         return [ABLATIONS[name] for name in dict.fromkeys(self.ablation_names or CORE)]
 
     @property
     def name(self) -> str:
-        """Name of the report's folder: the preset, and the changed fields where there are any."""
+        """Name of the report's folder: the preset, the changed fields where there are any, and the grid."""
         changes = "".join(
             f"+{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in sorted(self.overrides.items())
         )
+        if self.grid:
+            base, *fields = self.ablations[0].factors
+            changes += "+grid" + "".join(f"+{of.name}={','.join(of.levels)}" for of in sorted(fields, key=lambda of: of.name))
+            bases = references(self.bases)
+            changes += f"+{base.name}={','.join(bases)}" if bases != PUBLISHED_PAIR else ""
         return file_name(self.preset_name + changes)
 
     @property
@@ -134,13 +157,14 @@ class Study:
     def _stages(self) -> tuple[list[Cell], list[Cell]]:
         ready: list[Cell] = []
         waiting: list[Cell] = []
+        largest = max(self.preset.max_codebook_size, self._codebook_size(self.overrides)) if not self.grid else math.inf  # it was asked for
         for ablation in self.ablations:
             configs = {arm.name: self._config(ablation, arm) for arm in ablation.arms}
             searches = {arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as}
             ready += [cell for search in searches.values() for cell in search]
             for arm in ablation.arms:
                 config, stage = configs[arm.name], ready
-                if config.quantizer.codebook_size > max(self.preset.max_codebook_size, self._codebook_size):
+                if config.quantizer.codebook_size > largest:
                     continue
                 if ablation.tuning:
                     search = searches[arm.tuned_as or arm.name]
@@ -162,21 +186,38 @@ class Study:
         return cells
 
     def _config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
-        """An arm's config before any search. What arms differ in cannot be set for all of them."""
-        fields = ablation.quantizer(arm.levels, self._codebook_size)
-        config = tokenizer(self.preset, {"codebook_size": self._codebook_size} | fields)
-        config = config.with_fields(**self.overrides) if self.overrides else config
-        for path in self.overrides:
+        """An arm's config before any search.
+
+        Raises:
+            ConfigError: it contradicts itself, or what arms differ in was set for all of them.
+        """
+        try:
+            return self._build_config(ablation, arm)
+        except ConfigError as error:
+            if not self.grid:
+                raise
+            raise ConfigError(f"{arm.name}: {error}") from None  # of many points one is wrong: say which
+
+    def _build_config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
+        settings = ablation.settings(arm.levels)
+        codebook_size = self._codebook_size({**self.overrides, **settings})  # from which an arm derives its own, and more
+        fields = ablation.quantizer(arm.levels, codebook_size)
+        overrides = {path: value for path, value in self.overrides.items() if path != CODEBOOK_SIZE}
+        changes = {**overrides, **settings}
+        config = tokenizer(self.preset, {"codebook_size": codebook_size} | fields)
+        config = config.with_fields(**changes) if changes else config
+        for path in overrides:
             if path == "seed":
                 raise ConfigError("--set seed would give every arm one seed; use --seeds, which says how many")
             if path in {f"quantizer.{name}" for name in fields}:
-                raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; set another field, or add an arm")
-        return scaled(config, ablation.scales(arm.levels))
+                remedy = f"give it as --grid {path}=VALUE" if self.grid else "set another field, or add an arm"
+                raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; {remedy}")
+        config = scaled(config, ablation.scales(arm.levels))
+        return config.with_fields(**settings) if settings else config  # once more: settings are not scaled
 
-    @cached_property
-    def _codebook_size(self) -> int:
-        """K of every arm: the preset's, or the user's."""
-        wanted = self.overrides.get("quantizer.codebook_size", self.preset.codebook_size)
+    def _codebook_size(self, changes: Mapping[str, Any]) -> int:
+        """K of an arm: what was set, else the preset's."""
+        wanted = changes.get(CODEBOOK_SIZE, self.preset.codebook_size)
         return tokenizer(self.preset, {"method": "vq", "codebook_size": wanted}).quantizer.codebook_size
 
     def _cell(self, ablation: Ablation, arm: Arm, config: TrainConfig, seed: int) -> Cell:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import pandas as pd
 
 from experiments import tuning
 from experiments.ablations import Ablation
+from experiments.ablations.grid import BASE, GRID_COLUMNS, strips, varied
 from experiments.anatomy import parts_table
 from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, main_effects, verdict
 
@@ -33,6 +36,7 @@ COLUMNS = {
     "perplexity": Column("perplexity", 0, _entry("perplexity")),
     "usage": Column("usage %", 1, _entry("usage", 100)),
     "dead_codes": Column("dead codes", 0, _entry("dead_codes")),
+    "share": Column("perplexity / K %", 1, _entry("perplexity_share", 100)),
     "bits": Column("bits/token", 2, _entry("bits")),
     "l1": Column("L1", 4, _entry("l1")),
     "psnr_db": Column("PSNR dB", 2, _entry("psnr_db")),
@@ -167,6 +171,24 @@ def chosen_value(search: pd.DataFrame) -> float | None:
     return tuning.best({value: None if math.isnan(loss) else loss for value, loss in losses})
 
 
+def grid_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
+    """A grid of two fields or more: for every outcome, base and value of the fields beyond, the first field down and the second across."""
+    down, *more = varied(ablation)
+    if not more:
+        return pd.DataFrame()
+    across, *others = more
+    outcomes = [name for name in GRID_COLUMNS if name != "fid" or COLUMNS[name].value(rows).notna().any()]
+    arms = arms_table(replace(ablation, columns=tuple(outcomes)), rows).set_index([BASE, *(field.name for field in varied(ablation))])
+    lines = []
+    for name, (base, *rest), level in product(outcomes, strips(ablation), down.levels):
+        line = {"outcome": COLUMNS[name].label, BASE: base} | {field.name: at for field, at in zip(others, rest, strict=True)}
+        line |= {down.name: level}
+        for column in across.levels:
+            line[f"{across.name}={column}"] = arms.loc[(base, level, column, *rest), COLUMNS[name].label]
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 TABLES = {
     "arms": (arms_table, "All arms: what they differ in, and what came out on the test split (the protocol stands below)."),
     "main_effects": (effects_table, "Main effects: mean over pairs of arms that differ in nothing else, with the range of the pairs."),
@@ -177,6 +199,7 @@ TABLES = {
         "rFID is not measured here.",
     ),
     "search": (search_table, f"The search before the comparison, the same for every arm. Rule: {tuning.RULE}."),
+    "grid": (grid_table, "The grid outcome by outcome: mean over seeds, or the state of an arm that has no result."),
     "parts": (parts_table, "Is a part necessary, is it sufficient? The threshold was stated beforehand."),
 }
 

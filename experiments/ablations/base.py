@@ -113,13 +113,14 @@ class PaperRow:
 class Ablation:
     """One study: see `experiments/ablations/`.
 
-    An arm's config is the preset's recipe around `quantizer(levels, K)`, with the numbers that `scales(levels)` names multiplied. Figures
-    choose colours by the first factor; `figures`, `tables` and `columns` name what the report shows, in the registries of those modules.
+    An arm's config is the preset's recipe around `quantizer(levels, K)`, with the numbers that `scales(levels)` names multiplied and the
+    fields of `settings(levels)` set. Figures choose colours by the first factor; `figures`, `tables` and `columns` name what the report
+    shows, in the registries of those modules.
     """
 
     name: str
     title: str
-    notebook: str
+    notebook: str | None
     question: str
     factors: tuple[Factor, ...]
     arms: tuple[Arm, ...]
@@ -131,6 +132,7 @@ class Ablation:
     contrasts: tuple[Contrast, ...] = ()
     columns: tuple[str, ...] = COLUMNS
     scales: Callable[[Mapping[str, str]], dict[str, float]] = lambda levels: {}
+    settings: Callable[[Mapping[str, str]], dict[str, Any]] = lambda levels: {}
     marker: str | None = None
     """The factor that rate against distortion shows by the shape of a point."""
     fill: str | None = None

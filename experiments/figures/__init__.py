@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from experiments.ablations import Ablation
 from experiments.figures.codebooks import code_frequency, code_map, map_over_training, reconstructions
 from experiments.figures.comparisons import main_effects, rate_distortion, scaling, search
+from experiments.figures.heat_map import heat_map
 from experiments.figures.theme import COLORS, LINE_COLORS, theme
 from experiments.figures.training import (
     gap_over_training,
@@ -88,6 +89,11 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "gradient_reach": (
         gradient_reach,
         "How many codes the gradient of the whole loss reaches at a step; 'non-zero' would say nothing of a softmax.",
+    ),
+    "heat_map": (
+        heat_map,
+        "The grid: mean over seeds on the test split, one scale an outcome; brighter is more codes in use, or a lower error. Hatched or ×: "
+        "no result, and why; n of m: seeds that have one.",
     ),
     "reconstructions": (reconstructions, "Test images and their reconstructions, seed 0."),
 }

@@ -1,0 +1,194 @@
+"""A grid over config fields that nobody foresaw: an ablation made on the command line, from arms of other ablations and lists of values.
+
+Cost: bases times the product of the values; `plan` says it first.
+Command: python -m experiments run --grid quantizer.codebook_size=256,1024 --grid optim.lr=1e-4,1e-3 --base vq_fair
+
+Every point is a base arm with the fields of the grid set as they stand, after all else that the base sets or scales, so that a point which
+equals an arm of another ablation is that arm's run. A base that derives fields from K (D = log2 K of LFQ) derives them from the grid's K.
+Nothing is claimed beforehand, so there are no contrasts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from experiments.ablations import ABLATIONS
+from experiments.ablations.base import COLUMNS, Ablation, Arm, Factor
+from ibq.config import flatten, parse_train_config
+from ibq.errors import ConfigError, nearest
+from ibq.quantizers import Quantizer
+
+PUBLISHED_PAIR = ("vq_vs_ibq/vq_published", "vq_vs_ibq/ibq_published")
+MOST_ARMS = 700
+"""As many as there are letters from A to ZZ, which is what tables and figures call arms by."""
+MOST_CURVES, MOST_POINTS = 9, 50
+"""Arms that have a colour each in figures of curves, and arms whose letters can be told apart in a figure of points."""
+BASE = "base"
+"""Name of the first factor."""
+GRID_COLUMNS = ("share", "bits", "l1", "fid")
+"""Outcomes that the pivot table and the heat map show where they were measured; the table of arms has more."""
+
+
+class Base(NamedTuple):
+    """An arm that a grid starts from."""
+
+    ablation: Ablation
+    arm: Arm
+
+    @property
+    def reference(self) -> str:
+        return f"{self.ablation.name}/{self.arm.name}"
+
+    @property
+    def method(self) -> str:
+        return str(self.ablation.quantizer(self.arm.levels, 1024)["method"])  # the same at every K
+
+
+def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] = ()) -> Ablation:
+    """The ablation that a grid is.
+
+    Args:
+        grid: values by dotted path of a config field.
+        base_names: arms to start from, as "ablation/arm", or the arm alone where one ablation has it; none: the published pair.
+
+    Raises:
+        ConfigError: a base or a field that does not exist, a field that a base's method does not have, no value or the same one twice, or
+            more than MOST_ARMS arms. Whether values fit, the configs say.
+    """
+    bases = [find_base(name) for name in references(base_names)]
+    names = [base.arm.name for base in bases]
+    by_label = {base.arm.name if names.count(base.arm.name) == 1 else base.reference: base for base in bases}
+    levels = {field: _levels(field, values) for field, values in grid.items()}
+    for field in grid:
+        _check_field(field, bases)
+    if (size := len(bases) * math.prod(map(len, levels.values()))) > MOST_ARMS:
+        counts = " × ".join(
+            [f"{len(bases)} base{'s' if len(bases) > 1 else ''}", *(f"{len(of)} of {field}" for field, of in levels.items())]
+        )
+        raise ConfigError(f"the grid has {size:,} arms ({counts}); give at most {MOST_ARMS}, in several grids if need be")
+
+    def settings(point: Mapping[str, str]) -> dict[str, Any]:
+        return {field: levels[field][point[field]] for field in grid}
+
+    arms = []
+    for label, *point in product(by_label, *levels.values()):
+        at = dict(zip(grid, point, strict=True))
+        arms.append(Arm(" ".join([label, *_equations(at)]), {BASE: label} | at, focal=size <= MOST_CURVES))
+    return Ablation(
+        name="grid",
+        title=f"Grid over {', '.join(grid)}",
+        notebook=None,
+        question=f"How do usage and quality of {', '.join(by_label)} change with {', '.join(grid)}? Nothing was claimed beforehand.",
+        factors=(
+            Factor(BASE, tuple(by_label), _meaning(bases, grid)),
+            *(Factor(field, tuple(levels[field]), "config field, set as it stands") for field in grid),
+        ),
+        arms=tuple(arms),
+        quantizer=lambda point, codebook_size: by_label[point[BASE]].ablation.quantizer(by_label[point[BASE]].arm.levels, codebook_size),
+        scales=lambda point: by_label[point[BASE]].ablation.scales(by_label[point[BASE]].arm.levels),
+        settings=settings,
+        figures=_figures(size),
+        tables=("grid", "arms"),
+        columns=(*COLUMNS, "fid"),
+        paper_source="",
+        paper_rows=(),
+    )
+
+
+def references(base_names: Sequence[str]) -> tuple[str, ...]:
+    """The bases that are meant, each once, as "ablation/arm"."""
+    return tuple(dict.fromkeys(find_base(name).reference for name in base_names or PUBLISHED_PAIR))
+
+
+def find_base(name: str) -> Base:
+    """An arm of any ablation, by "ablation/arm" or by its own name.
+
+    Raises:
+        ConfigError: no arm has that name (the nearest is named), or several have.
+    """
+    bases = [Base(ablation, arm) for ablation in ABLATIONS.values() for arm in ablation.arms]
+    found = [base for base in bases if name in (base.reference, base.arm.name)]
+    if not found:
+        known = [base.reference if "/" in name else base.arm.name for base in bases]
+        raise ConfigError(f"base {name!r} is no arm of any ablation; {nearest(name, known)}")
+    if len(found) > 1:
+        raise ConfigError(f"base {name!r} is an arm of several ablations; write {' or '.join(base.reference for base in found)}")
+    return found[0]
+
+
+def varied(ablation: Ablation) -> list[Factor]:
+    """The fields of a grid that have more than one value, in the order given; the first field where none has."""
+    fields = ablation.factors[1:]
+    return [field for field in fields if len(field.levels) > 1] or [fields[0]]
+
+
+def strips(ablation: Ablation) -> list[tuple[str, ...]]:
+    """What one map of two fields is of: every base with every combination of the fields beyond the second."""
+    return list(product(ablation.factors[0].levels, *(field.levels for field in varied(ablation)[2:])))
+
+
+def numbers(levels: Sequence[str]) -> list[float] | None:
+    """The levels as numbers, None where one is none."""
+    try:
+        return [float(level) for level in levels]
+    except ValueError:
+        return None
+
+
+def text(value: Any) -> str:
+    """A value as it was typed: text as it is, unless it would read as several values; all else as JSON."""
+    return value if isinstance(value, str) and "," not in value else json.dumps(value)
+
+
+def _levels(field: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Values by their level; numbers ascend, all else stays in the order given."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ConfigError(f"the grid's values {field}={values!r} are not a list; give e.g. [{values!r}]")
+    if not values or "" in values:
+        raise ConfigError(f"the grid's values {field}={','.join(map(text, values))} hold an empty one; write e.g. {field}=VALUE,VALUE")
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise ConfigError(f"the grid has {field}={text(value)} twice; leave one out")
+    all_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return {text(value): value for value in (sorted(values) if all_numbers else values)}
+
+
+def _check_field(field: str, bases: Sequence[Base]) -> None:
+    """Refuse a field that cannot be swept, or that a base does not have."""
+    if field == "seed":
+        raise ConfigError("the grid cannot have the field seed, since seeds are averaged; use --seeds, which says how many")
+    if field == "quantizer.method":
+        raise ConfigError(
+            "the grid cannot have the field quantizer.method, since methods have different fields; name arms by --base instead"
+        )
+    shared = set(flatten(parse_train_config({"quantizer": {"method": "vq"}}).model_dump(mode="json", exclude={"quantizer"})))
+    own = {method: {f"quantizer.{name}" for name in of.config_class.model_fields} for method, of in Quantizer.registry.items()}
+    if field not in shared.union(*own.values()):
+        known = shared.union(*(own[base.method] for base in bases)) - {"seed", "quantizer.method"}
+        raise ConfigError(f"the grid's field {field!r} does not exist; {nearest(field, known)}")
+    for base in bases:
+        if field not in shared | own[base.method]:
+            raise ConfigError(f"base {base.reference}, whose method is {base.method!r}, has no field {field!r}; leave out one of the two")
+
+
+def _equations(point: Mapping[str, str]) -> list[str]:
+    """field=value, fields by their last part where that is enough."""
+    leaves = [field.rsplit(".", 1)[-1] for field in point]
+    return [f"{leaf if leaves.count(leaf) == 1 else field}={level}" for leaf, (field, level) in zip(leaves, point.items(), strict=True)]
+
+
+def _figures(arms: int) -> tuple[str, ...]:
+    """The map always, points and curves while they can be told apart."""
+    points = ["rate_distortion"] if arms <= MOST_POINTS else []
+    curves = ["usage_over_training", "reconstructions"] if arms <= MOST_CURVES else []
+    return ("heat_map", *curves[:1], *points, *curves[1:])
+
+
+def _meaning(bases: Sequence[Base], grid: Mapping[str, Sequence[Any]]) -> str:
+    untuned = {base.ablation.name: base.ablation.tuning.field for base in bases if base.ablation.tuning}
+    searches = [f"without the search of {field} in {name}" for name, field in untuned.items() if field not in grid]
+    return ", ".join([f"the arm that the grid starts from ({', '.join(base.reference for base in bases)})", *searches])
