@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -188,19 +190,86 @@ def write(table: pd.DataFrame, folder: Path, name: str, caption: str) -> None:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    return table.to_markdown(index=False, disable_numparse=True)
+    """A table in GitHub's Markdown, in which no cell is markup."""
+    escaped = table.map(_escape_markdown).rename(columns=_escape_markdown)
+    return str(escaped.to_markdown(index=False, disable_numparse=True))
+
+
+def _escape_markdown(value: object) -> str:
+    return _text(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "\\<")
+
+
+def _text(value: object) -> str:
+    """A cell as one line; empty where there is nothing."""
+    return "" if isinstance(value, float) and math.isnan(value) else " ".join(str(value).split())
+
+
+LONGEST_CELL = 32
+"""Characters of a cell from which a column of LaTeX breaks its lines."""
 
 
 def latex(table: pd.DataFrame, name: str, caption: str) -> str:
-    """A booktabs table; needs \\usepackage{booktabs}."""
-    escaped = table.map(_escape).rename(columns=_escape)
-    return escaped.to_latex(index=False, caption=_escape(caption), label=f"tab:{name}", position="t")
+    """A booktabs table that is never wider than the line: long texts are wrapped, and what is still too wide is shrunk.
+
+    Needs \\usepackage{array,booktabs,graphicx} and no more than pdfLaTeX's own fonts.
+    """
+    texts = table.map(_text)
+    columns = "".join(_column_type([str(label), *texts.iloc[:, i]]) for i, label in enumerate(table.columns))
+    escaped = texts.map(_escape).rename(columns=_escape)
+    tabular = escaped.to_latex(index=False, column_format=columns).rstrip()
+    return (
+        "% \\usepackage{array,booktabs,graphicx}\n"
+        f"\\begin{{table}}[t]\n\\centering\n\\caption{{{_escape(caption)}}}\n\\label{{tab:{name}}}\n"
+        f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}\n\\end{{table}}\n"
+    )
+
+
+def _column_type(texts: list[str]) -> str:
+    """Of a column with this heading and these cells: numbers to the right, short texts to the left, long ones wrapped."""
+    longest = max(map(len, texts))
+    if longest > LONGEST_CELL:
+        return f">{{\\raggedright\\arraybackslash}}p{{{min(20, 10 + longest / 20):.0f}em}}"
+    return "r" if all(re.fullmatch(r"[-+−]?[\d.,]*( ± [\d.]+)?", text) for text in texts[1:]) else "l"
 
 
 _SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_SPECIAL |= {"±": r"$\pm$", "Δ": r"$\Delta$", "→": r"$\to$", "≥": r"$\geq$", "≤": r"$\leq$", "<": r"$<$", ">": r"$>$", "|": r"$|$"}
+_SPECIAL |= {c: f"{{{c}}}" for c in "[]*`'\""}  # after a line break, or doubled, these mean something
+_SPECIAL |= {"–": "--", "—": "---", "…": r"\ldots{}", "“": "``", "”": "''", "‘": "`", "’": "'"}
+_MATHEMATICS = {"±": r"\pm", "→": r"\to", "←": r"\leftarrow", "≥": r"\geq", "≤": r"\leq", "≈": r"\approx", "≠": r"\neq", "×": r"\times"}
+_MATHEMATICS |= {"−": "-", "·": r"\cdot", "∞": r"\infty", "²": "^2", "³": "^3", "<": "<", ">": ">", "|": "|", "°": r"^\circ", "µ": r"\mu"}
+_GREEK = (
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "eta",
+    "theta",
+    "kappa",
+    "lambda",
+    "mu",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+    "phi",
+    "omega",
+)
+_MATHEMATICS |= {c: f"\\{name}" for c, name in zip("αβγδεηθκλμπρστφω", _GREEK, strict=True)}
+_MATHEMATICS |= {"Δ": r"\Delta", "Σ": r"\Sigma"}
+_SPECIAL |= {c: f"${command}$" for c, command in _MATHEMATICS.items()}
 
 
 def _escape(value: object) -> str:
-    text = "" if isinstance(value, float) and math.isnan(value) else str(value)
-    return "".join(_SPECIAL.get(c, c) for c in " ".join(text.split()))
+    """A cell as LaTeX that compiles whatever it holds; a character that pdfLaTeX's fonts lack becomes its plain form, or its code point."""
+    signed = re.sub(r"(?<![\w.)\]])-(?=[\d.])", "−", _text(value))
+    return "".join(_character(c) for c in signed)
+
+
+def _character(c: str) -> str:
+    if c in _SPECIAL:
+        return _SPECIAL[c]
+    if c.isascii() or ("À" <= c <= "ÿ" and c not in "ÐðÞþ"):
+        return c if c.isprintable() else ""
+    plain = unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode()
+    return "".join(_SPECIAL.get(each, each) for each in plain) or f"U+{ord(c):04X}"
