@@ -25,8 +25,8 @@ class Claim:
         word: one of WORDS.
         reason: why it is undecided; empty otherwise.
         required: the change that was required beforehand, in every seed; empty where nothing here tests the claim.
-        seen: the change at each seed, in words; empty while no pair of runs is finished.
-        seeds: the seeds of both arms that are compared.
+        seen: the change at each of `seeds`; empty while no pair of runs is finished.
+        seeds: those that both arms have finished.
         scale: preset, data, codes, dimension and steps of the compared runs.
         ablation: what tests it, None where nothing does.
         arms: the letters of the compared arms.
@@ -85,14 +85,13 @@ def claims_of(study: Study, ablation: Ablation, rows: pd.DataFrame) -> list[Clai
 def _judged(study: Study, ablation: Ablation, contrast: Contrast, rows: pd.DataFrame) -> Claim:
     judged = verdict(contrast, rows)
     label, _, digits, _ = OUTCOMES[contrast.outcome]
-    seen = [f"{change:+.{digits}f} (seed {seed})" for seed, change in zip(judged.seeds, judged.differences, strict=True)]
     return Claim(
         sentence=contrast.claim,
         paper=contrast.paper,
         word=judged.word,
         reason=_why_undecided(ablation, judged, rows) if judged.word == "undecided" else "",
         required=f"{label} {'≥' if contrast.effect > 0 else '≤'} {contrast.effect:+g}",
-        seen=tuple(seen),
+        seen=tuple(f"{change:+.{digits}f}" for change in judged.differences),
         seeds=tuple(int(seed) for seed in judged.seeds),
         scale=scale(study, rows[rows["arm"].isin([contrast.without, contrast.with_]) & rows["seed"].isin(judged.seeds)]),
         ablation=ablation,
@@ -128,21 +127,23 @@ def _pairs(rows: pd.DataFrame, one: str, other: str) -> list[tuple]:
 
 
 def table(of: list[Claim]) -> pd.DataFrame:
-    """Claims as data: what is claimed, where, what was required and seen, at which scale, and the verdict."""
+    """Claims as data: what is claimed, where in the paper if it is there, what was required and seen, at which scale, and the verdict."""
     lines = []
     for claim in of:
         lines.append(
             {
                 "claim": claim.sentence,
-                "in the paper": claim.paper or "this study's own question",
+                "in the paper": claim.paper,
                 "required in every seed": claim.required or "–",
-                "seen, seed by seed": ", ".join(claim.seen) or "nothing yet",
+                "seen, seed by seed": ", ".join(claim.seen) or ("nothing yet" if claim.ablation else "–"),
+                "seeds": ", ".join(map(str, claim.seeds)),
                 "verdict": claim.word + (f": {claim.reason}" if claim.reason else ""),
                 "scale": claim.scale or "–",
                 "ablation": f"{claim.ablation.name} {claim.arms}" if claim.ablation else "none",
             }
         )
-    return pd.DataFrame(lines)
+    table = pd.DataFrame(lines)
+    return table if any(claim.paper for claim in of) else table.drop(columns="in the paper", errors="ignore")
 
 
 def count(of: list[Claim]) -> str:

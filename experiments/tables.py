@@ -204,8 +204,8 @@ def _text(value: object) -> str:
     return "" if isinstance(value, float) and math.isnan(value) else " ".join(str(value).split())
 
 
-LONGEST_CELL = 32
-"""Characters of a cell from which a column of LaTeX breaks its lines."""
+LINE, LONG, SHORT = 75, 32, 20
+"""Characters of a line of LaTeX, and of a column that breaks its lines: a short one does where the table is wider than the line."""
 
 
 def latex(table: pd.DataFrame, name: str, caption: str) -> str:
@@ -214,7 +214,9 @@ def latex(table: pd.DataFrame, name: str, caption: str) -> str:
     Needs \\usepackage{array,booktabs,graphicx} and no more than pdfLaTeX's own fonts.
     """
     texts = table.map(_text)
-    columns = "".join(_column_type([str(label), *texts.iloc[:, i]]) for i, label in enumerate(table.columns))
+    cells = [[str(label), *texts.iloc[:, i]] for i, label in enumerate(table.columns)]
+    limit = LONG if sum(max(map(len, column)) + 2 for column in cells) <= LINE else SHORT
+    columns = "".join(_column_type(column, limit) for column in cells)
     escaped = texts.map(_escape).rename(columns=_escape)
     tabular = escaped.to_latex(index=False, column_format=columns).rstrip()
     return (
@@ -224,16 +226,19 @@ def latex(table: pd.DataFrame, name: str, caption: str) -> str:
     )
 
 
-def _column_type(texts: list[str]) -> str:
-    """Of a column with this heading and these cells: numbers to the right, short texts to the left, long ones wrapped."""
-    longest = max(map(len, texts))
-    if longest > LONGEST_CELL:
-        return f">{{\\raggedright\\arraybackslash}}p{{{min(20, 10 + longest / 20):.0f}em}}"
-    return "r" if all(re.fullmatch(r"[-+−]?[\d.,]*( ± [\d.]+)?", text) for text in texts[1:]) else "l"
+def _column_type(texts: list[str], limit: int) -> str:
+    """Of a column with this heading and these cells: numbers to the right, texts to the left; beyond `limit` characters wrapped, but never
+    within a word."""
+    number = all(re.fullmatch(r"[-+−]?[\d.,]*( ± [\d.]+)?", text) for text in texts[1:])
+    longest, word = max(map(len, texts)), max(len(word) for text in texts for word in ["", *text.split()])
+    if longest <= limit or word == longest:
+        return "r" if number else "l"
+    width = max(min(12, 4 + longest / 16), 0.6 * word)
+    return f">{{\\{'raggedleft' if number else 'raggedright'}\\arraybackslash}}p{{{width:.1f}em}}"
 
 
 _SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_SPECIAL |= {c: f"{{{c}}}" for c in "[]*`'\""}  # after a line break, or doubled, these mean something
+_SPECIAL |= {c: f"{{{c}}}" for c in '[]*`"'}  # after a line break, or doubled, these mean something
 _SPECIAL |= {"–": "--", "—": "---", "…": r"\ldots{}", "“": "``", "”": "''", "‘": "`", "’": "'"}
 _MATHEMATICS = {"±": r"\pm", "→": r"\to", "←": r"\leftarrow", "≥": r"\geq", "≤": r"\leq", "≈": r"\approx", "≠": r"\neq", "×": r"\times"}
 _MATHEMATICS |= {"−": "-", "·": r"\cdot", "∞": r"\infty", "²": "^2", "³": "^3", "<": "<", ">": ">", "|": "|", "°": r"^\circ", "µ": r"\mu"}

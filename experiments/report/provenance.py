@@ -52,24 +52,30 @@ def minutes(rows: pd.DataFrame) -> float:
 
 
 def warnings(rows: pd.DataFrame, by: str) -> list[str]:
-    """A sentence for each fact that should be one and is several, with the arms (or ablations: `by`) of every value; and on commits with
-    uncommitted changes."""
+    """A sentence for each fact that should be one and is several, with the runs of every value and, but for the most frequent value, their
+    arms (or ablations: `by`); and one on commits with uncommitted changes."""
     finished = rows[rows["status"] == "ok"]
     sentences = []
     for name, plural in MIXED.items():
         if name not in finished or finished[name].nunique() < 2:
             continue
-        kinds = []
-        for value, group in finished.groupby(name, sort=False):
-            value = f"{value:g}" if isinstance(value, float) else value
-            kinds.append(f"{value} ({_runs(group)}: {', '.join(map(str, group[by].unique()))})")
+        groups = sorted(finished.groupby(name), key=lambda group: -group[1]["run"].nunique())
+        kinds = [f"{_values(groups[0][1][name])} ({_runs(groups[0][1])})"]
+        kinds += [f"{_values(group[name])} ({_runs(group)}: {', '.join(_named(group, by))})" for _, group in groups[1:]]
         sentences.append(
             f"These rows span {len(kinds)} {plural}, so that differences may be of the code or the machine: {'; '.join(kinds)}."
         )
     if "commit" in finished and len(changed := finished[finished["commit"].astype(str).str.endswith("+")]):
-        named = ", ".join(changed["commit"].unique())
-        sentences.append(f"{_runs(changed)} trained from a tree with uncommitted changes ({named}).")
+        sentences.append(f"{_runs(changed)} trained from a tree with uncommitted changes ({_values(changed['commit'])}).")
     return sentences
+
+
+def _named(rows: pd.DataFrame, by: str) -> list[str]:
+    """The arms or ablations of rows; the runs of one search count as one."""
+    names = rows[by]
+    if by == "arm" and "search.arm" in rows:
+        names = names.where(rows["search.arm"].isna(), "search of " + rows["search.arm"].astype(str))
+    return [str(name) for name in names.unique()]
 
 
 def _runs(rows: pd.DataFrame) -> str:
