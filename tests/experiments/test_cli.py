@@ -13,6 +13,7 @@ from experiments.cli import app
 from experiments.study import Study
 from experiments.sweep import train_study
 from ibq.evaluation import PERCEPTUAL
+from ibq.run_directory import RunDirectory
 
 runner = CliRunner()
 
@@ -76,6 +77,13 @@ def test_evaluate_without_a_networks_weights_is_one_sentence_and_writes_nothing(
         "error: fashion-cnn is absent: 16 images are too few, 100 are needed; evaluate more images\n",
     )
     assert not any(name in str(path) for cell in Study("smoke").cells for path in cell.run.path.rglob("*") for name in PERCEPTUAL)
+
+
+@pytest.mark.usefixtures("trained")
+def test_rows_that_have_a_metric_from_training_are_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_row = RunDirectory.read_row
+    monkeypatch.setattr(RunDirectory, "read_row", lambda run: read_row(run) | {"kid[fashion-cnn]": 0.1})
+    assert "0 runs evaluated" in runner.invoke(app, ["evaluate", "--preset", "smoke", "--metric", "fashion-cnn"]).output
 
 
 @pytest.mark.usefixtures("trained")
