@@ -70,7 +70,12 @@ UNTESTED = (
 
 
 def claims(study: Study, rows: pd.DataFrame) -> list[Claim]:
-    """Every claim of every ablation, with or without rows, in the order of the ablations; then the paper's claims that nothing tests."""
+    """Every claim of every ablation, with or without rows, in the order of the ablations; then the paper's claims that nothing tests.
+
+    A grid, which claims nothing and has rows of its own, has none.
+    """
+    if study.grid:
+        return []
     ablations = {ablation.name: ablation for ablation in (*ABLATIONS.values(), *study.ablations)}
     judged = [claim for ablation in ablations.values() for claim in claims_of(study, ablation, rows)]
     return [*judged, *UNTESTED]
@@ -106,8 +111,10 @@ def _why_undecided(ablation: Ablation, judged: Verdict, rows: pd.DataFrame) -> s
     pair = rows[rows["arm"].isin([contrast.without, contrast.with_])]
     if pair["status"].isin(["pending", "waiting"]).all():  # or no row at all
         return "not trained"
+    if absent := [ablation.letter(arm) for arm in (contrast.without, contrast.with_) if arm not in set(pair["arm"])]:
+        return f"{absent[0]} is not in this study"
     if (pair["status"] == "ok").all():
-        return f"{OUTCOMES[contrast.outcome].unit} not measured"
+        return f"{OUTCOMES[contrast.outcome].label.removeprefix('Δ ')} not measured"
     states = [f"{ablation.letter(arm)} {'/'.join(sorted(set(group['status'])))}" for arm, group in pair.groupby("arm", sort=False)]
     return f"no finished pair: {', '.join(states)}"
 

@@ -120,7 +120,8 @@ def _written(table: pd.DataFrame, folder: Path, stem: str, caption: str) -> layo
 
 def _first_page(study: Study, sections: list[dict[str, Any]], rows: pd.DataFrame, folder: Path) -> str:
     everything = claims.claims(study, rows)
-    of_paper, own = ([claim for claim in everything if bool(claim.paper) == papers] for papers in (True, False))
+    paper = [claim for claim in everything if claim.paper]
+    own = [claim for claim in everything if not claim.paper]
     mechanism = f"notebooks/{notebooks.MECHANISM}.html"
     return pages.render(
         "index.html",
@@ -128,22 +129,19 @@ def _first_page(study: Study, sections: list[dict[str, Any]], rows: pd.DataFrame
         navigation=_navigation(sections, FIRST_PAGE),
         sections=sections,
         shown={section["ablation"].name: section["page"] for section in sections},
-        paper_claims=of_paper,
-        own_claims=own,
-        paper_count=claims.count(of_paper),
-        own_count=claims.count(own),
-        paper_table=_written(
-            claims.table(of_paper), folder, PAPER_CLAIMS, "Every claim of the paper, and what the rows of this study say of it."
-        ),
-        own_table=_written(claims.table(own), folder, OWN_CLAIMS, "This study's own questions, and what its rows say of them.")
-        if own
-        else None,
+        paper=_judged(paper, folder, PAPER_CLAIMS, "Every claim of the paper, and what the rows of this study say of it."),
+        own=_judged(own, folder, OWN_CLAIMS, "This study's own questions, and what its rows say of them."),
         facts=provenance.facts(rows),
         warnings=provenance.warnings(rows, by="ablation"),
         sessions=read_lines(folder / "sessions.jsonl"),
         command=provenance.command(study, *(section["ablation"].name for section in sections)),
         mechanism=mechanism if (folder / mechanism).is_file() else None,
     )
+
+
+def _judged(of: list[claims.Claim], folder: Path, stem: str, caption: str) -> dict[str, Any] | None:
+    """Claims with their count and table, None where there are none."""
+    return {"claims": of, "count": claims.count(of), "table": _written(claims.table(of), folder, stem, caption)} if of else None
 
 
 def _ablation_page(study: Study, section: dict[str, Any], sections: list[dict[str, Any]]) -> str:

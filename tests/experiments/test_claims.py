@@ -66,6 +66,17 @@ def test_nothing_trained_leaves_every_claim_undecided_and_without_a_number() -> 
     assert set(claims.table(everything)["seen, seed by seed"]) == {"nothing yet", "–"}
 
 
+def test_an_arm_that_a_study_does_not_have_is_the_reason() -> None:
+    rows = rows_of({0: 1.0})
+    claim = claims.claims_of(Study("quick"), ABLATION, rows[rows["arm"] == CONTRAST.without])[0]
+    assert (claim.word, claim.reason) == ("undecided", "B is not in this study")
+
+
+def test_a_grid_claims_nothing() -> None:
+    study = Study("smoke", grid={"optim.lr": [1e-3, 1e-4]})
+    assert claims.claims(study, pd.DataFrame(columns=["ablation", "arm", "seed", "status"])) == []
+
+
 def test_a_metric_that_was_not_measured_is_the_reason() -> None:
     rows = rows_of({0: 1.0})
     rows["bits"] = float("nan")

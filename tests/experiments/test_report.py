@@ -224,6 +224,24 @@ def letters(pair: str) -> list[str]:
     return [arm.name for arm in ABLATION.arms if ABLATION.letter(arm.name) in pair.split("→")]
 
 
+def test_a_snapshot_is_the_report_without_machine_paths_and_notebook_files(
+    first_page: Path, trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study: Study = trained[0]
+    monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
+    shutil.copytree(first_page.parent, study.report_folder)
+    for name, text in (("x.html", f"in {report.ROOT}/runs"), ("x.ipynb", "{}"), ("x.stamp", "")):
+        (study.report_folder / "notebooks").mkdir(exist_ok=True)
+        (study.report_folder / "notebooks" / name).write_text(text)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    published = report.publish(study)
+    assert published == tmp_path / "reports" / "published" / "smoke"
+    assert (published / "notebooks" / "x.html").read_text() == "in REPOSITORY/runs"
+    assert not [path for path in published.rglob("*") if path.suffix in (".ipynb", ".stamp")]
+    for path in first_page.parent.rglob("*.*"):
+        assert path.suffix in (".ipynb", ".stamp") or (published / path.relative_to(first_page.parent)).is_file(), path
+
+
 def test_a_new_quantizer_needs_a_level_and_an_arm(trained: tuple) -> None:
     """What the README asks of a new quantizer is enough for every table and figure."""
     method = replace(ABLATION.factors[0], levels=(*ABLATION.factors[0].levels, "noisy"))
