@@ -140,7 +140,9 @@ def numbers(levels: Sequence[str]) -> list[float] | None:
 
 
 def text(value: Any) -> str:
-    """A value as it was typed: text as it is, unless it would read as several values; all else as JSON."""
+    """A value in short: text as it is, unless it would read as several values; all else as JSON."""
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
     return value if isinstance(value, str) and "," not in value else json.dumps(value)
 
 
@@ -189,6 +191,13 @@ def _figures(arms: int) -> tuple[str, ...]:
 
 
 def _meaning(bases: Sequence[Base], grid: Mapping[str, Sequence[Any]]) -> str:
-    untuned = {base.ablation.name: base.ablation.tuning.field for base in bases if base.ablation.tuning}
-    searches = [f"without the search of {field} in {name}" for name, field in untuned.items() if field not in grid]
-    return ", ".join([f"the arm that the grid starts from ({', '.join(base.reference for base in bases)})", *searches])
+    """Which arms the bases are, and what they bring along that the grid does not set: scaled numbers, a search that is left out."""
+    named = []
+    for base in bases:
+        scaled = [
+            f"{field} ×{factor:g}" for field, factor in base.ablation.scales(base.arm.levels).items() if factor != 1 and field not in grid
+        ]
+        tuned = base.ablation.tuning
+        untuned = [f"{tuned.field} not searched"] if tuned and tuned.field not in grid else []
+        named.append(" ".join([base.reference, *([f"({', '.join(scaled + untuned)})"] if scaled + untuned else [])]))
+    return f"the arm that the grid starts from: {', '.join(named)}"

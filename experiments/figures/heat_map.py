@@ -100,7 +100,7 @@ def _lines(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
     xs = sizes or [float(i) for i in range(len(field.levels))]
     log = sizes is not None and min(sizes) > 0 and max(sizes) >= 10 * min(sizes)
     places = np.log10(xs) if log else np.array(xs)
-    room = 0.25 * float(np.ptp(places)) or 1.0
+    room = 0.3 * float(np.ptp(places)) or 1.0
     ends = np.array([places.min() - room, places.max() + room])
     figure, axes = plt.subplots(1, len(shown), figsize=(2.9 * len(shown) + 0.6, 3.3), squeeze=False)
     for axis, outcome in zip(axes[0], shown, strict=True):
@@ -112,7 +112,7 @@ def _lines(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
                 values = _values(mine, outcome)
                 axis.scatter([x] * len(values), values, color=[colors[base]], s=16, zorder=3)
                 if values.empty:
-                    why, height = " ".join(_why(mine).split()), 0.02 + 0.065 * row
+                    why, height = _why(mine).replace("/\n", "/").replace("\n", " "), 0.02 + 0.065 * row
                     axis.text(x, height, f"× {why}", transform=axis.get_xaxis_transform(), color=colors[base], fontsize=7, ha="center")
                     lost += 1
         axis.set(xlabel=field.name, ylabel=COLUMNS[outcome].label, xscale="log" if log else "linear")

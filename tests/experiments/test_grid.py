@@ -104,7 +104,7 @@ def test_values_and_seeds_and_bases() -> None:
     base, weight = study.ablations[0].factors
     assert base.levels == ("vq_vs_ibq/vq_entropy", "quantizers/vq_entropy")
     assert weight.levels == ("0", "0.1")
-    assert "without the search of optim.lr in quantizers" in base.meaning
+    assert base.meaning.endswith(": vq_vs_ibq/vq_entropy, quantizers/vq_entropy (steps ×0.5, optim.lr not searched)")
     assert [cell.seed for cell in study.cells] == [0, 0, 0, 0, 1, 1, 1, 1]
     lists = Study("quick", grid={"model.channel_multipliers": [[1, 2, 4], [1, 2]]})
     assert [cell.config.model.downsampling for cell in lists.cells] == [4, 2, 4, 2]
