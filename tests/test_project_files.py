@@ -14,6 +14,7 @@ from ibq.quantizers import Quantizer
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORT_NAMES = {
+    "ipython": "IPython",
     "pillow": "PIL",
     "torch-fidelity": "torch_fidelity",
     "scikit-image": "skimage",
