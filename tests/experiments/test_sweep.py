@@ -226,7 +226,7 @@ def test_two_drivers_share_a_study_and_train_nothing_twice(tmp_path: Path) -> No
     code = (
         "from experiments.study import Study; from experiments.sweep import train_study\n"
         "if __name__ == '__main__':\n"
-        "    study = Study('smoke', overrides={'steps': 30}); o = train_study(study.only(study.cells[:5]), slots=1, device='cpu')\n"
+        "    study = Study('smoke', overrides={'steps': 30}); o = train_study(study.only(study.cells[:5]), device='cpu')\n"
         "    assert not o.failed and not o.unfinished, o"
     )
     script = tmp_path / "driver.py"
