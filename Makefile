@@ -1,6 +1,7 @@
 # make study   train the core study at PRESET, execute its notebooks, write reports/PRESET/index.html
 # make study-all   the same with every ablation
 # make test    pytest, ruff, mypy           make test-browser   what needs Chromium
+# make test-latex   what needs pdfLaTeX: every table compiles
 # make faults  kill -9, full disks, 100 rounds; prints what was lost: nothing
 # make lab     JupyterLab on 127.0.0.1      make clean-env      forget the environment
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: study study-all test test-browser faults lab data clean-env
+.PHONY: study study-all test test-browser test-latex faults lab data clean-env
 
 study: $(STAMP) data
 	$(BIN)/python -m experiments run --preset $(PRESET)
@@ -29,6 +30,9 @@ test: $(STAMP)
 
 test-browser: $(STAMP)
 	$(BIN)/python -m pytest -m browser
+
+test-latex: $(STAMP)
+	$(BIN)/python -m pytest -m latex
 
 faults: $(STAMP)
 	$(BIN)/python tests/faults.py --rounds 100

@@ -44,7 +44,7 @@ BaseOption = Annotated[
     typer.Option("--base", help="arm that the grid starts from, e.g. vq_vs_ibq/vq_fair; repeatable; none: the published pair"),
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
-MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, (_, what) in manage.EVALUATIONS.items()))]
+MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in manage.EVALUATIONS.items()))]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")]
 
@@ -54,7 +54,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        for name in ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE"):  # notebooks run in a folder of their own
+        for name in ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE", "IBQ_WEIGHTS"):  # notebooks run in a folder of their own
             if os.environ.get(name):
                 os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
         try:
@@ -236,7 +236,7 @@ def report(
 @of_a_study
 def evaluate(study: Study, metric: MetricOption = "full_test") -> None:
     """Add an evaluation to finished runs, without training."""
-    print(f"{manage.evaluate_finished(study, metric, _say)} runs evaluated; the columns {metric}.* are in the rows")
+    print(f"{manage.evaluate_finished(study, metric, _say)} runs evaluated with {metric}; the rows have its columns")
 
 
 @app.command()

@@ -118,14 +118,23 @@ class Verdict:
     def mean(self) -> float:
         return sum(self.differences) / len(self.differences) if self.differences else math.nan
 
+    @property
+    def reached(self) -> list[bool]:
+        """For each seed whether its difference has the sign and at least the size that the claim requires."""
+        return _reached(self.contrast, self.differences)
+
 
 def verdict(contrast: Contrast, rows: pd.DataFrame) -> Verdict:
     """Judge a claim by its own rule: every seed's paired difference reaches the effect size, or none does."""
     table = paired_differences(rows, contrast.without, contrast.with_, (contrast.outcome,))
     seeds, differences = tuple(table["seed"]), tuple(table[contrast.outcome])
-    reached = [difference * math.copysign(1, contrast.effect) >= abs(contrast.effect) for difference in differences]
+    reached = _reached(contrast, differences)
     if not reached or any(reached) != all(reached):
         return Verdict(contrast, "undecided", seeds, differences)
     if len(reached) < MIN_SEEDS:
         return Verdict(contrast, "consistent" if all(reached) else "undecided", seeds, differences)
     return Verdict(contrast, "confirmed" if all(reached) else "refuted", seeds, differences)
+
+
+def _reached(contrast: Contrast, differences: Iterable[float]) -> list[bool]:
+    return [difference * math.copysign(1, contrast.effect) >= abs(contrast.effect) for difference in differences]

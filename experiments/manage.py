@@ -16,15 +16,20 @@ from experiments.sweep import train_study
 from ibq.config import TrainConfig, flatten, parse_train_config
 from ibq.data import load_images
 from ibq.errors import ConfigError, nearest
-from ibq.evaluation import evaluate
+from ibq.evaluation import PERCEPTUAL, PerceptualEvaluation, evaluate
 from ibq.models.tokenizer import load_tokenizer
 from ibq.run_directory import RunDirectory, write_json
+from ibq.train_tokenizer import resolve_device
 
-EVALUATIONS: dict[str, tuple[str, str]] = {
-    "full_test": ("test", "the whole test split, where the row has its first images only"),
-    "train_split": ("train", "as many images of the train split: what the tokenizer has seen"),
+EVALUATIONS: dict[str, str] = {
+    "full_test": "the whole test split, where the row has its first images only",
+    "train_split": "as many images of the train split: what the tokenizer has seen",
+    "fashion-cnn": "FID[fashion-cnn] and its kin, on the row's own images",
+    "inception": "FID, KID, inception score, precision and recall, likewise; needs weights of Inception-v3",
+    "lpips-alex": "LPIPS, likewise; needs weights of AlexNet",
+    "lpips-vgg": "LPIPS, likewise; needs weights of VGG-16",
 }
-"""Evaluations of finished runs by name: the split, and what they add to the row."""
+"""Evaluations of finished runs by name, and what they add to the row."""
 
 
 def find_run(study: Study, name: str) -> RunDirectory:
@@ -113,20 +118,27 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
 
     Raises:
         ConfigError: an unknown evaluation (the nearest is named).
+        DataError: a network's weights are absent, or the metric means nothing on the images.
     """
     if name not in EVALUATIONS:
         raise ConfigError(f"evaluation {name!r} does not exist; {nearest(name, EVALUATIONS)}")
     compared = unique_runs(cell for cell in study.cells if not cell.search)
-    todo = [cell for cell in compared if cell.run.finished and not evaluation_file(cell, name).is_file()]
-    todo = [cell for cell in todo if cell.run.read_row()["status"] == "ok"]
-    for i, cell in enumerate(todo, 1):
-        split, _ = EVALUATIONS[name]
-        images = load_images(cell.config.data, "train" if split == "train" else "test")
-        runtime = study.preset.runtime
-        n_images = len(images) if name == "full_test" else runtime.eval_images
-        metrics, protocol, _ = evaluate(load_tokenizer(cell.run.path), images, n_images, runtime.eval_batch_size, weights="ema")
+    rows = [(cell, cell.run.read_row()) for cell in compared if cell.run.finished and not evaluation_file(cell, name).is_file()]
+    todo = [(cell, row) for cell, row in rows if row["status"] == "ok" and f"kid[{name}]" not in row]  # a row may have it from training
+    device, batch_size = resolve_device("auto"), study.preset.runtime.eval_batch_size
+    measure = PerceptualEvaluation(name, device) if name in PERCEPTUAL and todo else None
+    for i, (cell, row) in enumerate(todo, 1):
+        tokenizer = load_tokenizer(cell.run.path).to(device)
+        if measure:
+            images = load_images(cell.config.data, row["protocol.split"])
+            metrics, protocol = measure(tokenizer, images, row["protocol.n_images"], batch_size, weights="ema")
+        else:
+            images = load_images(cell.config.data, "train" if name == "train_split" else "test")
+            n_images = len(images) if name == "full_test" else study.preset.runtime.eval_images
+            metrics, protocol, _ = evaluate(tokenizer, images, n_images, batch_size, weights="ema")
         write_json(evaluation_file(cell, name), metrics | {f"protocol.{key}": value for key, value in protocol.items()})
-        say(f"[{i}/{len(todo)}] {name} {cell.name}: perplexity {metrics['perplexity']:.0f}, L1 {metrics['l1']:.4f}")
+        shown = [key for key in ("perplexity", "l1", "fid", "fid[fashion-cnn]", "lpips[alex]", "lpips[vgg]") if key in metrics]
+        say(f"[{i}/{len(todo)}] {name} {cell.name}: {', '.join(f'{key} {metrics[key]:.4g}' for key in shown)}")
     return len(todo)
 
 

@@ -7,15 +7,20 @@ import json
 import os
 import re
 import warnings
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import papermill
 from nbconvert import HTMLExporter
 
+from experiments import pages
 from experiments import rows as rows_module
 from experiments.benchmarks import index_backprop
+from experiments.figures import compact
+from experiments.pages import Link
 from experiments.study import ROOT, Study
 from ibq.errors import ConfigError
 from ibq.run_directory import write_text
@@ -84,12 +89,13 @@ def execute(source: Path, target: Path, study: Study, parameters: Mapping[str, A
 def as_page(notebook: Path) -> str:
     """One HTML page that fetches nothing: no foreign script, font or image."""
     exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    body, _ = exporter.from_filename(str(notebook))
-    style = (Path(__file__).parent / "templates" / "style.css").read_text()
-    head = '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    return (
-        f"{head}<title>{notebook.stem}</title><style>{style}</style></head><body><main>{without_machine_paths(body)}</main></body></html>\n"
-    )
+    content = nbformat.read(notebook, as_version=4)
+    for output in [output for cell in content.cells for output in cell.get("outputs", [])]:
+        if png := output.get("data", {}).get("image/png"):
+            output["data"]["image/png"] = b64encode(compact(b64decode(png))).decode()
+    body, _ = exporter.from_notebook_node(content)
+    navigation = [Link("Overview", "../index.html"), Link(notebook.stem, None)]
+    return pages.render("notebook.html", title=notebook.stem, navigation=navigation, body=without_machine_paths(body))
 
 
 def without_machine_paths(text: str) -> str:

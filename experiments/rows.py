@@ -12,6 +12,7 @@ from experiments.study import Cell, Study
 from experiments.sweep import failure_reason, last_step
 from ibq.config import flatten
 from ibq.errors import ConfigError
+from ibq.evaluation import PERCEPTUAL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,10 +24,11 @@ def load(study: Study | None = None) -> pd.DataFrame:
     """One line per arm and seed of a study (default: the core study at quick), whether finished or not.
 
     Returns:
-        Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "failed", "interrupted", "running", "pending",
-        "waiting" for a search), then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`,
-        evaluations added later as `<evaluation>.<metric>`, and `reason` where there is no result. Runs of a search have arms of their own;
-        `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what decides.
+        Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "oom", "failed", "interrupted", "running",
+        "pending", "waiting" for a search), then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`,
+        evaluations added later as `<evaluation>.<metric>` (of the row's own images: as `<metric>`), and `reason` where there is no result.
+        Runs of a search have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what
+        decides.
 
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
@@ -46,7 +48,7 @@ def _line(cell: Cell) -> dict[str, Any]:
     if cell.run.finished:
         decides = {"search.loss": tuning.search_loss(cell.run)} if cell.search else {}
         return line | checked_row(cell) | _evaluations(cell) | decides
-    return line | {"run": cell.run.path.name, "status": state(cell), "reason": failure_reason(cell)}
+    return line | {"run": cell.run.path.name, "status": state(cell), "reason": _reason(cell)}
 
 
 def _arm_line(cell: Cell) -> dict[str, Any]:
@@ -68,6 +70,13 @@ def waits_for(study: Study, cell: Cell) -> str:
     return f"waits for the search of {of}, {sum(run.finished for run in runs)} of {len(runs)} runs finished"
 
 
+def _reason(cell: Cell) -> str:
+    """Why a run has no row, and how far it came."""
+    step = last_step(cell)
+    progress = f"last logged step {step} of {cell.config.steps}" if step else ""
+    return "; ".join(part for part in (failure_reason(cell), progress) if part)
+
+
 def checked_row(cell: Cell) -> dict[str, Any]:
     """The row of a finished run, which must be the row of this very config.
 
@@ -81,13 +90,16 @@ def checked_row(cell: Cell) -> dict[str, Any]:
 
 
 def _evaluations(cell: Cell) -> dict[str, Any]:
-    """Numbers added after training: eval/<name>.json as columns <name>.<metric>."""
-    files = sorted((cell.run.path / "eval").glob("*.json"))
-    return {f"{path.stem}.{key}": value for path in files for key, value in json.loads(path.read_text()).items()}
+    """Numbers added after training: eval/<name>.json as columns <name>.<metric>, or, where they belong to the row's images, <metric>."""
+    columns: dict[str, Any] = {}
+    for path in sorted((cell.run.path / "eval").glob("*.json")):
+        prefix = "" if path.stem in PERCEPTUAL else f"{path.stem}."
+        columns |= {f"{prefix}{key}": value for key, value in json.loads(path.read_text()).items()}
+    return columns
 
 
 def state(cell: Cell) -> str:
-    """State of a run: that of its row, else running, failed, interrupted (its trainer died without a word) or pending."""
+    """State of a run: that of its row, else running, oom, failed, interrupted (its trainer died without a word) or pending."""
     if cell.run.finished:
         return str(checked_row(cell)["status"])
     if cell.run.lock.exists():
@@ -99,7 +111,9 @@ def state(cell: Cell) -> str:
     attempts = [attempt for attempt in cell.run.read_attempts() if attempt["event"] != "damaged"]
     if attempts and attempts[-1]["event"] == "started":
         return "interrupted"
-    return "failed" if attempts and attempts[-1]["event"] in ("error", "oom", "killed", "timeout") else "pending"
+    if attempts and attempts[-1]["event"] == "oom":
+        return "oom"
+    return "failed" if attempts and attempts[-1]["event"] in ("error", "killed", "timeout") else "pending"
 
 
 def status_lines(study: Study) -> list[dict[str, Any]]:
@@ -115,7 +129,7 @@ def status_lines(study: Study) -> list[dict[str, Any]]:
         elif history := cell.run.read_history():
             speed = history[-1]["step"] / max(history[-1]["seconds"], 1e-9)
             phrase = f"step {last_step(cell)} of {cell.config.steps}, {speed:.1f} steps/s"
-        if kind == "failed":
+        if kind in ("failed", "oom"):
             phrase = failure_reason(cell) + (f" ({phrase})" if phrase else "")
         lines.append({"arm": cell.name, "state": kind, "detail": phrase, "run": cell.run.path.name})
     return lines + [{"arm": cell.name, "state": "waiting", "detail": waits_for(study, cell), "run": ""} for cell in study.waiting]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -218,19 +220,91 @@ def write(table: pd.DataFrame, folder: Path, name: str, caption: str) -> None:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    return table.to_markdown(index=False, disable_numparse=True)
+    """A table in GitHub's Markdown, in which no cell is markup."""
+    escaped = table.map(_escape_markdown).rename(columns=_escape_markdown)
+    return str(escaped.to_markdown(index=False, disable_numparse=True))
+
+
+def _escape_markdown(value: object) -> str:
+    return _text(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "\\<")
+
+
+def _text(value: object) -> str:
+    """A cell as one line; empty where there is nothing."""
+    return "" if isinstance(value, float) and math.isnan(value) else " ".join(str(value).split())
+
+
+LINE, LONG, SHORT = 75, 32, 20
+"""Characters of a line of LaTeX, and of a column that breaks its lines: a short one does where the table is wider than the line."""
 
 
 def latex(table: pd.DataFrame, name: str, caption: str) -> str:
-    """A booktabs table; needs \\usepackage{booktabs}."""
-    escaped = table.map(_escape).rename(columns=_escape)
-    return escaped.to_latex(index=False, caption=_escape(caption), label=f"tab:{name}", position="t")
+    """A booktabs table that is never wider than the line: long texts are wrapped, and what is still too wide is shrunk.
+
+    Needs \\usepackage{array,booktabs,graphicx} and no more than pdfLaTeX's own fonts.
+    """
+    texts = table.map(_text)
+    cells = [[str(label), *texts.iloc[:, i]] for i, label in enumerate(table.columns)]
+    limit = LONG if sum(max(map(len, column)) + 2 for column in cells) <= LINE else SHORT
+    columns = "".join(_column_type(column, limit) for column in cells)
+    escaped = texts.map(_escape).rename(columns=_escape)
+    tabular = escaped.to_latex(index=False, column_format=columns).rstrip()
+    return (
+        "% \\usepackage{array,booktabs,graphicx}\n"
+        f"\\begin{{table}}[t]\n\\centering\n\\caption{{{_escape(caption)}}}\n\\label{{tab:{name}}}\n"
+        f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}\n\\end{{table}}\n"
+    )
+
+
+def _column_type(texts: list[str], limit: int) -> str:
+    """Of a column with this heading and these cells: numbers to the right, texts to the left; beyond `limit` characters wrapped, but never
+    within a word."""
+    number = all(re.fullmatch(r"[-+−]?[\d.,]*( ± [\d.]+)?", text) for text in texts[1:])
+    longest, word = max(map(len, texts)), max(len(word) for text in texts for word in ["", *text.split()])
+    if longest <= limit or word == longest:
+        return "r" if number else "l"
+    width = max(min(12, 4 + longest / 16), 0.6 * word)
+    return f">{{\\{'raggedleft' if number else 'raggedright'}\\arraybackslash}}p{{{width:.1f}em}}"
 
 
 _SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_SPECIAL |= {"±": r"$\pm$", "Δ": r"$\Delta$", "→": r"$\to$", "≥": r"$\geq$", "≤": r"$\leq$", "<": r"$<$", ">": r"$>$", "|": r"$|$"}
+_SPECIAL |= {c: f"{{{c}}}" for c in '[]*`"'}  # after a line break, or doubled, these mean something
+_SPECIAL |= {"–": "--", "—": "---", "…": r"\ldots{}", "“": "``", "”": "''", "‘": "`", "’": "'"}
+_MATHEMATICS = {"±": r"\pm", "→": r"\to", "←": r"\leftarrow", "≥": r"\geq", "≤": r"\leq", "≈": r"\approx", "≠": r"\neq", "×": r"\times"}
+_MATHEMATICS |= {"−": "-", "·": r"\cdot", "∞": r"\infty", "²": "^2", "³": "^3", "<": "<", ">": ">", "|": "|", "°": r"^\circ", "µ": r"\mu"}
+_GREEK = (
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "eta",
+    "theta",
+    "kappa",
+    "lambda",
+    "mu",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+    "phi",
+    "omega",
+)
+_MATHEMATICS |= {c: f"\\{name}" for c, name in zip("αβγδεηθκλμπρστφω", _GREEK, strict=True)}
+_MATHEMATICS |= {"Δ": r"\Delta", "Σ": r"\Sigma"}
+_SPECIAL |= {c: f"${command}$" for c, command in _MATHEMATICS.items()}
 
 
 def _escape(value: object) -> str:
-    text = "" if isinstance(value, float) and math.isnan(value) else str(value)
-    return "".join(_SPECIAL.get(c, c) for c in " ".join(text.split()))
+    """A cell as LaTeX that compiles whatever it holds; a character that pdfLaTeX's fonts lack becomes its plain form, or its code point."""
+    signed = re.sub(r"(?<![\w.)\]])-(?=[\d.])", "−", _text(value))
+    return "".join(_character(c) for c in signed)
+
+
+def _character(c: str) -> str:
+    if c in _SPECIAL:
+        return _SPECIAL[c]
+    if c.isascii() or ("À" <= c <= "ÿ" and c not in "ÐðÞþ"):
+        return c if c.isprintable() else ""
+    plain = unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode()
+    return "".join(_SPECIAL.get(each, each) for each in plain) or f"U+{ord(c):04X}"

@@ -21,6 +21,14 @@ settings.load_profile("repeatable")
 MakeConfig = Callable[..., TrainConfig]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers: one trains the smoke study and runs all tests that read it; meanwhile the other runs the rest, module by module."""
+    items.sort(key=lambda item: "trained" not in item.fixturenames)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("trained" if "trained" in item.fixturenames else item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

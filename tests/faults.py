@@ -20,12 +20,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiments.ablations import ABLATIONS
 from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("trainer", "driver", "papermill", "kernel")
 TIMING = {"train_seconds", "peak_memory_gib", "seconds"}
-STOP_WITHIN_S = 10.0
+STOP_WITHIN_S = 30.0
 STEPS = 60
 
 
@@ -35,6 +36,7 @@ class Bench:
 
     folder: Path
     steps: int
+    ablation: str = "vq_vs_ibq"
     rounds: Counter[str] = field(default_factory=Counter)
     trouble: list[str] = field(default_factory=list)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -48,10 +50,10 @@ class Bench:
         }
 
     def sweep(self) -> subprocess.Popen[bytes]:
-        return self._start("-m", "experiments", "run", "vq_vs_ibq", "--preset", "smoke", "--set", f"steps={self.steps}")
+        return self._start("-m", "experiments", "run", self.ablation, "--preset", "smoke", "--set", f"steps={self.steps}")
 
     def papermill(self) -> subprocess.Popen[bytes]:
-        notebook, out = ROOT / "notebooks" / "01_vq_vs_ibq.ipynb", self.folder / "out.ipynb"
+        notebook, out = ROOT / "notebooks" / f"{ABLATIONS[self.ablation].notebook}.ipynb", self.folder / "out.ipynb"
         parameters = f"{{preset: smoke, overrides: {{steps: {self.steps}}}}}"
         return self._start("-m", "papermill", str(notebook), str(out), "-y", parameters, "--no-progress-bar")
 
@@ -161,11 +163,13 @@ def quiet_results(folder: Path, steps: int) -> dict[str, object]:
     return results_of(quiet.runs())
 
 
-def faults(rounds: int, seed: int, folder: Path, expected: dict[str, object], steps: int) -> tuple[Counter[str], list[str]]:
+def faults(
+    rounds: int, seed: int, folder: Path, expected: dict[str, object], steps: int, ablation: str = "vq_vs_ibq"
+) -> tuple[Counter[str], list[str]]:
     """Run the rounds, a fresh study whenever one is complete; returns how often each process was killed, and all that went wrong."""
     chance, counts, studies = random.Random(seed), Counter[str](), 0
     trouble: list[str] = []
-    bench = Bench(folder / "study-0", steps)
+    bench = Bench(folder / "study-0", steps, ablation)
     for i in range(rounds):
         target = TARGETS[i % len(TARGETS)]
         bench.round(target, chance.uniform(0.0, 5.0), early=chance.random() < 0.2)
@@ -179,7 +183,7 @@ def faults(rounds: int, seed: int, folder: Path, expected: dict[str, object], st
             counts += bench.rounds
             trouble += bench.trouble
             studies += 1
-            bench = Bench(folder / f"study-{studies}", steps)
+            bench = Bench(folder / f"study-{studies}", steps, ablation)
     counts["studies compared"] = studies
     return counts, trouble
 

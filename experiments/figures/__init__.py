@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from experiments.ablations import Ablation
 from experiments.figures.codebooks import code_frequency, code_map, map_over_training, reconstructions
@@ -24,7 +27,7 @@ from experiments.figures.training import (
 )
 from experiments.study import Study
 
-__all__ = ["COLORS", "FIGURES", "LINE_COLORS", "caption", "draw", "plt", "save", "theme"]
+__all__ = ["COLORS", "FIGURES", "LINE_COLORS", "caption", "compact", "draw", "plt", "save", "theme"]
 
 FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None], str]] = {
     "usage_over_training": (
@@ -113,6 +116,18 @@ def caption(name: str, study: Study, ablation: Ablation) -> str:
 def save(figure: Figure, folder: Path, name: str) -> None:
     """PNG and PDF (embedded fonts, no dates: equal figures are equal files)."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    picture = BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    (folder / f"{name}.png").write_bytes(compact(picture.getvalue()))
+    figure.set_layout_engine("none")  # as it was laid out for the PNG
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
     plt.close(figure)
+
+
+def compact(png: bytes) -> bytes:
+    """The picture in 256 colours, a third of the size, where no eye sees the difference: a mean error of half a level or less."""
+    picture = Image.open(BytesIO(png)).convert("RGB")
+    reduced, smaller = picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE), BytesIO()
+    reduced.save(smaller, "png", optimize=True)
+    error = np.abs(np.asarray(reduced.convert("RGB"), dtype=int) - np.asarray(picture, dtype=int)).mean()
+    return smaller.getvalue() if error <= 0.5 and len(smaller.getvalue()) < len(png) else png

@@ -59,7 +59,7 @@ class Distances:
 
     Args:
         extractor: the network.
-        references_NCHW: uint8, at least one image; of one size and as many channels as the images to come.
+        references_NCHW: uint8, C of 1 or 3, at least one image, of the size of the images to come.
     """
 
     def __init__(self, extractor: Extractor, references_NCHW: torch.Tensor) -> None:
@@ -199,8 +199,9 @@ class _FeatureStream:
 
     @torch.no_grad()
     def _extract(self, images_BCHW: torch.Tensor) -> None:
-        with full_float32(self._extractor.device):
-            features_BF, logits_BL = self._extractor.network(images_BCHW.to(self._extractor.device))
+        rgb_BCHW = images_BCHW.to(self._extractor.device).expand(-1, 3, -1, -1)  # as torch-fidelity reads a grey PNG
+        with full_float32(self._extractor.device, convolutions=True):
+            features_BF, logits_BL = self._extractor.network(rgb_BCHW)
         self._features.append(features_BF.float().cpu())
         self._logits.append(logits_BL.float().cpu())
 

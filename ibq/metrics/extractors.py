@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
 from ibq.metrics import fashion_cnn
+from ibq.pretrained import hash_in_name, pretrained_file, read_tensors
 
 
 class FashionCNNExtractor(FeatureExtractorBase):
@@ -70,3 +72,16 @@ def fashion_cnn_extractor(device: torch.device) -> Extractor:
     """The stand-in for Inception on Fashion-MNIST. DataError: its weights are absent or damaged."""
     network = create_feature_extractor("fashion-cnn", ["features", "logits"], cuda=False, verbose=False).to(device)
     return Extractor("fashion-cnn", "[fashion-cnn]", network, fashion_cnn.WEIGHTS_SHA256[:8], device)
+
+
+def inception_extractor(device: torch.device) -> Extractor:
+    """Inception-v3 as FID has it, in torch-fidelity's port: 2,048 features, logits without bias. DataError: its weights are absent."""
+    of = "Inception-v3 (for FID and its kin)"
+    path = pretrained_file(feature_extractor_inceptionv3.URL_INCEPTION_V3, of)
+    read_tensors(path, of)  # torch-fidelity unpickles whatever a file holds, so it is given none that holds more than tensors
+    layers = [feature_extractor_inceptionv3.FeatureExtractorInceptionV3.get_default_feature_layer_for_metric(m) for m in ("fid", "isc")]
+    with torch.random.fork_rng(devices=[]):
+        network = create_feature_extractor(
+            "inception-v3-compat", layers, cuda=False, verbose=False, feature_extractor_weights_path=str(path)
+        ).to(device)
+    return Extractor("inception-v3-compat", "", network, hash_in_name(path.name), device)

@@ -1,4 +1,4 @@
-"""In which precision matrix products (and convolutions) are taken: what the operator was asked for, whatever the caller has switched on."""
+"""In which precision matrix products are taken: what the operator was asked for, whatever the caller has switched on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 
 
 @contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32: at a temperature of 0.01 an error of a logit is multiplied by a hundred.
+def full_float32(device: torch.device, convolutions: bool = False) -> Iterator[None]:
+    """No autocast, no TF32 in products (and convolutions): at a temperature of 0.01 an error of a logit is multiplied by a hundred.
 
     Torch keeps the TF32 switch for the whole process; whatever the caller had chosen, by either of torch's ways, is restored.
     """
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    if convolutions:
+        switches.append(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     with torch.autocast(device.type, enabled=False):
         try:

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-import os
+import gzip
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from experiments import sweep
 from experiments.ablations import ABLATIONS
 from experiments.projections import project_all
 from experiments.study import Study
 from experiments.sweep import Outcome, train_study
+from ibq.data import fashion_mnist
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """IBQ_RUNS, IBQ_REPORTS and IBQ_DATA point into a temporary folder, for this process and those it starts.
+
+    The images lie there decompressed: a smoke run would spend more time on decompressing them than on its steps.
+    """
+    root = tmp_path_factory.mktemp("größe und leer")
+    (root / "data").mkdir()
+    for name, path in fashion_mnist._find_fashion_mnist()[0].items():
+        content = path.read_bytes()
+        (root / "data" / name).write_bytes(gzip.decompress(content) if path.suffix == ".gz" else content)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, folder in (("IBQ_RUNS", "runs"), ("IBQ_REPORTS", "reports"), ("IBQ_DATA", "data")):
+            patch.setenv(variable, str(root / folder))
+        yield root
+    shutil.rmtree(root / "data")
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """IBQ_RUNS and IBQ_REPORTS point into a temporary folder, for this process and those it starts."""
-    root = tmp_path_factory.mktemp("größe und leer")
-    before = {name: os.environ.get(name) for name in ("IBQ_RUNS", "IBQ_REPORTS")}
-    os.environ.update(IBQ_RUNS=str(root / "runs"), IBQ_REPORTS=str(root / "reports"))
-    yield root
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+def loaded_server() -> None:
+    """The server that forks trainers has loaded torch, so that a limit of a few seconds is spent on training."""
+    process = sweep._Pool(Study("smoke").preset.runtime, threads=1)._context.Process(target=int)
+    process.start()
+    process.join()
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +48,8 @@ def trained(folders: Path) -> tuple[Study, Outcome, list[str]]:
     """The smoke study of all ablations with all its rows, the outcome of the sweep and what the sweep said."""
     said: list[str] = []
     study = Study("smoke", tuple(ABLATIONS))
-    outcome = train_study(study, device="cpu", say=said.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "POLL_S", 0.02)  # a smoke run takes about as long as a poll
+        outcome = train_study(study, device="cpu", say=said.append)
     project_all(study.cells, study.preset.projection, said.append)
     return study, outcome, said

@@ -1,4 +1,5 @@
-"""The report in headless Chromium: everything loads, nothing complains, nothing leaves the machine, nothing is cut off."""
+"""The report in headless Chromium, every page in a large and a small window, light and dark: everything loads, every link leads somewhere,
+nothing complains, nothing leaves the machine, nothing is cut off."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.parse import urldefrag
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, Response, sync_playwright
 
 from experiments import notebooks, report
 from experiments.ablations import ABLATIONS
@@ -19,6 +21,16 @@ from experiments.study import ROOT
 pytestmark = pytest.mark.browser
 SNAPSHOTS = sorted((ROOT / "reports" / "published").glob("*/index.html"))
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SIZES = [{"width": 1280, "height": 900}, {"width": 390, "height": 844}]
+LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
+BROKEN = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => 'broken image: ' + i.src)"
+WIDE = "document.documentElement.scrollWidth > innerWidth ? document.documentElement.scrollWidth : 0"
+PAPER = "getComputedStyle(document.body).backgroundColor"
+
+
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -31,53 +43,108 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-class Silent(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def smoke_report(trained: tuple) -> Path:
     study = trained[0]
     notebooks.execute_changed(study, say=lambda _: None)
-    return report.write(study)
+    return report.write(study).parent
 
 
-def problems(browser: Browser, folder: Path, name: str, width: int, scheme: str) -> list[str]:
-    """Everything wrong with a page: failed or foreign requests, console errors, broken images, a page wider than the window."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder)))
-    Thread(target=server.serve_forever, daemon=True).start()
-    origin = f"http://127.0.0.1:{server.server_port}"
-    found: list[str] = []
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page = context.new_page()
-    page.on("request", lambda r: found.append(f"leaves: {r.url}") if not r.url.startswith((origin, "data:")) else None)
-    page.on("response", lambda r: found.append(f"{r.status}: {r.url}") if r.status >= 400 and "favicon" not in r.url else None)
-    page.on("console", lambda m: found.append(f"console: {m.text}") if m.type == "error" and "favicon" not in str(m.location) else None)
-    page.on("pageerror", lambda e: found.append(f"error: {e}"))
-    page.goto(f"{origin}/{name}", wait_until="networkidle")
-    found += page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => 'broken image: ' + i.src)")
-    found += page.evaluate("document.documentElement.scrollWidth > innerWidth ? ['wider than the window'] : []")
-    assert page.evaluate("document.body.innerText.length") > 500
-    context.close()
-    server.shutdown()
-    server.server_close()
-    return found
+class Visit:
+    """A walk through all pages of a folder, from its first one along the links."""
+
+    def __init__(self, browser: Browser, folder: Path) -> None:
+        self.folder, self.problems, self.seen, self.links = folder, list[str](), dict[str, set[str]](), dict[str, list[str]]()
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder)))
+        Thread(target=server.serve_forever, daemon=True).start()
+        self.origin = f"http://127.0.0.1:{server.server_port}/"
+        context = browser.new_context()
+        page = context.new_page()
+        page.on("request", self._request)
+        page.on("response", self._response)
+        page.on("console", lambda m: self._note(f"console: {m.text}") if m.type == "error" and "favicon" not in str(m.location) else None)
+        page.on("pageerror", lambda error: self._note(f"error: {error}"))
+        waiting = [f"{self.origin}{path.relative_to(folder).as_posix()}" for path in sorted(folder.rglob("*.html"))]
+        for address in waiting:
+            self._look_at(page, address)
+        self._follow(context)
+        context.close()
+        server.shutdown()
+        server.server_close()
+
+    def _note(self, problem: str) -> None:
+        self.problems.append(problem)
+
+    def _request(self, request: Request) -> None:
+        if not request.url.startswith((self.origin, "data:")):
+            self._note(f"leaves: {request.url}")
+
+    def _response(self, response: Response) -> None:
+        if response.status >= 400 and "favicon" not in response.url:
+            self._note(f"{response.status}: {response.url}")
+
+    def _look_at(self, page: Page, address: str) -> None:
+        page.goto(address, wait_until="load")
+        papers = set()
+        for size in SIZES:
+            page.set_viewport_size(size)
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)
+                if width := page.evaluate(WIDE):
+                    self._note(f"{address} is {width} wide in a window of {size['width']}, {scheme}")
+                papers.add(page.evaluate(PAPER))
+        if len(papers) != 2:
+            self._note(f"{address} looks the same in light and dark")
+        if page.evaluate("document.body.innerText.length") < 500:
+            self._note(f"{address} is empty")
+        self.problems += page.evaluate(BROKEN)
+        self.seen[address] = set(page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
+        self.links[address] = page.evaluate(LINKS)
+
+    def _follow(self, context: BrowserContext) -> None:
+        """Every link leads to a file of the folder, every anchor to an element of its page."""
+        answers: dict[str, int] = {}
+        for source, links in self.links.items():
+            for link in links:
+                address, anchor = urldefrag(link)
+                if not link.startswith(self.origin):
+                    self._note(f"{source} links to {link}")
+                elif address not in self.seen and address not in answers:
+                    answers[address] = context.request.head(address).status
+                if answers.get(address, 200) >= 400:
+                    self._note(f"{source} links to {link}, which is not there")
+                if anchor and address in self.seen and anchor not in self.seen[address]:
+                    self._note(f"{source} links to {link}, which is no element there")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["index.html", *(f"notebooks/{ablation.notebook}.html" for ablation in ABLATIONS.values())])
-def test_smoke_report(browser: Browser, smoke_report: Path, name: str, width: int, scheme: str) -> None:
-    assert problems(browser, smoke_report.parent, name, width, scheme) == []
+def test_every_page_of_the_smoke_report(browser: Browser, smoke_report: Path) -> None:
+    visit = Visit(browser, smoke_report)
+    assert visit.problems == []
+    names = {address.removeprefix(visit.origin) for address in visit.seen}
+    assert {"index.html", *(f"{name}.html" for name in ABLATIONS)} <= names
+    assert {f"notebooks/{ablation.notebook}.html" for ablation in ABLATIONS.values()} <= names
+    reached = {urldefrag(link)[0] for links in visit.links.values() for link in links}
+    assert set(visit.seen) <= reached
 
 
-@pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("snapshot", SNAPSHOTS, ids=lambda path: path.parent.name)
-def test_published_report(browser: Browser, snapshot: Path, width: int) -> None:
-    for page in sorted(snapshot.parent.rglob("*.html")):
-        assert problems(browser, snapshot.parent, str(page.relative_to(snapshot.parent)), width, "light") == []
+def test_every_page_of_a_published_report(browser: Browser, snapshot: Path) -> None:
+    assert Visit(browser, snapshot.parent).problems == []
 
 
 def test_the_quick_report_is_published() -> None:
     assert "quick" in [path.parent.name for path in SNAPSHOTS]
+
+
+def test_problems_are_seen(browser: Browser, tmp_path: Path) -> None:
+    """What the visit is for: each kind of fault is found."""
+    (tmp_path / "index.html").write_text(
+        "<!doctype html><h1 id='here'>Faults</h1><img src='absent.png'><a href='#nowhere'>1</a><a href='absent.html'>2</a>"
+        "<a href='https://example.org/'>3</a><div style='width:2000px'>wide</div><script>throw new Error('thrown')</script>"
+        "<img src='http://127.0.0.2:9/foreign.png'>"
+    )
+    problems = "\n".join(Visit(browser, tmp_path).problems)
+    for fault in ("404: ", "broken image: ", "#nowhere, which is no", "absent.html, which is not", "links to https://example.org/"):
+        assert fault in problems
+    for fault in ("is 2", "wide in a window of 1280", "error: thrown", "leaves: http://127.0.0.2:9", "looks the same", "is empty"):
+        assert fault in problems

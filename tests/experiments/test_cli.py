@@ -3,12 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 from typer.testing import CliRunner
 
+import ibq.evaluation
 from experiments import figures, manage, rows
 from experiments.cli import app
 from experiments.study import Study
 from experiments.sweep import train_study
+from ibq.evaluation import PERCEPTUAL
 
 runner = CliRunner()
 
@@ -44,6 +48,55 @@ def test_evaluate_adds_columns_to_old_rows_without_training() -> None:
     assert (frame["train_split.protocol.split"] == "train").all()
     assert (frame["train_split.l1"] > 0).all()
     assert [cell.run.row.stat().st_mtime_ns for cell in study.cells] == before
+
+
+@pytest.mark.usefixtures("trained")
+def test_evaluate_without_a_networks_weights_is_one_sentence_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for metric, file in (
+        ("inception", "weights-inception-2015-12-05-6726825d.pth"),
+        ("lpips-alex", "alexnet-owt-7be5be79.pth"),
+        ("lpips-vgg", "vgg16-397923af.pth"),
+    ):
+        monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path / "mine"))
+        result = runner.invoke(app, ["evaluate", "--preset", "smoke", "--metric", metric])
+        assert result.exit_code == 2
+        *_, sentence = result.stderr.splitlines()
+        assert sentence.startswith("error: the weights of ")
+        assert (
+            f"{file} is not in {tmp_path / 'mine'} or {tmp_path / 'hub' / 'checkpoints'}, and its download failed (no network)" in sentence
+        )
+    result = runner.invoke(app, ["evaluate", "--preset", "smoke", "--metric", "fashion-cnn"])
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: fashion-cnn is absent: 16 images are too few, 100 are needed; evaluate more images\n",
+    )
+    assert not any(name in str(path) for cell in Study("smoke").cells for path in cell.run.path.rglob("*") for name in PERCEPTUAL)
+
+
+@pytest.mark.usefixtures("trained")
+def test_what_is_measured_on_the_rows_own_images_becomes_columns_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in torchvision.models.alexnet().state_dict().items() if name.startswith("features.")}
+    weights = {name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}
+    monkeypatch.setattr(ibq.evaluation, "backbone_weights", lambda _: weights)
+    study = Study("smoke")
+    try:
+        result = runner.invoke(app, ["evaluate", "--preset", "smoke", "--metric", "lpips-alex"])
+        assert result.exit_code == 0, result.output
+        assert "lpips-alex vq_vs_ibq/vq_fair seed 0: lpips[alex] " in result.output
+        frame = rows.load(study)
+        assert (frame["lpips[alex]"] > 0).all()
+        assert frame["protocol.lpips[alex]"].str.contains("16 pairs").all()
+        assert not any(column.startswith("lpips-alex.") for column in frame)
+        assert (frame["protocol.n_images"] == 16).all()
+    finally:
+        for cell in study.cells:
+            manage.evaluation_file(cell, "lpips-alex").unlink(missing_ok=True)
 
 
 def test_compare_names_what_differs_and_nothing_else(trained: tuple) -> None:

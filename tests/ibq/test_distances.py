@@ -287,3 +287,9 @@ def test_an_evaluation_without_distances_says_why(test_split: Images, tiny: Make
     assert not any("[fashion-cnn]" in name for name in metrics)
     assert protocol["distances[fashion-cnn]"].startswith(reason)
     assert metrics["l1"] > 0
+
+
+def test_importing_the_evaluation_imports_none_of_the_slow_packages() -> None:
+    """The command line imports it, and lists, plans and reports without a network."""
+    program = "import sys, ibq.evaluation; print({'torch_fidelity', 'lpips', 'torchvision', 'torchmetrics'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"

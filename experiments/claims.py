@@ -1,0 +1,157 @@
+"""Every claim there is and what the rows of a study say of it: those of the paper, tested or not, and this study's own questions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pandas as pd
+
+from experiments.ablations import ABLATIONS, Ablation, Contrast
+from experiments.effects import MIN_SEEDS, OUTCOMES, Verdict, verdict
+from experiments.study import Study
+
+WORDS = ("confirmed", "consistent", "undecided", "refuted")
+NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and its verdict, in words that stand in a table.
+
+    Args:
+        sentence: what is claimed.
+        paper: where the paper makes it and what it reports there; empty: this study's own question.
+        word: one of WORDS.
+        reason: why it is undecided; empty otherwise.
+        required: the change that was required beforehand, in every seed; empty where nothing here tests the claim.
+        seen: the change at each of `seeds`; empty while no pair of runs is finished.
+        seeds: those that both arms have finished.
+        scale: preset, data, codes, dimension and steps of the compared runs.
+        ablation: what tests it, None where nothing does.
+        arms: the letters of the compared arms.
+    """
+
+    sentence: str
+    paper: str
+    word: str = "undecided"
+    reason: str = ""
+    required: str = ""
+    seen: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    scale: str = ""
+    ablation: Ablation | None = None
+    arms: str = ""
+
+
+UNTESTED = (
+    Claim(
+        "The tokenizers reach an rFID of 2.24 with 1,024 codes, down to 1.00 with 262,144.",
+        "Table 1: ImageNet 256×256, 50,000 validation images, D = 256",
+        reason="needs ImageNet and Inception's weights",
+    ),
+    Claim(
+        "With the same transformer and without factorized tokens, images generated from IBQ's tokens are better than from LFQ's.",
+        "Table 5, K = 16,384: IBQ better in generation",
+        reason="needs a generator",
+    ),
+    Claim(
+        "Larger transformers on IBQ's tokens generate better images.",
+        "Table 7: gFID 2.88 (B), 2.45 (L), 2.14 (XL), 2.05 (XXL); IS 254.73, 267.48, 278.99, 286.73",
+        reason="needs a generator",
+    ),
+    Claim(
+        "At about the same size, IBQ's generators have a lower gFID than Open-MAGVIT2's.",
+        "Table 7: IBQ 2.88 (B), 2.45 (L), 2.14 (XL); Open-MAGVIT2 3.08 (343M), 2.51 (804M), 2.33 (1.5B)",
+        reason="needs a generator",
+    ),
+)
+"""Claims of the paper that nothing here can test yet."""
+
+
+def claims(study: Study, rows: pd.DataFrame) -> list[Claim]:
+    """Every claim of every ablation, with or without rows, in the order of the ablations; then the paper's claims that nothing tests."""
+    ablations = {ablation.name: ablation for ablation in (*ABLATIONS.values(), *study.ablations)}
+    judged = [claim for ablation in ablations.values() for claim in claims_of(study, ablation, rows)]
+    return [*judged, *UNTESTED]
+
+
+def claims_of(study: Study, ablation: Ablation, rows: pd.DataFrame) -> list[Claim]:
+    """The claims of one ablation, judged by its rows alone."""
+    mine = rows[rows["ablation"] == ablation.name]
+    return [_judged(study, ablation, contrast, mine) for contrast in ablation.contrasts]
+
+
+def _judged(study: Study, ablation: Ablation, contrast: Contrast, rows: pd.DataFrame) -> Claim:
+    judged = verdict(contrast, rows)
+    label, _, digits, _ = OUTCOMES[contrast.outcome]
+    return Claim(
+        sentence=contrast.claim,
+        paper=contrast.paper,
+        word=judged.word,
+        reason=_why_undecided(ablation, judged, rows) if judged.word == "undecided" else "",
+        required=f"{label} {'≥' if contrast.effect > 0 else '≤'} {contrast.effect:+g}",
+        seen=tuple(f"{change:+.{digits}f}" for change in judged.differences),
+        seeds=tuple(int(seed) for seed in judged.seeds),
+        scale=scale(study, rows[rows["arm"].isin([contrast.without, contrast.with_]) & rows["seed"].isin(judged.seeds)]),
+        ablation=ablation,
+        arms=f"{ablation.letter(contrast.without)}→{ablation.letter(contrast.with_)}",
+    )
+
+
+def _why_undecided(ablation: Ablation, judged: Verdict, rows: pd.DataFrame) -> str:
+    contrast = judged.contrast
+    if judged.differences:
+        return "the seeds disagree" if any(judged.reached) else f"not seen, but in fewer than {MIN_SEEDS} seeds"
+    pair = rows[rows["arm"].isin([contrast.without, contrast.with_])]
+    if pair["status"].isin(["pending", "waiting"]).all():  # or no row at all
+        return "not trained"
+    if (pair["status"] == "ok").all():
+        return f"{OUTCOMES[contrast.outcome].unit} not measured"
+    states = [f"{ablation.letter(arm)} {'/'.join(sorted(set(group['status'])))}" for arm, group in pair.groupby("arm", sort=False)]
+    return f"no finished pair: {', '.join(states)}"
+
+
+def scale(study: Study, rows: pd.DataFrame) -> str:
+    """At which scale rows were made, e.g. "quick: fashion-mnist 32×32, K = 1,024, D = 64, 300 steps"; empty without a finished row."""
+    finished = rows[rows["status"] == "ok"]
+    if finished.empty:
+        return ""
+    sizes = [" and ".join(f"{int(n):,}" for n in sorted(finished[name].unique())) for name in ("codebook_size", "code_dim", "config.steps")]
+    data = [f"{name} {int(size)}×{int(size)}" for name, size in _pairs(finished, "config.data.name", "config.data.resolution")]
+    return f"{study.preset_name}: {', '.join(data)}, K = {sizes[0]}, D = {sizes[1]}, {sizes[2]} steps"
+
+
+def _pairs(rows: pd.DataFrame, one: str, other: str) -> list[tuple]:
+    return list(rows[[one, other]].drop_duplicates().itertuples(index=False, name=None))
+
+
+def table(of: list[Claim]) -> pd.DataFrame:
+    """Claims as data: what is claimed, where in the paper if it is there, what was required and seen, at which scale, and the verdict."""
+    lines = []
+    for claim in of:
+        lines.append(
+            {
+                "claim": claim.sentence,
+                "in the paper": claim.paper,
+                "required in every seed": claim.required or "–",
+                "seen, seed by seed": ", ".join(claim.seen) or ("nothing yet" if claim.ablation else "–"),
+                "seeds": ", ".join(map(str, claim.seeds)),
+                "verdict": claim.word + (f": {claim.reason}" if claim.reason else ""),
+                "scale": claim.scale or "–",
+                "ablation": f"{claim.ablation.name} {claim.arms}" if claim.ablation else "none",
+            }
+        )
+    table = pd.DataFrame(lines)
+    return table if any(claim.paper for claim in of) else table.drop(columns="in the paper", errors="ignore")
+
+
+def count(of: list[Claim]) -> str:
+    """How many claims have which verdict, in words, e.g. "four claims: none confirmed, one consistent, three undecided, none refuted"."""
+    counts = Counter(claim.word for claim in of)
+    parts = ", ".join(f"{_number(counts[word])} {word}" for word in WORDS)
+    return f"{_number(len(of))} {'claim' if len(of) == 1 else 'claims'}: {parts}"
+
+
+def _number(n: int) -> str:
+    return NUMBERS[n] if n < len(NUMBERS) else str(n)

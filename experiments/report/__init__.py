@@ -1,0 +1,176 @@
+"""The report of a study, from rows and run directories alone: a first page, a page an ablation, tables, figures, curves. Trains nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments import claims, figures, notebooks, pages, tables
+from experiments import rows as rows_module
+from experiments.ablations import ABLATIONS, Ablation
+from experiments.findings import findings
+from experiments.pages import Link
+from experiments.report import curves, layout, provenance
+from experiments.report.configs import differing_fields
+from experiments.study import ROOT, Study, file_name
+from ibq.errors import ConfigError
+from ibq.run_directory import read_lines, write_text
+
+FIRST_PAGE = "index.html"
+PAPER_CLAIMS, OWN_CLAIMS = "claims_of_the_paper", "claims_of_this_study"
+
+
+def widened(study: Study) -> Study:
+    """The study with every other ablation that has a finished run under the same fields: a report shows all there is. A grid is alone."""
+    if study.grid:
+        return study
+    names = []
+    for name in ABLATIONS:
+        alone = replace(study, ablation_names=(name,))
+        try:
+            finished = any(cell.run.finished for cell in alone.cells)
+        except ConfigError:  # a changed field that this ablation's arms differ in
+            finished = False
+        if finished or name in {ablation.name for ablation in study.ablations}:
+            names.append(name)
+    return replace(study, ablation_names=tuple(names))
+
+
+def write(study: Study) -> Path:
+    """Write rows.csv, tables/, figures/, curves/ and the pages into the study's report folder; returns the first page's path."""
+    folder = study.report_folder
+    rows = rows_module.load(study)
+    for stale in ("tables", "figures", "curves"):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    write_text(folder / "rows.csv", rows.to_csv(index=False))
+    sections = [_section(study, ablation, rows, folder) for ablation in study.ablations]
+    written = {FIRST_PAGE: _first_page(study, sections, rows, folder)}
+    written |= {section["page"]: _ablation_page(study, section, sections) for section in sections}
+    for name, text in written.items():
+        write_text(folder / name, text)
+    for path in folder.glob("*.html"):
+        if path.name not in written:
+            path.unlink()
+    return folder / FIRST_PAGE
+
+
+def page_name(ablation: Ablation) -> str:
+    return f"{file_name(ablation.name)}.html"
+
+
+def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path) -> dict[str, Any]:
+    """Write an ablation's files; returns what its page and its line on the first page show."""
+    mine = rows[rows["ablation"] == ablation.name]
+    differing, common = differing_fields(study, ablation)
+    items = [*_figures(study, ablation, mine, folder), *_tables(ablation, mine, folder)]
+    notebook = f"notebooks/{ablation.notebook}.html"
+    return {
+        "ablation": ablation,
+        "page": page_name(ablation),
+        "claims": claims.claims_of(study, ablation, rows),
+        "findings": findings(ablation, rows),
+        "verdicts": next((item for item in items if item.name == "verdicts"), None),
+        "parts": layout.arrange(items),
+        "thumbnail": next((item for item in items if item.html is None), None),
+        "configs": _written(differing, folder, f"{file_name(ablation.name)}_configs", "The config fields in which arms differ."),
+        "common": common,
+        "curves": curves.write(study, ablation, folder),
+        "missing": provenance.missing(mine),
+        "finished": int((mine["status"] == "ok").sum()),
+        "lost": int((mine["status"] != "ok").sum()),
+        "minutes": provenance.minutes(mine),
+        "facts": provenance.facts(mine),
+        "warnings": provenance.warnings(mine, by="arm"),
+        "command": provenance.command(study, ablation.name),
+        "notebook": notebook if (folder / notebook).is_file() else None,
+    }
+
+
+def _figures(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path) -> list[layout.Item]:
+    items = []
+    for name in ablation.figures:
+        figure = figures.draw(name, study, ablation, rows)
+        if figure is not None:
+            stem = f"{file_name(ablation.name)}_{name}"
+            figures.save(figure, folder / "figures", stem)
+            items.append(layout.Item(name, f"figures/{stem}", figures.caption(name, study, ablation)))
+    return items
+
+
+def _tables(ablation: Ablation, rows: pd.DataFrame, folder: Path) -> list[layout.Item]:
+    notes = {"arms": provenance.protocol(ablation, rows), "paper": f"Source: {ablation.paper_source}."}
+    items = []
+    for name in ablation.tables:
+        table = tables.build(name, ablation, rows)
+        if not table.empty:
+            item = _written(table, folder, f"{file_name(ablation.name)}_{name}", tables.TABLES[name][1])
+            items.append(replace(item, name=name, note=notes.get(name, "")))
+    return items
+
+
+def _written(table: pd.DataFrame, folder: Path, stem: str, caption: str) -> layout.Item:
+    tables.write(table, folder / "tables", stem, caption)
+    return layout.Item(stem, f"tables/{stem}", caption, table.to_html(index=False, border=0, escape=True))
+
+
+def _first_page(study: Study, sections: list[dict[str, Any]], rows: pd.DataFrame, folder: Path) -> str:
+    everything = [] if study.grid else claims.claims(study, rows)  # of a grid nothing was claimed
+    of_paper, own = ([claim for claim in everything if bool(claim.paper) == papers] for papers in (True, False))
+    mechanism = f"notebooks/{notebooks.MECHANISM}.html"
+    return pages.render(
+        "index.html",
+        study=study,
+        navigation=_navigation(sections, FIRST_PAGE),
+        sections=sections,
+        shown={section["ablation"].name: section["page"] for section in sections},
+        paper_claims=of_paper,
+        own_claims=own,
+        paper_count=claims.count(of_paper),
+        own_count=claims.count(own),
+        paper_table=_written(
+            claims.table(of_paper), folder, PAPER_CLAIMS, "Every claim of the paper, and what the rows of this study say of it."
+        )
+        if of_paper
+        else None,
+        own_table=_written(claims.table(own), folder, OWN_CLAIMS, "This study's own questions, and what its rows say of them.")
+        if own
+        else None,
+        facts=provenance.facts(rows),
+        warnings=provenance.warnings(rows, by="ablation"),
+        sessions=read_lines(folder / "sessions.jsonl"),
+        command=provenance.command(study, *(section["ablation"].name for section in sections)),
+        mechanism=mechanism if (folder / mechanism).is_file() else None,
+    )
+
+
+def _ablation_page(study: Study, section: dict[str, Any], sections: list[dict[str, Any]]) -> str:
+    return pages.render("ablation.html", study=study, navigation=_navigation(sections, section["page"]), s=section)
+
+
+def _navigation(sections: list[dict[str, Any]], current: str) -> list[Link]:
+    links = [("Overview", FIRST_PAGE), *((section["ablation"].title, section["page"]) for section in sections)]
+    return [Link(label, None if address == current else address) for label, address in links]
+
+
+def record_session(study: Study, command: str, trained: int, minutes: float) -> None:
+    """Note a session that trained something, for the first page."""
+    folder = study.report_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "sessions.jsonl", "a") as file:
+        date = pd.Timestamp.now("UTC").strftime("%Y-%m-%d")
+        file.write(json.dumps({"date": date, "command": command, "trained": trained, "minutes": round(minutes, 1)}) + "\n")
+
+
+def publish(study: Study) -> Path:
+    """Copy what `write` rendered to reports/published/<study>, as a snapshot to commit; machine paths are taken out of notebooks."""
+    target = ROOT / "reports" / "published" / study.name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(study.report_folder, target, ignore=shutil.ignore_patterns("*.stamp", "*.ipynb"))
+    for page in [path for path in target.rglob("*") if path.suffix in (".html", ".csv", ".md", ".tex", ".jsonl")]:
+        page.write_text(notebooks.without_machine_paths(page.read_text()))
+    return target

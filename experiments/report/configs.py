@@ -1,0 +1,53 @@
+"""What arms differ in, read from the configs of their runs: only these fields, and beside them what all have in common."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pandas as pd
+
+from experiments.ablations import Ablation
+from experiments.study import Study
+from ibq.config import flatten
+
+ABSENT = "–"
+
+
+def differing_fields(study: Study, ablation: Ablation) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Config fields of the arms, seeds and runs of searches left out.
+
+    Returns:
+        A line per arm with the fields in which arms differ ("–" where the method has no such field, "not chosen yet" where a search goes
+        on), and the fields that all arms have in common, by dotted path.
+    """
+    configs = _configs(study, ablation)
+    names = list(dict.fromkeys(name for config in configs.values() for name in config))
+    values = {name: [config.get(name, ABSENT) for config in configs.values()] for name in names}
+    common = {name: of_arms[0] for name, of_arms in values.items() if len(set(of_arms)) == 1}
+    table = pd.DataFrame({name: of_arms for name, of_arms in values.items() if name not in common})
+    table.insert(0, "arm", list(configs))
+    table.insert(0, "", [ablation.letter(arm) for arm in configs])
+    return table, common
+
+
+def _configs(study: Study, ablation: Ablation) -> dict[str, dict[str, str]]:
+    """Fields and values, as texts, of every arm that the study has."""
+    chosen = {cell.arm.name: cell.config for cell in study.cells if cell.ablation.name == ablation.name and not cell.search}
+    waiting = {cell.arm.name: cell.config for cell in study.waiting if cell.ablation.name == ablation.name}
+    configs = {}
+    for arm in ablation.arms:
+        if config := chosen.get(arm.name) or waiting.get(arm.name):
+            fields = {name: _text(value) for name, value in flatten(config.to_json_dict()).items() if name != "seed"}
+            if arm.name not in chosen and ablation.tuning:
+                fields[ablation.tuning.field] = "not chosen yet"
+            configs[arm.name] = fields
+    return configs
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return f"[{', '.join(_text(item) for item in value)}]"
+    return value if isinstance(value, str) else json.dumps(value)

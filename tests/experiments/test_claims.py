@@ -1,0 +1,84 @@
+"""Every claim has a line, a word and a reason, and no number where no pair of runs is finished."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from experiments import claims
+from experiments.ablations import ABLATIONS
+from experiments.claims import UNTESTED, WORDS, Claim
+from experiments.study import Study
+
+ABLATION = ABLATIONS["vq_vs_ibq"]
+CONTRAST = ABLATION.contrasts[0]
+"""At least one bit a token more with ibq_published than with vq_published."""
+SIZES = {"codebook_size": 1024, "code_dim": 64, "config.steps": 300, "config.data.name": "fashion-mnist", "config.data.resolution": 32}
+
+
+def rows_of(bits: dict[int, float | str]) -> pd.DataFrame:
+    """Rows of the pair: at each seed the gain in bits, or the status of the second arm."""
+    lines = []
+    for seed, gain in bits.items():
+        line = {"ablation": ABLATION.name, "seed": seed, "l1": 0.1, **SIZES}
+        lines.append(line | {"arm": CONTRAST.without, "status": "ok", "bits": 3.0})
+        lost = isinstance(gain, str)
+        lines.append(line | {"arm": CONTRAST.with_, "status": gain if lost else "ok", "bits": None if lost else 3.0 + gain})
+    return pd.DataFrame(lines)
+
+
+def judged(bits: dict[int, float | str]) -> Claim:
+    return claims.claims_of(Study("quick"), ABLATION, rows_of(bits))[0]
+
+
+@pytest.mark.parametrize(
+    ("bits", "word", "reason"),
+    [
+        ({0: 1.5, 1: 1.0, 2: 4.0}, "confirmed", ""),
+        ({0: 1.5, 1: 1.2}, "consistent", ""),
+        ({0: 1.5, 1: 0.9, 2: 4.0}, "undecided", "the seeds disagree"),
+        ({0: 0.5}, "undecided", "not seen, but in fewer than 3 seeds"),
+        ({0: 0.5, 1: -1.0, 2: 0.9}, "refuted", ""),
+        ({0: "oom", 1: "nan"}, "undecided", "no finished pair: A ok, B nan/oom"),
+    ],
+)
+def test_word_and_reason(bits: dict[int, float | str], word: str, reason: str) -> None:
+    claim = judged(bits)
+    assert (claim.word, claim.reason) == (word, reason)
+    assert len(claim.seen) == len(claim.seeds) == sum(not isinstance(gain, str) for gain in bits.values())
+
+
+def test_a_claim_says_what_was_seen_at_which_seeds_and_scale() -> None:
+    claim = judged({0: 1.5, 1: "failed", 2: 2.25})
+    assert claim.seen == ("+1.50", "+2.25")
+    assert claim.seeds == (0, 2)
+    assert claim.required == "Δ bits a token ≥ +1"
+    assert claim.scale == "quick: fashion-mnist 32×32, K = 1,024, D = 64, 300 steps"
+    assert claim.arms == "A→B"
+
+
+def test_nothing_trained_leaves_every_claim_undecided_and_without_a_number() -> None:
+    empty = pd.DataFrame(columns=["ablation", "arm", "seed", "status"])
+    everything = claims.claims(Study("quick", ("vq_vs_ibq",)), empty)
+    assert len(everything) == sum(len(ablation.contrasts) for ablation in ABLATIONS.values()) + len(UNTESTED)
+    assert {(claim.word, claim.seen, claim.seeds, claim.scale) for claim in everything} == {("undecided", (), (), "")}
+    assert {claim.reason for claim in everything if claim.ablation} == {"not trained"}
+    assert set(claims.table(everything)["seen, seed by seed"]) == {"nothing yet", "–"}
+
+
+def test_a_metric_that_was_not_measured_is_the_reason() -> None:
+    rows = rows_of({0: 1.0})
+    rows["bits"] = float("nan")
+    claim = claims.claims_of(Study("quick"), ABLATION, rows)[0]
+    assert (claim.word, claim.reason) == ("undecided", "bits a token not measured")
+
+
+def test_claims_that_nothing_tests_say_where_they_stand_and_what_they_need() -> None:
+    assert all(claim.paper.startswith("Table ") and claim.reason.startswith("needs ") for claim in UNTESTED)
+    assert all(claim.word == "undecided" and claim.ablation is None for claim in UNTESTED)
+
+
+def test_the_count_is_in_words() -> None:
+    of = [Claim("a", "", word) for word in (*WORDS, "undecided", "undecided")]
+    assert claims.count(of) == "six claims: one confirmed, one consistent, three undecided, one refuted"
+    assert claims.count(of[:1]) == "one claim: one confirmed, none consistent, none undecided, none refuted"
