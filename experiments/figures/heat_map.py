@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from experiments.ablations import Ablation
 from experiments.ablations.grid import GRID_COLUMNS, numbers, strips, varied
@@ -21,6 +24,7 @@ from experiments.tables import COLUMNS
 
 COLORMAPS = {"share": "viridis", "bits": "viridis", "l1": "viridis_r", "fid": "viridis_r"}
 """Perceptually uniform, told apart with any colour vision; brighter where more codes are in use or the error is lower."""
+ABOVE: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 8, "annotation_clip": False}
 MOST_STRIPS, WIDEST = 12, 24
 """Maps below each other, and cells beside each other."""
 LONGEST_LEVEL = 18
@@ -48,10 +52,12 @@ def _maps(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
     drawn = [strip for i, strip in enumerate(every_strip) if i % of_one_base < max(1, MOST_STRIPS // len(bases))][:MOST_STRIPS]
     if len(shown) * len(across.levels) > WIDEST:
         shown = [outcome for outcome in shown if outcome != "bits"]  # the table has them
+    titles = [", ".join([base, *(f"{of.name}={_short(at)}" for of, at in zip(others, rest, strict=True))]) for base, *rest in drawn]
     longest = max(len(_short(level)) for level in across.levels)
     width, height = max(0.53, 0.075 * longest), 0.36
     size = (len(shown) * (width * len(across.levels) + 0.25) + 1.5, len(drawn) * (height * len(down.levels) + 0.32) + 1.5)
-    figure, axes = plt.subplots(len(drawn), len(shown), figsize=(max(size[0], 5.0), size[1]), squeeze=False, sharex=True, sharey=True)
+    size = (max(size[0], 5.0, 0.066 * max(map(len, titles)) + 1.2), size[1])
+    figure, axes = plt.subplots(len(drawn), len(shown), figsize=size, squeeze=False, sharex=True, sharey=True)
     for column, outcome in enumerate(shown):
         means = [_values(mine, outcome).mean() for mine in arms.values() if len(_values(mine, outcome))]
         colors = ScalarMappable(_scale(means), mpl.colormaps[COLORMAPS[outcome]])
@@ -64,9 +70,11 @@ def _maps(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
         bar = figure.colorbar(colors, ax=list(axes[:, column]), location="top", aspect=30 * width * len(across.levels) / 2, pad=0.02)
         bar.set_label(COLUMNS[outcome].label, fontsize=9)
         bar.ax.tick_params(labelsize=7)
-    for axis, strip in zip(axes[:, 0], drawn, strict=True):
-        fields = [f"{field.name}={_short(level)}" for field, level in zip(others, strip[1:], strict=True)]
-        axis.set_title(", ".join([strip[0], *fields]).replace("$", r"\$"), loc="left", fontsize=8)
+        bar.ax.xaxis.set_major_locator(MaxNLocator(min(6, max(2, int(size[0] / len(shown) / 0.6)))))
+    for axis, title in zip(axes[:, 0], titles, strict=True):
+        axis.set_title(" ", fontsize=8)  # takes the height; the words may reach over the next columns, which a title must not
+        words = axis.annotate(title.replace("$", r"\$"), (0, 1), xytext=(0, 5), **ABOVE)
+        words.set_in_layout(False)
         axis.set_yticks(range(len(down.levels)), [_short(level) for level in down.levels], fontsize=7.5)
     for axis in axes[-1]:
         axis.set_xticks(range(len(across.levels)), [_short(level) for level in across.levels], fontsize=7.5)

@@ -25,7 +25,8 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("Over size", ("scaling", "heat_map", "grid")),
+    Section("The grid", ("heat_map", "grid")),
+    Section("Over size", ("scaling",)),
     Section("Usage over training", ("usage_over_training", "usage_of_each")),
     Section("The search before it", ("search",)),
     Section("Necessary and sufficient", ("parts",)),

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation
 from typer.testing import CliRunner
 
 import experiments
@@ -48,7 +49,13 @@ def drawn(study: Study, frame: pd.DataFrame) -> Figure:
 
 
 def words(axis: plt.Axes) -> list[str]:
-    return [text.get_text() for text in axis.texts]
+    """What stands in the cells."""
+    return [text.get_text() for text in axis.texts if not isinstance(text, Annotation)]
+
+
+def titles(figure: Figure) -> list[str]:
+    """What stands above each row of maps."""
+    return [text.get_text() for axis in figure.axes for text in axis.texts if isinstance(text, Annotation)]
 
 
 def test_a_point_that_equals_an_arm_is_that_arms_run() -> None:
@@ -233,17 +240,14 @@ def test_one_field_of_words_makes_lines_over_names(values: list[str]) -> None:
 
 def test_more_fields_make_more_maps_up_to_a_bound() -> None:
     three = Study("quick", grid={RATE: [1e-4, 1e-3], BETA: [0.1, 0.25], "steps": [50, 100], "batch_size": [16]})
-    maps = [axis for axis in drawn(three, grid_rows(three)).axes if axis.texts]
-    assert len(maps) == 2 * 2 * 2
-    titles = [axis.get_title(loc="left") for axis in maps]
-    assert titles[0] == "vq_published, steps=50"
-    assert "ibq_published, steps=100" in titles
+    figure = drawn(three, grid_rows(three))
+    assert len([axis for axis in figure.axes if axis.texts]) == 2 * 2 * 2
+    assert titles(figure) == [f"{base}, steps={steps}" for base in ("vq_published", "ibq_published") for steps in (50, 100)]
     pivot = tables.build("grid", three.ablations[0], grid_rows(three))
     assert len(pivot) == 3 * 2 * 2 * 2
     many = Study("quick", grid={RATE: [1e-4, 1e-3], BETA: [0.1, 0.25], "steps": list(range(50, 70))})
     figure = drawn(many, grid_rows(many))
-    titles = [axis.get_title(loc="left") for axis in figure.axes if axis.get_title(loc="left")]
-    assert len([title for title in titles if title.startswith("ibq")]) == 6
+    assert [title.partition("_")[0] for title in titles(figure)] == ["vq"] * 6 + ["ibq"] * 6
     assert "12 of 40 maps" in figure.get_suptitle()
 
 
@@ -268,7 +272,7 @@ def test_no_label_is_clipped_and_no_cells_text_leaves_its_cell() -> None:
         assert tight.y1 <= box.y1
         if axis.texts:
             cell_width = axis.bbox.width / 8
-            assert all(text.get_window_extent().width < cell_width for text in axis.texts)
+            assert all(text.get_window_extent().width < cell_width for text in axis.texts if not isinstance(text, Annotation))
 
 
 @pytest.fixture
@@ -298,12 +302,15 @@ def test_from_the_command_line_to_the_page(own_folders: Path) -> None:
 
     [folder] = [folder for folder in (own_folders / "reports").iterdir() if "codebook_size" in folder.name]
     assert folder == study.report_folder
-    page = (folder / "index.html").read_text()
+    first, page = ((folder / name).read_text() for name in ("index.html", "grid.html"))
+    assert 'href="grid.html"' in first
+    assert "undecided" not in first  # no claim of the paper is asked of a grid
     assert 'src="figures/grid_heat_map.png"' in page
     assert "vq_published codebook_size=16 lr=0.001" in page
-    assert "notebooks" not in page
+    assert "--grid quantizer.codebook_size=16,32 --grid optim.lr=0.0001,0.001 --base vq_published" in page
+    assert "executed notebook" not in page
     assert {path.name for path in (folder / "tables").iterdir()} == {
-        f"grid_{name}.{kind}" for name in ("grid", "arms") for kind in ("md", "csv", "tex")
+        f"grid_{name}.{kind}" for name in ("grid", "arms", "configs") for kind in ("md", "csv", "tex")
     }
     assert {path.stem for path in (folder / "figures").iterdir()} == {
         f"grid_{name}" for name in ("heat_map", "usage_over_training", "rate_distortion", "reconstructions")
