@@ -83,6 +83,11 @@ def test_a_base_that_scales_or_derives_fields_meets_the_grid() -> None:
     ]
 
 
+def test_a_base_above_the_presets_largest_codebook_was_asked_for() -> None:
+    study = Study("quick", grid={RATE: [1e-3]}, bases=("vq_sixteenfold",))
+    assert [cell.config.quantizer.codebook_size for cell in study.cells] == [16384]
+
+
 def test_fields_that_only_fit_together_are_set_together() -> None:
     study = Study("quick", overrides={"model.base_channels": 4}, grid={"model.norm_groups": [2, 4]})
     assert {cell.config.model.norm_groups for cell in study.cells} == {2, 4}
@@ -304,7 +309,7 @@ def test_from_the_command_line_to_the_page(own_folders: Path) -> None:
     assert folder == study.report_folder
     first, page = ((folder / name).read_text() for name in ("index.html", "grid.html"))
     assert 'href="grid.html"' in first
-    assert "undecided" not in first  # no claim of the paper is asked of a grid
+    assert "claims_of_the_paper" not in first  # nothing was claimed of a grid
     assert 'src="figures/grid_heat_map.png"' in page
     assert "vq_published codebook_size=16 lr=0.001" in page
     assert "--grid quantizer.codebook_size=16,32 --grid optim.lr=0.0001,0.001 --base vq_published" in page
