@@ -25,7 +25,7 @@ from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("trainer", "driver", "papermill", "kernel")
-TIMING = {"train_seconds", "peak_memory_gib", "seconds"}
+TIMING = {"train_seconds", "peak_memory_gib", "seconds", "commit"}
 STOP_WITHIN_S = 30.0
 STEPS = 60
 
