@@ -17,25 +17,36 @@ MIN_SEEDS = 3
 """Below this many seeds nothing is confirmed or refuted."""
 
 
+LOST = ("nan", "oom", "failed")
+"""States of a run that was to give a result and gave none."""
+
+
 class Outcome(NamedTuple):
-    """Something that differences are taken of: how the difference is written, its unit in a sentence, digits, and its value in rows."""
+    """Something that differences are taken of: how the difference is written, its unit in a sentence, digits, its value in rows, and the
+    range that it cannot leave."""
 
     label: str
     unit: str
     digits: int
     value: Callable[[pd.DataFrame], pd.Series]
+    least: float = -math.inf
+    most: float = math.inf
 
 
 def _entry(name: str, scale: float = 1.0) -> Callable[[pd.DataFrame], pd.Series]:
-    return lambda rows: scale * rows[name].astype(float) if name in rows else pd.Series(float("nan"), rows.index)
+    return lambda rows: scale * rows[name].astype(float) if name in rows else pd.Series(math.nan, rows.index)
+
+
+def _log2(name: str) -> Callable[[pd.DataFrame], pd.Series]:
+    return lambda rows: np.log2(_entry(name)(rows).where(lambda values: values > 0))
 
 
 OUTCOMES = {
-    "bits": Outcome("Δ bits a token", "bits a token", 2, _entry("bits")),
+    "bits": Outcome("Δ bits a token", "bits a token", 3, _entry("bits"), least=0),
     "l1": Outcome("Δ L1", "L1", 4, _entry("l1")),
-    "usage": Outcome("Δ usage, points", "points of usage", 1, _entry("usage", 100)),
-    "share": Outcome("Δ perplexity / K, points", "points of perplexity / K", 1, _entry("perplexity_share", 100)),
-    "fid": Outcome("Δ log2 FID[fashion-cnn]", "doublings of FID[fashion-cnn]", 2, lambda rows: np.log2(_entry("fid[fashion-cnn]")(rows))),
+    "usage": Outcome("Δ usage, points", "points of usage", 1, _entry("usage", 100), least=0, most=100),
+    "fid": Outcome("Δ log2 FID[fashion-cnn]", "doublings of FID[fashion-cnn]", 3, _log2("fid[fashion-cnn]")),
+    "gap": Outcome("Δ log2 gap", "doublings of the gap between features and codes", 2, _log2("gap")),
 }
 RATE_AND_DISTORTION = ("bits", "l1")
 """What main effects are shown in, side by side."""
@@ -107,10 +118,11 @@ def main_effects(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rows say of a claim: confirmed, consistent, undecided or refuted; with fewer than 3 seeds at most consistent."""
+    """What the rows say of a claim: confirmed, consistent, undecided or refuted, why it is undecided, and the differences seed by seed."""
 
     contrast: Contrast
     word: str
+    reason: str
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
 
@@ -119,22 +131,59 @@ class Verdict:
         return sum(self.differences) / len(self.differences) if self.differences else math.nan
 
     @property
-    def reached(self) -> list[bool]:
-        """For each seed whether its difference has the sign and at least the size that the claim requires."""
-        return _reached(self.contrast, self.differences)
+    def required(self) -> str:
+        """What was required beforehand, e.g. "Δ L1 ≤ -0.003"."""
+        signs = (">", "<") if self.contrast.keeps else ("≤", "≥")
+        sign = signs[self.contrast.effect > 0]
+        return f"{OUTCOMES[self.contrast.outcome].label} {sign} {self.contrast.effect:+g}"
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The differences as text, in the digits of their outcome."""
+        return tuple(f"{difference:+.{OUTCOMES[self.contrast.outcome].digits}f}" for difference in self.differences)
 
 
 def verdict(contrast: Contrast, rows: pd.DataFrame) -> Verdict:
-    """Judge a claim by its own rule: every seed's paired difference reaches the effect size, or none does."""
+    """Judge a claim by its own rule: every seed's paired difference reaches the effect size, or none does.
+
+    Undecided if a seed of the pair has lost its run, if seeds disagree, or if the outcome has no room for the effect where it starts. With
+    fewer than MIN_SEEDS seeds it is at most consistent.
+    """
     table = paired_differences(rows, contrast.without, contrast.with_, (contrast.outcome,))
-    seeds, differences = tuple(table["seed"]), tuple(table[contrast.outcome])
-    reached = _reached(contrast, differences)
-    if not reached or any(reached) != all(reached):
-        return Verdict(contrast, "undecided", seeds, differences)
-    if len(reached) < MIN_SEEDS:
-        return Verdict(contrast, "consistent" if all(reached) else "undecided", seeds, differences)
-    return Verdict(contrast, "confirmed" if all(reached) else "refuted", seeds, differences)
+    seeds, differences = tuple(map(int, table["seed"])), tuple(table[contrast.outcome])
+    reached = [(difference * math.copysign(1, contrast.effect) >= abs(contrast.effect)) != contrast.keeps for difference in differences]
+    word, reason = "undecided", _obstacle(contrast, rows, bool(differences))
+    if not reason and any(reached) != all(reached):
+        reason = "the seeds disagree"
+    elif not reason and all(reached):
+        word = "consistent" if len(reached) < MIN_SEEDS else "confirmed"
+    elif not reason and (reason := _no_room(contrast, rows)) == "":
+        word, reason = ("undecided", f"not seen, but in fewer than {MIN_SEEDS} seeds") if len(reached) < MIN_SEEDS else ("refuted", "")
+    return Verdict(contrast, word, reason, seeds, differences)
 
 
-def _reached(contrast: Contrast, differences: Iterable[float]) -> list[bool]:
-    return [difference * math.copysign(1, contrast.effect) >= abs(contrast.effect) for difference in differences]
+def _obstacle(contrast: Contrast, rows: pd.DataFrame, has_pair: bool) -> str:
+    """Why nothing can be said: a lost run, or no finished pair; empty otherwise."""
+    pair = rows[rows["arm"].isin([contrast.without, contrast.with_])]
+    if (lost := pair[pair["status"].isin(LOST)]).size:
+        return f"no result of {', '.join(f'{row.arm} seed {row.seed} ({row.status})' for row in lost.itertuples())}"
+    if has_pair:
+        return ""
+    if pair["status"].isin(["pending", "waiting"]).all():  # or no row at all
+        return "not trained"
+    if absent := [arm for arm in (contrast.without, contrast.with_) if arm not in set(pair["arm"])]:
+        return f"{absent[0]} is not in this study"
+    sides = [set(pair[(pair["arm"] == arm) & (pair["status"] == "ok")]["seed"]) for arm in (contrast.without, contrast.with_)]
+    if sides[0] & sides[1]:
+        return f"{OUTCOMES[contrast.outcome].unit} not measured"
+    return f"no finished pair: {', '.join(f'{row.arm} seed {row.seed} {row.status}' for row in pair.itertuples() if row.status != 'ok')}"
+
+
+def _no_room(contrast: Contrast, rows: pd.DataFrame) -> str:
+    """Whether the outcome could not change by the effect from where it starts, e.g. usage by +10 points from 93%."""
+    outcome = OUTCOMES[contrast.outcome]
+    starts = outcome.value(rows[(rows["arm"] == contrast.without) & (rows["status"] == "ok")]).dropna()
+    ends = starts + contrast.effect
+    if contrast.keeps or ends.between(outcome.least, outcome.most).all():
+        return ""
+    return f"it starts at {', '.join(f'{start:.{outcome.digits}f}' for start in starts)}, which leaves no room for {contrast.effect:+g}"

@@ -73,15 +73,13 @@ def _of_searches(rows: pd.DataFrame) -> list[str]:
 
 
 def _of_verdict(judged: Verdict) -> str:
-    contrast, n = judged.contrast, len(judged.differences)
-    if not n:
-        return f"{contrast.claim} Undecided: no pair of finished runs yet."
-    _, unit, digits, _ = OUTCOMES[contrast.outcome]
-    least, greatest = min(judged.differences), max(judged.differences)
-    seen = f"{judged.mean:+.{digits}f} {unit} over {n} seed{'s' if n > 1 else ''}"
-    spread = f" ({least:+.{digits}f} to {greatest:+.{digits}f})" if n > 1 else ""
-    bound = f"{'at least' if contrast.effect > 0 else 'at most'} {contrast.effect:+g}"
-    return f"{contrast.claim} {judged.word.capitalize()}: the change is {seen}{spread}; {bound} in every seed was required."
+    because = f", since {judged.reason}" if judged.reason and judged.differences else f" ({judged.reason})" if judged.reason else ""
+    sentence = f"{judged.contrast.claim} {judged.word.capitalize()}{because}"
+    if not judged.differences:
+        return f"{sentence}."
+    _, unit, digits, *_ = OUTCOMES[judged.contrast.outcome]
+    spread = f" ({', '.join(judged.seen)})" if len(judged.seen) > 1 else ""
+    return f"{sentence}: the change is {judged.mean:+.{digits}f} {unit}{spread}; {judged.required} in every seed was required."
 
 
 def _of_effects(table: pd.DataFrame) -> list[str]:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import papermill
 from nbconvert import HTMLExporter
 
 from experiments import pages
 from experiments import rows as rows_module
+from experiments.ablations import Ablation
 from experiments.benchmarks import index_backprop
 from experiments.figures import compact
 from experiments.pages import Link
@@ -39,19 +41,34 @@ def execute_changed(study: Study, say: Callable[[str], None] = print) -> None:
         return
     rows = rows_module.load(study)
     shown = {MECHANISM: index_backprop.known_rows().to_csv(index=False)}
-    shown |= {a.notebook: rows[rows["ablation"] == a.name].to_csv(index=False) for a in study.ablations if a.notebook}
+    shown |= {str(ablation.notebook): _data(rows, ablation) for ablation in study.ablations}
     parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": dict(study.overrides)}
     for name, data in shown.items():
         source = SOURCES / f"{name}.ipynb"
         target = study.report_folder / "notebooks" / source.name
-        stamp = target.with_suffix(".stamp")
-        fingerprint = _fingerprint(source, data)
-        if target.is_file() and stamp.is_file() and stamp.read_text() == fingerprint:
+        if target.is_file() and _is_current(study, name, data):
             continue
         say(f"executing notebook {name}")
         execute(source, target, study, {} if name == MECHANISM else parameters)
         write_text(target.with_suffix(".html"), as_page(target))
-        write_text(stamp, fingerprint)
+        write_text(target.with_suffix(".stamp"), _fingerprint(source, data))
+
+
+def page_of(study: Study, ablation: Ablation, rows: pd.DataFrame) -> tuple[str | None, bool]:
+    """The address of an ablation's executed notebook within the report, None while there is none, and whether it shows these rows."""
+    if ablation.notebook is None or not (study.report_folder / "notebooks" / f"{ablation.notebook}.html").is_file():
+        return None, False
+    return f"notebooks/{ablation.notebook}.html", _is_current(study, ablation.notebook, _data(rows, ablation))
+
+
+def _data(rows: pd.DataFrame, ablation: Ablation) -> str:
+    """The rows of an ablation, whatever other rows stand beside them."""
+    return rows[rows["ablation"] == ablation.name].dropna(axis=1, how="all").sort_index(axis=1).to_csv(index=False)
+
+
+def _is_current(study: Study, name: str, data: str) -> bool:
+    stamp = study.report_folder / "notebooks" / f"{name}.stamp"
+    return stamp.is_file() and stamp.read_text() == _fingerprint(SOURCES / f"{name}.ipynb", data)
 
 
 def execute(source: Path, target: Path, study: Study, parameters: Mapping[str, Any]) -> None:
@@ -107,5 +124,5 @@ def without_machine_paths(text: str) -> str:
 
 
 def _fingerprint(source: Path, data: str) -> str:
-    code = [path.read_text() for path in sorted((ROOT / "experiments").rglob("*.py"))]
+    code = [path.read_text() for suffix in ("py", "html", "css") for path in sorted((ROOT / "experiments").rglob(f"*.{suffix}"))]
     return hashlib.sha256(json.dumps([source.read_text(), data, code]).encode()).hexdigest()

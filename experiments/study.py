@@ -147,10 +147,10 @@ class Study:
             self.__dict__.update(cells=now.cells, waiting=now.waiting)
         return [cell for cell in self.cells if cell.run.path not in before]
 
-    def only(self, cells: list[Cell]) -> Study:
+    def only(self, cells: list[Cell], waiting: list[Cell] | None = None) -> Study:
         """The same study with some of its cells alone."""
         part = replace(self)
-        part.__dict__.update(cells=cells, waiting=[])
+        part.__dict__.update(cells=cells, waiting=waiting or [])
         return part
 
     @cached_property

@@ -67,16 +67,17 @@ def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
         finished = mine[mine["status"] == "ok"]
         line: dict[str, object] = {"": ablation.letter(arm.name), "arm": arm.name, **arm.levels}
         if finished.empty:
-            line |= {"seeds": 0} | {column.label: _state(mine) for column in columns}
+            line |= {"seeds": "0"} | {column.label: _state(mine) for column in columns}
         else:
-            line["seeds"] = len(finished)
+            lost = mine[mine["status"] != "ok"]
+            line["seeds"] = str(len(finished)) + ("" if lost.empty else f" of {len(mine)} ({_state(lost)})")
             line |= {column.label: mean_and_spread(column.value(finished), column.digits) for column in columns}
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def _state(rows: pd.DataFrame) -> str:
-    return "/".join(sorted(set(rows["status"]))) or "pending"
+    return "/".join(sorted(set(rows["status"]))) or "not in this study"
 
 
 def mean_and_spread(values: pd.Series, digits: int) -> str:
@@ -94,7 +95,7 @@ def effects_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     for effect in table.to_dict("records"):
         line = {"change": effect["change"], "matched pairs": effect["pairs"]}
         for outcome in RATE_AND_DISTORTION:
-            label, _, digits, _ = OUTCOMES[outcome]
+            label, _, digits, *_ = OUTCOMES[outcome]
             mean, least, greatest = (effect[f"{outcome}_{part}"] for part in ("mean", "min", "max"))
             spread = "one pair" if effect["pairs"] == 1 else f"{least:+.{digits}f} to {greatest:+.{digits}f}"
             line |= {label: f"{mean:+.{digits}f}", f"{label}, range": spread}
@@ -107,14 +108,13 @@ def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for contrast in ablation.contrasts:
         judged = verdict(contrast, rows)
-        label, _, digits, _ = OUTCOMES[contrast.outcome]
         lines.append(
             {
                 "claim": contrast.claim,
                 "arms": f"{ablation.letter(contrast.without)}→{ablation.letter(contrast.with_)}",
-                "required in every seed": f"{label} {'≥' if contrast.effect > 0 else '≤'} {contrast.effect:+g}",
-                "seen, seed by seed": ", ".join(f"{d:+.{digits}f}" for d in judged.differences) or "nothing yet",
-                "verdict": judged.word,
+                "required in every seed": judged.required,
+                "seen, seed by seed": ", ".join(judged.seen) or "nothing yet",
+                "verdict": judged.word + (f": {judged.reason}" if judged.reason else ""),
             }
         )
     return pd.DataFrame(lines)

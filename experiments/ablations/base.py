@@ -40,16 +40,18 @@ class Contrast:
     """A claim and the pair of arms that tests it.
 
     Stated before the numbers: `outcome` (one of `experiments.effects.OUTCOMES`) changes from `without` to `with_` by at least `effect` (its
-    sign is the direction) in every seed. `paper` says where the paper makes this claim; empty: the question is this study's own.
+    sign is the direction) in every seed; or, where the claim is that something `keeps`, by less than that. `paper` says where the paper
+    makes this claim; empty: the question is this study's own.
     """
 
     name: str
     without: str
     with_: str
     claim: str
-    outcome: Literal["bits", "l1", "usage", "share", "fid"]
+    outcome: Literal["bits", "l1", "usage", "fid", "gap"]
     effect: float
     paper: str = ""
+    keeps: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,16 @@ ABLATION = Ablation(
             "In the released recipe the double term improves reconstruction, by at least 0.003 of L1.",
             "l1",
             -0.003,
-            paper="Table 2: + double quantization loss, between rFID 1.67 and 1.37",
+            paper="Table 2: + double quantization loss improves rFID; its own number is not reported",
+        ),
+        Contrast(
+            "released recipe: quality in distribution",
+            "single",
+            "double",
+            "In the released recipe the double term lowers FID[fashion-cnn] by at least 10%.",
+            "fid",
+            -0.152,
+            paper="Table 2: + double quantization loss improves rFID; its own number is not reported",
         ),
         Contrast(
             "released recipe: usage",

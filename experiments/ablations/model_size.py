@@ -60,7 +60,7 @@ ABLATION = Ablation(
             paper="Table 2: + deeper model, rFID 1.37",
         ),
         Contrast(
-            "IBQ: usage",
+            "IBQ: rate",
             "ibq_base",
             "ibq_fourfold",
             "IBQ's rate rises by at least a quarter of a bit a token with four times the ResBlocks.",

@@ -25,7 +25,7 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
         return None
     figure, axis = plt.subplots(figsize=(7.2, 3.8))
     method, colors = ablation.factors[0], method_colors(ablation)
-    shapes = ablation.factor(ablation.marker).levels if ablation.marker else ("",)
+    shapes = _levels_of(finished, ablation, ablation.marker) if ablation.marker else [""]
     fills = ablation.factor(ablation.fill).levels[::-1] if ablation.fill else ("",)
     limit = float(np.log2(finished["codebook_size"].astype(float).max()))
     for row in finished.to_dict("records"):
@@ -36,9 +36,10 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
         beside = (-11, -3) if limit - row["bits"] < 0.3 else (5, 3)  # clear of the dashed line
         axis.annotate(ablation.letter(row["arm"]), (row["bits"], row["l1"]), xytext=beside, textcoords="offset points", fontsize=7.5)
     axis.axvline(limit, color="0.3", ls="--", lw=1)
-    axis.set(xlabel=f"rate: bits a token (dashed: log2 K = {limit:g})", ylabel="distortion: L1 on the test split, [-1, 1]")
+    of_largest = "log2 K" if finished["codebook_size"].nunique() == 1 else "log2 of the largest K"
+    axis.set(xlabel=f"rate: bits a token (dashed: {of_largest} = {limit:g})", ylabel="distortion: L1 on the test split, [-1, 1]")
     style: dict[str, Any] = {"ls": "", "mew": 1.2, "ms": 6}
-    handles = [Line2D([], [], marker="o", color=colors[name], label=name, **style) for name in method.levels]
+    handles = [Line2D([], [], marker="o", color=colors[name], label=name, **style) for name in _levels_of(finished, ablation, method.name)]
     if ablation.marker:
         shown = zip(MARKERS, shapes, strict=False)
         handles += [Line2D([], [], marker=marker, color="0.4", label=f"{ablation.marker} {name}", **style) for marker, name in shown]
@@ -59,6 +60,11 @@ SCALING = {
 """What a figure of scaling shows: labels and factors by the rows' columns."""
 
 
+def _levels_of(rows: pd.DataFrame, ablation: Ablation, factor: str) -> list[str]:
+    """The levels of a factor that rows have, in its order."""
+    return [level for level in ablation.factor(factor).levels if level in set(rows[f"factor.{factor}"])]
+
+
 def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """Usage and quality against the size that an ablation varies: a point a seed, a line through the means, arms of one size left out.
 
@@ -66,7 +72,7 @@ def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | No
     """
     if ablation.axis is None or rows["status"].ne("ok").all():
         return None
-    lines, panels, colors = _by_size(ablation, ablation.axis, rows), [name for name in SCALING if name in rows], method_colors(ablation)
+    lines, panels, colors = _by_size(ablation, ablation.axis, rows), _measured(rows), method_colors(ablation)
     ticks = sorted({size for _, mine in lines for size in mine["size"]})
     figure, axes = panel_grid(len(panels), 2, 3.1)
     for axis, name in zip(axes, panels, strict=True):
@@ -76,7 +82,7 @@ def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | No
             means = values.groupby(known["x"]).mean()
             axis.plot(means.index, means, color=colors[method], lw=1.3)
             axis.scatter(known["x"], values, color=colors[method], s=16, zorder=3)
-            lost = mine[~mine["arm"].isin(known["arm"])]["x"]
+            lost = mine[~mine["arm"].isin(mine[mine["status"] == "ok"]["arm"])]["x"]
             axis.scatter(lost, [0.03] * len(lost), color=colors[method], marker="x", transform=axis.get_xaxis_transform(), zorder=4)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{size:,}" for size in ticks])
@@ -89,6 +95,10 @@ def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | No
         handles.append(Line2D([], [], ls="", marker="x", color="0.4", label="no result"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _measured(rows: pd.DataFrame) -> list[str]:
+    return [name for name in SCALING if name in rows and rows[name].notna().any()]
 
 
 def _by_size(ablation: Ablation, axis: Axis, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -134,16 +144,16 @@ def main_effects(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
     if table.empty:
         return None
     changes, colors = list(dict.fromkeys(table["change"])), method_colors(ablation)
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 0.42 * len(changes) + 1.3), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 0.55 * len(changes) + 1.3), sharey=True)
     panels = {"bits": "rate: change of bits a token", "l1": "distortion: change of L1 (left is better)"}
     for axis, (outcome, label) in zip(axes, panels.items(), strict=True):
         axis.axvline(0, color="0.3", lw=1)
         for y, change in enumerate(changes):
             group = table[table["change"] == change]
             means = group.groupby("pair")[outcome].mean()
-            axis.plot([means.mean()] * 2, [y - 0.32, y + 0.32], color="0.1", lw=2.5, solid_capstyle="butt", zorder=2)
+            axis.plot([means.mean()] * 2, [y - 0.36, y + 0.36], color="0.1", lw=2.5, solid_capstyle="butt", zorder=2)
             for i, (pair, points) in enumerate(group.groupby("pair", sort=False)):
-                offset = (i - (len(means) - 1) / 2) * 0.16
+                offset = (i - (len(means) - 1) / 2) * 0.2
                 color = colors[points["surrounding"].iloc[0]]
                 axis.scatter(points[outcome], [y + offset] * len(points), color=color, s=18, zorder=3)
                 if outcome == "bits":
@@ -161,7 +171,7 @@ def main_effects(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
         axis.xaxis.set_major_locator(MaxNLocator(6))
     axes[0].invert_yaxis()
     handles = [Line2D([], [], ls="", marker="o", ms=5, color=colors[name], label=f"within {name}") for name in ablation.factors[0].levels]
-    handles.append(Line2D([], [], ls="", marker="o", ms=5, color=BOTH, label=" against ".join(ablation.factors[0].levels)))
+    handles.append(Line2D([], [], ls="", marker="o", ms=5, color=BOTH, label=f"between levels of {ablation.factors[0].name}"))
     handles.append(Line2D([], [], color="0.1", lw=2.5, label="mean over pairs"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure

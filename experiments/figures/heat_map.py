@@ -164,8 +164,6 @@ def _why(mine: pd.DataFrame) -> str:
     """Why an arm has no number, in two words."""
     if (mine["status"] == "ok").any():
         return "not\nmeasured"
-    if any(str(reason).startswith("out of memory") for reason in mine.get("reason", ())):
-        return "out of\nmemory"
     return "/\n".join(sorted(set(mine["status"]))) or "pending"
 
 

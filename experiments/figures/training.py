@@ -70,10 +70,10 @@ def geometry(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | N
 
 def logits_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     panels: dict[str, Panel] = {
-        "Spread": ("std of a token's logits", lambda line, cell: line["logit_spread"], None),
+        "Spread": ("std of a token's logits", lambda line, cell: line.get("logit_spread", math.nan), None),
         "Decision": (
             "largest probability of a token",
-            lambda line, cell: line["max_probability"],
+            lambda line, cell: line.get("max_probability", math.nan),
             lambda line, cell: 1 / cell.config.quantizer.codebook_size,
         ),
     }
@@ -81,7 +81,7 @@ def logits_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -
 
 
 def gap_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
-    """Of the focal arms, at the moments of the snapshots."""
+    """At the moments of the snapshots."""
     label = "Fréchet distance / variance of z"
     panels: dict[str, Panel] = {
         "All codes": (label, lambda line, cell: line["gap"], None),
@@ -123,6 +123,8 @@ def _curves(
         return None
     histories = [(cell, lines(cell)) for cell in cells]
     drawn = {title: panel for title, panel in panels.items() if any(math.isfinite(panel[1](*at)) for at in _points(histories))}
+    if not drawn:
+        return None
     by_size = {cell.config.quantizer.codebook_size: (cell, history) for cell, history in histories}.values()
     colors, seen = arm_colors(ablation), {cell.arm.name for cell in cells}
     figure, axes = plt.subplots(1, len(drawn), figsize=(3.6 * len(drawn) + 1.8, 3.1), squeeze=False)

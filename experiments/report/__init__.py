@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 
 from experiments import claims, figures, notebooks, pages, tables
 from experiments import rows as rows_module
@@ -26,36 +27,46 @@ PAPER_CLAIMS, OWN_CLAIMS = "claims_of_the_paper", "claims_of_this_study"
 
 
 def widened(study: Study) -> Study:
-    """The study with every other ablation that has a finished run under the same fields: a report shows all there is. A grid is alone."""
+    """The study with what other ablations have finished under the same fields, so that a report shows all there is. A grid is alone.
+
+    An ablation joins if a run of its own is finished, one that none of the named ablations has; of it, only what is finished is shown.
+    """
     if study.grid:
         return study
-    names = []
-    for name in ABLATIONS:
-        alone = replace(study, ablation_names=(name,))
+    cells, own = list(study.cells), {cell.run.path for cell in study.cells}
+    joining = []
+    for name in ABLATIONS.keys() - {ablation.name for ablation in study.ablations}:
         try:
-            finished = any(cell.run.finished for cell in alone.cells)
+            finished = [cell for cell in replace(study, ablation_names=(name,)).cells if cell.run.finished]
         except ConfigError:  # a changed field that this ablation's arms differ in
-            finished = False
-        if finished or name in {ablation.name for ablation in study.ablations}:
-            names.append(name)
-    return replace(study, ablation_names=tuple(names))
+            continue
+        if any(cell.run.path not in own for cell in finished):
+            joining.append(name)
+            cells += finished
+    names = {ablation.name for ablation in study.ablations} | set(joining)
+    return replace(study, ablation_names=tuple(name for name in ABLATIONS if name in names)).only(cells, study.waiting)
 
 
 def write(study: Study) -> Path:
-    """Write rows.csv, tables/, figures/, curves/ and the pages into the study's report folder; returns the first page's path."""
+    """Write rows.csv, tables/, figures/, curves/ and the pages into the study's report folder; returns the first page's path.
+
+    Of several processes one writes at a time.
+    """
     folder = study.report_folder
-    rows = rows_module.load(study)
-    for stale in ("tables", "figures", "curves"):
-        shutil.rmtree(folder / stale, ignore_errors=True)
-    write_text(folder / "rows.csv", rows.to_csv(index=False))
-    sections = [_section(study, ablation, rows, folder) for ablation in study.ablations]
-    written = {FIRST_PAGE: _first_page(study, sections, rows, folder)}
-    written |= {section["page"]: _ablation_page(study, section, sections) for section in sections}
-    for name, text in written.items():
-        write_text(folder / name, text)
-    for path in folder.glob("*.html"):
-        if path.name not in written:
-            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        rows = rows_module.load(study)
+        for stale in ("tables", "figures", "curves"):
+            shutil.rmtree(folder / stale, ignore_errors=True)
+        write_text(folder / "rows.csv", rows.to_csv(index=False))
+        sections = [_section(study, ablation, rows, folder) for ablation in study.ablations]
+        written = {FIRST_PAGE: _first_page(study, sections, rows, folder)}
+        written |= {section["page"]: _ablation_page(study, section, sections) for section in sections}
+        for name, text in written.items():
+            write_text(folder / name, text)
+        for path in folder.glob("*.html"):
+            if path.name not in written:
+                path.unlink()
     return folder / FIRST_PAGE
 
 
@@ -68,7 +79,7 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
     mine = rows[rows["ablation"] == ablation.name]
     differing, common = differing_fields(study, ablation)
     items = [*_figures(study, ablation, mine, folder), *_tables(ablation, mine, folder)]
-    notebook = f"notebooks/{ablation.notebook}.html"
+    notebook, current = notebooks.page_of(study, ablation, rows)
     return {
         "ablation": ablation,
         "page": page_name(ablation),
@@ -87,7 +98,8 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
         "facts": provenance.facts(mine),
         "warnings": provenance.warnings(mine, by="arm"),
         "command": provenance.command(study, ablation.name),
-        "notebook": notebook if (folder / notebook).is_file() else None,
+        "notebook": notebook,
+        "notebook_is_current": current,
     }
 
 
@@ -166,7 +178,7 @@ def publish(study: Study) -> Path:
     """Copy what `write` rendered to reports/published/<study>, as a snapshot to commit; machine paths are taken out of notebooks."""
     target = ROOT / "reports" / "published" / study.name
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(study.report_folder, target, ignore=shutil.ignore_patterns("*.stamp", "*.ipynb"))
+    shutil.copytree(study.report_folder, target, ignore=shutil.ignore_patterns("*.stamp", "*.ipynb", ".lock"))
     for page in [path for path in target.rglob("*") if path.suffix in (".html", ".csv", ".md", ".tex", ".jsonl")]:
         page.write_text(notebooks.without_machine_paths(page.read_text()))
     return target

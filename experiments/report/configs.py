@@ -46,8 +46,6 @@ def _configs(study: Study, ablation: Ablation) -> dict[str, dict[str, str]]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
     if isinstance(value, list):
         return f"[{', '.join(_text(item) for item in value)}]"
     return value if isinstance(value, str) else json.dumps(value)

@@ -181,7 +181,7 @@ def test_two_fields_make_a_map_a_base_and_outcome() -> None:
     study = Study("quick", grid={K: [256, 1024], RATE: [1e-4, 1e-3, 1e-2]}, seeds=2)
     frame = grid_rows(study)
     lose(frame, 0, "nan", "NaN in the loss")  # seed 0 of the first arm: its other seed counts
-    lose(frame, 1, "failed", "out of memory: 3 GiB")
+    lose(frame, 1, "oom", "out of memory")
     for line in (2, 2 + 12):
         lose(frame, line, "pending")
     figure = drawn(study, frame)
@@ -200,15 +200,15 @@ def test_two_fields_make_a_map_a_base_and_outcome() -> None:
 def test_an_arm_without_a_result_says_why_and_has_no_number() -> None:
     study = Study("quick", grid={"quantizer.beta_on": ["commitment", "codebook", "both"], RATE: [1e-4, 1e-3]})
     frame = grid_rows(study)
-    for line, status, reason in ((0, "nan", "NaN"), (1, "failed", "out of memory: 3 GiB"), (2, "running", ""), (3, "failed", "killed")):
+    for line, status, reason in ((0, "nan", "NaN"), (1, "oom", "out of memory"), (2, "running", ""), (3, "failed", "killed")):
         lose(frame, line, status, reason)
     ablation = study.ablations[0]
     maps = [axis for axis in drawn(study, frame).axes if axis.texts]
     assert len(maps) == 4  # at one K bits would say what perplexity / K says
-    assert words(maps[0])[:4] == ["nan", "out of\nmemory", "running", "failed"]
+    assert words(maps[0])[:4] == ["nan", "oom", "running", "failed"]
     pivot = tables.build("grid", ablation, frame)
     assert list(pivot.columns) == ["outcome", "base", "quantizer.beta_on", "optim.lr=0.0001", "optim.lr=0.001"]
-    assert pivot.iloc[0, 2:].tolist() == ["commitment", "nan", "failed"]
+    assert pivot.iloc[0, 2:].tolist() == ["commitment", "nan", "oom"]
     assert pivot.iloc[2, 2:].tolist() == ["both", "39.1", "46.4"]
     sentences = findings(ablation, frame)
     assert sentences[0].startswith("4 of 12 runs have no result")
@@ -266,7 +266,7 @@ def test_no_label_is_clipped_and_no_cells_text_leaves_its_cell() -> None:
     study = Study("quick", grid={K: [2**i for i in range(6, 14)], RATE: [10.0**-i for i in range(1, 9)]})
     frame = grid_rows(study)
     lose(frame, 5, "interrupted")
-    lose(frame, 6, "failed", "out of memory: 1 GiB")
+    lose(frame, 6, "oom", "out of memory")
     figure = drawn(study, frame)
     box = figure.bbox
     for axis in figure.axes:

@@ -297,3 +297,28 @@ def test_a_hostile_reason_is_escaped(trained: tuple, monkeypatch: pytest.MonkeyP
     texts = [page.read_text() for page in pages_of(report.write(trained[0]))]
     assert not any("<script>" in text for text in texts)
     assert any("&lt;script&gt;" in text for text in texts)
+
+
+def test_an_ablation_joins_the_report_by_a_run_of_its_own_and_with_what_is_finished(
+    trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    finished = {cell.run.path.name: cell.run.path for cell in trained[0].cells}
+    monkeypatch.setenv("IBQ_RUNS", str(tmp_path))
+    study = Study("smoke", ("vq_vs_ibq",))
+    for cell in study.cells:
+        (tmp_path / cell.run.path.name).symlink_to(finished[cell.run.path.name])
+    assert [ablation.name for ablation in report.widened(study).ablations] == ["vq_vs_ibq"]  # though others share its runs
+
+    own = next(cell for cell in Study("smoke", ("codebook_size",)).cells if cell.arm.name == "vq_quarter")
+    (tmp_path / own.run.path.name).symlink_to(finished[own.run.path.name])
+    wider = report.widened(study)
+    assert [ablation.name for ablation in wider.ablations] == ["vq_vs_ibq", "codebook_size"]
+    joined = {cell.arm.name for cell in wider.cells if cell.ablation.name == "codebook_size"}
+    assert joined == {"vq_quarter", "vq_base", "vq_strong_base", "ibq_base"}
+    assert set(rows.load(wider)["status"]) == {"ok"}
+
+
+def test_rows_from_before_a_figures_numbers_were_logged_leave_it_out(trained: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(trained[0].cells[0].run), "read_history", lambda run: [{"step": 2}])
+    frame = rows.load(trained[0])
+    assert figures.draw("logits_over_training", trained[0], ABLATION, frame) is None

@@ -48,4 +48,4 @@ def test_a_failed_arm_shows_its_state_never_a_number() -> None:
     table = tables.arms_table(ablation, frame)
     assert table.loc[0, "L1"] == "failed"
     assert set(table["perplexity"]) == {"failed", "nan"}
-    assert set(table["seeds"]) == {0}
+    assert set(table["seeds"]) == {"0"}
