@@ -120,7 +120,7 @@ ABLATION = Ablation(
             "At the end of training the gap between features and codes under IBQ as released is at most half of naive VQ's.",
             "gap",
             -1.0,
-            paper="t-SNE of codebook and features: VQ's codes part from the features, IBQ's lie among them",
+            paper="Background and t-SNE figure: under VQ unselected codes never move, and their gap to the features widens",
         ),
         Contrast(
             "fairest pair: usage",
