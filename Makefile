@@ -29,10 +29,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-browser: $(STAMP)
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -n 0 -m browser
 
 test-latex: $(STAMP)
-	$(BIN)/python -m pytest -m latex
+	$(BIN)/python -m pytest -n 0 -m latex
 
 faults: $(STAMP)
 	$(BIN)/python tests/faults.py --rounds 100
