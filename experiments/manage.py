@@ -6,17 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from experiments.rows import OF_THE_ROWS_IMAGES
 from experiments.study import Cell, Study, unique_runs
 from experiments.sweep import train_study
 from ibq.config import TrainConfig, flatten, parse_train_config
-from ibq.data import load_images
+from ibq.data import DataError, load_images
 from ibq.errors import ConfigError, nearest
-from ibq.evaluation import PERCEPTUAL, PerceptualEvaluation, evaluate
+from ibq.evaluation import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
 from ibq.models.tokenizer import load_tokenizer
 from ibq.run_directory import RunDirectory, write_json
 from ibq.train_tokenizer import resolve_device
@@ -25,11 +27,11 @@ EVALUATIONS: dict[str, str] = {
     "full_test": "the whole test split, where the row has its first images only",
     "train_split": "as many images of the train split: what the tokenizer has seen",
     "fashion-cnn": "FID[fashion-cnn] and its kin, on the row's own images",
-    "inception": "FID, KID, inception score, precision and recall, likewise; needs weights of Inception-v3",
-    "lpips-alex": "LPIPS, likewise; needs weights of AlexNet",
+    "inception": "FID, KID, inception score, precision and recall on the whole test split, as FID needs; needs weights of Inception-v3",
+    "lpips-alex": "LPIPS, on the row's own images; needs weights of AlexNet",
     "lpips-vgg": "LPIPS, likewise; needs weights of VGG-16",
 }
-"""Evaluations of finished runs by name, and what they add to the row."""
+"""Evaluations of finished runs by name, and what they add to the row: as `name.metric` unless it is of the row's own images."""
 
 
 def find_run(study: Study, name: str) -> RunDirectory:
@@ -114,11 +116,11 @@ def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]
 def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = print) -> int:
     """Add an evaluation to every finished run of a study that lacks it, as eval/<name>.json; returns how many were added.
 
-    Runs of a search are passed by, since no table shows them but for what decided.
+    Runs of a search are passed by, since no table shows them but for what decided. So are, with a word, runs that the metric does not fit.
 
     Raises:
         ConfigError: an unknown evaluation (the nearest is named).
-        DataError: a network's weights are absent, or the metric means nothing on the images.
+        DataError: a network's weights are absent, or there are runs to measure and the metric fits none of them.
     """
     if name not in EVALUATIONS:
         raise ConfigError(f"evaluation {name!r} does not exist; {nearest(name, EVALUATIONS)}")
@@ -126,20 +128,36 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
     rows = [(cell, cell.run.read_row()) for cell in compared if cell.run.finished and not evaluation_file(cell, name).is_file()]
     todo = [(cell, row) for cell, row in rows if row["status"] == "ok" and f"kid[{name}]" not in row]  # a row may have it from training
     device, batch_size = resolve_device("auto"), study.preset.runtime.eval_batch_size
-    measure = PerceptualEvaluation(name, device) if name in PERCEPTUAL and todo else None
+    measure: Callable[..., Any] = PerceptualEvaluation(name, device) if name in PERCEPTUAL else evaluate
+    split_of = lru_cache(maxsize=1)(load_images)  # the runs of a study mostly share their images
+    reasons = []
     for i, (cell, row) in enumerate(todo, 1):
-        tokenizer = load_tokenizer(cell.run.path).to(device)
-        if measure:
-            images = load_images(cell.config.data, row["protocol.split"])
-            metrics, protocol = measure(tokenizer, images, row["protocol.n_images"], batch_size, weights="ema")
+        if name in OF_THE_ROWS_IMAGES:
+            images, n_images = split_of(cell.config.data, row["protocol.split"]), row["protocol.n_images"]
+        elif name == "train_split":
+            images, n_images = split_of(cell.config.data, "train"), study.preset.runtime.eval_images
         else:
-            images = load_images(cell.config.data, "train" if name == "train_split" else "test")
-            n_images = len(images) if name == "full_test" else study.preset.runtime.eval_images
-            metrics, protocol, _ = evaluate(tokenizer, images, n_images, batch_size, weights="ema")
+            images = split_of(cell.config.data, "test")
+            n_images = len(images)
+        tokenizer = load_tokenizer(cell.run.path).to(device)
+        try:
+            metrics, protocol, *_ = measure(tokenizer, images, n_images, batch_size, weights="ema")
+        except UnfitError as error:
+            reasons.append(str(error))
+            say(f"[{i}/{len(todo)}] {name} {cell.name}: {error}")
+            continue
         write_json(evaluation_file(cell, name), metrics | {f"protocol.{key}": value for key, value in protocol.items()})
-        shown = [key for key in ("perplexity", "l1", "fid", "fid[fashion-cnn]", "lpips[alex]", "lpips[vgg]") if key in metrics]
-        say(f"[{i}/{len(todo)}] {name} {cell.name}: {', '.join(f'{key} {metrics[key]:.4g}' for key in shown)}")
-    return len(todo)
+        say(f"[{i}/{len(todo)}] {name} {cell.name}: {_summary(metrics, protocol)}")
+    if todo and len(reasons) == len(todo):
+        raise DataError(reasons[0])
+    return len(todo) - len(reasons)
+
+
+def _summary(metrics: dict[str, float], protocol: dict[str, Any]) -> str:
+    """A few of the numbers, at least one, and why any is absent."""
+    shown = [key for key in ("perplexity", "l1", "fid", "fid[fashion-cnn]", "lpips[alex]", "lpips[vgg]") if key in metrics]
+    numbers = [f"{key} {metrics[key]:.4g}" for key in shown or list(metrics)[:1]]
+    return ", ".join(numbers + [f"{key} {why}" for key, why in protocol.items() if str(why).startswith("absent: ")])
 
 
 def evaluation_file(cell: Cell, name: str) -> Path:

@@ -12,12 +12,13 @@ from experiments.study import Cell, Study
 from experiments.sweep import failure_reason, last_step
 from ibq.config import flatten
 from ibq.errors import ConfigError
-from ibq.evaluation import PERCEPTUAL
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FIRST_COLUMNS = ["ablation", "arm", "method", "codebook_size", "code_dim", "seed", "status"]
+OF_THE_ROWS_IMAGES = ("fashion-cnn", "lpips-alex", "lpips-vgg")
+"""Evaluations of the very images that the row is of: they alone may bear plain names, and become columns beside the row's own."""
 
 
 def load(study: Study | None = None) -> pd.DataFrame:
@@ -93,7 +94,7 @@ def _evaluations(cell: Cell) -> dict[str, Any]:
     """Numbers added after training: eval/<name>.json as columns <name>.<metric>, or, where they belong to the row's images, <metric>."""
     columns: dict[str, Any] = {}
     for path in sorted((cell.run.path / "eval").glob("*.json")):
-        prefix = "" if path.stem in PERCEPTUAL else f"{path.stem}."
+        prefix = "" if path.stem in OF_THE_ROWS_IMAGES else f"{path.stem}."
         columns |= {f"{prefix}{key}": value for key, value in json.loads(path.read_text()).items()}
     return columns
 

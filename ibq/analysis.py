@@ -49,7 +49,7 @@ def logit_statistics(logits_NK: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def code_gap(features_ND: torch.Tensor, codes_KD: torch.Tensor, used_K: torch.Tensor) -> dict[str, float]:
+def code_gap(features_ND: torch.Tensor, codes_KD: torch.Tensor, used_K: torch.Tensor | None) -> dict[str, float]:
     """How far the codebook as a cloud of points lies from the features: `gap`, with `gap_used` and `gap_dead` for part of the codes.
 
     The Fréchet distance of two Gaussians, |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), over the features' variance tr S1, so that it has no
@@ -59,20 +59,25 @@ def code_gap(features_ND: torch.Tensor, codes_KD: torch.Tensor, used_K: torch.Te
     Args:
         features_ND: features in the space of the codes (N, D), N at least 2.
         codes_KD: codes (K, D).
-        used_K: bool (K,), which of them are in use; a part without a code is left out of the result.
+        used_K: bool (K,), which of them are in use; a part without a code is left out of the result. None, if that is not known: both.
+
+    Returns:
+        finite numbers; none at all where features do not vary, or where features or codes are not finite.
     """
-    parts = {"gap": codes_KD, "gap_used": codes_KD[used_K], "gap_dead": codes_KD[~used_K]}
+    if not (features_ND.isfinite().all() and codes_KD.isfinite().all()):
+        return {}
+    parts = {"gap": codes_KD} | ({} if used_K is None else {"gap_used": codes_KD[used_K], "gap_dead": codes_KD[~used_K]})
     mean_D, covariance_DD = _moments(features_ND)
     root_DD = _root(covariance_DD)
-    variance = float(covariance_DD.trace().clamp_min(1e-300))
+    variance = covariance_DD.trace()
     gaps = {}
     for name, part_KD in parts.items():
         if len(part_KD):
             part_mean_D, part_covariance_DD = _moments(part_KD)
             cross = torch.linalg.eigvalsh(root_DD @ part_covariance_DD @ root_DD).clamp_min(0).sqrt().sum()
-            distance = (mean_D - part_mean_D).square().sum() + covariance_DD.trace() + part_covariance_DD.trace() - 2 * cross
-            gaps[name] = max(0.0, float(distance)) / variance
-    return gaps
+            distance = (mean_D - part_mean_D).square().sum() + variance + part_covariance_DD.trace() - 2 * cross
+            gaps[name] = float(distance.clamp_min(0) / variance)  # NaN or infinite where the features hardly vary
+    return gaps if all(map(math.isfinite, gaps.values())) else {}
 
 
 def _moments(points_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

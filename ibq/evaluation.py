@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,13 +14,17 @@ from ibq.data import DataError, Images
 from ibq.data.images import one_line
 from ibq.metrics import ImageQuality, usage_metrics
 from ibq.metrics.distances import Distances, to_uint8, too_few
-from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network
+from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
 from ibq.models.tokenizer import Tokenizer
 
 SHOWN_IMAGES = 8
 LPIPS_BACKBONES: dict[str, Backbone] = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
 PERCEPTUAL = ("fashion-cnn", "inception", *LPIPS_BACKBONES)
 """Metrics that need a trained network, by the name of the network."""
+
+
+class UnfitError(DataError):
+    """A metric means nothing on these images, or fails on them; it may do on others."""
 
 
 @contextmanager
@@ -35,6 +39,15 @@ def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
         tokenizer.train(mode)
 
 
+@contextmanager
+def _sparing(reasons: list[str]) -> Iterator[None]:
+    """Whatever goes wrong in a metric that can be done without is noted, so that it costs the metric alone and no trained run."""
+    try:
+        yield
+    except Exception as error:
+        reasons.append(one_line(error))
+
+
 def evaluate(
     tokenizer: Tokenizer, images: Images, n_images: int, batch_size: int, weights: str
 ) -> tuple[dict[str, float], dict[str, Any], dict[str, torch.Tensor]]:
@@ -44,73 +57,70 @@ def evaluate(
         tokenizer: on the device to compute on.
         images: the split; its name stands in the protocol.
         n_images: how many, from the start of the split; at most all.
-        batch_size: images a forward pass; changes nothing but speed.
+        batch_size: images a forward pass; for speed and memory, the numbers it changes by rounding at most.
         weights: which weights these are ("ema" or "raw"), for the protocol.
 
     Returns:
         metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z, both in the space of the codes, and for
         Fashion-MNIST the distances in the features of fashion-cnn); protocol, which also says why distances are absent; and tensors:
-        counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8).
+        counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8 of the first batch).
     """
     n_images = min(n_images, len(images))
     device = next(tokenizer.parameters()).device
     counts_K = torch.zeros(tokenizer.config.quantizer.codebook_size, dtype=torch.int64, device=device)
     quality, error, shown = ImageQuality(), QuantizationError(), None
-    distances, absent = None, ""
-    try:
+    absent: list[str] = []
+    with _sparing(absent):
         distances = _fashion_cnn_distances(images, n_images, device)
-    except (ImportError, DataError) as reason:
-        absent = f"absent: {one_line(reason)}"
     with evaluating(tokenizer):
         for indices_B in torch.arange(n_images).split(batch_size):
             x_BCHW = images.batch(indices_B, device)
             y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
             quality.update(x_BCHW, y_BCHW)
-            if distances:
-                distances.update(y_BCHW)
+            if not absent:
+                with _sparing(absent):
+                    distances.update(y_BCHW)
             error.update(tokenizer.quantize.to_code_space(z_BDHW), quantized.z_q)
             counts_K += torch.bincount(quantized.indices.flatten(), minlength=len(counts_K))
             shown = shown if shown is not None else (to_uint8(x_BCHW[:SHOWN_IMAGES]), to_uint8(y_BCHW[:SHOWN_IMAGES]))
     assert shown is not None
-    metrics = usage_metrics(counts_K) | quality.compute() | {"quantization_error": error.compute()}
-    perceptual, perceptual_protocol = distances.compute() if distances else ({}, {"distances[fashion-cnn]": absent})
-    tensors = {"counts_K": counts_K, "images_BCHW": shown[0], "reconstructions_BCHW": shown[1]}
-    return metrics | perceptual, _protocol(images, n_images, weights) | perceptual_protocol, tensors
+    metrics, protocol = usage_metrics(counts_K) | quality.compute(), _protocol(images, n_images, weights)
+    metrics["quantization_error"] = error.compute()
+    if not absent:
+        with _sparing(absent):
+            perceptual, perceptual_protocol = distances.compute()
+            metrics, protocol = metrics | perceptual, protocol | perceptual_protocol
+    if absent:
+        protocol["distances[fashion-cnn]"] = f"absent: {absent[0]}"
+    return metrics, protocol, {"counts_K": counts_K, "images_BCHW": shown[0], "reconstructions_BCHW": shown[1]}
 
 
 class PerceptualEvaluation:
-    """One of the metrics that need a trained network, which is loaded once for any number of tokenizers.
+    """One of the metrics that need a trained network, which is loaded once for any number of tokenizers, when it is first needed.
 
     Args:
         name: of PERCEPTUAL.
         device: where the network computes.
-
-    Raises:
-        DataError: the network's weights are absent or damaged; one sentence that names the file.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.name = name
-        self._start: Callable[[torch.Tensor], Distances | LPIPS]  # takes the references
-        if name in LPIPS_BACKBONES:
-            backbone = LPIPS_BACKBONES[name]
-            network = lpips_network(backbone, backbone_weights(backbone)).to(device)
-            self._start = lambda _: LPIPS(backbone, network)
-        else:
-            from ibq.metrics.extractors import fashion_cnn_extractor, inception_extractor
-
-            extractor = {"fashion-cnn": fashion_cnn_extractor, "inception": inception_extractor}[name](device)
-            self._start = partial(Distances, extractor)
+        self.name, self.device = name, device
 
     def __call__(
         self, tokenizer: Tokenizer, images: Images, n_images: int, batch_size: int, weights: str
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """Arguments as in `evaluate`; metrics and protocol. DataError: the metric means nothing on these images, or on so few."""
-        if self.name == "fashion-cnn":
-            _check_fashion_mnist(images)
+        """Arguments as in `evaluate`; metrics and protocol.
+
+        Raises:
+            UnfitError: the metric means nothing on these images, or on so few, or fails on them; said before the network is sought, if so.
+            DataError: the network's weights are absent or damaged, or a package is; one sentence that names the file.
+        """
         n_images = min(n_images, len(images))
-        metric = self._start(images.images_NCHW[:n_images])
-        with evaluating(tokenizer):
+        self._require_fit(images, n_images)
+        start = self._start
+        absent: list[str] = []
+        with _sparing(absent), evaluating(tokenizer):
+            metric = start(images.images_NCHW[:n_images])
             for indices_B in torch.arange(n_images).split(batch_size):
                 x_BCHW = images.batch(indices_B, next(tokenizer.parameters()).device)
                 y_BCHW, _, _ = tokenizer(x_BCHW)
@@ -118,25 +128,48 @@ class PerceptualEvaluation:
                     metric.update(x_BCHW, y_BCHW)
                 else:
                     metric.update(y_BCHW)
-        metrics, protocol = metric.compute()
-        if not metrics:
-            raise DataError(f"{self.name} is {next(iter(protocol.values()))}; evaluate more images")
+            metrics, protocol = metric.compute()
+        if absent or not metrics:
+            raise UnfitError(f"{self.name} is {f'absent: {absent[0]}' if absent else next(iter(protocol.values()))}")
         return metrics, _protocol(images, n_images, weights) | protocol
+
+    def _require_fit(self, images: Images, n_images: int) -> None:
+        if self.name == "fashion-cnn":
+            _require_fashion_mnist(images)
+        if self.name in LPIPS_BACKBONES:
+            if reason := too_small(images.images_NCHW):
+                raise UnfitError(reason)
+        elif reason := too_few(n_images):
+            raise UnfitError(f"{self.name} is absent: {reason}; evaluate more images")
+
+    @cached_property
+    def _start(self) -> Callable[[torch.Tensor], Distances | LPIPS]:
+        """What begins to measure against references, its network loaded."""
+        try:
+            if self.name in LPIPS_BACKBONES:
+                backbone = LPIPS_BACKBONES[self.name]
+                network = lpips_network(backbone, backbone_weights(backbone)).to(self.device)
+                return lambda _: LPIPS(backbone, network)
+            from ibq.metrics.extractors import fashion_cnn_extractor, inception_extractor
+
+            return partial(Distances, {"fashion-cnn": fashion_cnn_extractor, "inception": inception_extractor}[self.name](self.device))
+        except ImportError as error:
+            raise DataError(f"{self.name} needs a package that cannot be imported ({one_line(error)}); install ibq again") from None
 
 
 def _fashion_cnn_distances(images: Images, n_images: int, device: torch.device) -> Distances:
     """Ready to be fed. DataError: they would mean nothing here, or the weights are absent; ImportError: torch-fidelity is."""
-    _check_fashion_mnist(images)
+    _require_fashion_mnist(images)
     if reason := too_few(n_images):  # said before seconds are spent on importing
-        raise DataError(reason)
+        raise UnfitError(reason)
     from ibq.metrics.extractors import fashion_cnn_extractor
 
     return Distances(fashion_cnn_extractor(device), images.images_NCHW[:n_images])
 
 
-def _check_fashion_mnist(images: Images) -> None:
+def _require_fashion_mnist(images: Images) -> None:
     if images.name != "fashion-mnist":
-        raise DataError(f"fashion-cnn knows Fashion-MNIST, not {images.name}")
+        raise UnfitError(f"fashion-cnn knows Fashion-MNIST, not {images.name}")
 
 
 def _protocol(images: Images, n_images: int, weights: str) -> dict[str, Any]:

@@ -17,6 +17,11 @@ LEAST_TOKENS, LOGITS = 64, 2**21
 """Of a batch the log looks at the logits of so many tokens: 2,048 at 1,024 codes, 64 at 2^18."""
 CODEBOOK_PARAMETER = "quantize.embedding"
 GAPS = ("gap", "gap_used", "gap_dead")
+GAP_PROTOCOL = (
+    f"raw weights; at most {SNAPSHOT_FEATURES} features of the first test images, {SNAPSHOT_CODES} codes; "
+    "in use: counted in training since the last snapshot"
+)
+"""The gaps are the last snapshot's, and so of other weights and images than what the evaluation measures."""
 
 
 class TokenWindow:
@@ -56,7 +61,8 @@ def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, devi
     Returns:
         codes (at most 1,024 of K, with code_indices), features of the first images of the probe split (at most 2,048 tokens) in the space
         of the codes, counts of the training tokens since the last snapshot, code_norms; and gap, gap_used, gap_dead: `code_gap` of these
-        features and codes, in use if counted since the last snapshot, each absent where there are no such codes.
+        features and codes, in use if counted since the last snapshot, each absent where there are no such codes or it would not be finite;
+        before anything is counted, gap alone.
     """
     f = tokenizer.config.model.downsampling
     n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))
@@ -66,8 +72,8 @@ def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, devi
         features_ND = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
         chosen = torch.randperm(len(codebook_KD), generator=torch.Generator().manual_seed(0))[:SNAPSHOT_CODES].sort().values
         codes_kD = codebook_KD[chosen.to(device)]
-        finite = bool(features_ND.isfinite().all() & codes_kD.isfinite().all())  # a run that has diverged still leaves its snapshot
-        gaps = code_gap(features_ND, codes_kD, window.counts_K[chosen.to(device)] > 0) if finite else {}
+        used_k = window.counts_K[chosen.to(device)] > 0 if window.counts_K.any() else None
+        gaps = code_gap(features_ND, codes_kD, used_k)
         return {
             "codes": codes_kD,
             "code_indices": chosen,
@@ -79,8 +85,9 @@ def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, devi
 
 @torch.no_grad()
 def geometry(tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor) -> dict[str, float]:
-    """Of the last step: gradient reach (where codes have a gradient), logits of its first tokens, norms and relative quantization error in
-    the space of the codes."""
+    """Of the last step: gradient reach (where codes have a gradient), and, in the space of the codes, logits of its first tokens, norms and
+    relative quantization error. Features and error are the step's own; logits and the norm of the codes are of codes as its update has
+    left them."""
     parameter = dict(tokenizer.named_parameters()).get(CODEBOOK_PARAMETER)
     reach = {} if parameter is None or parameter.grad is None else gradient_reach(parameter.grad)
     n_tokens = max(LEAST_TOKENS, LOGITS // tokenizer.config.quantizer.codebook_size)

@@ -15,6 +15,7 @@ import pickle
 import re
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ import torch
 from ibq.data.images import DataError, one_line
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
-_TIMEOUT_S = 30
+_TIMEOUT_S = 10
+_DOWNLOADING = threading.Lock()
 
 
 def pretrained_file(url: str, of: str) -> Path:
@@ -66,10 +68,13 @@ def read_tensors(path: Path, of: str) -> dict[str, torch.Tensor]:
     Raises:
         DataError: it holds something else.
     """
+    wrong = f"{path} does not hold the weights of {of} alone"
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise DataError(f"{path} does not hold the weights of {of} alone ({one_line(str(error).partition('.')[0])}); delete it") from None
+        raise DataError(f"{wrong} ({one_line(str(error).partition('.')[0])}); delete it") from None
+    if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
+        raise DataError(f"{wrong} (it is no dictionary of tensors); delete it")
     return dict(state)
 
 
@@ -96,9 +101,10 @@ def _verified(path: Path, of: str) -> Path:
 def _download(url: str, path: Path) -> None:
     """Whole and verified, or not at all: torch hub writes to a name of its own first, so that several processes may fetch at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    timeout_before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT_S)  # torch hub sets none, and a firewall that drops packets would hang it
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_in_name(path.name), progress=sys.stderr.isatty())
-    finally:
-        socket.setdefaulttimeout(timeout_before)
+    with _DOWNLOADING:  # the timeout is the whole process's, so that of two threads one would restore what the other has set
+        timeout_before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_TIMEOUT_S)  # torch hub sets none, and a firewall that drops packets would hang it
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_in_name(path.name), progress=sys.stderr.isatty())
+        finally:
+            socket.setdefaulttimeout(timeout_before)

@@ -28,7 +28,7 @@ from ibq.evaluation import evaluate
 from ibq.losses import loss_weights, pixel_loss, weighted_sum
 from ibq.metrics import usage_metrics
 from ibq.models.tokenizer import Tokenizer
-from ibq.observation import GAPS, LossWindow, TokenWindow, geometry, take_snapshot
+from ibq.observation import GAP_PROTOCOL, GAPS, LossWindow, TokenWindow, geometry, take_snapshot
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, source_commit, write_json, write_tensors
 
@@ -252,6 +252,7 @@ def train_tokenizer(
     # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
     averaged = state.average.module
     assert isinstance(averaged, Tokenizer)
+    peak = {"peak_memory_gib": _peak_memory_gib(device)}  # of training: not of what an evaluation imports
     try:
         metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
     except NonFiniteInputError as error:  # the last update was one too many
@@ -262,8 +263,10 @@ def train_tokenizer(
         raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", data)
     if config.steps in snapshot_steps:
         last = run.read_snapshot(config.steps)
-        metrics |= {name: last[name].item() for name in GAPS if name in last}
-    write_json(run.row, _row(state, "ok", metrics, protocol, data))
+        gaps = {name: last[name].item() for name in GAPS if name in last and last[name].isfinite()}
+        metrics |= gaps
+        protocol |= {"gap": GAP_PROTOCOL} if gaps else {}
+    write_json(run.row, _row(state, "ok", peak | metrics, protocol, data))
     remove_checkpoint(run.checkpoint)
 
 
@@ -303,15 +306,20 @@ def _name_non_finite(step: int, terms: dict[str, torch.Tensor], tokenizer: Token
 
 def _lost(run: RunDirectory, state: _State, reason: str, data: str) -> NonFiniteError:
     """Write the row of a run that did not stay finite; returns what to raise."""
-    write_json(run.row, _row(state, "nan", {"reason": reason}, {}, data))
+    write_json(run.row, _row(state, "nan", {"peak_memory_gib": _peak_memory_gib(state.device), "reason": reason}, {}, data))
     return NonFiniteError(reason)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """What this process has needed so far: of the device's memory or, on a CPU, of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _row(state: _State, status: str, metrics: dict[str, Any], protocol: dict[str, Any], data: str) -> dict[str, Any]:
     """Run facts, flat: config fields, metrics, protocol, cost, provenance."""
     config, device = state.tokenizer.config, state.device
-    on_gpu = device.type == "cuda"
-    peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     facts = {
         "run": config.run_id(data),
         "status": status,
@@ -322,8 +330,7 @@ def _row(state: _State, status: str, metrics: dict[str, Any], protocol: dict[str
         "data_hash": data,
         "parameters": sum(p.numel() for p in state.tokenizer.parameters()),
         "train_seconds": state.seconds,
-        "peak_memory_gib": peak_bytes / 2**30,
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,

@@ -21,14 +21,18 @@ settings.load_profile("repeatable")
 MakeConfig = Callable[..., TrainConfig]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers: one trains the smoke study and runs all tests that read it; meanwhile the other runs the rest, module by module."""
     items.sort(key=lambda item: "trained" not in item.fixturenames)
     if "PYTEST_XDIST_WORKER" in os.environ:
         for item in items:
             group = "trained" if "trained" in item.fixturenames else item.path.stem
-            # what the mark xdist_group does; pytest-xdist 3.8 writes it where pytest 9.2 does not read it
-            item._id = type(item._id).parse(f"{item.nodeid}@{group}")
+            # what the mark does; pytest-xdist 3.8 writes it where pytest 9.2 does not read it
+            if hasattr(type(getattr(item, "_id", None)), "parse"):
+                item._id = type(item._id).parse(f"{item.nodeid}@{group}")
+            else:
+                item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

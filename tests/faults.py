@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("trainer", "driver", "papermill", "kernel")
 TIMING = {"train_seconds", "peak_memory_gib", "seconds", "commit"}
 STOP_WITHIN_S = 30.0
+"""A trainer is gone at once and papermill soon after its kernel; so long only because a loaded machine may have other things to do. That
+hides nothing where runs would go on for longer, as those of one test in test_faults.py do, for hours."""
 STEPS = 60
 
 

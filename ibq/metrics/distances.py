@@ -1,7 +1,7 @@
 """Distances between a set of images and its references in the features of a network: FID, KID, inception score, precision and recall.
 
 Protocol. Everything between features and number is torch-fidelity's own code (the functions that its command calls), with its defaults, so
-that a number equals what `torch_fidelity.calculate_metrics` gives on the same pictures saved as PNG:
+that a number equals what `torch_fidelity.calculate_metrics` gives on the same pictures saved as PNG, told the same `kid_subset_size`:
 - images are rounded to 8 bits, as a PNG holds them; references are the tensors that the encoder saw, not files resized by other software;
 - FID is the Fréchet distance of Gaussians (Heusel et al. 2017; mean and covariance in float64). KID is the unbiased polynomial MMD
   (Binkowski et al. 2018), the mean over 100 subsets; a subset is a tenth of the images, at most 1,000, since subsets of 1,000 among 2,000
@@ -112,7 +112,7 @@ def distances(
     metrics: dict[str, float] = {}
     if fewest > F:  # else the covariances are singular and FID measures little but the number of images
         fid = fid_statistics_to_metric(fid_features_to_statistics(x_NF), fid_features_to_statistics(y_NF), verbose=False)
-        metrics["fid"] = max(0.0, fid[KEY_METRIC_FID])
+        metrics["fid"] = max(fid[KEY_METRIC_FID], 0.0)  # in this order NaN stays NaN
     kid_subset_size = _kid_subset_size(len(x_NF), len(y_NF))
     kid = kid_features_to_metric(x_NF, y_NF, kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset_size, verbose=False)
     metrics["kid"] = kid[KEY_METRIC_KID_MEAN]
@@ -140,7 +140,7 @@ def reference_features(extractor: Extractor, references_NCHW: torch.Tensor) -> t
     if kept_NF is not None:
         return kept_NF
     features_NF = _extract(extractor, references_NCHW)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, SafetensorError):  # the latter is how safetensors reports a full disk
         write_tensors(path, {"features_NF": features_NF, "sha256": _digest_tensor(features_NF)})
     return features_NF
 

@@ -5,6 +5,7 @@ Imported only where a distance is computed: torch-fidelity takes seconds to impo
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +79,12 @@ def inception_extractor(device: torch.device) -> Extractor:
     """Inception-v3 as FID has it, in torch-fidelity's port: 2,048 features, logits without bias. DataError: its weights are absent."""
     of = "Inception-v3 (for FID and its kin)"
     path = pretrained_file(feature_extractor_inceptionv3.URL_INCEPTION_V3, of)
-    read_tensors(path, of)  # torch-fidelity unpickles whatever a file holds, so it is given none that holds more than tensors
+    tensors = io.BytesIO()  # torch-fidelity unpickles whatever a file holds, so it is given the tensors that were read, not the file
+    torch.save(read_tensors(path, of), tensors)
+    tensors.seek(0)
     layers = [feature_extractor_inceptionv3.FeatureExtractorInceptionV3.get_default_feature_layer_for_metric(m) for m in ("fid", "isc")]
     with torch.random.fork_rng(devices=[]):
         network = create_feature_extractor(
-            "inception-v3-compat", layers, cuda=False, verbose=False, feature_extractor_weights_path=str(path)
+            "inception-v3-compat", layers, cuda=False, verbose=False, feature_extractor_weights_path=tensors
         ).to(device)
     return Extractor("inception-v3-compat", "", network, hash_in_name(path.name), device)

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from ibq.data.images import DataError
+from ibq.ops.precision import full_float32
 from ibq.pretrained import load_pretrained
 
 Backbone = Literal["alex", "vgg"]
-SMALLEST_SIDE = 32
+SMALLEST_SIDE, PAIRS_AT_ONCE = 32, 16
 
 
 class LPIPS:
@@ -30,7 +31,7 @@ class LPIPS:
 
     Args:
         backbone: "alex" or "vgg".
-        network: images_BCHW twice -> distances, B numbers in any shape; by default `lpips_network(backbone, backbone_weights(backbone))`.
+        network: images_BCHW twice -> distances, B numbers in any shape, as `lpips_network` makes it.
     """
 
     def __init__(self, backbone: Backbone, network: nn.Module) -> None:
@@ -49,20 +50,27 @@ class LPIPS:
         Raises:
             DataError: the images are too small for the backbones.
         """
-        B, _, H, W = originals_BCHW.shape
-        if min(H, W) < SMALLEST_SIDE:
-            raise DataError(f"lpips needs images of at least {SMALLEST_SIDE} x {SMALLEST_SIDE} pixels, and these are {H} x {W}")
-        pair = (
-            images_BCHW.float().expand(-1, 3, -1, -1).to(self.device) for images_BCHW in (originals_BCHW, reconstructions_BCHW.clamp(-1, 1))
-        )
-        self._sum += float(self.network(*pair).double().sum())
-        self.images += B
+        if reason := too_small(originals_BCHW):
+            raise DataError(reason)
+        for pair in zip(originals_BCHW.split(PAIRS_AT_ONCE), reconstructions_BCHW.clamp(-1, 1).split(PAIRS_AT_ONCE), strict=True):
+            rgb_pair = (images_BCHW.float().expand(-1, 3, -1, -1).to(self.device) for images_BCHW in pair)
+            with full_float32(self.device, convolutions=True):
+                self._sum += float(self.network(*rgb_pair).double().sum())
+        self.images += len(originals_BCHW)
 
     def compute(self) -> tuple[dict[str, float], dict[str, Any]]:
         """The mean, and its protocol, both under `lpips[alex]` or `lpips[vgg]`."""
         name = f"lpips[{self.backbone}]"
         package = f"lpips {importlib.metadata.version('lpips')}"
         return {name: self._sum / self.images}, {name: f"{package} (v0.1), {self.images} pairs, float in [-1, 1], clamped"}
+
+
+def too_small(images_BCHW: torch.Tensor) -> str | None:
+    """Why the backbones cannot read these images, or None."""
+    H, W = images_BCHW.shape[2:]
+    if min(H, W) >= SMALLEST_SIDE:
+        return None
+    return f"lpips needs images of at least {SMALLEST_SIDE} x {SMALLEST_SIDE} pixels, and these are {H} x {W}"
 
 
 def backbone_weights(backbone: Backbone) -> dict[str, torch.Tensor]:

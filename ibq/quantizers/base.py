@@ -15,6 +15,8 @@ from torch import nn
 from ibq.distributed import copy_from_first
 from ibq.errors import ConfigError, one_sentence
 from ibq.ops.operator import require_finite
+from ibq.ops.precision import full_float32
+from ibq.quantizers.entropy import euclidean_as_dot
 from ibq.quantizers.kmeans import kmeans
 
 CodebookInit = Literal["uniform", "normal", "features", "kmeans"]
@@ -121,9 +123,12 @@ class Quantizer(nn.Module):
     def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
         """Scores (N, K) of every code for features (N, D), the largest of which names the code; for analysis, training does without.
 
-        -|z - c|^2 in the space of the codes, unless a method says otherwise.
+        -|z - c|^2 in the space of the codes up to a constant a token, unless a method says otherwise: beside |z|^2 the differences between
+        the codes of a large codebook would be lost to rounding.
         """
-        return -torch.cdist(self.to_code_space(z_ND), self.codebook).square()
+        query_NE, key_KE = euclidean_as_dot(self.to_code_space(z_ND), self.codebook)
+        with full_float32(z_ND.device):
+            return query_NE @ key_KE.T
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """The method itself on flat float32 features; returns z_q (N, D), indices (N,) and the raw loss terms."""

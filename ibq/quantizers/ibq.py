@@ -83,7 +83,8 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
         super().__init__(config, unit_norm=config.similarity == "cosine")
 
     def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
-        return self.config.scale * self.to_code_space(z_ND) @ self.codebook.T
+        with full_float32(z_ND.device):
+            return self.config.scale * self.to_code_space(z_ND) @ self.codebook.T
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         z_ND, codebook_KD = self.to_code_space(z_ND), self.codebook

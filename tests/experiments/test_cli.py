@@ -12,7 +12,10 @@ from experiments import figures, manage, rows
 from experiments.cli import app
 from experiments.study import Study
 from experiments.sweep import train_study
+from ibq.config import DataConfig
+from ibq.data import Images, load_images
 from ibq.evaluation import PERCEPTUAL
+from ibq.metrics import extractors
 from ibq.run_directory import RunDirectory
 
 runner = CliRunner()
@@ -105,6 +108,58 @@ def test_what_is_measured_on_the_rows_own_images_becomes_columns_of_the_row(monk
     finally:
         for cell in study.cells:
             manage.evaluation_file(cell, "lpips-alex").unlink(missing_ok=True)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_run_that_a_metric_does_not_fit_keeps_no_other_from_being_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if one row were of enough images."""
+    study, read_row = Study("smoke", ("vq_vs_ibq",)), RunDirectory.read_row
+    enough = study.cells[1]
+    monkeypatch.setattr(
+        RunDirectory, "read_row", lambda run: read_row(run) | ({"protocol.n_images": 120} if run.path == enough.run.path else {})
+    )
+    try:
+        result = runner.invoke(app, ["evaluate", "vq_vs_ibq", "--preset", "smoke", "--metric", "fashion-cnn"])
+        assert result.exit_code == 0, result.output
+        assert "1 runs evaluated" in result.output
+        assert f"fashion-cnn {enough.name}: fid[fashion-cnn] " in result.output
+        assert result.output.count("16 images are too few, 100 are needed; evaluate more images") == 12
+        assert [cell.name for cell in study.cells if manage.evaluation_file(cell, "fashion-cnn").is_file()] == [enough.name]
+    finally:
+        manage.evaluation_file(enough, "fashion-cnn").unlink(missing_ok=True)
+
+
+@pytest.mark.usefixtures("trained")
+def test_inception_is_measured_on_the_whole_test_split_and_its_columns_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with more features than there are images, for which FID means nothing; 150 images stand for the split."""
+    study, loads = Study("smoke", ("vq_vs_ibq",)), []
+    split = load_images(study.cells[0].config.data, "test")
+
+    def few(config: DataConfig, name: str) -> Images:
+        loads.append(name)
+        return Images(split.name, split.split, split.images_NCHW[:150])
+
+    def network(images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels_BF = images_BCHW.float().flatten(1) / 255
+        return pixels_BF[:, 400:600], pixels_BF[:, 500:510]
+
+    monkeypatch.setenv("IBQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(manage, "load_images", few)
+    monkeypatch.setattr(extractors, "inception_extractor", lambda device: extractors.Extractor("stand-in", "", network, "none", device))
+    try:
+        result = runner.invoke(app, ["evaluate", "vq_vs_ibq", "--preset", "smoke", "--metric", "inception"])
+        assert result.exit_code == 0, result.output
+        assert "inception vq_vs_ibq/vq_fair seed 0: kid " in result.output
+        assert "fid absent: 150 images are too few for a covariance of 200 features, 201 are needed" in result.output
+        assert loads == ["test"]
+        frame = rows.load(study)
+        assert (frame["inception.protocol.n_images"] == 150).all()
+        assert frame["inception.kid"].notna().all()
+        assert not {"kid", "fid", "is", "precision", "recall"} & set(frame)
+        assert (frame["protocol.n_images"] == 16).all()
+    finally:
+        for cell in study.cells:
+            manage.evaluation_file(cell, "inception").unlink(missing_ok=True)
 
 
 def test_compare_names_what_differs_and_nothing_else(trained: tuple) -> None:

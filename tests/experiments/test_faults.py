@@ -12,7 +12,7 @@ from experiments.sweep import train_study
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from faults import TARGETS, faults, results_of
+from faults import TARGETS, Bench, faults, results_of
 
 
 def test_a_round_of_every_kill_loses_nothing_and_leaves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +24,10 @@ def test_a_round_of_every_kill_loses_nothing_and_leaves_nobody(tmp_path: Path, m
     assert trouble == []
     assert counts["studies compared"] >= 1
     assert sum(counts[target] for target in TARGETS) >= 2
+
+
+def test_trainers_die_with_their_driver_though_their_runs_would_go_on_for_hours(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, steps=10_000_000, ablation="double_quant_loss")
+    bench.round("driver", 0.0, early=False)
+    assert bench.trouble == []
+    assert bench.rounds == {"driver": 1}

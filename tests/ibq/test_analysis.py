@@ -107,3 +107,14 @@ def test_the_gap_at_its_limits() -> None:
     assert code_gap(10 * features_ND, 10 * features_ND.flip(0) + 1, everything)["gap"] == pytest.approx(
         code_gap(features_ND, features_ND + 0.1, everything)["gap"]
     )  # no unit
+
+
+def test_a_gap_that_would_not_be_a_number_is_absent() -> None:
+    features_ND, codes_KD, used_K = torch.randn(50, 3), torch.randn(8, 3), torch.arange(8) < 3
+    assert code_gap(torch.full((50, 3), 0.1), codes_KD, used_K) == {}  # no variance
+    assert code_gap(1e-170 * features_ND.double(), codes_KD, used_K) == {}  # hardly any
+    for value in (math.nan, math.inf):
+        broken_ND, broken_KD = features_ND.clone(), codes_KD.clone()
+        broken_ND[7, 1] = broken_KD[5, 2] = value
+        assert code_gap(broken_ND, codes_KD, used_K) == code_gap(features_ND, broken_KD, used_K) == {}
+    assert code_gap(features_ND, codes_KD, None).keys() == {"gap"}

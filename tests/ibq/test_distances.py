@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,11 @@ import scipy.linalg
 import torch
 from conftest import MakeConfig
 from PIL import Image
+from safetensors import SafetensorError
+from torch_fidelity import metric_fid
 
 import ibq.metrics.distances as module
+from ibq import run_directory
 from ibq.config import DataConfig
 from ibq.data import DataError, Images, load_images
 from ibq.evaluation import evaluate
@@ -153,6 +158,13 @@ def test_what_would_mean_nothing_is_absent_and_says_why(test_split: Images, extr
     assert distances(torch.randn(120, 4), certain_NL, torch.randn(120, 4))[1] == {"is": "it is not a finite number"}
 
 
+def test_a_fid_that_is_no_number_is_absent_and_not_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metric_fid, "fid_statistics_to_metric", lambda *_, **__: {metric_fid.KEY_METRIC_FID: math.nan})
+    metrics, absent = distances(torch.randn(110, 8), torch.randn(110, 10), torch.randn(110, 8))
+    assert metrics.keys() == {"kid", "is", "precision", "recall"}
+    assert absent == {"fid": "it is not a finite number"}
+
+
 def test_the_protocol_names_what_the_numbers_belong_to(test_split: Images, extractor: Extractor) -> None:
     streaming = Distances(extractor, test_split.images_NCHW[:200])
     streaming.update(test_split.batch(torch.arange(150), CPU))
@@ -212,6 +224,20 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").touch()
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "file"))
     assert reference_features(extractor, test_split.images_NCHW[:5]).shape == (5, fashion_cnn.FEATURES)
+
+
+def test_a_full_disk_costs_the_cache_alone(test_split: Images, extractor: Extractor, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(run_directory, "save_file", full)
+    assert reference_features(extractor, test_split.images_NCHW[:5]).shape == (5, fashion_cnn.FEATURES)
+    assert list(cache.iterdir()) == []
+
+
+def test_every_network_has_features_of_its_own_in_the_cache(test_split: Images, extractor: Extractor) -> None:
+    others = (replace(extractor, name="other"), replace(extractor, weights="01234567"), replace(extractor, device=torch.device("cuda")))
+    assert len({module._content_key(each, test_split.images_NCHW[:5]) for each in (extractor, *others)}) == 4
 
 
 # --- The classifier ----------------------------------------------------------------------------------------------------------------------
@@ -286,6 +312,21 @@ def test_an_evaluation_without_distances_says_why(test_split: Images, tiny: Make
     metrics, protocol, _ = evaluate(Tokenizer(tiny()), images, n_images, 55, weights="ema")
     assert not any("[fashion-cnn]" in name for name in metrics)
     assert protocol["distances[fashion-cnn]"].startswith(reason)
+    assert metrics["l1"] > 0
+
+
+@pytest.mark.parametrize("step", ["update", "compute"])
+@pytest.mark.parametrize("failure", [RuntimeError, MemoryError, ValueError, torch.linalg.LinAlgError])
+def test_distances_that_fail_cost_no_evaluation(
+    test_split: Images, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, step: str, failure: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure("it cannot\nbe done.")
+
+    monkeypatch.setattr(Distances, step, fail)
+    metrics, protocol, _ = evaluate(Tokenizer(tiny()), test_split, 110, 55, weights="ema")
+    assert not any("[fashion-cnn]" in name for name in metrics)
+    assert protocol["distances[fashion-cnn]"] == "absent: it cannot be done"
     assert metrics["l1"] > 0
 
 

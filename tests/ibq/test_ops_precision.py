@@ -7,6 +7,7 @@ import torch
 from operators import DEVICE, by, error, inputs, scalar
 
 from ibq.ops import index_backprop
+from ibq.ops.precision import full_float32
 
 both_backends = pytest.mark.parametrize("backend", ["dense", "chunked"])
 
@@ -80,6 +81,23 @@ def test_torchs_newer_switch_for_tf32_is_respected_and_restored() -> None:
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_convolutions_are_full_float32_where_asked_and_restored_even_after_an_error() -> None:
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision, convolutions.fp32_precision
+    products.fp32_precision = convolutions.fp32_precision = "tf32"
+    try:
+        with full_float32(torch.device("cpu"), convolutions=True):
+            assert (products.fp32_precision, convolutions.fp32_precision) == ("ieee", "ieee")
+        assert (products.fp32_precision, convolutions.fp32_precision) == ("tf32", "tf32")
+        with full_float32(torch.device("cpu")):
+            assert (products.fp32_precision, convolutions.fp32_precision) == ("ieee", "tf32")
+        with pytest.raises(ZeroDivisionError), full_float32(torch.device("cpu"), convolutions=True):
+            1 / 0  # noqa: B018
+        assert (products.fp32_precision, convolutions.fp32_precision) == ("tf32", "tf32")
+    finally:
+        products.fp32_precision, convolutions.fp32_precision = before
 
 
 @pytest.mark.parametrize("backend", ["chunked", "triton"])

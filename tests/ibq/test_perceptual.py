@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 import ibq.evaluation
 from ibq.config import DataConfig
 from ibq.data import DataError, Images, load_images
-from ibq.evaluation import PerceptualEvaluation
+from ibq.evaluation import PerceptualEvaluation, UnfitError
+from ibq.metrics import extractors
 from ibq.metrics.distances import Distances, _FeatureStream
 from ibq.metrics.extractors import inception_extractor
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network
@@ -102,6 +104,27 @@ def test_lpips_of_grey_pictures_and_of_copies(alex: torch.nn.Module) -> None:
         same.update(x_BCHW[..., :16, :16], x_BCHW[..., :16, :16])
 
 
+class Recorder(torch.nn.Module):
+    """What LPIPS asks of its network: how many pairs at once, and in which precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.calls: list[tuple[int, str]] = []
+
+    def forward(self, x_BCHW: torch.Tensor, y_BCHW: torch.Tensor) -> torch.Tensor:
+        self.calls.append((len(x_BCHW), torch.backends.cudnn.conv.fp32_precision))
+        return (x_BCHW - y_BCHW).square().mean((1, 2, 3))
+
+
+def test_lpips_looks_at_16_pairs_at_once_in_full_float32() -> None:
+    (x_BCHW, y_BCHW), recorder = pictures(40), Recorder()
+    streaming = LPIPS("alex", recorder)
+    streaming.update(x_BCHW, y_BCHW)
+    assert recorder.calls == [(16, "ieee"), (16, "ieee"), (8, "ieee")]
+    assert streaming.compute()[0]["lpips[alex]"] == pytest.approx(float((x_BCHW - y_BCHW).square().mean()), rel=1e-5)
+
+
 def test_the_network_is_built_without_warnings_and_random_numbers(alex: torch.nn.Module) -> None:
     weights, state = dict(random_weights("alex")), torch.get_rng_state()
     network = lpips_network("alex", weights)
@@ -137,6 +160,14 @@ def test_inception_is_torch_fidelitys_own_on_the_file_that_is_found(tmp_path: Pa
     (tmp_path / "weights").rename(tmp_path / f"weights-{digest[:8]}.pth")
     monkeypatch.setattr(feature_extractor_inceptionv3, "URL_INCEPTION_V3", f"nowhere/weights-{digest[:8]}.pth")
     monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
+    read_tensors = extractors.read_tensors
+
+    def read_and_replace(path: Path, of: str) -> dict[str, torch.Tensor]:
+        tensors = read_tensors(path, of)
+        path.write_bytes(b"another file, which is not to be unpickled")
+        return tensors
+
+    monkeypatch.setattr(extractors, "read_tensors", read_and_replace)
     state = torch.get_rng_state()
     extractor = inception_extractor(CPU)
     assert torch.equal(torch.get_rng_state(), state)
@@ -179,10 +210,33 @@ def test_perceptual_evaluations_of_a_tokenizer(
 
 def test_perceptual_evaluations_that_mean_nothing_are_refused(test_split: Images, tiny: MakeConfig) -> None:
     fashion_cnn, tokenizer = PerceptualEvaluation("fashion-cnn", CPU), Tokenizer(tiny())
-    with pytest.raises(DataError, match="fashion-cnn is absent: 16 images are too few, 100 are needed; evaluate more images"):
+    with pytest.raises(UnfitError, match="fashion-cnn is absent: 16 images are too few, 100 are needed; evaluate more images"):
         fashion_cnn(tokenizer, test_split, 16, 16, weights="ema")
     photos = Images("photos", "test", test_split.images_NCHW)
-    with pytest.raises(DataError, match="fashion-cnn knows Fashion-MNIST, not photos"):
+    with pytest.raises(UnfitError, match="fashion-cnn knows Fashion-MNIST, not photos"):
         fashion_cnn(tokenizer, photos, 200, 100, weights="ema")
     with pytest.raises(DataError, match="vgg16"):
-        PerceptualEvaluation("lpips-vgg", CPU)
+        PerceptualEvaluation("lpips-vgg", CPU)(tokenizer, test_split, 16, 16, weights="ema")
+    with pytest.raises(UnfitError, match="inception is absent: 16 images are too few"):  # said before its weights are sought
+        PerceptualEvaluation("inception", CPU)(tokenizer, test_split, 16, 16, weights="ema")
+    small = Images("small", "test", test_split.images_NCHW[..., :16, :16].contiguous())
+    with pytest.raises(UnfitError, match="lpips needs images of at least 32 x 32 pixels, and these are 16 x 16"):
+        PerceptualEvaluation("lpips-vgg", CPU)(tokenizer, small, 16, 16, weights="ema")
+
+
+def test_a_metric_that_fails_and_a_package_that_is_absent_are_one_sentence(
+    test_split: Images, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of\nmemory")
+
+    tokenizer, fashion_cnn = Tokenizer(tiny()), PerceptualEvaluation("fashion-cnn", CPU)
+    monkeypatch.setattr(Distances, "update", fail)
+    with pytest.raises(UnfitError, match=r"^fashion-cnn is absent: out of memory$"):
+        fashion_cnn(tokenizer, test_split, 110, 100, weights="ema")
+    assert tokenizer.training
+    monkeypatch.setitem(sys.modules, "ibq.metrics.extractors", None)
+    with pytest.raises(
+        DataError, match=r"^fashion-cnn needs a package that cannot be imported \(import of .* halted; .*\); install ibq again$"
+    ):
+        PerceptualEvaluation("fashion-cnn", CPU)(tokenizer, test_split, 110, 100, weights="ema")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -111,3 +114,33 @@ def test_a_name_without_a_hash_cannot_be_verified() -> None:
     assert hash_in_name("weights-inception-2015-12-05-0123abcd.pth") == "0123abcd"
     with pytest.raises(ValueError, match=r"'net-v2.pth' names no hash of at least 8 hex digits"):
         hash_in_name("net-v2.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.ones(2)], torch.ones(2), {"state_dict": {"weight": torch.ones(2)}}, {"weight": torch.ones(2), "epoch": 3}]
+)
+def test_tensors_that_are_no_state_dict_are_refused(hub: Path, content: object) -> None:
+    file = saved(hub, content)
+    with pytest.raises(
+        DataError, match=rf"{file.name} does not hold the weights of a net alone \(it is no dictionary of tensors\); delete it$"
+    ):
+        load_pretrained(f"nowhere/{file.name}", "a net")
+
+
+def test_threads_that_download_at_once_leave_the_timeout_of_sockets_as_it_was(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, all_started = [], Barrier(4)
+
+    def slow_download(*_: object, **__: object) -> None:
+        seen.append(socket.getdefaulttimeout())
+        time.sleep(0.02)
+
+    def fetch(i: int) -> None:
+        all_started.wait()
+        pretrained_file(f"nowhere/net-0123abc{i}.pth", "a net")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", slow_download)
+    before = socket.getdefaulttimeout()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fetch, range(4)))
+    assert seen == [10] * 4
+    assert socket.getdefaulttimeout() == before

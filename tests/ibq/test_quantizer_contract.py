@@ -53,6 +53,16 @@ def test_the_largest_logit_names_the_code(variant: str) -> None:
     assert torch.equal(logits_NK.argmax(1), quantizer(z_BDHW).indices.flatten())
 
 
+def test_logits_keep_what_tells_the_codes_of_a_large_codebook_apart() -> None:
+    """Codes of U(-1/K, 1/K) beside features of N(0, 1): in -|z - c|^2 itself float32 has lost the differences."""
+    quantizer = build_quantizer({"method": "vq", "codebook_size": 2**14, "code_dim": 64})
+    z_ND, codebook_KD = torch.randn(40, 64), quantizer.codebook.detach()
+    actual_NK = quantizer.logits(z_ND).detach().double()
+    expected_NK = -torch.cdist(z_ND.double(), codebook_KD.double()).square()
+    below_mean = [logits_NK - logits_NK.mean(1, keepdim=True) for logits_NK in (actual_NK, expected_NK)]
+    assert (below_mean[0] - below_mean[1]).abs().max() < 1e-4 * below_mean[1].std()
+
+
 def assert_keeps_the_contract(quantizer: Quantizer, quantized: Quantized) -> None:
     z_q, indices, losses = quantized
     assert isinstance(quantized, Quantized)

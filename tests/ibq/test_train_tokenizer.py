@@ -6,8 +6,10 @@ import functools
 import itertools
 import json
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,7 +157,8 @@ def test_snapshots_hold_what_figures_need(finished: Any) -> None:
     gaps = code_gap(snapshot["features"], snapshot["codes"], in_use)
     assert {name: snapshot[name].item() for name in GAPS if name in snapshot} == pytest.approx(gaps)
     assert {name: run.read_row()[name] for name in gaps} == pytest.approx(gaps)
-    assert GAPS[1] not in run.read_snapshot(0)  # nothing is counted yet
+    assert run.read_row()["protocol.gap"].startswith("raw weights; at most 2048 features of the first test images, 1024 codes; in use: ")
+    assert [name for name in GAPS if name in run.read_snapshot(0)] == ["gap"]  # nothing is counted yet
     torch.testing.assert_close(snapshot["code_norms"][snapshot["code_indices"]], snapshot["codes"].norm(dim=1))
     assert not torch.equal(run.read_snapshot(0)["codes"], snapshot["codes"])
 
@@ -203,6 +206,40 @@ def test_codes_drawn_from_features_are_features_of_the_runs_first_images(tiny: A
     features_ND = untrained.features(images).detach().permute(0, 2, 3, 1).reshape(-1, 8)
     distance_K = (run.read_snapshot(0)["codes"][:, None] - features_ND).norm(dim=2).min(1).values
     assert distance_K.max() < 1e-5
+
+
+def test_a_row_of_fashion_mnist_has_the_distances_of_its_images(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(steps=2)
+    images_once(config.data, "train"), images_once(config.data, "test")
+    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
+    list(train_tokenizer(config, tmp_path / "run", Runtime(device="cpu", snapshots=0, eval_images=100)))
+    row = RunDirectory(tmp_path / "run").read_row()
+    assert row["status"] == "ok"
+    assert row["fid[fashion-cnn]"] > 0
+    assert "100 uint8 images against 100" in row["protocol.distances[fashion-cnn]"]
+    assert "fid" not in row
+    assert "protocol.gap" not in row  # without snapshots
+
+
+def test_a_gap_that_is_no_number_stays_out_of_the_row(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(*arguments: Any) -> dict[str, torch.Tensor]:
+        return trainer_snapshot(*arguments) | {"gap": torch.tensor(math.inf), "gap_used": torch.tensor(0.5)}
+
+    trainer_snapshot = trainer.take_snapshot
+    monkeypatch.setattr(trainer, "take_snapshot", snapshot)
+    list(train_tokenizer(tiny(steps=2), tmp_path, RUNTIME))
+    row = RunDirectory(tmp_path).read_row()
+    assert (row["status"], row["gap_used"], "gap" in row) == ("ok", 0.5, False)
+
+
+def test_the_peak_of_memory_is_that_of_training(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def costly(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=2**40))
+        return evaluate(*arguments, **named)
+
+    monkeypatch.setattr(trainer, "evaluate", costly)
+    list(train_tokenizer(tiny(steps=2), tmp_path, RUNTIME))
+    assert 0 < RunDirectory(tmp_path).read_row()["peak_memory_gib"] < 2**10
 
 
 # --- The averaged weights ----------------------------------------------------------------------------------------------------------------
