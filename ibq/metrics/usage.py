@@ -31,7 +31,7 @@ def usage_metrics(counts_K: torch.Tensor) -> dict[str, float]:
         raise ValueError(f"counts of shape {tuple(counts_K.shape)} summing to {tokens} are not a count vector with at least one token")
     K = len(counts_K)
     share_K = counts_K / tokens
-    bits = float(-torch.special.xlogy(share_K, share_K).sum()) / math.log(2)
+    bits = max(0.0, float(-torch.special.xlogy(share_K, share_K).sum()) / math.log(2))  # not -0.0 where one code has every token
     used = int((counts_K > 0).sum())
     uniform_usage, uniform_perplexity = expected_uniform(K, int(tokens))
     return {
