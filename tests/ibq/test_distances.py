@@ -8,12 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import MakeConfig
 from PIL import Image
 from safetensors import SafetensorError
 from torch_fidelity import metric_fid
@@ -283,7 +283,7 @@ def test_training_learns_and_is_repeatable(test_split: Images, capsys: pytest.Ca
 # --- In an evaluation --------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_of_fashion_mnist_has_the_distances(test_split: Images, extractor: Extractor, tiny: MakeConfig) -> None:
+def test_an_evaluation_of_fashion_mnist_has_the_distances(test_split: Images, extractor: Extractor, tiny: Any) -> None:
     tokenizer = Tokenizer(tiny())
     random_state = torch.get_rng_state()
     metrics, protocol, _ = evaluate(tokenizer, test_split, 110, 40, weights="ema")
@@ -298,7 +298,7 @@ def test_an_evaluation_of_fashion_mnist_has_the_distances(test_split: Images, ex
 
 
 @pytest.mark.parametrize("lack", ["images", "another data set", "weights", "torch-fidelity"])
-def test_an_evaluation_without_distances_says_why(test_split: Images, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, lack: str) -> None:
+def test_an_evaluation_without_distances_says_why(test_split: Images, tiny: Any, monkeypatch: pytest.MonkeyPatch, lack: str) -> None:
     images, n_images, reason = test_split, 110, "absent: fashion-cnn's weights elsewhere cannot be read (No such file or directory)"
     if lack == "images":
         n_images, reason = 16, "absent: 16 images are too few, 100 are needed"
@@ -318,7 +318,7 @@ def test_an_evaluation_without_distances_says_why(test_split: Images, tiny: Make
 @pytest.mark.parametrize("step", ["update", "compute"])
 @pytest.mark.parametrize("failure", [RuntimeError, MemoryError, ValueError, torch.linalg.LinAlgError])
 def test_distances_that_fail_cost_no_evaluation(
-    test_split: Images, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, step: str, failure: type[Exception]
+    test_split: Images, tiny: Any, monkeypatch: pytest.MonkeyPatch, step: str, failure: type[Exception]
 ) -> None:
     def fail(*_: object) -> None:
         raise failure("it cannot\nbe done.")

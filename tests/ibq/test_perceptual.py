@@ -12,7 +12,6 @@ import lpips
 import pytest
 import torch
 import torchvision
-from conftest import MakeConfig
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -187,9 +186,7 @@ def test_split() -> Images:
     return load_images(DataConfig(), "test")
 
 
-def test_perceptual_evaluations_of_a_tokenizer(
-    test_split: Images, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_perceptual_evaluations_of_a_tokenizer(test_split: Images, tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     weights = random_weights("alex")
     monkeypatch.setattr(ibq.evaluation, "backbone_weights", lambda _: weights)
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path))
@@ -208,7 +205,7 @@ def test_perceptual_evaluations_of_a_tokenizer(
     assert isinstance(fashion_cnn._start(test_split.images_NCHW), Distances)
 
 
-def test_perceptual_evaluations_that_mean_nothing_are_refused(test_split: Images, tiny: MakeConfig) -> None:
+def test_perceptual_evaluations_that_mean_nothing_are_refused(test_split: Images, tiny: Any) -> None:
     fashion_cnn, tokenizer = PerceptualEvaluation("fashion-cnn", CPU), Tokenizer(tiny())
     with pytest.raises(UnfitError, match="fashion-cnn is absent: 16 images are too few, 100 are needed; evaluate more images"):
         fashion_cnn(tokenizer, test_split, 16, 16, weights="ema")
@@ -225,7 +222,7 @@ def test_perceptual_evaluations_that_mean_nothing_are_refused(test_split: Images
 
 
 def test_a_metric_that_fails_and_a_package_that_is_absent_are_one_sentence(
-    test_split: Images, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    test_split: Images, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("out of\nmemory")
