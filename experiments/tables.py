@@ -236,35 +236,62 @@ def _text(value: object) -> str:
 
 LINE, LONG, SHORT = 75, 32, 20
 """Characters of a line of LaTeX, and of a column that breaks its lines: a short one does where the table is wider than the line."""
+PAGE = 40
+"""Lines of a table that fit a page with its caption."""
 
 
 def latex(table: pd.DataFrame, name: str, caption: str) -> str:
-    """A booktabs table that is never wider than the line: long texts are wrapped, and what is still too wide is shrunk.
+    """A booktabs table that is never wider than the line: long texts are wrapped, and what is still too wide is shrunk. One that is longer
+    than a page comes in parts.
 
     Needs \\usepackage{array,booktabs,graphicx} and no more than pdfLaTeX's own fonts.
     """
     texts = table.map(_text)
     cells = [[str(label), *texts.iloc[:, i]] for i, label in enumerate(table.columns)]
     limit = LONG if sum(max(map(len, column)) + 2 for column in cells) <= LINE else SHORT
-    columns = "".join(_column_type(column, limit) for column in cells)
+    widths = [_wrapped_width(column, limit) for column in cells]
+    columns = "".join(_column_type(column, width) for column, width in zip(cells, widths, strict=True))
     escaped = texts.map(_escape).rename(columns=_escape)
-    tabular = escaped.to_latex(index=False, column_format=columns).rstrip()
-    return (
-        "% \\usepackage{array,booktabs,graphicx}\n"
-        f"\\begin{{table}}[t]\n\\centering\n\\caption{{{_escape(caption)}}}\n\\label{{tab:{name}}}\n"
-        f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}\n\\end{{table}}\n"
-    )
+    parts = _pages([max(_lines(column[1 + i], width) for column, width in zip(cells, widths, strict=True)) for i in range(len(texts))])
+    floats = []
+    for number, rows in enumerate(parts, 1):
+        tabular = escaped.iloc[rows].to_latex(index=False, column_format=columns).rstrip()
+        label, of_parts = (name, "") if len(parts) == 1 else (f"{name}_{number}", f" Part {number} of {len(parts)}.")
+        floats.append(
+            f"\\begin{{table}}[t]\n\\centering\n\\caption{{{_escape(caption + of_parts)}}}\n\\label{{tab:{label}}}\n"
+            f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}\n\\end{{table}}\n"
+        )
+    return "% \\usepackage{array,booktabs,graphicx}\n" + "\\clearpage\n".join(floats)
 
 
-def _column_type(texts: list[str], limit: int) -> str:
-    """Of a column with this heading and these cells: numbers to the right, texts to the left; beyond `limit` characters wrapped, but never
-    within a word."""
-    number = all(re.fullmatch(r"[-+−]?[\d.,]*( ± [\d.]+)?", text) for text in texts[1:])
+def _wrapped_width(texts: list[str], limit: int) -> float | None:
+    """Width in em of a column that wraps: one with a text beyond `limit` characters, but never so narrow that a word would break."""
     longest, word = max(map(len, texts)), max(len(word) for text in texts for word in ["", *text.split()])
-    if longest <= limit or word == longest:
+    return None if longest <= limit or word == longest else max(min(12, 4 + longest / 16), 0.6 * word)
+
+
+def _column_type(texts: list[str], width: float | None) -> str:
+    """Numbers to the right, texts to the left, wrapped where there is a width."""
+    number = all(re.fullmatch(r"[-+−]?[\d.,]*( ± [\d.]+)?", text) for text in texts[1:])
+    if width is None:
         return "r" if number else "l"
-    width = max(min(12, 4 + longest / 16), 0.6 * word)
     return f">{{\\{'raggedleft' if number else 'raggedright'}\\arraybackslash}}p{{{width:.1f}em}}"
+
+
+def _lines(text: str, width: float | None) -> int:
+    """About how many lines a cell takes, at two characters an em."""
+    return 1 if width is None else max(1, math.ceil(len(text) / (1.8 * width)))
+
+
+def _pages(lines: list[int]) -> list[slice]:
+    """Consecutive rows that fit a page each, by the lines of every row; a table without rows is one part."""
+    starts, filled = [0], 0
+    for row, needed in enumerate(lines):
+        if filled and filled + needed > PAGE:
+            starts.append(row)
+            filled = 0
+        filled += needed
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
 
 
 _SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

@@ -49,3 +49,14 @@ def test_a_failed_arm_shows_its_state_never_a_number() -> None:
     assert table.loc[0, "L1"] == "failed"
     assert set(table["perplexity"]) == {"failed", "nan"}
     assert set(table["seeds"]) == {"0"}
+
+
+def test_a_table_longer_than_a_page_comes_in_parts_that_hold_every_row() -> None:
+    table = pd.DataFrame({"claim": [f"row{i:03d} " + "of many words " * 8 for i in range(60)], "n": range(60)})
+    text = tables.latex(table, "t", "c")
+    parts = text.split("\\begin{table}")[1:]
+    assert len(parts) > 2
+    assert [i for part in parts for i in range(60) if f"row{i:03d}" in part] == list(range(60))
+    assert "\\label{tab:t_1}" in parts[0]
+    assert f"Part 2 of {len(parts)}." in parts[1]
+    assert tables.latex(table.iloc[:2], "t", "c").count("\\begin{table}") == 1
