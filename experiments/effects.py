@@ -33,18 +33,19 @@ class Outcome(NamedTuple):
     most: float = math.inf
 
 
-def _entry(name: str, scale: float = 1.0) -> Callable[[pd.DataFrame], pd.Series]:
+def entry(name: str, scale: float = 1.0) -> Callable[[pd.DataFrame], pd.Series]:
+    """A column of rows as numbers, times a scale; not a number where rows lack it."""
     return lambda rows: scale * rows[name].astype(float) if name in rows else pd.Series(math.nan, rows.index)
 
 
 def _log2(name: str) -> Callable[[pd.DataFrame], pd.Series]:
-    return lambda rows: np.log2(_entry(name)(rows).where(lambda values: values > 0))
+    return lambda rows: np.log2(entry(name)(rows).where(lambda values: values > 0))
 
 
 OUTCOMES = {
-    "bits": Outcome("Δ bits a token", "bits a token", 3, _entry("bits"), least=0),
-    "l1": Outcome("Δ L1", "L1", 4, _entry("l1")),
-    "usage": Outcome("Δ usage, points", "points of usage", 1, _entry("usage", 100), least=0, most=100),
+    "bits": Outcome("Δ bits a token", "bits a token", 3, entry("bits"), least=0),
+    "l1": Outcome("Δ L1", "L1", 4, entry("l1")),
+    "usage": Outcome("Δ usage, points", "points of usage", 1, entry("usage", 100), least=0, most=100),
     "fid": Outcome("Δ log2 FID[fashion-cnn]", "doublings of FID[fashion-cnn]", 3, _log2("fid[fashion-cnn]")),
     "gap": Outcome("Δ log2 gap", "doublings of the gap between features and codes", 2, _log2("gap")),
 }
@@ -152,14 +153,21 @@ def verdict(contrast: Contrast, rows: pd.DataFrame) -> Verdict:
     table = paired_differences(rows, contrast.without, contrast.with_, (contrast.outcome,))
     seeds, differences = tuple(map(int, table["seed"])), tuple(table[contrast.outcome])
     reached = [(difference * math.copysign(1, contrast.effect) >= abs(contrast.effect)) != contrast.keeps for difference in differences]
-    word, reason = "undecided", _obstacle(contrast, rows, bool(differences))
-    if not reason and any(reached) != all(reached):
-        reason = "the seeds disagree"
-    elif not reason and all(reached):
-        word = "consistent" if len(reached) < MIN_SEEDS else "confirmed"
-    elif not reason and (reason := _no_room(contrast, rows)) == "":
-        word, reason = ("undecided", f"not seen, but in fewer than {MIN_SEEDS} seeds") if len(reached) < MIN_SEEDS else ("refuted", "")
+    word, reason = _word(contrast, rows, reached)
     return Verdict(contrast, word, reason, seeds, differences)
+
+
+def _word(contrast: Contrast, rows: pd.DataFrame, reached: list[bool]) -> tuple[str, str]:
+    """The verdict, and why it is undecided if it is."""
+    if obstacle := _obstacle(contrast, rows, bool(reached)):
+        return "undecided", obstacle
+    if any(reached) != all(reached):
+        return "undecided", "the seeds disagree"
+    if all(reached):
+        return "consistent" if len(reached) < MIN_SEEDS else "confirmed", ""
+    if no_room := _no_room(contrast, rows):
+        return "undecided", no_room
+    return ("undecided", f"not seen, but in fewer than {MIN_SEEDS} seeds") if len(reached) < MIN_SEEDS else ("refuted", "")
 
 
 def _obstacle(contrast: Contrast, rows: pd.DataFrame, has_pair: bool) -> str:

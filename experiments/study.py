@@ -138,6 +138,13 @@ class Study:
         """Arms and seeds whose search is not finished; their config is the one before the choice, and none of it is ever trained."""
         return self._stages[1]
 
+    @property
+    def left_out(self) -> list[str]:
+        """Arms with more codes than the preset is for, as "ablation/arm"; the user's own K counts as what it is for."""
+        shown = {(cell.ablation.name, cell.arm.name) for cell in [*self.cells, *self.waiting]}
+        every = [(ablation.name, arm.name) for ablation in self.ablations for arm in ablation.arms]
+        return [f"{ablation}/{arm}" for ablation, arm in every if (ablation, arm) not in shown]
+
     def advance(self) -> list[Cell]:
         """Let cells whose search has finished in the meantime join `cells`; returns those that are new there."""
         if not self.waiting:

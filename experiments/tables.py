@@ -17,7 +17,7 @@ from experiments import tuning
 from experiments.ablations import Ablation
 from experiments.ablations.grid import BASE, GRID_COLUMNS, strips, varied
 from experiments.anatomy import parts_table
-from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, main_effects, verdict
+from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, entry, main_effects, verdict
 
 NOT_REPORTED, NOT_MEASURED = "not reported", "not measured"
 
@@ -30,29 +30,25 @@ class Column(NamedTuple):
     value: Callable[[pd.DataFrame], pd.Series]
 
 
-def _entry(name: str, scale: float = 1.0) -> Callable[[pd.DataFrame], pd.Series]:
-    return lambda rows: rows[name].astype(float) * scale if name in rows else pd.Series(math.nan, rows.index)
-
-
 COLUMNS = {
-    "perplexity": Column("perplexity", 0, _entry("perplexity")),
-    "usage": Column("usage %", 1, _entry("usage", 100)),
-    "dead_codes": Column("dead codes", 0, _entry("dead_codes")),
-    "share": Column("perplexity / K %", 1, _entry("perplexity_share", 100)),
-    "bits": Column("bits/token", 2, _entry("bits")),
-    "l1": Column("L1", 4, _entry("l1")),
-    "psnr_db": Column("PSNR dB", 2, _entry("psnr_db")),
-    "ssim": Column("SSIM", 3, _entry("ssim")),
-    "quantization_error": Column("quant. error / var z", 2, _entry("quantization_error")),
-    "train_seconds": Column("train s", 0, _entry("train_seconds")),
+    "perplexity": Column("perplexity", 0, entry("perplexity")),
+    "usage": Column("usage %", 1, entry("usage", 100)),
+    "dead_codes": Column("dead codes", 0, entry("dead_codes")),
+    "share": Column("perplexity / K %", 1, entry("perplexity_share", 100)),
+    "bits": Column("bits/token", 2, entry("bits")),
+    "l1": Column("L1", 4, entry("l1")),
+    "psnr_db": Column("PSNR dB", 2, entry("psnr_db")),
+    "ssim": Column("SSIM", 3, entry("ssim")),
+    "quantization_error": Column("quant. error / var z", 2, entry("quantization_error")),
+    "train_seconds": Column("train s", 0, entry("train_seconds")),
     "step_ms": Column("ms a step", 0, lambda rows: 1000 * rows["train_seconds"].astype(float) / rows["config.steps"].astype(float)),
-    "parameters": Column("parameters, thousands", 0, _entry("parameters", 1e-3)),
-    "peak_memory": Column("peak memory GiB", 2, _entry("peak_memory_gib")),
-    "learning_rate": Column("learning rate / 1e-4", 1, _entry("config.optim.lr", 1e4)),
-    "codebook_size": Column("K", 0, _entry("codebook_size")),
-    "code_dim": Column("D", 0, _entry("code_dim")),
-    "fid": Column("FID[fashion-cnn]", 2, _entry("fid[fashion-cnn]")),
-    "gap": Column("gap", 2, _entry("gap")),
+    "parameters": Column("parameters, thousands", 0, entry("parameters", 1e-3)),
+    "peak_memory": Column("peak memory GiB", 2, entry("peak_memory_gib")),
+    "learning_rate": Column("learning rate / 1e-4", 1, entry("config.optim.lr", 1e4)),
+    "codebook_size": Column("K", 0, entry("codebook_size")),
+    "code_dim": Column("D", 0, entry("code_dim")),
+    "fid": Column("FID[fashion-cnn]", 2, entry("fid[fashion-cnn]")),
+    "gap": Column("gap", 2, entry("gap")),
 }
 
 

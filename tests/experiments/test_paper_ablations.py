@@ -8,7 +8,7 @@ import pytest
 
 from experiments import figures, tables
 from experiments.ablations import ABLATIONS, CORE
-from experiments.plan import plan_table
+from experiments.plan import expected_cost, plan_table
 from experiments.study import Study, unique_runs
 from ibq.config import flatten
 from ibq.errors import ConfigError
@@ -63,6 +63,9 @@ def test_arms_beyond_the_presets_largest_codebook_are_left_out_unless_the_user_w
     study = Study("quick", ("codebook_size",))
     assert {cell.config.quantizer.codebook_size for cell in study.cells} == {64, 256, 1024, 4096}
     assert "ibq_sixteenfold" not in set(plan_table(study, ABLATIONS["codebook_size"])["arm"])
+    names = ", ".join(f"codebook_size/{method}_sixteenfold" for method in ("vq", "vq_strong", "ibq"))
+    assert expected_cost(study).endswith(f"; left out, having more than 4,096 codes: {names}")
+    assert "left out" not in expected_cost(Study("quick", ("vq_vs_ibq",)))
     larger = Study("quick", ("vq_vs_ibq",), overrides={"quantizer.codebook_size": 16384})
     assert len(unique_runs(larger.cells)) == len(unique_runs(Study("quick", ("vq_vs_ibq",)).cells))
 
