@@ -41,6 +41,11 @@ class Runtime:
     log_every: int = 10
     snapshots: int = 8
     checkpoint_every_s: float = 60.0
+    workers: int = 4
+    """Processes that decode pictures, where images are read from a folder while training."""
+    compile: bool = False
+    checkpoint_activations: bool = False
+    """Recompute the autoencoder's activations in the backward pass: less memory, about a third more time, the same numbers."""
     eval_images: int = 2000
     eval_batch_size: int = 100
 

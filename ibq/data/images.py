@@ -69,8 +69,16 @@ class Images:
         Returns:
             float32 (B, C, H, W); 0 becomes exactly -1 and 255 exactly 1.
         """
-        bytes_BCHW = self.images_NCHW[indices_B.to(self.images_NCHW.device)]
-        return bytes_BCHW.to(device).to(torch.float32).div_(127.5).sub_(1.0)
+        return to_float(self.pixels(indices_B), device)
+
+    def pixels(self, indices_B: torch.Tensor) -> torch.Tensor:
+        """Chosen images as bytes, uint8 (B, C, H, W)."""
+        return self.images_NCHW[indices_B.to(self.images_NCHW.device)]
+
+
+def to_float(bytes_BCHW: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Bytes as a network reads them: float32 on the device, 0 becomes exactly -1 and 255 exactly 1."""
+    return bytes_BCHW.to(device).to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def one_line(reason: object) -> str:
