@@ -19,9 +19,9 @@ from filelock import FileLock, Timeout
 
 from ibq.config import parse_train_config
 from ibq.data import DataError
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, NonFiniteError
 from ibq.run_directory import RunDirectory, append_line
-from ibq.train_tokenizer import NonFiniteError, Runtime, StopRequested, train_tokenizer
+from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
 
 DISK_FULL, BUSY = 74, 75
 """Exit codes: nothing more can be written, or another process holds this run. 0 is finished or stopped, 1 a recorded failure."""

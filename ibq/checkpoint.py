@@ -73,29 +73,27 @@ def remove_checkpoint(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimizer state by parameter name: `optimizer.<name>.<slot>`."""
+def flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:
+    """Optimizer state by parameter name: `<prefix>.<name>.<slot>`."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"optimizer.{names[p]}.{slot}": value for p, state in optimizer.state.items() for slot, value in state.items()}
+    return {f"{prefix}.{names[p]}.{slot}": value for p, state in optimizer.state.items() for slot, value in state.items()}
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str) -> None:
     """Put `flatten_optimizer`'s tensors back; every slot of every parameter must be there.
 
     A slot takes the memory layout of its parameter: fused Adam walks both in storage order, so contiguous moments beside a channels-last
     weight would be paired with the wrong elements, in silence.
     """
-    parameters = dict(model.named_parameters())
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {id(p): name for name, p in parameters.items()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for i, parameter in enumerate(order):
-        prefix = f"optimizer.{names[id(parameter)]}."
-        slots = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        start = f"{prefix}.{names[parameter]}."
+        slots = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
         state[i] = {
             slot: torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach() if value.shape == parameter.shape else value
             for slot, value in slots.items()
         }
         if not state[i]:
-            raise KeyError(f"the checkpoint lacks {prefix}*")
+            raise KeyError(f"the checkpoint lacks {start}*")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -246,6 +246,11 @@ class TrainConfig(_Frozen):
         """Learning rate of the update that follows `step` finished updates."""
         return self.optim.rate(step, self.steps)
 
+    @property
+    def adversarial_start(self) -> int:
+        """Finished updates after which the discriminator begins, where there is one."""
+        return round(self.loss.adversarial.start * self.steps)
+
     def to_json_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 

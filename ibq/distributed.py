@@ -22,3 +22,23 @@ def copy_from_first(*tensors: torch.Tensor) -> None:
     if initialized():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+def rank() -> int:
+    return dist.get_rank() if initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if initialized() else 1
+
+
+def is_writer() -> bool:
+    return rank() == 0
+
+
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    return flags
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

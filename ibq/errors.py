@@ -16,6 +16,10 @@ class NonFiniteInputError(ValueError):
     """A tensor holds NaN or infinity where only numbers mean something."""
 
 
+class NonFiniteError(FloatingPointError):
+    """A loss term or the gradient left the finite numbers; the message names it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The helpful half of a sentence: the nearest valid name, or all of them."""
     names = sorted(known)

@@ -1,13 +1,30 @@
-"""The total loss: raw terms by name, their weights from the config, one sum."""
+"""The objective of PAPER section 4: raw terms by name, their weights from the config, one sum for each of the two players.
+
+generator      pixel · lpips or fashion_cnn · the quantizer's own terms · adversarial
+discriminator  discriminator · lecam
+
+Suffixes: B images, C channels, H W pixels or patches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from ibq.config import TrainConfig
+from ibq.distributed import mean_over_ranks
+from ibq.metrics.fashion_cnn import load_fashion_cnn
+from ibq.metrics.perceptual import backbone_weights, lpips_network
+
+Weight = float | torch.Tensor
+PERCEPTUAL_TERMS = {"lpips-vgg": "lpips", "fashion-cnn": "fashion_cnn"}
+"""Name of the perceptual term by the config's name of its network: the stand-in is never called LPIPS."""
+LARGEST_ADAPTIVE_WEIGHT = 1e4
 
 
 def pixel_loss(originals: torch.Tensor, reconstructions: torch.Tensor, kind: Literal["l1", "l2"]) -> torch.Tensor:
@@ -16,17 +33,128 @@ def pixel_loss(originals: torch.Tensor, reconstructions: torch.Tensor, kind: Lit
     return difference.abs().mean() if kind == "l1" else difference.square().mean()
 
 
-def loss_weights(config: TrainConfig) -> dict[str, float]:
-    """Weight of every raw term of a tokenizer's objective."""
-    return {"pixel": config.loss.pixel_weight} | config.quantizer.loss_weights
+class PerceptualLoss(nn.Module):
+    """The mean over images of a distance in a frozen network's features; forward(originals, reconstructions) gives a scalar.
+
+    "lpips-vgg" is LPIPS (arXiv 1801.03924) on VGG-16, version 0.1. "fashion-cnn" stands in for it where its weights are absent: the same
+    distance without learnt heads (features at unit length over channels, squared differences summed over channels, mean over
+    positions, sum over layers), after each of the six convolutions of a classifier of Fashion-MNIST.
+
+    Raises:
+        DataError: the weights are absent or damaged; one sentence that names the file.
+    """
+
+    def __init__(self, kind: Literal["lpips-vgg", "fashion-cnn"]) -> None:
+        super().__init__()
+        self.kind, self.term = kind, PERCEPTUAL_TERMS[kind]
+        self.network = lpips_network("vgg", backbone_weights("vgg")) if kind == "lpips-vgg" else load_fashion_cnn().body
+
+    def forward(self, originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> torch.Tensor:
+        if self.kind == "lpips-vgg":
+            distance: torch.Tensor = self.network(*(x.expand(-1, 3, -1, -1) for x in (originals_BCHW, reconstructions_BCHW)))
+            return distance.mean()
+        with torch.no_grad():
+            targets = self._layers(originals_BCHW)
+        differences = [(x - y).square().sum(1).mean() for x, y in zip(targets, self._layers(reconstructions_BCHW), strict=True)]
+        return torch.stack(differences).sum()
+
+    def _layers(self, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
+        """Features after each activation, at unit length over the channels."""
+        layers, h_BCHW = [], images_BCHW
+        for layer in self.network.children():
+            h_BCHW = layer(h_BCHW)
+            if isinstance(layer, nn.ReLU):
+                layers.append(F.normalize(h_BCHW.float(), dim=1))
+        return layers
 
 
-def weighted_sum(terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
-    """The one place where loss terms are added.
+# --- The adversarial game ----------------------------------------------------------------------------------------------------------------
+
+
+def discriminator_loss(real_BHW: torch.Tensor, fake_BHW: torch.Tensor, kind: Literal["hinge", "vanilla"]) -> torch.Tensor:
+    """Half the sum of what real and fake logits cost: max(0, 1 - real) and max(0, 1 + fake), or softplus(-real) and softplus(fake)."""
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real_BHW).mean() + F.relu(1 + fake_BHW).mean())
+    return 0.5 * (F.softplus(-real_BHW).mean() + F.softplus(fake_BHW).mean())
+
+
+def generator_loss(fake_BHW: torch.Tensor) -> torch.Tensor:
+    """Non-saturating: softplus of minus an image's mean logit, mean over images (as released; whatever the discriminator's loss is)."""
+    return F.softplus(-fake_BHW.flatten(1).mean(1)).mean()
+
+
+def lecam_loss(real_BHW: torch.Tensor, fake_BHW: torch.Tensor, averages_2: torch.Tensor) -> torch.Tensor:
+    """LeCam (arXiv 2104.03310): max(0, real - average of fake)^2 + max(0, average of real - fake)^2, means over logits.
+
+    Args:
+        averages_2: moving averages of the real and of the fake logits, without gradient.
+    """
+    real_average, fake_average = averages_2
+    return F.relu(real_BHW - fake_average).square().mean() + F.relu(real_average - fake_BHW).square().mean()
+
+
+def discriminator_terms(
+    config: TrainConfig, real_BHW: torch.Tensor, fake_BHW: torch.Tensor, averages_2: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The raw terms of the discriminator's objective: `discriminator` and, where it has a weight, `lecam`."""
+    terms = {"discriminator": discriminator_loss(real_BHW, fake_BHW, config.loss.adversarial.loss)}
+    return terms | ({"lecam": lecam_loss(real_BHW, fake_BHW, averages_2)} if config.loss.adversarial.lecam_weight else {})
+
+
+def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+    """VQGAN's balance (arXiv 2012.09841, eq. 7): |gradient of the reconstruction terms| / (|gradient of the adversarial term| + 1e-4).
+
+    Args:
+        reconstruction, adversarial: scalars of one graph, which is kept.
+        last_layer: the weight of the decoder's last convolution.
+
+    Returns:
+        A scalar without gradient, at most 1e4.
+    """
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
+    reconstruction_norm, adversarial_norm = (mean_over_ranks(gradient).norm() for gradient in gradients)
+    return (reconstruction_norm / (adversarial_norm + 1e-4)).clamp_max(LARGEST_ADAPTIVE_WEIGHT).detach()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Gradients flow through the module, not to its parameters."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+# --- Weights and the sum -----------------------------------------------------------------------------------------------------------------
+
+
+def loss_weights(config: TrainConfig, *, adversarial: bool = False) -> dict[str, Weight]:
+    """Weight of every raw term of the generator's objective; `adversarial` once the discriminator has started."""
+    loss = config.loss
+    weights: dict[str, Weight] = {"pixel": loss.pixel_weight}
+    if loss.perceptual != "none":
+        weights[PERCEPTUAL_TERMS[loss.perceptual]] = loss.perceptual_weight
+    return weights | config.quantizer.loss_weights | ({"adversarial": loss.adversarial.weight} if adversarial else {})
+
+
+def discriminator_weights(config: TrainConfig) -> dict[str, Weight]:
+    """Weight of every raw term of the discriminator's objective."""
+    lecam = config.loss.adversarial.lecam_weight
+    return {"discriminator": 1.0, "lecam": lecam} if lecam else {"discriminator": 1.0}
+
+
+def weighted(terms: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
+    """Every term times its weight.
 
     Raises:
         ValueError: a term has no weight or a weight no term; nothing is dropped in silence.
     """
     if terms.keys() != weights.keys():
         raise ValueError(f"loss terms {sorted(terms)} and weights {sorted(weights)} differ; every term needs exactly one weight")
-    return torch.stack([weights[name] * term for name, term in terms.items()]).sum() if terms else torch.zeros(())
+    return {name: weights[name] * term for name, term in terms.items()}
+
+
+def weighted_sum(terms: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]) -> torch.Tensor:
+    """The one place where loss terms are added; ValueError as in `weighted`."""
+    return torch.stack([*weighted(terms, weights).values()]).sum() if terms or weights else torch.zeros(())

@@ -12,25 +12,36 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ibq.checkpoint import Checkpoint, flatten_optimizer, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
+from ibq.checkpoint import load_checkpoint, remove_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig, flatten, parse_train_config
 from ibq.data import Images, data_hash, load_images
-from ibq.errors import ConfigError, NonFiniteInputError
-from ibq.evaluation import evaluate
-from ibq.losses import loss_weights, pixel_loss, weighted_sum
-from ibq.metrics import usage_metrics
+from ibq.distributed import any_rank, is_writer
+from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
+from ibq.evaluation import evaluate, evaluating
+from ibq.losses import (
+    PerceptualLoss,
+    adaptive_weight,
+    discriminator_terms,
+    discriminator_weights,
+    frozen,
+    generator_loss,
+    loss_weights,
+    pixel_loss,
+    weighted_sum,
+)
 from ibq.models.tokenizer import Tokenizer
-from ibq.observation import GAP_PROTOCOL, GAPS, LossWindow, TokenWindow, geometry, take_snapshot
+from ibq.observation import GAP_PROTOCOL, GAPS, geometry, take_snapshot
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, source_commit, write_json, write_tensors
+from ibq.training_state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,11 @@ class LogEvent:
     record: dict[str, Any]
 
 
-class NonFiniteError(FloatingPointError):
-    """A loss term or the gradient left the finite numbers; the message names step and term."""
-
-
 class StopRequested(Exception):  # noqa: N818 (not an error)
     """The run was asked to stop; its checkpoint is on disk."""
+
+
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -96,62 +106,6 @@ def _permutation(seed: int, n: int) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-class _State:
-    """Everything that training changes, so that one object is saved, restored and passed on."""
-
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        torch.manual_seed(config.seed)
-        self.tokenizer = Tokenizer(config).to(device).to(memory_format=torch.channels_last)
-        trained = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=config.optim.lr, betas=config.optim.betas, fused=True)
-        self.log_window, self.snapshot_window = (TokenWindow(config.quantizer.codebook_size, device) for _ in range(2))
-        self.pixel_window = LossWindow(device)
-        self.step, self.seconds, self.device = 0, 0.0, device
-
-    def start_average(self) -> None:
-        """Begin the averaged weights; after the codebook is initialised, since they start as a copy."""
-        decay = self.tokenizer.config.optim.ema_decay
-        self.average = AveragedModel(self.tokenizer, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.average.n_averaged.fill_(1)  # the initial weights count: no warm-up, as released
-
-    def update_average(self) -> None:
-        self.average.update_parameters(self.tokenizer)
-        averaged = self.average.module
-        assert isinstance(averaged, Tokenizer)
-        self.tokenizer.quantize.mend_average(averaged.quantize)
-
-    def save(self, folder: Path, data_hash: str) -> None:
-        tensors = {f"model.{name}": value for name, value in self.tokenizer.state_dict().items()}
-        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        tensors |= flatten_optimizer(self.tokenizer, self.optimizer)
-        tensors |= {"window.log": self.log_window.counts_K, "window.snapshot": self.snapshot_window.counts_K}
-        tensors["window.pixel"] = self.pixel_window.sum_and_count
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        meta = {"step": self.step, "seconds": self.seconds, "data_hash": data_hash}
-        meta |= {"commit": source_commit(), "results_version": RESULTS_VERSION}
-        save_checkpoint(folder, tensors, meta)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        tensors, meta = checkpoint.tensors, checkpoint.meta
-
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-        self.tokenizer.load_state_dict(part("model."))
-        self.average.load_state_dict(part("average."))
-        if meta["step"]:
-            restore_optimizer(self.tokenizer, self.optimizer, tensors)
-        self.log_window.counts_K = tensors["window.log"].to(self.device)
-        self.snapshot_window.counts_K = tensors["window.snapshot"].to(self.device)
-        self.pixel_window.sum_and_count = tensors["window.pixel"].to(self.device)
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in tensors:  # a run begun on a CPU may go on on a GPU
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        self.step, self.seconds = meta["step"], meta["seconds"]
-
-
 def train_tokenizer(
     config: TrainConfig, run_directory: str | Path, runtime: Runtime = Runtime(), should_stop: Callable[[], bool] = lambda: False
 ) -> Iterator[LogEvent]:
@@ -171,22 +125,24 @@ def train_tokenizer(
         ConfigError: the directory belongs to another config, or the data has too few images.
     """
     # ---------------------------------------------------------------- data, device, directory
-    run = RunDirectory(run_directory)
+    run, writer = RunDirectory(run_directory), is_writer()
     _check_config(run, config)
     if run.finished:
-        remove_checkpoint(run.checkpoint)  # a kill may have come between the row and this
+        if run.read_row()["status"] == "ok":  # a kill may have come between the row and this; of a run that was lost the last state is kept
+            remove_checkpoint(run.checkpoint)
         return
     device = resolve_device(runtime.device)
     train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
     if len(train_images) < config.batch_size:
         raise ConfigError(f"batch_size={config.batch_size} exceeds the {len(train_images)} training images of {config.data.kind}; lower it")
     data = data_hash(train_images, test_images)
-    write_json(run.config, config.to_json_dict())
+    if writer:
+        write_json(run.config, config.to_json_dict())
 
-    # ---------------------------------------------------------------- model, optimizer, average: fresh, or as the checkpoint has them
-    weights = loss_weights(config)
-    state = _State(config, device)
-    tokenizer, optimizer = state.tokenizer, state.optimizer
+    # ---------------------------------------------------------------- players and averages: fresh, or as the checkpoint has them
+    state = TrainingState(config, device)
+    tokenizer, generator = state.tokenizer, state.generator
+    perceptual = None if config.loss.perceptual == "none" else PerceptualLoss(config.loss.perceptual).to(device)
     checkpoint, damaged = load_checkpoint(run.checkpoint)
     if checkpoint is None:
         initialize_codebook(tokenizer, config, train_images, device)
@@ -196,83 +152,132 @@ def train_tokenizer(
             trained_on, given = checkpoint.meta["data_hash"][:12], data[:12]
             raise ConfigError(f"{run.path} was trained on data {trained_on}, not {given}; give it that data or another directory")
         state.restore(checkpoint)
-    for damage in damaged:
-        append_line(run.attempts, {"event": "damaged", "reason": f"{damage}; going on from step {state.step}"})
-    run.rewind(state.step)
+    state.distribute()
+    state.speed_up(compiled=runtime.compile, checkpoint_activations=runtime.checkpoint_activations)
     snapshot_steps = {round(config.steps * i / max(1, runtime.snapshots - 1)) for i in range(runtime.snapshots)}
-    if state.step == 0 and 0 in snapshot_steps:
-        run.write_snapshot(0, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
+    if writer:
+        for damage in damaged:
+            append_line(run.attempts, {"event": "damaged", "reason": f"{damage}; going on from step {state.step}"})
+        run.rewind(state.step)
+        if state.step == 0 and 0 in snapshot_steps:
+            run.write_snapshot(0, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
 
     # ---------------------------------------------------------------- the loop
+    autocast = torch.autocast(device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32")
     last_checkpoint = time.perf_counter()
     while state.step < config.steps:
-        if should_stop():
-            state.save(run.checkpoint, data)
+        (stop,) = any_rank(should_stop())
+        if stop:
+            if writer:
+                state.save(run.checkpoint, data)
             raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
-        # one training step
+        # ---------------------------- one training step
         started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr_at(state.step)
         x_BCHW = train_images.batch(batch_indices(config.seed, state.step, len(train_images), config.batch_size), device)
-        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        micro_batches = x_BCHW.contiguous(memory_format=torch.channels_last).chunk(config.accumulate)
+        last = config.accumulate - 1
+        lr, discriminator = config.lr_at(state.step), state.discriminator
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
+            # One forward pass serves both players. Micro-batches take one for each: what the graphs of all of them need does not fit.
+            with autocast:
+                passes = [generator.model(x_BCHW) for x_BCHW in micro_batches] if last == 0 else []
+
+            # ------------------------ the discriminator's step comes first
+            if discriminator is not None:
+                discriminator.begin(lr, config.accumulate)
+                logit_means = []
+                for i, x_BCHW in enumerate(micro_batches):
+                    with discriminator.micro_batch(last=i == last):
+                        y_BCHW = passes[i].images.detach() if passes else reconstruct(tokenizer, x_BCHW, autocast)
+                        with autocast:
+                            real_BHW, fake_BHW = (discriminator.model(images_BCHW)[:, 0] for images_BCHW in (x_BCHW, y_BCHW))
+                        terms = discriminator_terms(config, real_BHW.float(), fake_BHW.float(), state.logit_averages_2)
+                        discriminator.backward(terms, discriminator_weights(config))
+                    logit_means.append(torch.stack([real_BHW.detach().float().mean(), fake_BHW.detach().float().mean()]))
+                discriminator.require_finite()
+                discriminator.update()
+                logit_means_2 = state.update_logit_averages(torch.stack(logit_means).mean(0))
+
+            # ------------------------ the generator's step
+            generator.begin(lr, config.accumulate)
+            for i, x_BCHW in enumerate(micro_batches):
+                with generator.micro_batch(last=i == last):
+                    with autocast:
+                        y_BCHW, z_BDHW, quantized = passes[i] if passes else generator.model(x_BCHW)
+                    y_BCHW, weights = y_BCHW.float(), loss_weights(config, adversarial=discriminator is not None)
+                    terms = {"pixel": pixel_loss(x_BCHW, y_BCHW, config.loss.pixel)}
+                    if perceptual is not None:
+                        with autocast:
+                            terms[perceptual.term] = perceptual(x_BCHW, y_BCHW)
+                    if discriminator is not None:
+                        with autocast, frozen(discriminator.network):
+                            fake_BHW = discriminator.network(y_BCHW)[:, 0]
+                        adversarial = generator_loss(fake_BHW.float())
+                        if config.loss.adversarial.adaptive:
+                            reconstruction = weighted_sum(terms, {name: weights[name] for name in terms})
+                            weights["adversarial"] *= adaptive_weight(reconstruction, adversarial, tokenizer.last_layer)
+                        terms["adversarial"] = adversarial
+                    generator.backward(terms | quantized.losses, weights)
+                state.see(quantized.indices, terms["pixel"])
+            generator.require_finite()
+            generator.update()
         except NonFiniteInputError as error:  # the quantizer refuses what the encoder or the codebook has come to
+            given = "" if all(x_BCHW.isfinite().all() for x_BCHW in micro_batches) else "the images are not finite: "
+            raise _lost(run, state, f"step {state.step}: {given}{error}", data) from None
+        except NonFiniteError as error:
             raise _lost(run, state, f"step {state.step}: {error}", data) from None
-        terms = {"pixel": pixel_loss(x_BCHW, y_BCHW.float(), config.loss.pixel)} | quantized.losses
-        loss = weighted_sum(terms, weights)
-        optimizer.zero_grad()
-        loss.backward()
-        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in tokenizer.parameters() if p.grad is not None])
-        if not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)):
-            raise _lost(run, state, _name_non_finite(state.step, terms, tokenizer), data)
-        optimizer.step()
         state.update_average()
-        state.log_window.add(quantized.indices)
-        state.pixel_window.add(terms["pixel"])
-        state.snapshot_window.add(quantized.indices)
         state.step += 1
         state.seconds += time.perf_counter() - started
 
-        # once in a while: log, snapshot, checkpoint; none of it counts as training time
+        # ---------------------------- once in a while: log, snapshot, checkpoint; none of it counts as training time
         if state.step % runtime.log_every == 0 or state.step == config.steps:
-            record = {"step": state.step, "seconds": state.seconds, "lr": optimizer.param_groups[0]["lr"]}
-            record |= {"gradient_norm": gradient_norm.item(), "loss": loss.item()}
-            record |= {f"loss_{name}": term.item() for name, term in terms.items()}
-            record["pixel_mean"] = state.pixel_window.mean()  # of all batches since the last line, where loss_pixel is of this one
-            record |= usage_metrics(state.log_window.counts_K) | geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
-            state.log_window.reset()
-            state.pixel_window.reset()
-            append_line(run.history, record)
+            record = {"step": state.step, "seconds": state.seconds, "lr": lr} | generator.report()
+            if discriminator is not None:
+                real, fake = logit_means_2.tolist()
+                record |= discriminator.report("discriminator_") | {"logit_real": real, "logit_fake": fake}
+            record |= state.report() | geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
+            record = {name: value for name, value in record.items() if math.isfinite(value)}  # fp16 may have skipped an infinite gradient
+            if writer:
+                append_line(run.history, record)
             yield LogEvent(state.step, config.steps, record)
         if state.step in snapshot_steps:
-            run.write_snapshot(state.step, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
+            if writer:
+                run.write_snapshot(state.step, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
             state.snapshot_window.reset()
         if time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s and state.step < config.steps:
-            state.save(run.checkpoint, data)
+            if writer:
+                state.save(run.checkpoint, data)
             last_checkpoint = time.perf_counter()
 
     # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
-    averaged = state.average.module
-    assert isinstance(averaged, Tokenizer)
+    averaged = state.averaged_tokenizer
     peak = {"peak_memory_gib": _peak_memory_gib(device)}  # of training: not of what an evaluation imports
     try:
         metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
     except NonFiniteInputError as error:  # the last update was one too many
         raise _lost(run, state, f"step {state.step}: in the evaluation {error}", data) from None
+    if not writer:
+        return
     write_tensors(run.evaluation, tensors)
     write_tensors(run.model, averaged.state_dict())
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", data)
     if config.steps in snapshot_steps:
-        last = run.read_snapshot(config.steps)
-        gaps = {name: last[name].item() for name in GAPS if name in last and last[name].isfinite()}
+        last_snapshot = run.read_snapshot(config.steps)
+        gaps = {name: last_snapshot[name].item() for name in GAPS if name in last_snapshot and last_snapshot[name].isfinite()}
         metrics |= gaps
         protocol |= {"gap": GAP_PROTOCOL} if gaps else {}
     write_json(run.row, _row(state, "ok", peak | metrics, protocol, data))
     remove_checkpoint(run.checkpoint)
+
+
+def reconstruct(tokenizer: Tokenizer, x_BCHW: torch.Tensor, autocast: AbstractContextManager[Any]) -> torch.Tensor:
+    """What the tokenizer makes of images, without a graph and without what a training pass changes in the quantizer."""
+    with autocast, evaluating(tokenizer):
+        y_BCHW: torch.Tensor = tokenizer(x_BCHW).images
+    return y_BCHW
 
 
 @torch.no_grad()
@@ -302,14 +307,7 @@ def _check_config(run: RunDirectory, config: TrainConfig) -> None:
             raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
 
 
-def _name_non_finite(step: int, terms: dict[str, torch.Tensor], tokenizer: Tokenizer) -> str:
-    bad = [f"loss term {name!r} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value)]
-    gradients = {name: p.grad for name, p in tokenizer.named_parameters() if p.grad is not None}
-    bad += [f"the gradient of {name!r} is not finite" for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    return f"step {step}: {bad[0] if bad else 'the gradient norm overflowed'}"
-
-
-def _lost(run: RunDirectory, state: _State, reason: str, data: str) -> NonFiniteError:
+def _lost(run: RunDirectory, state: TrainingState, reason: str, data: str) -> NonFiniteError:
     """Write the row of a run that did not stay finite; returns what to raise."""
     write_json(run.row, _row(state, "nan", {"peak_memory_gib": _peak_memory_gib(state.device), "reason": reason}, {}, data))
     return NonFiniteError(reason)
@@ -322,7 +320,7 @@ def _peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _row(state: _State, status: str, metrics: dict[str, Any], protocol: dict[str, Any], data: str) -> dict[str, Any]:
+def _row(state: TrainingState, status: str, metrics: dict[str, Any], protocol: dict[str, Any], data: str) -> dict[str, Any]:
     """Run facts, flat: config fields, metrics, protocol, cost, provenance."""
     config, device = state.tokenizer.config, state.device
     facts = {

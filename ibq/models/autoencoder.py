@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ibq.config import AutoencoderConfig
 
@@ -82,15 +83,22 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(AttentionBlock(outputs, groups) for _ in range(blocks if attention else 0))
         self.downsample = Downsample(outputs) if downsample else None
         self.upsample = Upsample(outputs) if upsample else None
+        self.checkpointed = False
+        """Recompute each block's activations in the backward pass instead of keeping them."""
 
     def forward(self, h_BCHW: torch.Tensor) -> torch.Tensor:
-        for i, block in enumerate(self.block):
-            h_BCHW = block(h_BCHW)
-            if len(self.attn):
-                h_BCHW = self.attn[i](h_BCHW)
+        for i in range(len(self.block)):
+            if self.checkpointed and torch.is_grad_enabled():
+                h_BCHW = checkpoint(self._block, h_BCHW, i, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h_BCHW = self._block(h_BCHW, i)
         for resample in (self.downsample, self.upsample):
             h_BCHW = h_BCHW if resample is None else resample(h_BCHW)
         return h_BCHW
+
+    def _block(self, h_BCHW: torch.Tensor, i: int) -> torch.Tensor:
+        h_BCHW = self.block[i](h_BCHW)
+        return self.attn[i](h_BCHW) if len(self.attn) else h_BCHW
 
 
 class Middle(nn.Module):

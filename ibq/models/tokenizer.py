@@ -42,6 +42,11 @@ class Tokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(D, z_channels, 1)
         self.quantize = build_quantizer(config.quantizer)
 
+    @property
+    def last_layer(self) -> torch.Tensor:
+        """The weight of the decoder's last convolution, where the adaptive weight compares gradients."""
+        return self.decoder.conv_out.weight
+
     def features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Continuous features (B, D, H/f, W/f) of images (B, C, H, W) in [-1, 1].
 

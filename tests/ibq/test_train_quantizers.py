@@ -18,8 +18,9 @@ from training_runs import RUNTIME, assert_same_run, images_once, read_the_images
 from ibq import load_tokenizer
 from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig, parse_train_config
+from ibq.errors import NonFiniteError
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import NonFiniteError, StopRequested, train_tokenizer
+from ibq.train_tokenizer import StopRequested, train_tokenizer
 
 TRAINED = (
     "vq cosine",

@@ -24,12 +24,12 @@ from ibq import load_tokenizer
 from ibq.analysis import code_gap
 from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, NonFiniteError
 from ibq.evaluation import evaluate
 from ibq.losses import loss_weights
 from ibq.observation import GAPS
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import LogEvent, NonFiniteError, Runtime, StopRequested, batch_indices, train_tokenizer
+from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, batch_indices, train_tokenizer
 
 CHECKPOINT_ALWAYS = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8, checkpoint_every_s=0)
 ARMS = {
