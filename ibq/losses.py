@@ -38,7 +38,7 @@ class PerceptualLoss(nn.Module):
 
     "lpips-vgg" is LPIPS (arXiv 1801.03924) on VGG-16, version 0.1. "fashion-cnn" stands in for it where its weights are absent: the same
     distance without learnt heads (features at unit length over channels, squared differences summed over channels, mean over
-    positions, sum over layers), after each of the six convolutions of a classifier of Fashion-MNIST.
+    positions, mean over layers), after each of the six convolutions of a classifier of Fashion-MNIST.
 
     Raises:
         DataError: the weights are absent or damaged; one sentence that names the file.
@@ -56,7 +56,7 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             targets = self._layers(originals_BCHW)
         differences = [(x - y).square().sum(1).mean() for x, y in zip(targets, self._layers(reconstructions_BCHW), strict=True)]
-        return torch.stack(differences).sum()
+        return torch.stack(differences).mean()
 
     def _layers(self, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
         """Features after each activation, at unit length over the channels."""

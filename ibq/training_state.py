@@ -101,7 +101,7 @@ class Player:
         report = {f"{prefix}gradient_norm": self.norm.item(), f"{prefix}loss": share.sum().item()}
         report |= {f"loss_{name}": value for name, value in zip(names, raw.tolist(), strict=True)}
         report |= {f"weighted_{name}": value for name, value in zip(names, share.tolist(), strict=True)}
-        return report | ({f"{prefix}loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
+        return report | ({f"{prefix}fp16_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         weights = {f"{name}.{key}": value for key, value in self.network.state_dict().items()}
