@@ -177,7 +177,7 @@ def train_tokenizer(
         x_BCHW = train_images.batch(batch_indices(config.seed, state.step, len(train_images), config.batch_size), device)
         micro_batches = x_BCHW.contiguous(memory_format=torch.channels_last).chunk(config.accumulate)
         last = config.accumulate - 1
-        lr, discriminator = config.lr_at(state.step), state.discriminator
+        lr, discriminator, y_BCHW = config.lr_at(state.step), state.discriminator, x_BCHW[:0]
         try:
             # One forward pass serves both players. Micro-batches take one for each: what the graphs of all of them need does not fit.
             with autocast:
@@ -222,11 +222,10 @@ def train_tokenizer(
                 state.see(quantized.indices, terms["pixel"])
             generator.require_finite()
             generator.update()
-        except NonFiniteInputError as error:  # the quantizer refuses what the encoder or the codebook has come to
-            given = "" if all(x_BCHW.isfinite().all() for x_BCHW in micro_batches) else "the images are not finite: "
-            raise _lost(run, state, f"step {state.step}: {given}{error}", data) from None
-        except NonFiniteError as error:
-            raise _lost(run, state, f"step {state.step}: {error}", data) from None
+        except (NonFiniteError, NonFiniteInputError) as error:  # the latter: the quantizer refuses what encoder or codebook has come to
+            tensors_of = {"the images are not finite: ": micro_batches, "the reconstructions are not finite: ": [y_BCHW]}
+            origin = next((words for words, tensors in tensors_of.items() if not all(x.isfinite().all() for x in tensors)), "")
+            raise _lost(run, state, f"step {state.step}: {origin}{error}", data) from None
         state.update_average()
         state.step += 1
         state.seconds += time.perf_counter() - started
@@ -247,6 +246,8 @@ def train_tokenizer(
                 run.write_snapshot(state.step, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
             state.snapshot_window.reset()
         if time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s and state.step < config.steps:
+            if name := state.not_finite():
+                raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", data)
             if writer:
                 state.save(run.checkpoint, data)
             last_checkpoint = time.perf_counter()

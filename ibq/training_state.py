@@ -200,6 +200,11 @@ class TrainingState:
         if rank():
             torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 4096 + rank())
 
+    def not_finite(self) -> str | None:
+        """The name of a weight that is not finite, if there is one: a checkpoint of such a state would be of no use."""
+        named = (item for player in self.players.values() for item in player.network.named_parameters())
+        return next((name for name, parameter in named if not parameter.isfinite().all()), None)
+
     def save(self, folder: Path, data_hash: str) -> None:
         """Write the checkpoint of all processes, from one of them."""
         tensors = {name: value for key, player in self.players.items() for name, value in player.tensors(key).items()}
