@@ -28,7 +28,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_as_bytes
 
 from ibq.commands import PIXEL_PROTOCOL, Batch, Model, closing_line, open_model, picture_parser, progress, reconstructed, run_command
@@ -127,7 +127,7 @@ class Output:
         for record in self.shown():
             path = self.file("indices", record["name"])
             try:
-                counts_K += torch.bincount(load_file(path)["indices_BHW"].flatten(), minlength=codebook_size)
+                counts_K += torch.bincount(load_tensors(path.read_bytes())["indices_BHW"].flatten(), minlength=codebook_size)
             except (SafetensorError, KeyError):
                 raise ConfigError(f"{quoted(path)} is damaged; delete it and run the command again") from None
         return counts_K

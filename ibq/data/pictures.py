@@ -99,7 +99,7 @@ class Framing:
             left, top = (shown.width - width) // 2, (shown.height - height) // 2
             shown = shown.crop((left, top, left + width, top + height))
         pixels = np.asarray(shown.convert("RGB" if self.channels == 3 else "L"))
-        return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], self.channels).transpose(2, 0, 1))
+        return pixels.reshape(*pixels.shape[:2], self.channels).transpose(2, 0, 1).copy()
 
 
 class PictureFolder:
