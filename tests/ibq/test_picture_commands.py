@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -22,6 +26,7 @@ from ibq.data import pictures as pictures_module
 from ibq.data.pictures import Framing, PictureFolder
 from ibq.errors import ConfigError
 from ibq.metrics import ImageQuality, usage_metrics
+from ibq.run_directory import read_lines
 
 WIDE = {"data.name": "photos", "model.channel_multipliers": (1, 1, 1, 1, 1)}  # f = 16
 
@@ -153,6 +158,26 @@ def test_a_rerun_does_what_is_missing_or_changed(
     assert changed() == {"a.jpg.png", "b.png.png"}
     run(reconstruct.main, model, folder, out, "--resize", 8, "--limit", 1)
     assert changed() == {"a.jpg.png"}
+
+
+def test_killed_at_any_moment_it_goes_on(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(400):
+        draw(tmp_path / "pictures" / f"{number:03d}.png", 32, 32, seed=number)
+    out, command = (
+        tmp_path / "out",
+        [sys.executable, "-m", "ibq.reconstruct", str(model), str(tmp_path / "pictures"), str(tmp_path / "out")],
+    )
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(read_lines(out / "pictures.jsonl")) < 20:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    finished = len(read_lines(out / "pictures.jsonl"))
+    assert not (out / "index.html").exists()
+    run(reconstruct.main, model, tmp_path / "pictures", out)
+    assert f"{finished:,} were finished and are unchanged" in capsys.readouterr().err
+    assert len(list((out / "reconstructions").glob("*.png"))) == 400
+    assert sum(page.read_text().count("<article") for page in out.glob("*.html")) == 400
 
 
 def test_a_grey_tokenizer_sees_grey_and_says_so(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
