@@ -252,7 +252,7 @@ def train_tokenizer(
     # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
     averaged = state.average.module
     assert isinstance(averaged, Tokenizer)
-    peak = {"peak_memory_gib": peak_memory_gib(device)}  # of training: not of what an evaluation imports
+    peak = {"peak_memory_gib": _peak_memory_gib(device)}  # of training: not of what an evaluation imports
     try:
         metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
     except NonFiniteInputError as error:  # the last update was one too many
@@ -306,11 +306,11 @@ def _name_non_finite(step: int, terms: dict[str, torch.Tensor], tokenizer: Token
 
 def _lost(run: RunDirectory, state: _State, reason: str, data: str) -> NonFiniteError:
     """Write the row of a run that did not stay finite; returns what to raise."""
-    write_json(run.row, _row(state, "nan", {"peak_memory_gib": peak_memory_gib(state.device), "reason": reason}, {}, data))
+    write_json(run.row, _row(state, "nan", {"peak_memory_gib": _peak_memory_gib(state.device), "reason": reason}, {}, data))
     return NonFiniteError(reason)
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def _peak_memory_gib(device: torch.device) -> float:
     """What this process has needed so far: of the device's memory or, on a CPU, of its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

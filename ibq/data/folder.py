@@ -165,7 +165,7 @@ def _decode_all(place: Path, files: list[str], resolution: int) -> tuple[torch.T
     kept: list[str] = []
     unusable: list[str] = []
     # A few threads, as Pillow lets go of Python's lock; in chunks, so that few images wait to be copied.
-    with quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(files), _CHUNK):
             chunk = files[start : start + _CHUNK]
             for name, image_CHW in zip(chunk, pool.map(lambda name: _read(place / name, resolution), chunk), strict=True):
@@ -191,8 +191,8 @@ def _read(path: Path, resolution: int) -> _Array | str:
 
 
 @contextmanager
-def quiet_decoding() -> Iterator[None]:
-    """Without Pillow's warnings about metadata and size: what matters of them is said in a sentence of our own. One thread at a time."""
+def decoding() -> Iterator[None]:
+    """Silences what Pillow warns of in metadata and size: what matters of it is said in a sentence of our own."""
     with _one_at_a_time, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

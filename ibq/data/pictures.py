@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ibq.data.folder import first_few, image_files, quiet_decoding, read_image, square_rgb, upright_rgb
+from ibq.data.folder import decoding, first_few, image_files, read_image, square_rgb, upright_rgb
 from ibq.data.images import DataError, quoted
 from ibq.errors import ConfigError
 
@@ -147,7 +147,7 @@ class PictureFolder:
         names = iter(names)
         with ThreadPoolExecutor(min(READ_AT_ONCE, os.cpu_count() or 1)) as pool:
             while chunk := list(itertools.islice(names, READ_AT_ONCE)):
-                with quiet_decoding():
+                with decoding():
                     read = list(pool.map(lambda name: read_image(self.path / name, self.framing.apply), chunk))
                 for name, pixels in zip(chunk, read, strict=True):
                     if isinstance(pixels, str):
