@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ibq.analysis import QuantizationError
 from ibq.data import DataError, Images
@@ -16,6 +17,9 @@ from ibq.metrics import ImageQuality, usage_metrics
 from ibq.metrics.distances import Distances, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
 from ibq.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ibq.metrics.extractors import Extractor
 
 SHOWN_IMAGES = 8
 LPIPS_BACKBONES: dict[str, Backbone] = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
@@ -145,14 +149,21 @@ class PerceptualEvaluation:
     @cached_property
     def _start(self) -> Callable[[torch.Tensor], Distances | LPIPS]:
         """What begins to measure against references, its network loaded."""
+        network = self.network
+        if isinstance(network, nn.Module):
+            return lambda _: LPIPS(LPIPS_BACKBONES[self.name], network)
+        return partial(Distances, network)
+
+    @cached_property
+    def network(self) -> Extractor | nn.Module:
+        """An extractor of features for `Distances`, or the network of `LPIPS`. DataError: as on the call."""
         try:
             if self.name in LPIPS_BACKBONES:
                 backbone = LPIPS_BACKBONES[self.name]
-                network = lpips_network(backbone, backbone_weights(backbone)).to(self.device)
-                return lambda _: LPIPS(backbone, network)
+                return lpips_network(backbone, backbone_weights(backbone)).to(self.device)
             from ibq.metrics.extractors import fashion_cnn_extractor, inception_extractor
 
-            return partial(Distances, {"fashion-cnn": fashion_cnn_extractor, "inception": inception_extractor}[self.name](self.device))
+            return {"fashion-cnn": fashion_cnn_extractor, "inception": inception_extractor}[self.name](self.device)
         except ImportError as error:
             raise DataError(f"{self.name} needs a package that cannot be imported ({one_line(error)}); install ibq again") from None
 

@@ -128,6 +128,12 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`."""
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 

@@ -7,7 +7,9 @@ import stat
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,7 @@ def load_folder(given: str, resolution: int, split: Split) -> Images:
     root = Path(os.path.expanduser(given)).absolute()
     folders = _split_folders(root)
     place = folders.get(split, root)
-    files, skipped = _image_files(place)
-    if not files and not skipped:
-        raise DataError(f"{quoted(place)} holds no image: nothing in it or below it ends in {_or(ENDINGS)} (hidden files are left out)")
+    files, skipped = image_files(place)
     source = quoted(place)
     if not folders:
         if len(files) == 1:
@@ -61,9 +61,9 @@ def load_folder(given: str, resolution: int, split: Split) -> Images:
     images_NCHW, kept, unusable = _decode_all(place, files, resolution)
     skipped += unusable
     if not kept:
-        raise DataError(f"no image of {source} can be used for {split}: {_first(skipped)}")
+        raise DataError(f"no image of {source} can be used for {split}: {first_few(skipped)}")
     if skipped:
-        print(f"imagefolder {split}: {len(skipped):,} skipped and {len(kept):,} kept of {source}: {_first(skipped)}", file=sys.stderr)
+        print(f"imagefolder {split}: {len(skipped):,} skipped and {len(kept):,} kept of {source}: {first_few(skipped)}", file=sys.stderr)
     labels_N = None
     if _classes(place):
         numbers = {name: number for number, name in enumerate(sorted(set().union(*map(_classes, folders.values() or [root]))))}
@@ -118,8 +118,12 @@ def _classes(folder: Path) -> set[str]:
     return set() if any(entry.name not in names and entry.name.lower().endswith(ENDINGS) for entry in entries) else names
 
 
-def _image_files(root: Path) -> tuple[list[str], list[str]]:
-    """Paths of the image files below `root`, relative to it and sorted part by part, and a sentence for each subfolder that is closed."""
+def image_files(root: Path) -> tuple[list[str], list[str]]:
+    """Paths of the image files below `root`, relative to it and sorted part by part, and a sentence for each subfolder that is closed.
+
+    Raises:
+        DataError: the folder is absent or unreadable, or there is neither a file nor a sentence.
+    """
     _entries(root)
     prefix = os.path.join(root, "")
     files, skipped = [], []
@@ -139,6 +143,8 @@ def _image_files(root: Path) -> tuple[list[str], list[str]]:
                 waiting.append((Path(entry.path), above | {this}))
             elif entry.name.lower().endswith(ENDINGS):
                 files.append(entry.path.removeprefix(prefix))
+    if not files and not skipped:
+        raise DataError(f"{quoted(root)} holds no image: nothing in it or below it ends in {_or(ENDINGS)} (hidden files are left out)")
     return sorted(files, key=lambda name: name.split(os.sep)), sorted(skipped)
 
 
@@ -159,8 +165,7 @@ def _decode_all(place: Path, files: list[str], resolution: int) -> tuple[torch.T
     kept: list[str] = []
     unusable: list[str] = []
     # A few threads, as Pillow lets go of Python's lock; in chunks, so that few images wait to be copied.
-    with _one_at_a_time, warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")  # Pillow's about metadata and size: what matters of them is said in a sentence of our own
+    with decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(files), _CHUNK):
             chunk = files[start : start + _CHUNK]
             for name, image_CHW in zip(chunk, pool.map(lambda name: _read(place / name, resolution), chunk), strict=True):
@@ -174,6 +179,32 @@ def _decode_all(place: Path, files: list[str], resolution: int) -> tuple[torch.T
 
 def _read(path: Path, resolution: int) -> _Array | str:
     """The image as uint8 (3, R, R), or the words that say, after the file's name, why it cannot be used."""
+
+    def square(image: Image.Image) -> _Array | str:
+        width, height = image.size
+        if min(width, height) < resolution:
+            return f"is {width}×{height} pixels, smaller than resolution={resolution}"
+        image.draft(None, (3 * resolution, 3 * resolution))
+        return np.asarray(square_rgb(image, resolution)).transpose(2, 0, 1)
+
+    return read_image(path, square)
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Silences what Pillow warns of in metadata and size: what matters of it is said in a sentence of our own."""
+    with _one_at_a_time, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def read_image(path: Path, use: Callable[[Image.Image], _Array | str]) -> _Array | str:
+    """What `use` makes of the opened image, or the words that say, after the file's name, why it cannot be used.
+
+    Args:
+        path: any path; what is no image of FORMATS within MAX_PIXELS does not reach `use`.
+        use: gets the image before its pixels are decoded; whatever it raises becomes words.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
             return "is not a regular file"
@@ -182,10 +213,7 @@ def _read(path: Path, resolution: int) -> _Array | str:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 return f"declares {width:,}×{height:,} pixels, over the limit of {MAX_PIXELS:,} in all"
-            if min(width, height) < resolution:
-                return f"is {width}×{height} pixels, smaller than resolution={resolution}"
-            image.draft(None, (3 * resolution, 3 * resolution))
-            return np.asarray(square_rgb(image, resolution)).transpose(2, 0, 1)
+            return use(image)
     except Image.DecompressionBombError as error:  # Pillow's own limit, met while opening
         return f"declares too many pixels ({one_line(error)})"
     except UnidentifiedImageError:
@@ -197,11 +225,10 @@ def _read(path: Path, resolution: int) -> _Array | str:
 
 
 def square_rgb(image: Image.Image, resolution: int) -> Image.Image:
-    """Any image as an RGB square: its centre square, scaled by Pillow's antialiased bicubic filter.
+    """Any image as an RGB square: the centre square of `upright_rgb`, scaled by Pillow's antialiased bicubic filter.
 
-    Upright as its EXIF orientation says; transparent parts stand on white; grey, palette and CMYK become RGB; 16-bit grey is scaled from
-    0 to 65,535 down to 0 to 255 and rounded. Colour profiles are not applied. An image of resolution×resolution keeps its pixels.
-    (A JPEG of 6 times the resolution or more has been decoded at a half, a quarter or an eighth by then, to no less than 3 times it.)
+    An image of resolution×resolution keeps its pixels. (A JPEG of 6 times the resolution or more has been decoded at a half, a quarter or
+    an eighth by then, to no less than 3 times it.)
 
     Args:
         image: of any size that is no smaller than the resolution.
@@ -209,6 +236,22 @@ def square_rgb(image: Image.Image, resolution: int) -> Image.Image:
 
     Returns:
         An RGB image of R×R pixels.
+
+    Raises:
+        as `upright_rgb`.
+    """
+    image = upright_rgb(image)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any image as RGB, upright as its EXIF orientation says.
+
+    Transparent parts stand on white; grey, palette and CMYK become RGB; 16-bit grey is scaled from 0 to 65,535 down to 0 to 255 and
+    rounded. Colour profiles are not applied.
 
     Raises:
         ValueError: its pixels are floating-point numbers or exceed 16 bits: what would be white is not known.
@@ -226,10 +269,7 @@ def square_rgb(image: Image.Image, resolution: int) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.convert("RGB").resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    return image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -244,7 +284,7 @@ def _or(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _first(sentences: list[str]) -> str:
+def first_few(sentences: list[str]) -> str:
     """The first few of the sentences, and how many more there are."""
     more = len(sentences) - NAMED_ON_STDERR
     return "; ".join(sentences[:NAMED_ON_STDERR]) + (f"; and {more:,} more" if more > 0 else "")

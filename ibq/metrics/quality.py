@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+SSIM_WINDOW = 11
+
 
 class ImageQuality:
     """Accumulates pairs of batches; `compute` gives the means."""
@@ -32,21 +34,31 @@ class ImageQuality:
             raise ValueError(f"originals and reconstructions must share one shape, not {shapes}")
         if float(originals_BCHW.abs().max()) > 1:
             raise ValueError(f"originals reach {float(originals_BCHW.abs().max()):.3f} in magnitude; scale them to [-1, 1]")
-        # torchmetrics takes longer to import than everything else together, and a command line that only lists runs needs none of it
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
-        y_BCHW = reconstructions_BCHW.float().clamp(-1, 1)
-        # in float32, where its window sums are ten times faster than in float64
-        ssim_B = structural_similarity_index_measure((y_BCHW + 1) / 2, (originals_BCHW + 1) / 2, data_range=1.0, reduction="none")
-        assert isinstance(ssim_B, torch.Tensor)
-        x, y = originals_BCHW.double(), y_BCHW.double()
-        l1_B = (x - y).abs().mean((1, 2, 3))
-        mse_B = (x - y).square().mean((1, 2, 3))
-        psnr_B = 10 * torch.log10(4 / mse_B.clamp_min(1e-10))  # peak-to-peak 2; an exact copy counts as 106 dB
-        for name, values_B in {"l1": l1_B, "mse": mse_B, "psnr_db": psnr_B, "ssim": ssim_B}.items():
-            self._sums[name] += float(values_B.double().sum())
-        self.images += len(x)
+        for name, values_B in pixel_errors(originals_BCHW, reconstructions_BCHW).items():
+            self._sums[name] += float(values_B.sum())
+        self._sums["ssim"] += float(ssim(originals_BCHW, reconstructions_BCHW).sum())
+        self.images += len(originals_BCHW)
 
     def compute(self) -> dict[str, float]:
         """Means over all images: l1 and mse in units of [-1, 1], psnr_db in dB, ssim in [-1, 1]."""
         return {name: total / self.images for name, total in self._sums.items()}
+
+
+def pixel_errors(originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
+    """l1, mse and psnr_db of each image (B,), float64; the reconstructions are clamped here."""
+    x, y = originals_BCHW.double(), reconstructions_BCHW.float().clamp(-1, 1).double()
+    mse_B = (x - y).square().mean((1, 2, 3))
+    psnr_B = 10 * torch.log10(4 / mse_B.clamp_min(1e-10))  # peak-to-peak 2; an exact copy counts as 106 dB
+    return {"l1": (x - y).abs().mean((1, 2, 3)), "mse": mse_B, "psnr_db": psnr_B}
+
+
+def ssim(originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> torch.Tensor:
+    """SSIM of each image (B,), float64; H and W at least SSIM_WINDOW; the reconstructions are clamped here."""
+    # torchmetrics takes longer to import than everything else together, and a command line that only lists runs needs none of it
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    y_BCHW = reconstructions_BCHW.float().clamp(-1, 1)
+    # in float32, where its window sums are ten times faster than in float64
+    ssim_B = structural_similarity_index_measure((y_BCHW + 1) / 2, (originals_BCHW + 1) / 2, data_range=1.0, reduction="none")
+    assert isinstance(ssim_B, torch.Tensor)
+    return ssim_B.double()

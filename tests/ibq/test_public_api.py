@@ -77,7 +77,6 @@ def test_ibq_needs_none_of_the_studys_packages() -> None:
         "IPython",
         "papermill",
         "nbconvert",
-        "jinja2",
         "typer",
         "rich",
     }
