@@ -138,6 +138,10 @@ class _Part:
     def has(self, beginning: str) -> bool:
         return any(name.startswith(beginning) for name in self.tensors)
 
+    def require(self, beginning: str) -> None:
+        if not self.has(beginning):
+            raise DataError(f"{quoted(self.path)} lacks every key of {self.prefix + beginning!r}; take the file as it was released")
+
     def consecutive(self, pattern: str) -> int:
         """How many i, from 0 on, have a name that begins with `pattern` with i in it."""
         return next(i for i in itertools.count() if not self.has(pattern.format(i)))
@@ -147,7 +151,8 @@ class _Part:
         found = [(self.tensors[name], axis) for name, axis in places if name in self.tensors]
         votes = Counter(tensor.shape[axis] for tensor, axis in found if tensor.dim() > axis)
         if not votes:
-            raise DataError(f"{quoted(self.path)} lacks {self.prefix + places[0][0]!r} of the released layout, or has it in a wrong shape")
+            name = self.prefix + places[0][0]
+            raise DataError(f"{quoted(self.path)} lacks {name!r}, or has it in a wrong shape; take the file as it was released")
         return votes.most_common(1)[0][0]
 
     def unfit(self, why: str) -> DataError:
@@ -223,6 +228,8 @@ def _tokenizer_layout(part: _Part, config: TrainConfig) -> dict[str, torch.Size]
 
 def _tokenizer_config(part: _Part) -> TrainConfig:
     """The released recipe with the sizes that a tokenizer's tensors have."""
+    for beginning in ("encoder.down.0.", "decoder.up.0."):
+        part.require(beginning)
     levels = min(part.consecutive("encoder.down.{}."), part.consecutive("decoder.up.{}."))
     first = "encoder.down.0.block.0"
     base = part.size(("encoder.conv_in.weight", 0), ("encoder.conv_in.bias", 0), (f"{first}.norm1.weight", 0), (f"{first}.norm1.bias", 0))
@@ -245,7 +252,7 @@ def _tokenizer_config(part: _Part) -> TrainConfig:
     model = {
         "base_channels": base,
         "channel_multipliers": [width // base for width in widths],
-        "res_blocks": blocks.most_common(1)[0][0] if blocks else 0,
+        "res_blocks": blocks.most_common(1)[0][0],
         "attention_resolutions": [RESOLUTION >> i for i in attention],
         "z_channels": part.size(*bottleneck),
         "norm_groups": NORM_GROUPS,
@@ -274,6 +281,7 @@ def _released_recipe(model: dict[str, Any], K: int, D: int) -> dict[str, Any]:
 
 
 def _transformer_config(part: _Part, grid: int) -> TransformerConfig:
+    part.require("blocks.0.")
     depth = part.consecutive("blocks.{}.")
     width = part.size(("tok_emb.weight", 1), ("head.weight", 1), ("class_emb.embedding_table.weight", 1), ("head_nm.rmsnorm.weight", 0))
     K = part.size(("head.weight", 0), ("tok_emb.weight", 0))

@@ -74,7 +74,7 @@ def transformer(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     path = released_layout.write(tmp_path_factory.mktemp("released") / "transformer.ckpt", released_layout.transformer_state())
     generator = load_released(path)
     assert isinstance(generator, ReleasedGenerator)
-    return generator.transformer.double()
+    return generator.transformer.double().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def whole(w: Tensors, tokens_BT: torch.Tensor, classes_B: torch.Tensor, grid: in
 @pytest.fixture(scope="module")
 def on_a_small_grid(transformer: Transformer) -> Transformer:
     """The imported weights on a grid of 3 x 3, in which a short sequence has several rows."""
-    small = Transformer(transformer.config.model_copy(update={"grid": 3})).double().eval()
+    small = Transformer(transformer.config.model_copy(update={"grid": 3})).double().eval().requires_grad_(False)
     small.load_state_dict(transformer.state_dict())
     return small
 
@@ -229,8 +229,7 @@ def test_head_norm(transformer: Transformer, w: Tensors) -> None:
 @pytest.mark.parametrize("length", [0, 1, 8])
 def test_transformer_whole(on_a_small_grid: Transformer, w: Tensors, length: int) -> None:
     tokens_BT, classes_B = torch.randint(0, CODES, (2, length)), torch.tensor([3, CLASSES])  # the last is the unconditional class
-    with torch.no_grad():
-        logits_BSK = on_a_small_grid(tokens_BT, classes_B)
+    logits_BSK = on_a_small_grid(tokens_BT, classes_B)
     assert logits_BSK.shape == (2, length + 1, CODES)
     assert_same(logits_BSK, whole(w, tokens_BT, classes_B, grid=3))
 
@@ -238,8 +237,7 @@ def test_transformer_whole(on_a_small_grid: Transformer, w: Tensors, length: int
 def test_the_imported_grid_is_that_of_the_tokenizer(transformer: Transformer, w: Tensors) -> None:
     tokens_BT, classes_B = torch.randint(0, CODES, (1, 66)), torch.tensor([1])  # two rows of the grid, and a little
     assert transformer.config.grid == GRID
-    with torch.no_grad():
-        assert_same(transformer(tokens_BT, classes_B), whole(w, tokens_BT, classes_B, GRID))
+    assert_same(transformer(tokens_BT, classes_B), whole(w, tokens_BT, classes_B, GRID))
 
 
 # --- Behaviour ---------------------------------------------------------------------------------------------------------------------------
@@ -247,11 +245,10 @@ def test_the_imported_grid_is_that_of_the_tokenizer(transformer: Transformer, w:
 
 def test_no_prediction_sees_its_token_or_a_later_one(on_a_small_grid: Transformer) -> None:
     tokens_BT, classes_B = torch.randint(0, CODES, (1, 8)), torch.tensor([1])
-    with torch.no_grad():
-        before = on_a_small_grid(tokens_BT, classes_B)
-        changed = tokens_BT.clone()
-        changed[0, 4] = (changed[0, 4] + 1) % CODES
-        after = on_a_small_grid(changed, classes_B)
+    before = on_a_small_grid(tokens_BT, classes_B)
+    changed = tokens_BT.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % CODES
+    after = on_a_small_grid(changed, classes_B)
     assert torch.equal(after[:, :5], before[:, :5])
     assert (after[:, 5:] != before[:, 5:]).all(dim=2).all()
 
