@@ -53,7 +53,7 @@ def assert_holds(tokenizer: Tokenizer, state: Tensors) -> None:
         assert parameter.dtype == torch.float32
         assert parameter.requires_grad
     assert not tokenizer.training
-    assert not tokenizer.quantize.awaits_features
+    assert bool(tokenizer.quantize.initialized)
 
 
 # --- Tokenizers --------------------------------------------------------------------------------------------------------------------------
