@@ -50,9 +50,9 @@ def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | Rel
 
     Args:
         path: the .ckpt file.
-        weights: of a tokenizer "ema", the averaged weights, with which the paper evaluates, or "raw", the trained ones. A transformer has
-            none but the trained ones, and the tokenizer beside it is taken as it stands where it has no averages (the release puts them in
-            the place of the trained weights there).
+        weights: of a tokenizer "ema", the averaged weights, or "raw", the trained ones. A transformer has none but the trained ones, and the
+            tokenizer beside it is taken as it stands where it has no averages (the authors' code puts them in the place of the trained
+            weights there).
 
     Returns:
         a Tokenizer, or a ReleasedGenerator if the file is a transformer's.
