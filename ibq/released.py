@@ -50,8 +50,8 @@ def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | Rel
 
     Args:
         path: the .ckpt file.
-        weights: of a tokenizer "ema", the averaged weights, or "raw", the trained ones. A transformer has none but the trained ones, and the
-            tokenizer beside it is taken as it stands where it has no averages (the authors' code puts them in the place of the trained
+        weights: of a tokenizer "ema", the averaged weights, or "raw", the trained ones. A transformer has none but the trained ones, and
+            the tokenizer beside it is taken as it stands where it has no averages (the authors' code puts them in the place of the trained
             weights there).
 
     Returns:
