@@ -20,6 +20,7 @@ from ibq.quantizers import (
     VQConfig,
     build_quantizer,
 )
+from ibq.released import load_released
 
 __version__ = "0.1.0"
 
@@ -42,5 +43,6 @@ __all__ = [
     "VectorQuantizer",
     "build_quantizer",
     "index_backprop",
+    "load_released",
     "load_tokenizer",
 ]

@@ -1,1 +1,1 @@
-"""Networks: the VQGAN autoencoder and the tokenizer that joins it to a quantizer."""
+"""Networks: the VQGAN autoencoder, the tokenizer that joins it to a quantizer, and the autoregressive transformer over its indices."""

@@ -43,6 +43,7 @@ def test_the_public_names_are_frozen() -> None:
         "VectorQuantizer",
         "build_quantizer",
         "index_backprop",
+        "load_released",
         "load_tokenizer",
     }
     assert len(ibq.__all__) == len(set(ibq.__all__))
