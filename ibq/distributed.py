@@ -215,6 +215,14 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def copy_of_first(value: T) -> T:
+    """The small, picklable object of rank 0."""
+    if initialized():
+        dist.broadcast_object_list(values := [value], 0)
+        return values[0]
+    return value
+
+
 def gather_rows(rows_Nx: torch.Tensor) -> torch.Tensor:
     """The rows of all processes, rank 0's first.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from ibq.distributed import sum_of_numbers
+
 
 class ImageQuality:
     """Accumulates pairs of batches; `compute` gives the means."""
@@ -46,6 +48,11 @@ class ImageQuality:
         for name, values_B in {"l1": l1_B, "mse": mse_B, "psnr_db": psnr_B, "ssim": ssim_B}.items():
             self._sums[name] += float(values_B.double().sum())
         self.images += len(x)
+
+    def reduce(self) -> None:
+        """Take in what the other processes have measured; a collective, once, after the last update."""
+        *sums, images = sum_of_numbers(*self._sums.values(), self.images)
+        self._sums, self.images = dict(zip(self._sums, sums, strict=True)), int(images)
 
     def compute(self) -> dict[str, float]:
         """Means over all images: l1 and mse in units of [-1, 1], psnr_db in dB, ssim in [-1, 1]."""
