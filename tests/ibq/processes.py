@@ -29,7 +29,7 @@ def set_environment(rank: int, world: int, port: int) -> None:
 
 
 def run_processes(work: Work, folder: Path, *worlds: int) -> None:
-    """Calls a function of a test module in a group of that many processes, for one world after the other; an error of any is raised here."""
+    """Calls a function of a test module in a group of that many processes, one world after the other; raises what any of them raises."""
     ports = [free_port() for _ in worlds]
     torch.multiprocessing.spawn(_run, args=(work, folder, worlds, ports), nprocs=max(worlds))
 
