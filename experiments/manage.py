@@ -17,11 +17,11 @@ from experiments.study import Cell, Study, unique_runs
 from experiments.sweep import train_study
 from ibq.config import TrainConfig, flatten, parse_train_config
 from ibq.data import DataError, load_images
+from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, nearest
 from ibq.evaluation import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
 from ibq.models.tokenizer import load_tokenizer
 from ibq.run_directory import RunDirectory, write_json
-from ibq.train_tokenizer import resolve_device
 
 EVALUATIONS: dict[str, str] = {
     "full_test": "the whole test split, where the row has its first images only",

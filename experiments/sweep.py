@@ -14,9 +14,9 @@ from typing import Any
 
 from experiments import worker
 from experiments.study import Cell, Study, unique_runs
+from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 from ibq.run_directory import append_line
-from ibq.train_tokenizer import resolve_device
 
 POLL_S = 0.3
 HEARTBEAT_S = 30.0

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from ibq.distributed import gather_rows, sum_of_numbers
+
 ADAM_EPS = 1e-8
 
 
@@ -113,6 +115,12 @@ class QuantizationError:
         sum_D = z_BDHW.sum((0, 2, 3))
         self._sum = sum_D if self._sum is None else self._sum + sum_D
         self._tokens += z_BDHW.shape[0] * z_BDHW.shape[2] * z_BDHW.shape[3]
+
+    def reduce(self) -> None:
+        """Take in what the other processes have measured; a collective, once, after the last update."""
+        self._error, self._square, tokens = sum_of_numbers(self._error, self._square, self._tokens)
+        self._tokens = int(tokens)
+        self._sum = gather_rows(torch.empty(0) if self._sum is None else self._sum[None]).sum(0)
 
     def compute(self) -> float:
         assert self._sum is not None, "compute before any update"

@@ -22,12 +22,13 @@ from tqdm import tqdm
 from ibq.data.folder import first_few
 from ibq.data.images import DataError, one_line, quoted
 from ibq.data.pictures import Fit, Framing, Picture, PictureFolder, to_float
+from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, NonFiniteInputError
 from ibq.evaluation import evaluating
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.ops.precision import full_float32
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import _peak_memory_gib, resolve_device
+from ibq.train_tokenizer import peak_memory_gib
 
 PIXEL_PROTOCOL = "float images in [-1, 1], reconstructions clamped, not rounded to 8 bits"
 USER_ERROR, INTERRUPTED = 2, 130
@@ -179,7 +180,7 @@ def progress(total: int) -> Iterator[tqdm[None]]:
 def closing_line(pictures: PictureFolder, used: int, device: torch.device) -> str:
     """How many pictures were used and skipped, the first reasons, and the peak memory."""
     skipped = f", {len(pictures.skipped):,} skipped ({first_few(pictures.skipped)})" if pictures.skipped else ""
-    return f"{used:,} picture{'s' * (used != 1)}{skipped}; peak memory {_peak_memory_gib(device):.2f} GiB"
+    return f"{used:,} picture{'s' * (used != 1)}{skipped}; peak memory {peak_memory_gib(device):.2f} GiB"
 
 
 def run_command(

@@ -1,27 +1,156 @@
-"""What several training processes share; every function is a no-op where torch.distributed is not initialised."""
+"""What several training processes share; every function is a no-op where torch.distributed is not initialised.
+
+Collective functions are called by all processes in the same order, or those that call wait for those that do not. Numbers, flags and
+objects travel through the CPU (gloo, also beside nccl): that costs no wait for a GPU, and gloo notices the end of a process at once.
+Suffix: N rows of this process, M of all processes in the order of their ranks.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from ibq.errors import ConfigError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits for a process that lives but does not come: longer than rank 0 measures or writes by itself."""
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run has ended, or no longer answers; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: its number, 0 to world - 1; rank 0 writes.
+        world: how many there are, on all nodes.
+        device: where it computes.
+        local_rank: its number on its node.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    local_rank: int
+
+
+# --- Beginning and end -------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process_group(device_name: str = "auto") -> Iterator[Processes]:
+    """Joins the processes that torchrun has started, for the length of the block; without torchrun this process is the only one.
+
+    A group that exists already is used, and left as it is. Else the block's end destroys it; an error aborts it first, so that neither this
+    process waits for the others nor they for it.
+
+    Args:
+        device_name: "auto", "cpu" or "cuda": under torchrun each process has the GPU of its local rank.  Without it, as `resolve_device`.
+
+    Raises:
+        ConfigError: torchrun's environment has gaps, a GPU is named, or there is none for this process.
+        PeerLostError: from a collective in the block.
+    """
+    if initialized():
+        local_rank = int(os.environ.get("LOCAL_RANK", rank()))
+        with peers():
+            yield Processes(rank(), world_size(), _own_device(device_name, local_rank), local_rank)
+        return
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        yield Processes(0, 1, resolve_device(device_name), 0)
+        return
+    if absent := [name for name in TORCHRUN if name not in os.environ]:
+        raise ConfigError(f"RANK and WORLD_SIZE are set but {' and '.join(absent)} not; start with torchrun, or unset them")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = _own_device(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with peers():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        leave = c10d._abort_process_group
+        try:
+            yield Processes(rank(), world_size(), device, local_rank)
+            leave = dist.destroy_process_group
+        finally:
+            leave()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device for 'auto', 'cpu', 'cuda' or 'cuda:N'.
+
+    Raises:
+        ConfigError: the name is not a device's, or a CUDA device is named and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device={name!r} is not known; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r} was asked for but torch sees no CUDA device; use device='auto' or 'cpu'")
+    return device
+
+
+def _own_device(name: str, local_rank: int) -> torch.device:
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ConfigError(f"device={name!r} names one GPU for all processes; set device='cuda', which gives each its own")
+    if local_rank >= (gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            f"process {local_rank} of this node, counted from 0, finds {gpus} GPUs; start torchrun with --nproc-per-node={gpus}, "
+            "or set device='cpu'"
+        )
+    return torch.device("cuda", local_rank)
+
+
+_LOST = re.compile(
+    r"connection (closed|reset|refused)[a-z ]*|broken pipe|timed out[a-z0-9 ]*|[a-z]* ?time-?out|remote process exited|"
+    r"nccl(Remote|System)Error|communicator was aborted|watchdog",
+    re.IGNORECASE,
+)
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Says in one sentence that another process is gone, where a collective in the block has failed because of that.
+
+    Raises:
+        PeerLostError: instead of what gloo, nccl or the store that processes meet at raise then; all other errors pass as they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        of_collectives = isinstance(error, dist.DistError) or "gloo/" in str(error) or str(error).startswith("Application timeout")
+        if not (of_collectives and (reason := _LOST.search(str(error)))):
+            raise
+        raise PeerLostError(
+            f"another process of this run has ended or does not answer ({reason.group().strip()}); what it said last tells why"
+        ) from None
+
+
+# --- Who am I ----------------------------------------------------------------------------------------------------------------------------
 
 
 def initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def sum_over_ranks(*tensors: torch.Tensor) -> None:
-    """Replace each tensor by its sum over all processes, in place."""
-    if initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def copy_from_first(*tensors: torch.Tensor) -> None:
-    """Replace each tensor by that of rank 0, in place: what was drawn at random is then equal on all processes."""
-    if initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
 
 
 def rank() -> int:
@@ -33,12 +162,113 @@ def world_size() -> int:
 
 
 def is_writer() -> bool:
+    """True on the one process that writes files: rank 0."""
     return rank() == 0
 
 
-def any_rank(*flags: bool) -> tuple[bool, ...]:
-    return flags
+# --- Collectives -------------------------------------------------------------------------------------------------------------------------
+
+
+def sum_over_ranks(*tensors: torch.Tensor) -> None:
+    """Replace each tensor by its sum over all processes, in place."""
+    if initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    """The mean over all processes of a floating tensor, a new one without gradient."""
+    mean = tensor.detach().clone()
+    sum_over_ranks(mean)
+    return mean / world_size()
+
+
+def sum_of_numbers(*numbers: float) -> tuple[float, ...]:
+    """The sum over all processes of each number, in float64."""
+    if not initialized():
+        return numbers
+    sum_over_ranks(sums := torch.tensor(numbers, dtype=torch.float64, device=_meeting_place()))
+    return tuple(sums.tolist())
+
+
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag, whether it is true on any process."""
+    if not initialized():
+        return flags
+    dist.all_reduce(together := torch.tensor(flags, dtype=torch.int32, device=_meeting_place()), op=dist.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in together.tolist())
+
+
+def copy_from_first(*tensors: torch.Tensor) -> None:
+    """Replace each tensor by that of rank 0, in place: what was drawn at random is then equal on all processes."""
+    if initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The small, picklable objects of all processes in the order of their ranks; tensors go through `gather_rows`."""
+    if not initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def copy_of_first(value: T) -> T:
+    """The small, picklable object of rank 0."""
+    if initialized():
+        dist.broadcast_object_list(values := [value], 0)
+        return values[0]
+    return value
+
+
+def gather_rows(rows_Nx: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, rank 0's first.
+
+    Args:
+        rows_Nx: N may differ between processes; one that has no row need not know the shape and type of a row.
+
+    Returns:
+        rows_Mx on the same device, without gradient.
+    """
+    if not initialized():
+        return rows_Nx.detach()
+    kinds = gather_objects((len(rows_Nx), tuple(rows_Nx.shape[1:]), rows_Nx.dtype))
+    counts = [n for n, _, _ in kinds]
+    _, shape, dtype = next((kind for kind in kinds if kind[0]), kinds[0])
+    padded = torch.zeros(max(counts), *shape, dtype=dtype, device=_meeting_place())
+    if len(rows_Nx):
+        padded[: len(rows_Nx)] = rows_Nx.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(rows_Nx.device)
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    any_rank(False)
+
+
+@contextmanager
+def shared_errors(*types: type[Exception]) -> Iterator[None]:
+    """An error of these types on one process is raised on all of them at the end of the block, so that none waits for another.
+
+    Args:
+        types: of errors that are made of one message. The block does no collective: whoever fails would leave the others in it.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except types as error:
+        own = error
+    raised = [each for each in gather_objects(None if own is None else (type(own), str(own))) if each is not None]
+    if own is not None:
+        raise own
+    for kind, message in raised:
+        raise kind(message)
+
+
+def _meeting_place() -> str:
+    """The device whose tensors reach all processes; the CPU, unless someone has made a group of nccl alone."""
+    return "cpu" if "cpu:" in dist.get_backend_config() else "cuda"

@@ -1,9 +1,14 @@
-"""Evaluation of a tokenizer on a stated split: usage, rate and distortion side by side, with the protocol that the numbers belong to."""
+"""Evaluation of a tokenizer on a stated split: usage, rate and distortion side by side, with the protocol that the numbers belong to.
+
+Several processes share an evaluation batch by batch: every batch is that of one process, whoever computes it, no image is padded or counted
+twice, and each process has a run of batches, rank 0 the first, so that what they gather is in the order of the images.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +18,10 @@ from torch import nn
 from ibq.analysis import QuantizationError
 from ibq.data import DataError, Images
 from ibq.data.images import one_line
+from ibq.distributed import copy_of_first, gather_objects, is_writer, rank, shared_errors, sum_over_ranks, world_size
+from ibq.errors import NonFiniteInputError
 from ibq.metrics import ImageQuality, usage_metrics
-from ibq.metrics.distances import Distances, to_uint8, too_few
+from ibq.metrics.distances import EXTRACTED_AT_ONCE, Distances, References, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
 from ibq.models.tokenizer import Tokenizer
 
@@ -52,51 +59,95 @@ def _sparing(reasons: list[str]) -> Iterator[None]:
         reasons.append(one_line(error))
 
 
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """The batches of this process among all of the first `n_images`; gone through, it gives their pixels."""
+
+    images: Images
+    n_images: int
+    batch_size: int
+
+    @property
+    def batches(self) -> list[torch.Tensor]:
+        """Indices of the images of each batch, ascending."""
+        of_all = torch.arange(self.n_images).split(self.batch_size)
+        return [of_all[b] for b in torch.arange(len(of_all)).tensor_split(world_size())[rank()]]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for indices_B in torch.cat([torch.arange(0), *self.batches]).split(EXTRACTED_AT_ONCE):
+            yield self.images.pixels(indices_B)
+
+
 def evaluate(
     tokenizer: Tokenizer, images: Images, n_images: int, batch_size: int, weights: str
 ) -> tuple[dict[str, float], dict[str, Any], dict[str, torch.Tensor]]:
-    """Reconstruct the first `n_images` of a split in float32.
+    """Reconstruct the first `n_images` of a split in float32; with several processes a collective, each computing a share of the batches.
 
     Args:
         tokenizer: on the device to compute on.
         images: the split; its name stands in the protocol.
         n_images: how many, from the start of the split; at most all.
-        batch_size: images a forward pass; for speed and memory, the numbers it changes by rounding at most.
+        batch_size: images a forward pass; for speed and memory, the numbers it changes by rounding at most. The number of processes
+            changes less: counts not at all.
         weights: which weights these are ("ema" or "raw"), for the protocol.
 
     Returns:
         metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z, both in the space of the codes, and for
         Fashion-MNIST the distances in the features of fashion-cnn); protocol, which also says why distances are absent; and tensors:
-        counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8 of the first batch).
+        counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8 of the first batch; rank 0 alone has these two).
+
+    Raises:
+        NonFiniteInputError: features of this or another process have NaN or infinite values.
+        DataError: images of this or another process cannot be read.
     """
     n_images = min(n_images, len(images))
     device = next(tokenizer.parameters()).device
     counts_K = torch.zeros(tokenizer.config.quantizer.codebook_size, dtype=torch.int64, device=device)
-    quality, error, shown = ImageQuality(), QuantizationError(), None
+    quality, error = ImageQuality(), QuantizationError()
+    shown: dict[str, torch.Tensor] = {}
+    share = _Share(images, n_images, batch_size)
+    distances: Distances | None = None
     absent: list[str] = []
     with _sparing(absent):
-        distances = _fashion_cnn_distances(images, n_images, device)
-    with evaluating(tokenizer):
-        for indices_B in torch.arange(n_images).split(batch_size):
+        distances = _fashion_cnn_distances(share, device)
+    with shared_errors(NonFiniteInputError, DataError), evaluating(tokenizer):
+        for indices_B in share.batches:
             x_BCHW = images.batch(indices_B, device)
             y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
             quality.update(x_BCHW, y_BCHW)
-            if not absent:
+            if distances and not absent:
                 with _sparing(absent):
                     distances.update(y_BCHW)
             error.update(tokenizer.quantize.to_code_space(z_BDHW), quantized.z_q)
             counts_K += torch.bincount(quantized.indices.flatten(), minlength=len(counts_K))
-            shown = shown if shown is not None else (to_uint8(x_BCHW[:SHOWN_IMAGES]), to_uint8(y_BCHW[:SHOWN_IMAGES]))
-    assert shown is not None
-    metrics, protocol = usage_metrics(counts_K) | quality.compute(), _protocol(images, n_images, weights)
-    metrics["quantization_error"] = error.compute()
-    if not absent:
-        with _sparing(absent):
-            perceptual, perceptual_protocol = distances.compute()
-            metrics, protocol = metrics | perceptual, protocol | perceptual_protocol
+            if is_writer() and not shown:
+                shown = {"images_BCHW": to_uint8(x_BCHW[:SHOWN_IMAGES]), "reconstructions_BCHW": to_uint8(y_BCHW[:SHOWN_IMAGES])}
+    sum_over_ranks(counts_K)
+    quality.reduce()
+    error.reduce()
+    perceptual, perceptual_protocol = _measured(distances, absent)
+    metrics = usage_metrics(counts_K) | quality.compute() | {"quantization_error": error.compute()} | perceptual
+    protocol = _protocol(images, n_images, weights) | perceptual_protocol
     if absent:
         protocol["distances[fashion-cnn]"] = f"absent: {absent[0]}"
-    return metrics, protocol, {"counts_K": counts_K, "images_BCHW": shown[0], "reconstructions_BCHW": shown[1]}
+    return metrics, protocol, {"counts_K": counts_K} | shown
+
+
+def _measured(metric: Distances | LPIPS | None, absent: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics and protocol over the images of all processes, a collective; where one process fails, all note in `absent` why."""
+    if isinstance(metric, Distances) and not absent:
+        with _sparing(absent):
+            metric.finish()
+    absent[:] = [reason for reasons in gather_objects(absent) for reason in reasons]
+    measured: tuple[dict[str, float], dict[str, Any]] = {}, {}
+    if absent or metric is None:
+        return measured
+    metric.reduce()
+    if is_writer():  # FID's square root or KID's subsets on every process would only make all of them slower
+        with _sparing(absent):
+            measured = metric.compute()
+    measured, absent[:] = copy_of_first((measured, absent))
+    return measured
 
 
 class PerceptualEvaluation:
@@ -113,7 +164,7 @@ class PerceptualEvaluation:
     def __call__(
         self, tokenizer: Tokenizer, images: Images, n_images: int, batch_size: int, weights: str
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """Arguments as in `evaluate`; metrics and protocol.
+        """Arguments as in `evaluate`, as is the work of several processes; metrics and protocol.
 
         Raises:
             UnfitError: the metric means nothing on these images, or on so few, or fails on them; said before the network is sought, if so.
@@ -121,18 +172,21 @@ class PerceptualEvaluation:
         """
         n_images = min(n_images, len(images))
         self._require_fit(images, n_images)
-        start = self._start
+        with shared_errors(DataError):
+            start = self._start
+        share = _Share(images, n_images, batch_size)
+        metric: Distances | LPIPS | None = None
         absent: list[str] = []
         with _sparing(absent), evaluating(tokenizer):
-            metric = start(images.images_NCHW[:n_images])
-            for indices_B in torch.arange(n_images).split(batch_size):
+            metric = start(share)
+            for indices_B in share.batches:
                 x_BCHW = images.batch(indices_B, next(tokenizer.parameters()).device)
                 y_BCHW, _, _ = tokenizer(x_BCHW)
                 if isinstance(metric, LPIPS):
                     metric.update(x_BCHW, y_BCHW)
                 else:
                     metric.update(y_BCHW)
-            metrics, protocol = metric.compute()
+        metrics, protocol = _measured(metric, absent)
         if absent or not metrics:
             raise UnfitError(f"{self.name} is {f'absent: {absent[0]}' if absent else next(iter(protocol.values()))}")
         return metrics, _protocol(images, n_images, weights) | protocol
@@ -141,13 +195,13 @@ class PerceptualEvaluation:
         if self.name == "fashion-cnn":
             _require_fashion_mnist(images)
         if self.name in LPIPS_BACKBONES:
-            if reason := too_small(images.images_NCHW):
+            if reason := too_small(images.pixels(torch.arange(1))):
                 raise UnfitError(reason)
         elif reason := too_few(n_images):
             raise UnfitError(f"{self.name} is absent: {reason}; evaluate more images")
 
     @cached_property
-    def _start(self) -> Callable[[torch.Tensor], Distances | LPIPS]:
+    def _start(self) -> Callable[[References], Distances | LPIPS]:
         """What begins to measure against references, its network loaded."""
         network = self.network
         if isinstance(network, nn.Module):
@@ -168,14 +222,14 @@ class PerceptualEvaluation:
             raise DataError(f"{self.name} needs a package that cannot be imported ({one_line(error)}); install ibq again") from None
 
 
-def _fashion_cnn_distances(images: Images, n_images: int, device: torch.device) -> Distances:
+def _fashion_cnn_distances(share: _Share, device: torch.device) -> Distances:
     """Ready to be fed. DataError: they would mean nothing here, or the weights are absent; ImportError: torch-fidelity is."""
-    _require_fashion_mnist(images)
-    if reason := too_few(n_images):  # said before seconds are spent on importing
+    _require_fashion_mnist(share.images)
+    if reason := too_few(share.n_images):  # said before seconds are spent on importing
         raise UnfitError(reason)
     from ibq.metrics.extractors import fashion_cnn_extractor
 
-    return Distances(fashion_cnn_extractor(device), images.images_NCHW[:n_images])
+    return Distances(fashion_cnn_extractor(device), share)
 
 
 def _require_fashion_mnist(images: Images) -> None:

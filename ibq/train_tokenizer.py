@@ -23,7 +23,7 @@ import torch
 from ibq.checkpoint import load_checkpoint, remove_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig, flatten, parse_train_config
 from ibq.data import Images, data_hash, load_images
-from ibq.distributed import any_rank, is_writer
+from ibq.distributed import any_rank, is_writer, resolve_device
 from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation import evaluate, evaluating
 from ibq.losses import (
@@ -75,23 +75,6 @@ class StopRequested(Exception):  # noqa: N818 (not an error)
 
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device for 'auto', 'cpu', 'cuda' or 'cuda:N'.
-
-    Raises:
-        ConfigError: the name is not a device's, or a CUDA device is named and there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={name!r} is not known; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r} was asked for but torch sees no CUDA device; use device='auto' or 'cpu'")
-    return device
 
 
 def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch.Tensor:
@@ -159,17 +142,24 @@ def train_tokenizer(
         for damage in damaged:
             append_line(run.attempts, {"event": "damaged", "reason": f"{damage}; going on from step {state.step}"})
         run.rewind(state.step)
-        if state.step == 0 and 0 in snapshot_steps:
-            run.write_snapshot(0, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
+    if state.step == 0 and 0 in snapshot_steps:
+        snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window, device)
+        if writer:
+            run.write_snapshot(0, snapshot)
 
     # ---------------------------------------------------------------- the loop
     autocast = torch.autocast(device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32")
-    last_checkpoint = time.perf_counter()
+    last_checkpoint, saved_step = time.perf_counter(), state.step
     while state.step < config.steps:
-        (stop,) = any_rank(should_stop())
+        # ---------------------------- before a step, all processes agreeing: stop, checkpoint; none of it counts as training time
+        due = writer and state.step != saved_step and time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s
+        stop, save = any_rank(should_stop(), due)
+        if stop or save:
+            if name := state.not_finite():
+                raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", data)
+            state.save(run.checkpoint, data)
+            last_checkpoint, saved_step = time.perf_counter(), state.step
         if stop:
-            if writer:
-                state.save(run.checkpoint, data)
             raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
         # ---------------------------- one training step
@@ -230,7 +220,7 @@ def train_tokenizer(
         state.step += 1
         state.seconds += time.perf_counter() - started
 
-        # ---------------------------- once in a while: log, snapshot, checkpoint; none of it counts as training time
+        # ---------------------------- once in a while: log, snapshot
         if state.step % runtime.log_every == 0 or state.step == config.steps:
             record = {"step": state.step, "seconds": state.seconds, "lr": lr} | generator.report()
             if discriminator is not None:
@@ -242,19 +232,14 @@ def train_tokenizer(
                 append_line(run.history, record)
             yield LogEvent(state.step, config.steps, record)
         if state.step in snapshot_steps:
-            if writer:
-                run.write_snapshot(state.step, take_snapshot(tokenizer, test_images, state.snapshot_window, device))
+            snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window, device)
             state.snapshot_window.reset()
-        if time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s and state.step < config.steps:
-            if name := state.not_finite():
-                raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", data)
             if writer:
-                state.save(run.checkpoint, data)
-            last_checkpoint = time.perf_counter()
+                run.write_snapshot(state.step, snapshot)
 
     # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
     averaged = state.averaged_tokenizer
-    peak = {"peak_memory_gib": _peak_memory_gib(device)}  # of training: not of what an evaluation imports
+    peak = {"peak_memory_gib": peak_memory_gib(device)}  # of training: not of what an evaluation imports
     try:
         metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
     except NonFiniteInputError as error:  # the last update was one too many
@@ -310,11 +295,12 @@ def _check_config(run: RunDirectory, config: TrainConfig) -> None:
 
 def _lost(run: RunDirectory, state: TrainingState, reason: str, data: str) -> NonFiniteError:
     """Write the row of a run that did not stay finite; returns what to raise."""
-    write_json(run.row, _row(state, "nan", {"peak_memory_gib": _peak_memory_gib(state.device), "reason": reason}, {}, data))
+    if is_writer():
+        write_json(run.row, _row(state, "nan", {"peak_memory_gib": peak_memory_gib(state.device), "reason": reason}, {}, data))
     return NonFiniteError(reason)
 
 
-def _peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """What this process has needed so far: of the device's memory or, on a CPU, of its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ibq.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig
-from ibq.distributed import any_rank, initialized, mean_over_ranks, rank
+from ibq.distributed import any_rank, initialized, is_writer, mean_over_ranks, rank
 from ibq.errors import NonFiniteError
 from ibq.losses import Weight, weighted, weighted_sum
 from ibq.metrics import usage_metrics
@@ -44,9 +44,9 @@ class Player:
         self.optimizer = torch.optim.Adam(trained, lr=config.optim.lr, betas=config.optim.betas, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
-    def distribute(self, device: torch.device) -> None:
+    def distribute(self) -> None:
         """Average gradients over all processes from now on; the network becomes rank 0's."""
-        self.model = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+        self.model = DistributedDataParallel(self.network, broadcast_buffers=False)
 
     def begin(self, lr: float, micro_batches: int) -> None:
         for group in self.optimizer.param_groups:
@@ -98,7 +98,7 @@ class Player:
         micro-batches and processes."""
         names, raw, share = list(self._raw), torch.stack([*self._raw.values()]), torch.stack([*self._weighted.values()])
         raw, share = mean_over_ranks(raw), mean_over_ranks(share)
-        report = {f"{prefix}gradient_norm": self.norm.item(), f"{prefix}loss": share.sum().item()}
+        report: dict[str, float] = {f"{prefix}gradient_norm": self.norm.item(), f"{prefix}loss": share.sum().item()}
         report |= {f"loss_{name}": value for name, value in zip(names, raw.tolist(), strict=True)}
         report |= {f"weighted_{name}": value for name, value in zip(names, share.tolist(), strict=True)}
         return report | ({f"{prefix}fp16_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
@@ -129,6 +129,7 @@ class TrainingState:
         self.logit_averages_2 = torch.zeros(2, device=device)
         self.log_window, self.snapshot_window = (TokenWindow(config.quantizer.codebook_size, device) for _ in range(2))
         self.pixel_window = LossWindow(device)
+        self.windows = {"log": self.log_window, "snapshot": self.snapshot_window, "pixel": self.pixel_window}
         self.step, self.seconds = 0, 0.0
 
     @property
@@ -169,8 +170,8 @@ class TrainingState:
         self.pixel_window.add(pixel)
 
     def report(self) -> dict[str, float]:
-        """Usage and mean pixel loss of all batches since the last report, where loss_pixel is of one."""
-        report = {"pixel_mean": self.pixel_window.mean()} | usage_metrics(self.log_window.counts_K)
+        """Usage and mean pixel loss of all batches since the last report, where loss_pixel is of one; a collective."""
+        report = {"pixel_mean": self.pixel_window.mean()} | usage_metrics(self.log_window.total())
         self.log_window.reset()
         self.pixel_window.reset()
         return report
@@ -194,7 +195,7 @@ class TrainingState:
         if not initialized():
             return
         for player in self.players.values():
-            player.distribute(self.device)
+            player.distribute()
         if self.config.averages == "global":
             self.tokenizer.quantize.group = dist.group.WORLD
         if rank():
@@ -206,11 +207,10 @@ class TrainingState:
         return next((name for name, parameter in named if not parameter.isfinite().all()), None)
 
     def save(self, folder: Path, data_hash: str) -> None:
-        """Write the checkpoint of all processes, from one of them."""
+        """Write the checkpoint, which is rank 0's state but for the windows, which are everyone's; a collective."""
         tensors = {name: value for key, player in self.players.items() for name, value in player.tensors(key).items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        tensors |= {"window.log": self.log_window.counts_K, "window.snapshot": self.snapshot_window.counts_K}
-        tensors |= {"window.pixel": self.pixel_window.sum_and_count}
+        tensors |= {f"window.{name}": window.total() for name, window in self.windows.items()}
         if "discriminator" in self.players:
             tensors["lecam.averages"] = self.logit_averages_2
         tensors["rng.cpu"] = torch.get_rng_state()
@@ -219,7 +219,8 @@ class TrainingState:
         meta = {"step": self.step, "seconds": self.seconds, "data_hash": data_hash}
         meta |= {"scalers": {name: player.scaler.state_dict() for name, player in self.players.items()}}
         meta |= {"commit": source_commit(), "results_version": RESULTS_VERSION}
-        save_checkpoint(folder, tensors, meta)
+        if is_writer():
+            save_checkpoint(folder, tensors, meta)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         tensors, meta = checkpoint.tensors, checkpoint.meta
@@ -227,9 +228,8 @@ class TrainingState:
         for name, player in self.players.items():
             player.restore(name, checkpoint, updated=meta["step"] > begins_at[name])
         self.average.load_state_dict(part_of(tensors, "average."))
-        self.log_window.counts_K = tensors["window.log"].to(self.device)
-        self.snapshot_window.counts_K = tensors["window.snapshot"].to(self.device)
-        self.pixel_window.sum_and_count = tensors["window.pixel"].to(self.device)
+        for name, window in self.windows.items():
+            window.restore(tensors[f"window.{name}"])
         if "discriminator" in self.players:
             self.logit_averages_2 = tensors["lecam.averages"].to(self.device)
         torch.set_rng_state(tensors["rng.cpu"])

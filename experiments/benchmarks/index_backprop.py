@@ -26,9 +26,9 @@ from matplotlib.lines import Line2D
 
 from experiments import figures, tables
 from experiments.study import ROOT
+from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 from ibq.run_directory import source_commit, write_json, write_text
-from ibq.train_tokenizer import resolve_device
 
 NAME = "index_backprop"
 METHODS = ("released", "dense", "chunked", "triton")

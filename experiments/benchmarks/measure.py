@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 from ibq.ops import index_backprop
 from ibq.ops.door import Backend
-from ibq.train_tokenizer import resolve_device
 
 TOKENS_PER_IMAGE = 256
 """16 x 16, as in the paper's images."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from safetensors.torch import load_file
 
 from ibq.data.fashion_mnist import cache_folder
 from ibq.data.images import DataError
+from ibq.distributed import gather_rows
 from ibq.ops.precision import full_float32
 from ibq.run_directory import write_tensors
 
@@ -54,30 +56,47 @@ def too_few(n_images: int) -> str | None:
     return f"{n_images} images are too few, {FEWEST_IMAGES} are needed" if n_images < FEWEST_IMAGES else None
 
 
+References = Iterable[torch.Tensor]
+"""Batches of any sizes of images, uint8 (B, C, H, W), C of 1 or 3, that can be gone through twice."""
+
+
 class Distances:
     """Gathers the features of images batch by batch; `compute` gives the distances to the references.
 
+    Several processes share the work thus: each adds some of the images and has some of the references, both in the order of their ranks;
+    each calls `finish` and `reduce`, and then any of them `compute`.
+
     Args:
         extractor: the network.
-        references_NCHW: uint8, C of 1 or 3, at least one image, of the size of the images to come.
+        references: of the size of the images to come, at least one.
     """
 
-    def __init__(self, extractor: Extractor, references_NCHW: torch.Tensor) -> None:
+    def __init__(self, extractor: Extractor, references: References) -> None:
         self.extractor = extractor
-        self.references_NCHW = references_NCHW
+        self.references = references
         self._stream = _FeatureStream(extractor)
+        self._rows: tuple[torch.Tensor, ...] = ()
 
     def update(self, images_BCHW: torch.Tensor) -> None:
         """Add a batch: float in [-1, 1], clamped to it."""
         self._stream.add(to_uint8(images_BCHW))
+
+    def finish(self) -> None:
+        """Extract what is left to extract, after the last update; no collective, since this may fail on one process alone."""
+        if not self._rows:
+            self._rows = (*self._stream.finish(), reference_features(self.extractor, self.references))
+
+    def reduce(self) -> None:
+        """Take in what the other processes have extracted; a collective, once, after `finish`."""
+        self._rows = tuple(gather_rows(rows) for rows in self._rows)
 
     def compute(self) -> tuple[dict[str, float], dict[str, Any]]:
         """The distances that mean something, labelled with the network's suffix, and their protocol.
 
         The protocol has an entry `distances` (with the suffix), and one under a metric's own name where that one alone is absent: why.
         """
-        features_NF, logits_NL = self._stream.finish()
-        reference_features_NF = reference_features(self.extractor, self.references_NCHW)
+        self.finish()
+        features_NF, logits_NL, reference_features_NF = self._rows
         metrics, absent = distances(features_NF, logits_NL, reference_features_NF)
         suffix = self.extractor.suffix
         protocol = {f"{name}{suffix}": f"absent: {reason}" for name, reason in absent.items()}
@@ -126,32 +145,39 @@ def distances(
     return {name: value for name, value in metrics.items() if name not in absent}, absent
 
 
-def reference_features(extractor: Extractor, references_NCHW: torch.Tensor) -> torch.Tensor:
+def reference_features(extractor: Extractor, references: References) -> torch.Tensor:
     """Features of references (N, F), float32 on the CPU: from the cache if the same were extracted before, else extracted and kept there.
 
     The cache is the folder `features` where fetched data lie too (IBQ_CACHE). A damaged file counts as absent, and a folder that cannot be
     written costs the time of extracting again, no more.
     """
     try:
-        path = cache_folder() / "features" / f"{_content_key(extractor, references_NCHW)}.safetensors"
+        folder = cache_folder() / "features"
     except DataError:
-        return _extract(extractor, references_NCHW)
-    kept_NF = _read_features(path, len(references_NCHW))
+        return _extract(extractor, references)
+    key, n_images = _content_key(extractor, references)
+    path = folder / f"{key}.safetensors"
+    kept_NF = _read_features(path, n_images)
     if kept_NF is not None:
         return kept_NF
-    features_NF = _extract(extractor, references_NCHW)
+    features_NF = _extract(extractor, references)
     with contextlib.suppress(OSError, SafetensorError):  # the latter is how safetensors reports a full disk
         write_tensors(path, {"features_NF": features_NF, "sha256": _digest_tensor(features_NF)})
     return features_NF
 
 
-def _content_key(extractor: Extractor, references_NCHW: torch.Tensor) -> str:
+def _content_key(extractor: Extractor, references: References) -> tuple[str, int]:
+    """What stands for the network and the images, whatever batches they come in; and how many images these are."""
     import torch_fidelity
 
-    named = (torch_fidelity.__version__, extractor.name, extractor.weights, extractor.device.type, tuple(references_NCHW.shape))
-    digest = hashlib.sha256(repr(named).encode())
-    digest.update(references_NCHW.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+    named = (torch_fidelity.__version__, extractor.name, extractor.weights, extractor.device.type)
+    digest, n_images = hashlib.sha256(repr(named).encode()), 0
+    shape: tuple[int, ...] = ()
+    for images_BCHW in references:
+        digest.update(images_BCHW.cpu().contiguous().numpy().data)
+        n_images, shape = n_images + len(images_BCHW), tuple(images_BCHW.shape[1:])
+    digest.update(repr((n_images, *shape)).encode())
+    return digest.hexdigest(), n_images
 
 
 def _read_features(path: Path, n_images: int) -> torch.Tensor | None:
@@ -168,9 +194,9 @@ def _digest_tensor(features_NF: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(bytearray(hashlib.sha256(features_NF.contiguous().numpy().data).digest()), dtype=torch.uint8)
 
 
-def _extract(extractor: Extractor, images_NCHW: torch.Tensor) -> torch.Tensor:
+def _extract(extractor: Extractor, references: References) -> torch.Tensor:
     stream = _FeatureStream(extractor)
-    for images_BCHW in images_NCHW.split(EXTRACTED_AT_ONCE):
+    for images_BCHW in references:
         stream.add(images_BCHW)
     return stream.finish()[0]
 
@@ -191,11 +217,11 @@ class _FeatureStream:
         self._waiting = [rest]
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """features_NF and logits_NL, float32 on the CPU."""
+        """features_NF and logits_NL, float32 on the CPU; without images nothing but empty."""
         for batch_BCHW in self._waiting:
             self._extract(batch_BCHW)
         self._waiting = []
-        return torch.cat(self._features), torch.cat(self._logits)
+        return (torch.cat(self._features), torch.cat(self._logits)) if self._features else (torch.empty(0), torch.empty(0))
 
     @torch.no_grad()
     def _extract(self, images_BCHW: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ibq.data.images import DataError
+from ibq.distributed import sum_of_numbers
 from ibq.ops.precision import full_float32
 from ibq.pretrained import load_pretrained
 
@@ -57,6 +58,11 @@ class LPIPS:
             with full_float32(self.device, convolutions=True):
                 self._sum += float(self.network(*rgb_pair).double().sum())
         self.images += len(originals_BCHW)
+
+    def reduce(self) -> None:
+        """Take in what the other processes have measured; a collective, once, after the last update."""
+        self._sum, images = sum_of_numbers(self._sum, self.images)
+        self.images = int(images)
 
     def compute(self) -> tuple[dict[str, float], dict[str, Any]]:
         """The mean, and its protocol, both under `lpips[alex]` or `lpips[vgg]`."""

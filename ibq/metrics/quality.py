@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from ibq.distributed import sum_of_numbers
+
 SSIM_WINDOW = 11
 
 
@@ -38,6 +40,11 @@ class ImageQuality:
             self._sums[name] += float(values_B.sum())
         self._sums["ssim"] += float(ssim(originals_BCHW, reconstructions_BCHW).sum())
         self.images += len(originals_BCHW)
+
+    def reduce(self) -> None:
+        """Take in what the other processes have measured; a collective, once, after the last update."""
+        *sums, images = sum_of_numbers(*self._sums.values(), self.images)
+        self._sums, self.images = dict(zip(self._sums, sums, strict=True)), int(images)
 
     def compute(self) -> dict[str, float]:
         """Means over all images: l1 and mse in units of [-1, 1], psnr_db in dB, ssim in [-1, 1]."""

@@ -101,6 +101,12 @@ class Quantizer(nn.Module):
     config_class: ClassVar[type[QuantizerConfig]]
     paper: ClassVar[str] = ""
     """Where the method comes from, for tables."""
+    group: dist.ProcessGroup | None = None
+    """Processes that train together and share the mean assignment of the entropy penalty; None keeps it local, as released.
+
+    Set it on all of them alike. Then each step of training is a collective: all run it, and what is not finite on one is refused by all.
+    Evaluation never is. A copy of the quantizer, such as averaged weights, has none.
+    """
 
     def __init_subclass__(cls, *, config: type[QuantizerConfig] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -112,6 +118,14 @@ class Quantizer(nn.Module):
         super().__init__()
         self.config = config
         self.group: dist.ProcessGroup | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"group": None}  # a group can be neither copied nor pickled
+
+    @property
+    def training_group(self) -> dist.ProcessGroup | None:
+        """The group in training, None in evaluation, where processes run different numbers of batches."""
+        return self.group if self.training else None
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -144,7 +158,7 @@ class Quantizer(nn.Module):
 
         Raises:
             ValueError: z has not four dimensions, or its channels are not the config's code_dim.
-            NonFiniteInputError: z has NaN or infinite values.
+            NonFiniteInputError: z has NaN or infinite values; in training with a group, z or the codebook of any process has.
         """
         if z_BDHW.dim() != 4 or z_BDHW.shape[1] != self.config.code_dim:
             raise ValueError(
@@ -155,9 +169,15 @@ class Quantizer(nn.Module):
             z_ND = z_BDHW.permute(0, 2, 3, 1).reshape(-1, D)
             z_ND = z_ND if z_ND.dtype == torch.float64 else z_ND.float()
             if not torch.compiler.is_compiling():  # whose graph would break; there the operator alone checks
-                require_finite(features=z_ND)
+                self._require_finite(z_ND)
             z_q_ND, indices_N, losses = self.quantize(z_ND)
         return Quantized(z_q_ND.reshape(B, H, W, D).permute(0, 3, 1, 2), indices_N.reshape(B, H, W), losses)
+
+    def _require_finite(self, z_ND: torch.Tensor) -> None:
+        if (group := self.training_group) is None:
+            require_finite(features=z_ND)  # the operators look at the codebook
+        else:  # before any of them refuses a codebook on one process alone
+            require_finite(group.group_name, features=z_ND, codebook=self.codebook)
 
     def mend_average(self, average: Quantizer) -> None:
         """Give `average`, whose weights have just been averaged with these, what an average is wrong for: by default nothing is.

@@ -91,7 +91,9 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
         query_ND = self.config.scale * z_ND
         tau = self.config.active_entropy_temperature
         matmul_dtype = torch.bfloat16 if self.config.matmul_precision == "bfloat16" else None
-        z_q_ND, indices_N, *both = index_backprop(query_ND, codebook_KD, entropy_temperature=tau, matmul_dtype=matmul_dtype)
+        z_q_ND, indices_N, *both = index_backprop(
+            query_ND, codebook_KD, entropy_temperature=tau, matmul_dtype=matmul_dtype, group=self.training_group
+        )
         codes_ND = codebook_KD[indices_N]
         if self.config.soft_path != "both" or self.config.top_m is not None:
             z_q_ND = self._controlled(z_ND, query_ND, codebook_KD, codes_ND)

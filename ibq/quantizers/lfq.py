@@ -91,7 +91,7 @@ class LookupFreeQuantizer(ImpliedCodebookQuantizer, config=LFQConfig):
     def _entropies(self, x_ND: torch.Tensor) -> dict[str, torch.Tensor]:
         tau = self.config.entropy_temperature
         sample_entropy = bit_entropy(4 * self.magnitude * x_ND / tau).sum(1).mean()
-        *_, codebook_entropy = index_backprop(2 * x_ND, self.codebook, entropy_temperature=tau)
+        *_, codebook_entropy = index_backprop(2 * x_ND, self.codebook, entropy_temperature=tau, group=self.training_group)
         assert codebook_entropy is not None
         losses = {"sample_entropy": sample_entropy, "codebook_entropy": codebook_entropy}
         if self.config.boosted:

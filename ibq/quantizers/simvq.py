@@ -44,6 +44,6 @@ class SimVectorQuantizer(Quantizer, config=SimVQConfig):
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         codebook_KD = self.codebook
-        indices_N, entropies = nearest_with_entropies(z_ND, codebook_KD, self.config.active_entropy_temperature)
+        indices_N, entropies = nearest_with_entropies(z_ND, codebook_KD, self.config.active_entropy_temperature, self.training_group)
         codes_ND = codebook_KD[indices_N]
         return straight_through(z_ND, codes_ND), indices_N, quantization_terms(z_ND, codes_ND) | entropies

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -102,7 +103,7 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
         if self.training:
             self._apply_updates()
         z_ND, codebook_KD = self.to_code_space(z_ND), self.codebook
-        indices_N, entropies = nearest_with_entropies(z_ND, codebook_KD, self.config.active_entropy_temperature)
+        indices_N, entropies = nearest_with_entropies(z_ND, codebook_KD, self.config.active_entropy_temperature, self.training_group)
         codes_ND = codebook_KD[indices_N]
         z_q_ND = (rotation if self.config.gradient == "rotation" else straight_through)(z_ND, codes_ND)
         losses = quantization_terms(z_ND, codes_ND) | entropies
@@ -146,10 +147,12 @@ def linear_from_identity(D: int) -> nn.Linear:
 
 
 def nearest_with_entropies(
-    z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None
+    z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Indices of the Euclidean nearest codes, and the entropy terms of softmax(-|z - c|^2 / temperature) where there is a temperature."""
+    """Indices of the Euclidean nearest codes, and the entropy terms of softmax(-|z - c|^2 / temperature) where there is a temperature.
+
+    The mean assignment is that of the group's processes, or local."""
     if temperature is None:
         return nearest_code(z_ND, codebook_KD), {}
-    _, indices_N, *both = index_backprop(*euclidean_as_dot(z_ND, codebook_KD), entropy_temperature=temperature)
+    _, indices_N, *both = index_backprop(*euclidean_as_dot(z_ND, codebook_KD), entropy_temperature=temperature, group=group)
     return indices_N, entropy_terms(*both)

@@ -55,7 +55,7 @@ def blurred(images_N1HW: torch.Tensor) -> torch.Tensor:
 
 
 def measured(extractor: Extractor, references_N1HW: torch.Tensor, images_N1HW: torch.Tensor, batch_size: int = 100) -> dict[str, float]:
-    streaming = Distances(extractor, references_N1HW)
+    streaming = Distances(extractor, references_N1HW.split(64))
     for images_BCHW in images_N1HW.split(batch_size):
         streaming.update(images_BCHW)
     metrics, protocol = streaming.compute()
@@ -146,7 +146,7 @@ def test_fid_equals_the_formula_in_float64_where_float32_would_not() -> None:
 
 
 def test_what_would_mean_nothing_is_absent_and_says_why(test_split: Images, extractor: Extractor) -> None:
-    few = Distances(extractor, test_split.images_NCHW[:16])
+    few = Distances(extractor, [test_split.images_NCHW[:16]])
     few.update(test_split.batch(torch.arange(16), CPU))
     metrics, protocol = few.compute()
     assert metrics == {}
@@ -166,7 +166,7 @@ def test_a_fid_that_is_no_number_is_absent_and_not_0(monkeypatch: pytest.MonkeyP
 
 
 def test_the_protocol_names_what_the_numbers_belong_to(test_split: Images, extractor: Extractor) -> None:
-    streaming = Distances(extractor, test_split.images_NCHW[:200])
+    streaming = Distances(extractor, test_split.images_NCHW[:200].split(50))
     streaming.update(test_split.batch(torch.arange(150), CPU))
     _, protocol = streaming.compute()
     parts = ("torch-fidelity 0.", f"fashion-cnn {fashion_cnn.WEIGHTS_SHA256[:8]}", "150 uint8 images against 200", "100 subsets of 15")
@@ -175,7 +175,7 @@ def test_the_protocol_names_what_the_numbers_belong_to(test_split: Images, extra
 
 def test_one_distance_may_be_absent_alone(test_split: Images) -> None:
     wide = Extractor("wide", "[wide]", lambda images_BCHW: (torch.randn(len(images_BCHW), 128),) * 2, "none", CPU)
-    streaming = Distances(wide, test_split.images_NCHW[:110])
+    streaming = Distances(wide, [test_split.images_NCHW[:110]])
     streaming.update(test_split.batch(torch.arange(110), CPU))
     metrics, protocol = streaming.compute()
     assert metrics.keys() == {"kid[wide]", "is[wide]", "precision[wide]", "recall[wide]"}
@@ -197,24 +197,24 @@ def test_reference_features_are_kept_by_content(
     test_split: Images, extractor: Extractor, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     references_N1HW = test_split.images_NCHW[:70]
-    extracted_NF = reference_features(extractor, references_N1HW)
-    reference_features(extractor, references_N1HW.flip(0))
-    reference_features(extractor, references_N1HW[:-1])
+    extracted_NF = reference_features(extractor, [references_N1HW])
+    reference_features(extractor, [references_N1HW.flip(0)])
+    reference_features(extractor, [references_N1HW[:-1]])
     assert len(list(cache.iterdir())) == 3
     monkeypatch.setattr(module, "_extract", lambda *_: pytest.fail("extracted although it is cached"))
-    assert torch.equal(reference_features(extractor, references_N1HW), extracted_NF)
+    assert torch.equal(reference_features(extractor, references_N1HW.split(9)), extracted_NF), "the batches are no part of the content"
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "another file"])
 def test_a_damaged_cache_file_is_extracted_anew(test_split: Images, extractor: Extractor, cache: Path, damage: str) -> None:
     references_N1HW = test_split.images_NCHW[:70]
-    extracted_NF = reference_features(extractor, references_N1HW)
+    extracted_NF = reference_features(extractor, [references_N1HW])
     (file,) = cache.iterdir()
     content = file.read_bytes()
     file.write_bytes(
         {"cut short": content[:-9], "one bit": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], "another file": b"x"}[damage]
     )
-    assert torch.equal(reference_features(extractor, references_N1HW), extracted_NF)
+    assert torch.equal(reference_features(extractor, [references_N1HW]), extracted_NF)
     assert file.read_bytes() == content
 
 
@@ -223,7 +223,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "file"))
-    assert reference_features(extractor, test_split.images_NCHW[:5]).shape == (5, fashion_cnn.FEATURES)
+    assert reference_features(extractor, [test_split.images_NCHW[:5]]).shape == (5, fashion_cnn.FEATURES)
 
 
 def test_a_full_disk_costs_the_cache_alone(test_split: Images, extractor: Extractor, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,13 +231,13 @@ def test_a_full_disk_costs_the_cache_alone(test_split: Images, extractor: Extrac
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(run_directory, "save_file", full)
-    assert reference_features(extractor, test_split.images_NCHW[:5]).shape == (5, fashion_cnn.FEATURES)
+    assert reference_features(extractor, [test_split.images_NCHW[:5]]).shape == (5, fashion_cnn.FEATURES)
     assert list(cache.iterdir()) == []
 
 
 def test_every_network_has_features_of_its_own_in_the_cache(test_split: Images, extractor: Extractor) -> None:
     others = (replace(extractor, name="other"), replace(extractor, weights="01234567"), replace(extractor, device=torch.device("cuda")))
-    assert len({module._content_key(each, test_split.images_NCHW[:5]) for each in (extractor, *others)}) == 4
+    assert len({module._content_key(each, [test_split.images_NCHW[:5]]) for each in (extractor, *others)}) == 4
 
 
 # --- The classifier ----------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ibq import load_tokenizer
 from ibq.analysis import code_gap
 from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig
+from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.evaluation import evaluate
 from ibq.losses import loss_weights
@@ -366,9 +367,9 @@ def test_more_images_a_step_than_there_are_is_refused(tiny: Any, tmp_path: Path)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_an_absent_device_is_refused_and_auto_falls_back() -> None:
-    assert trainer.resolve_device("auto") == trainer.resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"device='cuda:0' .* use device='auto' or 'cpu'"):
-        trainer.resolve_device("cuda:0")
+        resolve_device("cuda:0")
 
 
 # --- The order of the images -------------------------------------------------------------------------------------------------------------
