@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ibq.analysis import code_gap, gradient_reach, logit_statistics
-from ibq.data import Images
+from ibq.data import ImageSource
 from ibq.evaluation import evaluating
 from ibq.models.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ class LossWindow:
         self.sum_and_count = torch.zeros_like(self.sum_and_count)
 
 
-def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, device: torch.device) -> dict[str, torch.Tensor]:
+def take_snapshot(tokenizer: Tokenizer, probe: ImageSource, window: TokenWindow, device: torch.device) -> dict[str, torch.Tensor]:
     """All that a figure needs later of this moment of training (raw weights).
 
     Returns:

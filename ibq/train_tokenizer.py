@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from ibq.checkpoint import load_checkpoint, remove_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig, flatten, parse_train_config
 from ibq.data import Images, data_hash, load_images
+from ibq.data.batches import batch_indices
 from ibq.distributed import any_rank, is_writer
 from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation import evaluate, evaluating
@@ -92,18 +92,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r} was asked for but torch sees no CUDA device; use device='auto' or 'cpu'")
     return device
-
-
-def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch.Tensor:
-    """Which images (B,) a step trains on: a fresh permutation each epoch; a function of seed and step, so that resuming needs no state."""
-    batches_per_epoch = max(1, n_images // batch_size)
-    epoch, batch = divmod(step, batches_per_epoch)
-    return _permutation(seed * 1_000_003 + epoch, n_images)[batch * batch_size : (batch + 1) * batch_size]
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, n: int) -> torch.Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def train_tokenizer(
