@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import socket
@@ -20,6 +18,7 @@ from filelock import FileLock, Timeout
 from ibq.config import parse_train_config
 from ibq.data import DataError
 from ibq.errors import ConfigError, NonFiniteError
+from ibq.processes import exit_with_parent
 from ibq.run_directory import RunDirectory, append_line
 from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
 
@@ -38,7 +37,7 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int) -
     stop = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides what it means
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
     torch.set_num_threads(threads)
     run = RunDirectory(folder)
     try:
@@ -103,10 +102,3 @@ def _beating(run: RunDirectory, stop: threading.Event) -> Callable[[], bool]:
         return stop.is_set()
 
     return should_stop
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ibq.analysis import QuantizationError
-from ibq.data import DataError, Images
+from ibq.data import DataError, ImageSource
 from ibq.data.images import one_line
 from ibq.distributed import copy_of_first, gather_objects, is_writer, rank, shared_errors, sum_over_ranks, world_size
 from ibq.errors import NonFiniteInputError
@@ -63,7 +63,7 @@ def _sparing(reasons: list[str]) -> Iterator[None]:
 class _Share:
     """The batches of this process among all of the first `n_images`; gone through, it gives their pixels."""
 
-    images: Images
+    images: ImageSource
     n_images: int
     batch_size: int
 
@@ -79,7 +79,7 @@ class _Share:
 
 
 def evaluate(
-    tokenizer: Tokenizer, images: Images, n_images: int, batch_size: int, weights: str
+    tokenizer: Tokenizer, images: ImageSource, n_images: int, batch_size: int, weights: str
 ) -> tuple[dict[str, float], dict[str, Any], dict[str, torch.Tensor]]:
     """Reconstruct the first `n_images` of a split in float32; with several processes a collective, each computing a share of the batches.
 
@@ -162,7 +162,7 @@ class PerceptualEvaluation:
         self.name, self.device = name, device
 
     def __call__(
-        self, tokenizer: Tokenizer, images: Images, n_images: int, batch_size: int, weights: str
+        self, tokenizer: Tokenizer, images: ImageSource, n_images: int, batch_size: int, weights: str
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Arguments as in `evaluate`, as is the work of several processes; metrics and protocol.
 
@@ -191,7 +191,7 @@ class PerceptualEvaluation:
             raise UnfitError(f"{self.name} is {f'absent: {absent[0]}' if absent else next(iter(protocol.values()))}")
         return metrics, _protocol(images, n_images, weights) | protocol
 
-    def _require_fit(self, images: Images, n_images: int) -> None:
+    def _require_fit(self, images: ImageSource, n_images: int) -> None:
         if self.name == "fashion-cnn":
             _require_fashion_mnist(images)
         if self.name in LPIPS_BACKBONES:
@@ -232,10 +232,10 @@ def _fashion_cnn_distances(share: _Share, device: torch.device) -> Distances:
     return Distances(fashion_cnn_extractor(device), share)
 
 
-def _require_fashion_mnist(images: Images) -> None:
+def _require_fashion_mnist(images: ImageSource) -> None:
     if images.name != "fashion-mnist":
         raise UnfitError(f"fashion-cnn knows Fashion-MNIST, not {images.name}")
 
 
-def _protocol(images: Images, n_images: int, weights: str) -> dict[str, Any]:
+def _protocol(images: ImageSource, n_images: int, weights: str) -> dict[str, Any]:
     return {"split": images.split, "n_images": n_images, "weights": weights, "precision": "fp32", "images": "float in [-1, 1], clamped"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ibq.analysis import code_gap, gradient_reach, logit_statistics
-from ibq.data import Images
+from ibq.data import ImageSource
 from ibq.distributed import is_writer, sum_over_ranks
 from ibq.evaluation import evaluating
 from ibq.models.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def _of_first(total: torch.Tensor) -> torch.Tensor:
     return total.clone() if is_writer() else torch.zeros_like(total)
 
 
-def take_snapshot(tokenizer: Tokenizer, probe: Images, window: TokenWindow, device: torch.device) -> dict[str, torch.Tensor]:
+def take_snapshot(tokenizer: Tokenizer, probe: ImageSource, window: TokenWindow, device: torch.device) -> dict[str, torch.Tensor]:
     """All that a figure needs later of this moment of training (raw weights); with several processes a collective, the same on each.
 
     Returns:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ import torch
 
 from ibq.checkpoint import load_checkpoint, remove_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig, flatten, parse_train_config
-from ibq.data import Images, data_hash, load_images
-from ibq.distributed import any_rank, is_writer, resolve_device
+from ibq.data import ImageSource, data_hash, load_images
+from ibq.data.batches import TrainingBatches
+from ibq.distributed import any_rank, is_writer, rank, resolve_device, world_size
 from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation import evaluate, evaluating
 from ibq.losses import (
@@ -41,7 +41,7 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.observation import GAP_PROTOCOL, GAPS, geometry, take_snapshot
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, source_commit, write_json, write_tensors
-from ibq.training_state import TrainingState
+from ibq.training_state import Pace, TrainingState
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,6 @@ class StopRequested(Exception):  # noqa: N818 (not an error)
 
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch.Tensor:
-    """Which images (B,) a step trains on: a fresh permutation each epoch; a function of seed and step, so that resuming needs no state."""
-    batches_per_epoch = max(1, n_images // batch_size)
-    epoch, batch = divmod(step, batches_per_epoch)
-    return _permutation(seed * 1_000_003 + epoch, n_images)[batch * batch_size : (batch + 1) * batch_size]
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, n: int) -> torch.Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def train_tokenizer(
@@ -150,92 +138,95 @@ def train_tokenizer(
     # ---------------------------------------------------------------- the loop
     autocast = torch.autocast(device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32")
     last_checkpoint, saved_step = time.perf_counter(), state.step
-    while state.step < config.steps:
-        # ---------------------------- before a step, all processes agreeing: stop, checkpoint; none of it counts as training time
-        due = writer and state.step != saved_step and time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s
-        stop, save = any_rank(should_stop(), due)
-        if stop or save:
-            if name := state.not_finite():
-                raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", data)
-            state.save(run.checkpoint, data)
-            last_checkpoint, saved_step = time.perf_counter(), state.step
-        if stop:
-            raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
+    pace = Pace(state, config.batch_size)
+    share = {"rank": rank(), "world": world_size()}
+    with TrainingBatches(train_images, config, device, first_step=state.step, workers=runtime.workers, **share) as batches:
+        while state.step < config.steps:
+            # ---------------------------- before a step, all processes agreeing: stop, checkpoint; none of it counts as training time
+            due = writer and state.step != saved_step and time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s
+            stop, save = any_rank(should_stop(), due)
+            if stop or save:
+                if name := state.not_finite():
+                    raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", data)
+                state.save(run.checkpoint, data)
+                last_checkpoint, saved_step = time.perf_counter(), state.step
+            if stop:
+                raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
-        # ---------------------------- one training step
-        started = time.perf_counter()
-        x_BCHW = train_images.batch(batch_indices(config.seed, state.step, len(train_images), config.batch_size), device)
-        micro_batches = x_BCHW.contiguous(memory_format=torch.channels_last).chunk(config.accumulate)
-        last = config.accumulate - 1
-        lr, discriminator, y_BCHW = config.lr_at(state.step), state.discriminator, x_BCHW[:0]
-        try:
-            # One forward pass serves both players. Micro-batches take one for each: what the graphs of all of them need does not fit.
-            with autocast:
-                passes = [generator.model(x_BCHW) for x_BCHW in micro_batches] if last == 0 else []
+            # ---------------------------- one training step
+            started = time.perf_counter()
+            x_BCHW = batches.next()
+            micro_batches = x_BCHW.chunk(config.accumulate)
+            last = config.accumulate - 1
+            lr, discriminator, y_BCHW = config.lr_at(state.step), state.discriminator, x_BCHW[:0]
+            try:
+                # One forward pass serves both players. Micro-batches take one for each: what the graphs of all of them need does not fit.
+                with autocast:
+                    passes = [generator.model(x_BCHW) for x_BCHW in micro_batches] if last == 0 else []
 
-            # ------------------------ the discriminator's step comes first
-            if discriminator is not None:
-                discriminator.begin(lr, config.accumulate)
-                logit_means = []
+                # ------------------------ the discriminator's step comes first
+                if discriminator is not None:
+                    discriminator.begin(lr, config.accumulate)
+                    logit_means = []
+                    for i, x_BCHW in enumerate(micro_batches):
+                        with discriminator.micro_batch(last=i == last):
+                            y_BCHW = passes[i].images.detach() if passes else reconstruct(tokenizer, x_BCHW, autocast)
+                            with autocast:
+                                real_BHW, fake_BHW = (discriminator.model(images_BCHW)[:, 0] for images_BCHW in (x_BCHW, y_BCHW))
+                            terms = discriminator_terms(config, real_BHW.float(), fake_BHW.float(), state.logit_averages_2)
+                            discriminator.backward(terms, discriminator_weights(config))
+                        logit_means.append(torch.stack([real_BHW.detach().float().mean(), fake_BHW.detach().float().mean()]))
+                    discriminator.require_finite()
+                    discriminator.update()
+                    logit_means_2 = state.update_logit_averages(torch.stack(logit_means).mean(0))
+
+                # ------------------------ the generator's step
+                generator.begin(lr, config.accumulate)
                 for i, x_BCHW in enumerate(micro_batches):
-                    with discriminator.micro_batch(last=i == last):
-                        y_BCHW = passes[i].images.detach() if passes else reconstruct(tokenizer, x_BCHW, autocast)
+                    with generator.micro_batch(last=i == last):
                         with autocast:
-                            real_BHW, fake_BHW = (discriminator.model(images_BCHW)[:, 0] for images_BCHW in (x_BCHW, y_BCHW))
-                        terms = discriminator_terms(config, real_BHW.float(), fake_BHW.float(), state.logit_averages_2)
-                        discriminator.backward(terms, discriminator_weights(config))
-                    logit_means.append(torch.stack([real_BHW.detach().float().mean(), fake_BHW.detach().float().mean()]))
-                discriminator.require_finite()
-                discriminator.update()
-                logit_means_2 = state.update_logit_averages(torch.stack(logit_means).mean(0))
+                            y_BCHW, z_BDHW, quantized = passes[i] if passes else generator.model(x_BCHW)
+                        y_BCHW, weights = y_BCHW.float(), loss_weights(config, adversarial=discriminator is not None)
+                        terms = {"pixel": pixel_loss(x_BCHW, y_BCHW, config.loss.pixel)}
+                        if perceptual is not None:
+                            with autocast:
+                                terms[perceptual.term] = perceptual(x_BCHW, y_BCHW)
+                        if discriminator is not None:
+                            with autocast, frozen(discriminator.network):
+                                fake_BHW = discriminator.network(y_BCHW)[:, 0]
+                            adversarial = generator_loss(fake_BHW.float())
+                            if config.loss.adversarial.adaptive:
+                                reconstruction = weighted_sum(terms, {name: weights[name] for name in terms})
+                                weights["adversarial"] *= adaptive_weight(reconstruction, adversarial, tokenizer.last_layer)
+                            terms["adversarial"] = adversarial
+                        generator.backward(terms | quantized.losses, weights)
+                    state.see(quantized.indices, terms["pixel"])
+                generator.require_finite()
+                generator.update()
+            except (NonFiniteError, NonFiniteInputError) as error:  # the latter: the quantizer refuses what encoder or codebook has come to
+                tensors_of = {"the images are not finite: ": micro_batches, "the reconstructions are not finite: ": [y_BCHW]}
+                origin = next((words for words, tensors in tensors_of.items() if not all(x.isfinite().all() for x in tensors)), "")
+                raise _lost(run, state, f"step {state.step}: {origin}{error}", data) from None
+            state.update_average()
+            state.step += 1
+            state.seconds += time.perf_counter() - started
 
-            # ------------------------ the generator's step
-            generator.begin(lr, config.accumulate)
-            for i, x_BCHW in enumerate(micro_batches):
-                with generator.micro_batch(last=i == last):
-                    with autocast:
-                        y_BCHW, z_BDHW, quantized = passes[i] if passes else generator.model(x_BCHW)
-                    y_BCHW, weights = y_BCHW.float(), loss_weights(config, adversarial=discriminator is not None)
-                    terms = {"pixel": pixel_loss(x_BCHW, y_BCHW, config.loss.pixel)}
-                    if perceptual is not None:
-                        with autocast:
-                            terms[perceptual.term] = perceptual(x_BCHW, y_BCHW)
-                    if discriminator is not None:
-                        with autocast, frozen(discriminator.network):
-                            fake_BHW = discriminator.network(y_BCHW)[:, 0]
-                        adversarial = generator_loss(fake_BHW.float())
-                        if config.loss.adversarial.adaptive:
-                            reconstruction = weighted_sum(terms, {name: weights[name] for name in terms})
-                            weights["adversarial"] *= adaptive_weight(reconstruction, adversarial, tokenizer.last_layer)
-                        terms["adversarial"] = adversarial
-                    generator.backward(terms | quantized.losses, weights)
-                state.see(quantized.indices, terms["pixel"])
-            generator.require_finite()
-            generator.update()
-        except (NonFiniteError, NonFiniteInputError) as error:  # the latter: the quantizer refuses what encoder or codebook has come to
-            tensors_of = {"the images are not finite: ": micro_batches, "the reconstructions are not finite: ": [y_BCHW]}
-            origin = next((words for words, tensors in tensors_of.items() if not all(x.isfinite().all() for x in tensors)), "")
-            raise _lost(run, state, f"step {state.step}: {origin}{error}", data) from None
-        state.update_average()
-        state.step += 1
-        state.seconds += time.perf_counter() - started
-
-        # ---------------------------- once in a while: log, snapshot
-        if state.step % runtime.log_every == 0 or state.step == config.steps:
-            record = {"step": state.step, "seconds": state.seconds, "lr": lr} | generator.report()
-            if discriminator is not None:
-                real, fake = logit_means_2.tolist()
-                record |= discriminator.report("discriminator_") | {"logit_real": real, "logit_fake": fake}
-            record |= state.report() | geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
-            record = {name: value for name, value in record.items() if math.isfinite(value)}  # fp16 may have skipped an infinite gradient
-            if writer:
-                append_line(run.history, record)
-            yield LogEvent(state.step, config.steps, record)
-        if state.step in snapshot_steps:
-            snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window, device)
-            state.snapshot_window.reset()
-            if writer:
-                run.write_snapshot(state.step, snapshot)
+            # ---------------------------- once in a while: log, snapshot
+            if state.step % runtime.log_every == 0 or state.step == config.steps:
+                record = {"step": state.step, "seconds": state.seconds, "lr": lr} | generator.report() | pace.report(batches.waited_s)
+                if discriminator is not None:
+                    real, fake = logit_means_2.tolist()
+                    record |= discriminator.report("discriminator_") | {"logit_real": real, "logit_fake": fake}
+                record |= state.report() | geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
+                record = {name: value for name, value in record.items() if math.isfinite(value)}  # fp16 skips infinite gradients
+                if writer:
+                    append_line(run.history, record)
+                yield LogEvent(state.step, config.steps, record)
+            if state.step in snapshot_steps:
+                snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window, device)
+                state.snapshot_window.reset()
+                if writer:
+                    run.write_snapshot(state.step, snapshot)
 
     # ---------------------------------------------------------------- evaluate the averaged weights; the row comes last
     averaged = state.averaged_tokenizer
@@ -267,16 +258,16 @@ def reconstruct(tokenizer: Tokenizer, x_BCHW: torch.Tensor, autocast: AbstractCo
 
 
 @torch.no_grad()
-def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: Images, device: torch.device) -> None:
+def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: ImageSource, device: torch.device) -> None:
     """Where the config wants codes that begin as features: encode the run's first batches until there are enough."""
     quantizer = tokenizer.quantize
     if not (isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features):
         return
-    batches = math.ceil(quantizer.features_wanted / (config.batch_size * config.tokens_per_image))
     features = []
-    for step in range(batches):
-        z_BDHW = tokenizer.features(images.batch(batch_indices(config.seed, step, len(images), config.batch_size), device))
-        features.append(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
+    with TrainingBatches(images, config, device, first_step=0, workers=0) as batches:
+        for _ in range(math.ceil(quantizer.features_wanted / (config.batch_size * config.tokens_per_image))):
+            z_BDHW = tokenizer.features(batches.next())
+            features.append(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
     quantizer.initialize_from(torch.cat(features).float(), torch.Generator().manual_seed(config.seed))
 
 

@@ -127,9 +127,8 @@ class TrainingState:
             network = PatchDiscriminator(config.loss.adversarial, config.data.channels)
             self.players["discriminator"] = Player(network.to(device).to(memory_format=torch.channels_last), config, device)
         self.logit_averages_2 = torch.zeros(2, device=device)
-        self.log_window, self.snapshot_window = (TokenWindow(config.quantizer.codebook_size, device) for _ in range(2))
-        self.pixel_window = LossWindow(device)
-        self.windows = {"log": self.log_window, "snapshot": self.snapshot_window, "pixel": self.pixel_window}
+        K = config.quantizer.codebook_size
+        self.log_window, self.snapshot_window, self.pixel_window = TokenWindow(K, device), TokenWindow(K, device), LossWindow(device)
         self.step, self.seconds = 0, 0.0
 
     @property
@@ -162,6 +161,11 @@ class TrainingState:
         means_2 = mean_over_ranks(means_2) if self.config.averages == "global" else means_2
         self.logit_averages_2.lerp_(means_2, 1 - self.config.loss.adversarial.lecam_decay)
         return means_2
+
+    @property
+    def windows(self) -> dict[str, TokenWindow | LossWindow]:
+        """By their names in a checkpoint."""
+        return {"log": self.log_window, "snapshot": self.snapshot_window, "pixel": self.pixel_window}
 
     def see(self, indices_BHW: torch.Tensor, pixel: torch.Tensor) -> None:
         """Count a micro-batch's codes and its pixel loss in the windows."""
@@ -236,6 +240,25 @@ class TrainingState:
         if self.device.type == "cuda" and "rng.cuda" in tensors:  # a run begun on a CPU may go on on a GPU
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.step, self.seconds = meta["step"], meta["seconds"]
+
+
+class Pace:
+    """How fast a run goes since the last report."""
+
+    def __init__(self, state: TrainingState, batch_size: int) -> None:
+        self.state, self.batch_size = state, batch_size
+        self.step, self.seconds, self.waited_s = state.step, state.seconds, 0.0
+
+    def report(self, waited_s: float) -> dict[str, float]:
+        """images_per_s, over all processes, and data_wait_pct, the share of that time in which this process waited for pixels.
+
+        Args:
+            waited_s: seconds of waiting since the start.
+        """
+        images, seconds = (self.state.step - self.step) * self.batch_size, self.state.seconds - self.seconds
+        waited, self.waited_s = waited_s - self.waited_s, waited_s
+        self.step, self.seconds = self.state.step, self.state.seconds
+        return {"images_per_s": images / seconds, "data_wait_pct": 100 * waited / seconds}
 
 
 def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("trainer", "driver", "papermill", "kernel")
-TIMING = {"train_seconds", "peak_memory_gib", "seconds", "commit"}
+TIMING = {"train_seconds", "peak_memory_gib", "seconds", "images_per_s", "data_wait_pct", "commit"}
 STOP_WITHIN_S = 30.0
 """A trainer is gone at once and papermill soon after its kernel; so long only because a loaded machine may have other things to do. That
 hides nothing where runs would go on for longer, as those of one test in test_faults.py do, for hours."""

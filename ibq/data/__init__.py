@@ -17,13 +17,15 @@ from ibq.data.fashion_mnist import (
     load_fashion_mnist,
 )
 from ibq.data.folder import load_folder
-from ibq.data.images import DataError, Images, Split
+from ibq.data.images import DataError, Images, ImageSource, Split
 from ibq.data.photos import crop_grid, load_photos, split_regions
+from ibq.data.stream import stream_split
 
 __all__ = [
     "FASHION_MNIST_RESOLUTION",
     "FASHION_MNIST_SHA256",
     "DataError",
+    "ImageSource",
     "Images",
     "Split",
     "cache_folder",
@@ -35,7 +37,7 @@ __all__ = [
 ]
 
 
-def load_images(config: DataConfig, split: Split) -> Images:
+def load_images(config: DataConfig, split: Split) -> ImageSource:
     """One split of the images that `config` names, fetched on first use.
 
     fashion-mnist: its 28×28 images stand in the middle of 32×32 with the background value 0 around them. It is sought in the folder
@@ -49,14 +51,16 @@ def load_images(config: DataConfig, split: Split) -> Images:
     training, valid, validation and testing do as well, in any case. Otherwise every tenth file of the sorted listing, from the first on,
     is for testing and the rest for training. Where a split's folder holds only subfolders, they are its classes, numbered by their sorted
     names in both splits. A file that cannot be used is left out: `Images.skipped` says why, and one line on stderr how many.
-    How an image becomes a square: `ibq.data.folder.square_rgb`.
+    How an image becomes a square: `ibq.data.folder.square_rgb`. With crop="random" no image is opened until it is wanted: centre squares
+    are decoded on demand and `ibq.data.batches.TrainingBatches` reads random ones; small images are scaled up, broken ones replaced.
 
     Args:
-        config: name and resolution (pixels a side).
+        config: name, resolution (pixels a side) and crop.
         split: "train" or "test".
 
     Returns:
-        The images, uint8 (N, C, resolution, resolution): for Fashion-MNIST 60,000 or 10,000 of 1 channel with labels, else of 3.
+        The images, uint8 (N, C, resolution, resolution): for Fashion-MNIST 60,000 or 10,000 of 1 channel with labels, else of 3; in memory
+        (`Images`) or, with crop="random", read when they are wanted (`StreamedImages`).
 
     Raises:
         DataError: the data is absent, damaged, too large for memory, or does not come at this resolution.
@@ -64,6 +68,8 @@ def load_images(config: DataConfig, split: Split) -> Images:
     if split not in get_args(Split):
         raise DataError(f"there is no split {split!r}; choose 'train' or 'test'")
     if config.kind == "imagefolder":
+        if config.crop == "random":
+            return stream_split(config.folder, config.resolution, split)
         return load_folder(config.folder, config.resolution, split)
     return (load_fashion_mnist if config.kind == "fashion-mnist" else load_photos)(config.resolution, split)
 
@@ -79,10 +85,11 @@ def data_hash_of(config: DataConfig) -> str:
     return data_hash(load_images(config, "train"), load_images(config, "test"))
 
 
-def data_hash(train_images: Images, test_images: Images) -> str:
+def data_hash(train_images: ImageSource, test_images: ImageSource) -> str:
     """What stands for the data in a run's identity: SHA-256 (hex) of the training images and, where it may change alone, the test split.
 
     The test split of the built-in data sets is as fixed as they are; that of a folder can change by itself, and with it every metric.
+    With crop="random" names and sizes of the files stand for their content (`StreamedImages.content_hash`).
     """
     if train_images.name in DATA_SETS:
         return train_images.content_hash

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import get_args
 
+import torch
 from pydantic import ValidationError
 
 from ibq.config import DataConfig
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = DataConfig(name=given.name, resolution=given.resolution)
         for split in get_args(Split):
             images = load_images(config, split)
-            shape = "x".join(str(size) for size in images.images_NCHW.shape[1:])
+            shape = "x".join(str(size) for size in images.pixels(torch.zeros(1, dtype=torch.int64)).shape[1:])
             facts = [f"{len(images):,} images of {shape}", f"hash {images.content_hash[:12]}", f"from {images.source}"]
             if config.kind == "imagefolder":
                 facts.append(f"{len(images.skipped):,} skipped")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ MAX_PIXELS = 2**27
 MAX_BYTES = 8 * 2**30
 """Memory that the images of one split may take: 8 GiB."""
 NAMED_ON_STDERR = 3
+DECODING_THREADS = min(8, os.cpu_count() or 1)
+"""Pillow lets go of Python's lock while it decodes."""
 _CHUNK = 1024
 _one_at_a_time = threading.Lock()  # warnings are silenced for the whole process while images are decoded
 
-_Array = np.ndarray[Any, np.dtype[np.uint8]]
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Place = Callable[[int, int], tuple[float, float]]
+"""From an image's width and height to the left and top of a square as large as its shorter side."""
 
 
 def load_folder(given: str, resolution: int, split: Split) -> Images:
@@ -48,30 +53,57 @@ def load_folder(given: str, resolution: int, split: Split) -> Images:
     Raises:
         DataError: the folder is absent, unreadable, without usable images for this split, or its images would take more than MAX_BYTES.
     """
+    listing = list_split(given, split)
+    images_NCHW, kept, unusable = _decode_all(listing.folder, listing.files, resolution)
+    skipped = listing.closed + unusable
+    if not kept:
+        raise DataError(f"no image of {listing.source} can be used for {split}: {first_few(skipped)}")
+    if skipped:
+        counts = f"{len(skipped):,} skipped and {len(kept):,} kept"
+        print(f"imagefolder {split}: {counts} of {listing.source}: {first_few(skipped)}", file=sys.stderr)
+    return Images("imagefolder", split, images_NCHW, listing.labels(kept), listing.source, tuple(skipped))
+
+
+# --- Files -------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files of one split of a folder, none of them opened yet.
+
+    Args:
+        folder: where they are.
+        files: their paths relative to it, sorted part by part; at least one, unless there is a closed subfolder.
+        closed: a sentence for every subfolder that cannot be read.
+        source: the folder, and which part of its files this is, for people.
+        classes: number of each class by the name of its subfolder; empty where the folder has none.
+    """
+
+    folder: Path
+    files: list[str]
+    closed: list[str]
+    source: str
+    classes: dict[str, int]
+
+    def labels(self, files: list[str]) -> torch.Tensor | None:
+        """Classes of some of the files, int64; None where there are none."""
+        return torch.tensor([self.classes[name.split(os.sep)[0]] for name in files]) if self.classes else None
+
+
+def list_split(given: str, split: Split) -> Listing:
+    """The files of one split; arguments and errors as for `load_folder`, but for what only opening them can tell."""
     root = Path(os.path.expanduser(given)).absolute()
     folders = _split_folders(root)
     place = folders.get(split, root)
-    files, skipped = image_files(place)
+    files, closed = image_files(place)
     source = quoted(place)
     if not folders:
         if len(files) == 1:
             raise DataError(f"{source} holds a single image file, which cannot be both for training and for testing; add more images")
         files = files[::10] if split == "test" else [name for position, name in enumerate(files) if position % 10]
         source += f" ({'every tenth file' if split == 'test' else 'nine files in ten'})"
-    images_NCHW, kept, unusable = _decode_all(place, files, resolution)
-    skipped += unusable
-    if not kept:
-        raise DataError(f"no image of {source} can be used for {split}: {first_few(skipped)}")
-    if skipped:
-        print(f"imagefolder {split}: {len(skipped):,} skipped and {len(kept):,} kept of {source}: {first_few(skipped)}", file=sys.stderr)
-    labels_N = None
-    if _classes(place):
-        numbers = {name: number for number, name in enumerate(sorted(set().union(*map(_classes, folders.values() or [root]))))}
-        labels_N = torch.tensor([numbers[name.split(os.sep)[0]] for name in kept])
-    return Images("imagefolder", split, images_NCHW, labels_N, source, tuple(skipped))
-
-
-# --- Files -------------------------------------------------------------------------------------------------------------------------------
+    names = sorted(set().union(*map(_classes, folders.values() or [root]))) if _classes(place) else []
+    return Listing(place, files, closed, source, {name: number for number, name in enumerate(names)})
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
@@ -164,30 +196,16 @@ def _decode_all(place: Path, files: list[str], resolution: int) -> tuple[torch.T
         raise DataError(f"{what}, which this machine does not have; {remedy}") from None
     kept: list[str] = []
     unusable: list[str] = []
-    # A few threads, as Pillow lets go of Python's lock; in chunks, so that few images wait to be copied.
-    with decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with decoding(), ThreadPoolExecutor(DECODING_THREADS) as pool:  # in chunks, so that few images wait to be copied
         for start in range(0, len(files), _CHUNK):
             chunk = files[start : start + _CHUNK]
-            for name, image_CHW in zip(chunk, pool.map(lambda name: _read(place / name, resolution), chunk), strict=True):
+            for name, image_CHW in zip(chunk, pool.map(lambda name: read_square(place / name, resolution), chunk), strict=True):
                 if isinstance(image_CHW, str):
                     unusable.append(f"{quoted(name)} {image_CHW}")
                 else:
                     images_NCHW[len(kept)] = image_CHW
                     kept.append(name)
     return torch.from_numpy(images_NCHW[: len(kept)]), kept, unusable
-
-
-def _read(path: Path, resolution: int) -> _Array | str:
-    """The image as uint8 (3, R, R), or the words that say, after the file's name, why it cannot be used."""
-
-    def square(image: Image.Image) -> _Array | str:
-        width, height = image.size
-        if min(width, height) < resolution:
-            return f"is {width}×{height} pixels, smaller than resolution={resolution}"
-        image.draft(None, (3 * resolution, 3 * resolution))
-        return np.asarray(square_rgb(image, resolution)).transpose(2, 0, 1)
-
-    return read_image(path, square)
 
 
 @contextmanager
@@ -198,7 +216,36 @@ def decoding() -> Iterator[None]:
         yield
 
 
-def read_image(path: Path, use: Callable[[Image.Image], _Array | str]) -> _Array | str:
+def centre(width: int, height: int) -> tuple[float, float]:
+    """Left and top of the square in the middle."""
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2
+
+
+def read_square(path: Path, resolution: int, place: Place = centre, *, enlarge: bool = False) -> Pixels | str:
+    """One image file as a square of bytes; `decoding` must be around it.
+
+    Args:
+        path: the file.
+        resolution: R, pixels a side.
+        place: where the square is.
+        enlarge: scale up what is smaller than R, instead of refusing it.
+
+    Returns:
+        The square, uint8 (3, R, R), or the words that say, after the file's name, why it cannot be used.
+    """
+
+    def square(image: Image.Image) -> Pixels | str:
+        width, height = image.size
+        if min(width, height) < resolution and not enlarge:
+            return f"is {width}×{height} pixels, smaller than resolution={resolution}"
+        image.draft(None, (3 * resolution, 3 * resolution))
+        return np.asarray(square_rgb(image, resolution, place)).transpose(2, 0, 1)
+
+    return read_image(path, square)
+
+
+def read_image(path: Path, use: Callable[[Image.Image], Pixels | str]) -> Pixels | str:
     """What `use` makes of the opened image, or the words that say, after the file's name, why it cannot be used.
 
     Args:
@@ -224,15 +271,16 @@ def read_image(path: Path, use: Callable[[Image.Image], _Array | str]) -> _Array
         return f"cannot be decoded ({one_line(error)})"
 
 
-def square_rgb(image: Image.Image, resolution: int) -> Image.Image:
-    """Any image as an RGB square: the centre square of `upright_rgb`, scaled by Pillow's antialiased bicubic filter.
+def square_rgb(image: Image.Image, resolution: int, place: Place = centre) -> Image.Image:
+    """Any image as an RGB square: the centre square of `upright_rgb` or another, scaled by Pillow's antialiased bicubic filter.
 
     An image of resolution×resolution keeps its pixels. (A JPEG of 6 times the resolution or more has been decoded at a half, a quarter or
     an eighth by then, to no less than 3 times it.)
 
     Args:
-        image: of any size that is no smaller than the resolution.
+        image: of any size.
         resolution: R, pixels a side.
+        place: of the square that is as large as the shorter side.
 
     Returns:
         An RGB image of R×R pixels.
@@ -242,7 +290,7 @@ def square_rgb(image: Image.Image, resolution: int) -> Image.Image:
     """
     image = upright_rgb(image)
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left, top = place(*image.size)
     box = (left, top, left + side, top + side)
     return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
 

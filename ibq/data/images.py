@@ -1,11 +1,11 @@
-"""One split of a data set in memory, and the error that says why there is none."""
+"""One split of a data set: what every kind of it offers, the kind that is whole in memory, and the error that says why there is none."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -14,6 +14,42 @@ Split = Literal["train", "test"]
 
 class DataError(ValueError):
     """Data that is absent, damaged or does not fit; the message is one sentence that a user can act on."""
+
+
+class ImageSource(Protocol):
+    """One split of a data set, in memory (`Images`) or read when it is wanted (`ibq.data.stream.StreamedImages`)."""
+
+    @property
+    def name(self) -> str:
+        """The data set."""
+
+    @property
+    def split(self) -> str:
+        """ "train" or "test"."""
+
+    @property
+    def labels_N(self) -> torch.Tensor | None:  # noqa: N802 (a shape suffix)
+        """int64 class of every image, or None."""
+
+    @property
+    def source(self) -> str:
+        """Where the images come from, for people; no part of their identity."""
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """A sentence for every file or folder that could not be used, as far as it has been tried; no part of their identity either."""
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex): the images' part in a run's identity."""
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, indices_B: torch.Tensor) -> torch.Tensor:
+        """Chosen images as bytes, uint8 (B, C, H, W); indices_B: int64 positions in this split."""
+
+    def batch(self, indices_B: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        """`pixels` as a network reads them, by `to_float`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -209,7 +209,7 @@ def test_unusable_files_are_skipped_counted_and_named(tmp_path: Path, capsys: py
 def test_the_limit_holds_where_pillows_own_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
     (tmp_path / "a.png").write_bytes(png(100_000, 100_000))
-    assert folder._read(tmp_path / "a.png", R) == "declares 100,000×100,000 pixels, over the limit of 134,217,728 in all"
+    assert folder.read_square(tmp_path / "a.png", R) == "declares 100,000×100,000 pixels, over the limit of 134,217,728 in all"
 
 
 def test_warnings_of_pillow_neither_print_nor_fail_nor_change_the_filters(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def save(path: Path, image: PIL.Image.Image | np.ndarray, **options: Any) -> Pat
 
 def read(path: Path) -> np.ndarray:
     """The image as the loader sees it, uint8 (3, R, R)."""
-    image_CHW = folder._read(path, R)
+    image_CHW = folder.read_square(path, R)
     assert not isinstance(image_CHW, str), image_CHW
     assert (image_CHW.shape, image_CHW.dtype) == ((3, R, R), np.uint8)
     return image_CHW

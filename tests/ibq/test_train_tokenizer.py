@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from training_runs import RUNTIME, assert_same_run, assert_same_tensors, images_once, read_the_images_once, stop_after  # noqa: F401
 
@@ -24,13 +22,14 @@ from ibq import load_tokenizer
 from ibq.analysis import code_gap
 from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig
+from ibq.data.batches import batch_indices
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.evaluation import evaluate
 from ibq.losses import loss_weights
 from ibq.observation import GAPS
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, batch_indices, train_tokenizer
+from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, train_tokenizer
 
 CHECKPOINT_ALWAYS = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8, checkpoint_every_s=0)
 ARMS = {
@@ -370,24 +369,3 @@ def test_an_absent_device_is_refused_and_auto_falls_back() -> None:
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"device='cuda:0' .* use device='auto' or 'cpu'"):
         resolve_device("cuda:0")
-
-
-# --- The order of the images -------------------------------------------------------------------------------------------------------------
-
-
-@given(seed=st.integers(0, 1000), epoch=st.integers(0, 5), batch_size=st.integers(1, 9), batches=st.integers(1, 6), rest=st.integers(0, 8))
-def test_an_epoch_shows_each_image_at_most_once_and_all_where_the_batches_fit(
-    seed: int, epoch: int, batch_size: int, batches: int, rest: int
-) -> None:
-    n_images = batch_size * batches + min(rest, batch_size - 1)
-    steps = range(epoch * batches, (epoch + 1) * batches)
-    shown = [batch_indices(seed, step, n_images, batch_size).tolist() for step in steps]
-    assert all(len(batch) == batch_size for batch in shown)
-    flat = sorted(itertools.chain(*shown))
-    assert len(set(flat)) == batch_size * batches
-    assert set(flat) <= set(range(n_images))
-
-
-def test_epochs_and_seeds_shuffle_differently() -> None:
-    orders = {tuple(batch_indices(seed, step, 50, 50).tolist()) for seed in range(4) for step in range(4)}
-    assert len(orders) == 16

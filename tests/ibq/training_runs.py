@@ -18,7 +18,7 @@ from ibq.run_directory import RunDirectory
 from ibq.train_tokenizer import Runtime
 
 RUNTIME = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8)
-TIMED = {"train_seconds", "peak_memory_gib"}
+TIMED = {"train_seconds", "peak_memory_gib", "seconds", "images_per_s", "data_wait_pct"}
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def stop_after(steps: int) -> Callable[[], bool]:
 
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
 
 
 def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
