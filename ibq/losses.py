@@ -117,7 +117,8 @@ def adaptive_weight(
     scaled = (loss_scale * loss for loss in (reconstruction, adversarial))
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] / loss_scale for loss in scaled]
     reconstruction_norm, adversarial_norm = (mean_over_ranks(gradient).norm() for gradient in gradients)
-    return (reconstruction_norm / (adversarial_norm + 1e-4)).clamp_max(LARGEST_ADAPTIVE_WEIGHT).detach()
+    balance = reconstruction_norm / (adversarial_norm + 1e-4)
+    return balance.nan_to_num(0.0).clamp_max(LARGEST_ADAPTIVE_WEIGHT).detach()  # inf / inf: in fp16 the update is then skipped
 
 
 @contextmanager
