@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.recipes import get_preset, imagenet_steps, tokenizer
 from ibq.config import TrainConfig
+from ibq.errors import ConfigError, nearest
 
 
 def _tokenizer(method: str, codebook_size: int, **fields: Any) -> TrainConfig:
@@ -82,8 +83,8 @@ def imagenet256_vqgan_16384() -> TrainConfig:
 
 
 def imagenet256_lfq_16384() -> TrainConfig:
-    """LFQ with 16,384 codes: the quantizer of Open-MAGVIT2 (14 signs, entropy weight 0.1, commitment 0.25) in the autoencoder and the recipe
-    of IBQ. Not Open-MAGVIT2, whose decoder differs.
+    """LFQ with 16,384 codes: the quantizer of Open-MAGVIT2 (14 signs, entropy weight 0.1, commitment 0.25) in the autoencoder and the
+    recipe of IBQ. Not Open-MAGVIT2, whose decoder differs.
 
     Claim: with as many codes IBQ reconstructs better than LFQ (Table 5).
     Cost: 1,651,320 steps of 256 images (330 epochs), 106.7 M parameters; hours: not measured, `plan imagenet256_lfq_16384` says more.
@@ -118,3 +119,14 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     )
 }
 """What `train` and `plan` know by name."""
+
+
+def recipe_of(name: str) -> Callable[[], TrainConfig]:
+    """A recipe by name.
+
+    Raises:
+        ConfigError: no such recipe; the nearest is named.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"recipe {name!r} does not exist; {nearest(name, RECIPES)}")
+    return RECIPES[name]

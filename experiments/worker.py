@@ -20,7 +20,7 @@ from ibq.data import DataError
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.processes import exit_with_parent
 from ibq.run_directory import RunDirectory, append_line
-from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
+from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, train_tokenizer
 
 DISK_FULL, BUSY = 74, 75
 """Exit codes: nothing more can be written, or another process holds this run. 0 is finished or stopped, 1 a recorded failure."""
@@ -43,20 +43,38 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int) -
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):  # another driver may have finished it while this process started
-            raise SystemExit(0 if run.finished else _attempt(run, config, runtime, stop))
+            raise SystemExit(0 if run.finished else attempt(run, config, runtime, stop))
     except Timeout:
         raise SystemExit(BUSY) from None
     except OSError as error:  # even the attempt could not be noted
         raise SystemExit(DISK_FULL if is_disk_full(error) else 1) from None
 
 
-def _attempt(run: RunDirectory, config: dict[str, Any], runtime: Runtime, stop: threading.Event) -> int:
+def attempt(
+    run: RunDirectory,
+    config: dict[str, Any],
+    runtime: Runtime,
+    stop: threading.Event,
+    seen: Callable[[LogEvent], None] = lambda event: None,
+) -> int:
+    """Train a run whose lock is held, and record the attempt and how it ended in attempts.jsonl.
+
+    Args:
+        run: its directory.
+        config: a TrainConfig as a dict.
+        runtime: device and cadences.
+        stop: once set, the run ends resumably at its next step.
+        seen: receives every log event.
+
+    Returns:
+        the exit code: 0 is finished (a row may say "nan") or stopped, DISK_FULL, 1 any other failure.
+    """
     started = time.time()
     append_line(run.attempts, {"event": "started", "time": started, "pid": os.getpid(), "host": socket.gethostname()})
     code, reason = 0, None
     try:
-        for _ in train_tokenizer(parse_train_config(config), run.path, runtime, _beating(run, stop)):
-            pass
+        for logged in train_tokenizer(parse_train_config(config), run.path, runtime, _beating(run, stop)):
+            seen(logged)
         event = "finished"
     except StopRequested as stopped:
         event, reason = "stopped", str(stopped)
