@@ -3,10 +3,10 @@
 All take PAPER sections 4 and 5: the VQGAN autoencoder with 4 ResBlocks a level, L1, LPIPS and a PatchGAN with LeCam, batches of 256 for 330
 epochs, float16 autocast. What they differ in is said at each.
 
-Means are local, as released (`averages="local"`): the mean assignment of the entropy penalty is over 4 images of one GPU, not over the
-batch. Eight micro-batches (`accumulate=8`) on each of eight GPUs are 4 images each; on other numbers of GPUs choose `accumulate` so that
-256 / GPUs / accumulate stays 4, e.g. --set accumulate=1 on 64. LeCam's averages then move once a micro-batch's mean, BatchNorm of the
-discriminator sees 4 images in either case.
+Means are local, as released (`averages="local"`): the mean assignment of the entropy penalty is over 4 images of one GPU, and so are the
+statistics of the discriminator's BatchNorm. The commands here give each of 8 GPUs 32 images a step, in 8 micro-batches of 4
+(`accumulate=8`); on other numbers of GPUs choose `accumulate` so that 256 / GPUs / accumulate stays 4, e.g. --set accumulate=1 on 64, which
+also saves the second forward pass that micro-batches need (`ibq.train_tokenizer`).
 
 Logits and entropies are float32 inside autocast, where the released code has float16 (PAPER section 4). Expected numbers are those of PAPER
 section 7, on 50,000 validation images; nothing here has been trained at this scale.
