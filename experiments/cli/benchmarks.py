@@ -10,26 +10,47 @@ from experiments import tables
 from experiments.cli.base import DeviceOption, app, one_sentence_errors, say
 from ibq.errors import ConfigError, nearest
 
+BENCHMARKS = ("index-backprop", "tokenizer-training", "overfit")
+
 
 @app.command()
 @one_sentence_errors
 def bench(
-    name: Annotated[str, typer.Argument(help="index-backprop")],
+    name: Annotated[str, typer.Argument(help=", ".join(BENCHMARKS))],
     device: DeviceOption = "auto",
     tokens: Annotated[str, typer.Option(help="N, e.g. 1024,4096; default: a grid for the device")] = "",
     codes: Annotated[str, typer.Option(help="K, likewise")] = "",
-    dim: Annotated[int, typer.Option(help="D")] = 256,
+    dim: Annotated[int | None, typer.Option(help="D; default: 256")] = None,
+    batch: Annotated[int | None, typer.Option(help="images a step; default: 32")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; default: bfloat16 on CUDA")] = "",
+    small: Annotated[bool, typer.Option("--small", help="a tiny network, to try the benchmark itself")] = False,
     publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
 ) -> None:
-    """Measure an operator against its rivals: time, memory, operations a second."""
-    from experiments.benchmarks import index_backprop
+    """Measure: an operator against its rivals, training at the paper's size, or whether the objective can overfit."""
+    given = {"--tokens": tokens, "--codes": codes, "--dim": dim, "--batch": batch, "--dtype": dtype, "--small": small}
+    used = {
+        "index-backprop": ("--tokens", "--codes", "--dim", "--dtype"),
+        "tokenizer-training": ("--codes", "--batch", "--dtype", "--small"),
+        "overfit": ("--small",),
+    }
+    if name not in used:
+        raise ConfigError(f"benchmark {name!r} does not exist; {nearest(name, BENCHMARKS)}")
+    if idle := [option for option, value in given.items() if value and option not in used[name]]:
+        raise ConfigError(f"benchmark {name} has no {idle[0]}; it has {', '.join(used[name])}")
+    if name == "index-backprop":
+        from experiments.benchmarks import index_backprop as benchmark
 
-    if name != "index-backprop":
-        raise ConfigError(f"benchmark {name!r} does not exist; {nearest(name, ['index-backprop'])}")
-    rows = index_backprop.run(device, _sizes(tokens), _sizes(codes), dim, dtype, say)
-    print(tables.markdown(index_backprop.table(rows)))
-    print(f"report: {index_backprop.write(rows, publish)}")
+        rows = benchmark.run(device, _sizes(tokens), _sizes(codes), 256 if dim is None else dim, dtype, say)
+    elif name == "tokenizer-training":
+        from experiments.benchmarks import tokenizer_training as benchmark
+
+        rows = benchmark.run(device, _sizes(codes), 32 if batch is None else batch, dtype, small, say)
+    else:
+        from experiments.benchmarks import overfit as benchmark
+
+        rows = benchmark.run(device, small, say)
+    print(tables.markdown(benchmark.table(rows)))
+    print(f"report: {benchmark.write(rows, publish)}")
 
 
 def _sizes(text: str) -> tuple[int, ...]:

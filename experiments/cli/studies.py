@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,11 +14,27 @@ from rich.table import Table
 
 from experiments import manage
 from experiments.ablations import ABLATIONS
-from experiments.cli.base import DeviceOption, app, console, of_a_study, one_sentence_errors, say
+from experiments.cli.base import (
+    BaseOption,
+    DeviceOption,
+    GridOption,
+    PresetOption,
+    SeedsOption,
+    SetOption,
+    app,
+    changes,
+    console,
+    of_a_study,
+    one_sentence_errors,
+    say,
+    study_of,
+)
+from experiments.imagenet256 import RECIPES
 from experiments.quantizer_options import options_table
 from experiments.recipes import PRESETS
 from experiments.study import Study
 from experiments.sweep import HANG_S, train_study
+from ibq.errors import ConfigError
 
 MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in manage.EVALUATIONS.items()))]
 SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")]
@@ -28,7 +45,7 @@ SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time
 def list_ablations(
     quantizers: Annotated[bool, typer.Option("--quantizers", help="the quantizers instead, with their options and papers")] = False,
 ) -> None:
-    """The ablations and presets there are."""
+    """The ablations, recipes and presets there are."""
     if quantizers:
         table = Table("method", "options", "paper", box=None)
         for method, options, paper in options_table():
@@ -38,17 +55,47 @@ def list_ablations(
     table = Table("ablation", "arms", "question", box=None)
     for ablation in ABLATIONS.values():
         table.add_row(ablation.name, str(len(ablation.arms)), escape(ablation.question))
+    recipes = Table("recipe", "what", box=None)
+    for name, recipe in RECIPES.items():
+        recipes.add_row(name, escape(str(inspect.getdoc(recipe)).splitlines()[0]))
     presets = Table("preset", "for", box=None)
     for preset in PRESETS.values():
         presets.add_row(preset.name, escape(preset.purpose))
-    console.print(table, "", presets)
+    console.print(table, "", recipes, "", presets)
 
 
 @app.command()
 @one_sentence_errors
-@of_a_study
-def plan(study: Study, slots: SlotsOption = None) -> None:
-    """Arms, steps and expected minutes; trains nothing."""
+def plan(
+    names: Annotated[list[str] | None, typer.Argument(help="ablations as for run, or recipes as list shows them")] = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    grid: GridOption = None,
+    base: BaseOption = None,
+    slots: SlotsOption = None,
+    gpus: Annotated[int, typer.Option(help="of a recipe: processes, each with a GPU")] = 8,
+) -> None:
+    """Arms, steps and expected minutes, or what a recipe would cost; trains nothing."""
+    if recipes := [name for name in names or [] if name in RECIPES]:
+        if others := [name for name in names or [] if name not in RECIPES]:
+            raise ConfigError(f"{others[0]!r} is no recipe, as {recipes[0]!r} is; plan ablations and recipes one after the other")
+        for name in recipes:
+            _plan_recipe(name, changes(set_), gpus)
+        return
+    _plan_study(study_of(names, preset, seeds, set_, grid, base), slots)
+
+
+def _plan_recipe(name: str, overrides: dict[str, Any], gpus: int) -> None:
+    from experiments import recipe_plan
+
+    print(f"{name}\n{inspect.getdoc(RECIPES[name])}\n")
+    lines = recipe_plan.plan(RECIPES[name]().with_fields(**overrides), gpus)
+    for heading, text in lines:
+        print(f"{heading + ':':<11} {text}")
+
+
+def _plan_study(study: Study, slots: int | None) -> None:
     from experiments import plan as plan_module
 
     for ablation in study.ablations:
