@@ -101,7 +101,7 @@ class _Progress:
         steps, seconds = event.step - self._first[0], now - self._first[1]
         left = time_left((event.steps - event.step) * seconds / steps) if steps else "time left not known yet"
         numbers = f"loss {event.record['loss']:.4f}, perplexity {event.record['perplexity']:.0f}"
-        self._say(f"step {event.step:,} of {event.steps:,}: {numbers}; {left}")
+        self._say(f"step {event.step:,} of {event.steps:,}: {numbers}" + (f"; {left}" if event.step < event.steps else ""))
 
 
 def _result(run: RunDirectory) -> str:

@@ -23,6 +23,7 @@ from experiments.imagenet256 import imagenet256_ibq_16384
 from ibq import ops
 from ibq.config import TrainConfig
 from ibq.models.tokenizer import Tokenizer
+from ibq.ops.door import Backend
 from ibq.train_tokenizer import Runtime, resolve_device, train_tokenizer
 
 WARM_UP, TIMED = 8, 16
@@ -51,7 +52,7 @@ def measure_training(cell: dict[str, Any]) -> dict[str, Any]:
     device = resolve_device(cell["device"])
     if device.type != "cuda":
         measure.limit_memory()
-    backend = "dense" if cell["operator"] == "matrix" else "auto"
+    backend: Backend = "dense" if cell["operator"] == "matrix" else "auto"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = config_of(cell, folder / "images")
@@ -61,7 +62,7 @@ def measure_training(cell: dict[str, Any]) -> dict[str, Any]:
         runtime = Runtime(device=cell["device"], log_every=WARM_UP, snapshots=0, checkpoint_every_s=1e9, compile=cell["compiled"])
         seconds = {}
         with (
-            mock.patch("ibq.losses.backbone_weights", return_value=vgg16().state_dict()),
+            mock.patch("ibq.losses.backbone_weights", return_value=_random_vgg()),
             mock.patch("ibq.quantizers.ibq.index_backprop", partial(ops.index_backprop, backend=backend)),
         ):
             try:
@@ -78,6 +79,12 @@ def measure_training(cell: dict[str, Any]) -> dict[str, Any]:
     rate = TIMED * config.batch_size / (seconds[WARM_UP + TIMED] - seconds[WARM_UP])
     sizes = {"parameters": parameters, "resolution": config.data.resolution}
     return {"status": "ok", "images_per_second": rate, "peak_gib": peak / 2**30, "timed_steps": TIMED} | sizes
+
+
+def _random_vgg() -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in vgg16().state_dict().items() if name.startswith("features.")}
+    return {name: 0.05 * torch.randn(shape) for name, shape in shapes.items()}
 
 
 def _write_noise(folder: Path, batch: int, side: int) -> None:

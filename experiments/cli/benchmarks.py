@@ -10,7 +10,12 @@ from experiments import tables
 from experiments.cli.base import DeviceOption, app, one_sentence_errors, say
 from ibq.errors import ConfigError, nearest
 
-BENCHMARKS = ("index-backprop", "tokenizer-training", "overfit")
+BENCHMARKS = {
+    "index-backprop": ("--tokens", "--codes", "--dim", "--dtype"),
+    "tokenizer-training": ("--codes", "--batch", "--dtype", "--small"),
+    "overfit": ("--small",),
+}
+"""The options that each benchmark has beside --device and --publish."""
 
 
 @app.command()
@@ -27,30 +32,24 @@ def bench(
     publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
 ) -> None:
     """Measure: an operator against its rivals, training at the paper's size, or whether the objective can overfit."""
+    from experiments.benchmarks import index_backprop, overfit, tokenizer_training
+
     given = {"--tokens": tokens, "--codes": codes, "--dim": dim, "--batch": batch, "--dtype": dtype, "--small": small}
-    used = {
-        "index-backprop": ("--tokens", "--codes", "--dim", "--dtype"),
-        "tokenizer-training": ("--codes", "--batch", "--dtype", "--small"),
-        "overfit": ("--small",),
-    }
-    if name not in used:
+    if name not in BENCHMARKS:
         raise ConfigError(f"benchmark {name!r} does not exist; {nearest(name, BENCHMARKS)}")
-    if idle := [option for option, value in given.items() if value and option not in used[name]]:
-        raise ConfigError(f"benchmark {name} has no {idle[0]}; it has {', '.join(used[name])}")
+    if idle := [option for option, value in given.items() if value and option not in BENCHMARKS[name]]:
+        raise ConfigError(f"benchmark {name} has no {idle[0]}; it has {', '.join(BENCHMARKS[name])}")
     if name == "index-backprop":
-        from experiments.benchmarks import index_backprop as benchmark
-
-        rows = benchmark.run(device, _sizes(tokens), _sizes(codes), 256 if dim is None else dim, dtype, say)
+        rows = index_backprop.run(device, _sizes(tokens), _sizes(codes), 256 if dim is None else dim, dtype, say)
+        table, folder = index_backprop.table(rows), index_backprop.write(rows, publish)
     elif name == "tokenizer-training":
-        from experiments.benchmarks import tokenizer_training as benchmark
-
-        rows = benchmark.run(device, _sizes(codes), 32 if batch is None else batch, dtype, small, say)
+        rows = tokenizer_training.run(device, _sizes(codes), 32 if batch is None else batch, dtype, small, say)
+        table, folder = tokenizer_training.table(rows), tokenizer_training.write(rows, publish)
     else:
-        from experiments.benchmarks import overfit as benchmark
-
-        rows = benchmark.run(device, small, say)
-    print(tables.markdown(benchmark.table(rows)))
-    print(f"report: {benchmark.write(rows, publish)}")
+        rows = overfit.run(device, small, say)
+        table, folder = overfit.table(rows), overfit.write(rows, publish)
+    print(tables.markdown(table))
+    print(f"report: {folder}")
 
 
 def _sizes(text: str) -> tuple[int, ...]:
