@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,56 +21,81 @@ from experiments import worker
 from experiments.study import ROOT
 from experiments.sweep import HEARTBEAT_S, failure_reason, time_left
 from ibq.config import TrainConfig
-from ibq.data import data_hash_of
-from ibq.errors import ConfigError
+from ibq.data import DataError, data_hash_of
+from ibq.distributed import copy_of_first, is_writer, process_group, rank, shared_errors
+from ibq.errors import ConfigError, NonFiniteError
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import LogEvent, Runtime
+from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, train_tokenizer
+
+STOPPED = 130
+"""Exit code of a run that was asked to stop, and goes on when it is called again."""
 
 
-def run_directory(config: TrainConfig, out: Path | None = None) -> RunDirectory:
-    """Where a config's run lies: `out`, or its id in the runs folder (IBQ_RUNS, else runs/ in the repository).
-
-    Raises:
-        DataError: the data, whose content the id hangs on, is not there.
-    """
-    return RunDirectory(out or Path(os.environ.get("IBQ_RUNS") or ROOT / "runs") / config.run_id(data_hash_of(config.data)))
-
-
-def train(config: TrainConfig, run: RunDirectory, runtime: Runtime, say: Callable[[str], None] = print) -> int:
+def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: Callable[[str], None] = print) -> None:
     """Train a run to its row, or go on with it; SIGTERM and Ctrl-C stop it resumably at its next step.
 
     Args:
         config: what to train.
-        run: its directory.
-        runtime: device and cadences.
-        say: receives one line at a time.
-
-    Returns:
-        the exit code: 0 finished, 130 stopped, `worker.DISK_FULL`, 1 any other failure, a run that did not stay finite among them; the
-        reason has been said and stands in attempts.jsonl.
+        runtime: device and cadences; under torchrun each process has the GPU of its local rank.
+        out: the run's directory; None: its id in the runs folder (IBQ_RUNS, else runs/ in the repository).
+        say: receives one line at a time, of the first process.
 
     Raises:
+        SystemExit: the run has no row of status "ok": STOPPED, `worker.DISK_FULL`, 1 any other failure. The reason has been said and
+            stands in attempts.jsonl.
         ConfigError: another process trains this run.
+        DataError: the data is not there.
     """
-    if run.finished:
-        say(f"{run.path} is finished already: {_result(run)}")
-        return 0
-    run.path.mkdir(parents=True, exist_ok=True)
+    with process_group(runtime.device) as processes, ExitStack() as claims:
+        runtime = replace(runtime, device=str(processes.device))
+        run = _claim(config, out, claims)
+        if run.finished:
+            if is_writer():
+                say(f"{run.path} is finished already: {_result(run)}")
+            return
+        with _stopping() as stop:
+            if is_writer():
+                say(f"training {config.steps:,} steps of {config.batch_size} images into {run.path}")
+                code = worker.attempt(run, config.to_json_dict(), runtime, stop, _Progress(say))
+                say(_result(run) if run.finished else failure_reason(run))
+                code = code or (STOPPED if not run.finished else int(run.read_row()["status"] != "ok"))
+            else:
+                code = _follow(config, run, runtime, stop)
+        if code:
+            raise SystemExit(code)  # which leaves the group without waiting for the others
+
+
+def _claim(config: TrainConfig, out: Path | None, claims: ExitStack) -> RunDirectory:
+    """The run's directory, which the first process holds the lock of until `claims` is closed."""
+    path = out
+    with shared_errors(ConfigError, DataError):
+        if is_writer():
+            path = out or Path(os.environ.get("IBQ_RUNS") or ROOT / "runs") / config.run_id(data_hash_of(config.data))
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                claims.enter_context(FileLock(RunDirectory(path).lock, timeout=2))
+            except Timeout:
+                raise ConfigError(f"run {path.name} is being trained by another process; stop that one, or pass --out FOLDER") from None
+    return RunDirectory(copy_of_first(path) or "")
+
+
+def _follow(config: TrainConfig, run: RunDirectory, runtime: Runtime, stop: threading.Event) -> int:
+    """Train along with the first process, which records how it ends; what fails here is said here. Returns the exit code."""
     try:
-        with _stopping(say) as stop, FileLock(run.lock, timeout=2):
-            say(f"training {config.steps:,} steps of {config.batch_size} images into {run.path}")
-            code = worker.attempt(run, config.to_json_dict(), runtime, stop, _Progress(say))
-    except Timeout:
-        raise ConfigError(f"run {run.path.name} is being trained by another process; stop that one, or pass --out FOLDER") from None
-    if run.finished:
-        say(_result(run))
-        return 0 if run.read_row()["status"] == "ok" else 1
-    say(failure_reason(run))
-    return 130 if stop.is_set() and not code else code
+        for _ in train_tokenizer(config, run.path, runtime, stop.is_set):
+            pass
+    except StopRequested:
+        return STOPPED
+    except NonFiniteError:  # on all processes alike
+        return 1
+    except Exception as error:
+        print(f"error: process {rank()}: {worker.classify(error)[1]}", file=sys.stderr)
+        return 1
+    return 0
 
 
 @contextmanager
-def _stopping(say: Callable[[str], None]) -> Iterator[threading.Event]:
+def _stopping() -> Iterator[threading.Event]:
     """An event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once."""
     stop = threading.Event()
 

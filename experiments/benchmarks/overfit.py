@@ -27,11 +27,12 @@ from experiments.benchmarks import cells
 from ibq.checkpoint import load_checkpoint
 from ibq.config import DataConfig, TrainConfig, parse_train_config
 from ibq.data import load_images
+from ibq.distributed import resolve_device
 from ibq.evaluation import evaluate
 from ibq.metrics.distances import to_uint8
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, append_line, read_lines, write_tensors, write_text
-from ibq.train_tokenizer import Runtime, StopRequested, resolve_device, train_tokenizer
+from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
 from ibq.training_state import part_of
 
 NAME = "overfit"
@@ -94,11 +95,11 @@ def run(device_name: str = "auto", small: bool = False, say: Callable[[str], Non
 
 def write_crops(folder: Path) -> None:
     """Sixteen crops spread over the test regions of the photos, as PNG; train/ and test/ hold the same."""
-    crops_NCHW = load_images(DataConfig(name="photos", resolution=SIDE), "test").images_NCHW
-    chosen_N = torch.linspace(0, len(crops_NCHW) - 1, CROPS).round().long()
+    photos = load_images(DataConfig(name="photos", resolution=SIDE), "test")
+    chosen_N = torch.linspace(0, len(photos) - 1, CROPS).round().long()
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
-        for i, crop_CHW in enumerate(crops_NCHW[chosen_N]):
+        for i, crop_CHW in enumerate(photos.pixels(chosen_N)):
             Image.fromarray(crop_CHW.permute(1, 2, 0).numpy()).save(folder / split / f"{i:02d}.png")
 
 

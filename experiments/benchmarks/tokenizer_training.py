@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 from experiments import figures, tables
 from experiments.benchmarks import cells
+from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 from ibq.run_directory import write_text
-from ibq.train_tokenizer import resolve_device
 
 NAME = "tokenizer_training"
 CODES = (16384, 262144)

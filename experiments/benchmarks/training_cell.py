@@ -22,9 +22,10 @@ from experiments.benchmarks import measure
 from experiments.imagenet256 import imagenet256_ibq_16384
 from ibq import ops
 from ibq.config import TrainConfig
+from ibq.distributed import resolve_device
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.door import Backend
-from ibq.train_tokenizer import Runtime, resolve_device, train_tokenizer
+from ibq.train_tokenizer import Runtime, train_tokenizer
 
 WARM_UP, TIMED = 8, 16
 SMALL = {

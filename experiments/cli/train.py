@@ -39,4 +39,4 @@ def train(
         raise ConfigError(f"there is no folder {config.data.folder}; name the folder of the images by --data PATH or in IBQ_IMAGENET")
     runtime = replace(get_preset("paper").runtime, device=device, compile=compile, checkpoint_activations=checkpoint_activations)
     runtime = runtime if workers is None else replace(runtime, workers=workers)
-    raise typer.Exit(foreground.train(config, foreground.run_directory(config, out), runtime, say))
+    foreground.train(config, runtime, out, say)

@@ -125,3 +125,19 @@ def test_a_failure_is_recorded_and_its_reason_said(pictures: Path, tmp_path: Pat
 
 def test_time_left_is_said_in_a_unit_that_suits_it() -> None:
     assert [time_left(seconds) for seconds in (9, 600, 360_000)] == ["about 9 s left", "about 10.0 min left", "about 100.0 h left"]
+
+
+def test_two_processes_train_one_run_with_one_writer(pictures: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*torchrun, *command(pictures, run.path, 3)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("training 3 steps of 8 images") == 1
+    assert done.stdout.count("step 3 of 3: loss ") == 1
+    assert events(run) == ["started", "finished"]
+    row = run.read_row()
+    assert (row["status"], row["protocol.n_images"]) == ("ok", 8)
+    assert [line["step"] for line in run.read_history()] == [3]

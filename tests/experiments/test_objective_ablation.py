@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments import figures
@@ -70,9 +74,9 @@ def test_the_pixel_arm_is_the_run_that_other_ablations_have() -> None:
 def test_the_discriminator_has_the_size_of_the_preset(preset: str, channels: int, layers: int) -> None:
     adversarial = configs(preset)["whole"].loss.adversarial
     assert (adversarial.channels, adversarial.layers) == (channels, layers)
-    study = Study(preset, ("objective",), overrides={"loss.adversarial.channels": 4})
-    with_one = [cell.config.loss.adversarial for cell in study.cells if cell.arm.name == "whole"]
-    assert (with_one[0].channels, with_one[0].layers) == (4, layers)
+    overrides = {"loss.adversarial.weight": 0.2, "loss.adversarial.channels": 4}  # what the user says goes first
+    others = [cell.config.loss.adversarial for cell in Study(preset, ("vq_vs_ibq",), overrides=overrides).cells]
+    assert {(of.weight, of.channels, of.layers) for of in others} == {(0.2, 4, layers)}
 
 
 def test_a_grid_of_weights_gives_points_with_a_discriminator_its_size() -> None:
@@ -97,7 +101,7 @@ def test_idle_fields_stand_in_no_table_of_configs() -> None:
     ]
 
 
-def finished(cell: Cell, lines: list[dict[str, float]]) -> None:
+def finished(cell: Cell, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         append_line(cell.run.history, line)
     write_json(
@@ -105,7 +109,7 @@ def finished(cell: Cell, lines: list[dict[str, float]]) -> None:
     )
 
 
-def test_the_figure_of_the_discriminator_has_lines_of_arms_that_have_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_of_the_discriminator_has_lines_of_arms_that_have_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IBQ_RUNS", str(tmp_path))
     study = Study("quick", ("objective",))
     of = {cell.arm.name: cell for cell in study.cells}
@@ -113,8 +117,6 @@ def test_the_figure_of_the_discriminator_has_lines_of_arms_that_have_one(tmp_pat
     finished(of["pixel_l1"], [{"step": 10}, {"step": 20}])
     finished(of["whole"], [{"step": step, **judged} for step in (10, 20)])
     finished(of["late_start"], [{"step": 10}, {"step": 20, **judged}])
-    import pandas as pd
-
     rows = pd.DataFrame({"ablation": ["objective"], "arm": ["whole"], "status": ["ok"]})
     figure = figures.draw("discriminator_over_training", study, ABLATION, rows)
     assert figure is not None
