@@ -35,13 +35,13 @@ MECHANISM = "00_how_ibq_works"
 def execute_changed(study: Study, say: Callable[[str], None] = print) -> None:
     """Execute notebook 00 and each ablation's into the report folder, but for those that would show what they showed the last time.
 
-    A grid has no notebook, so there nothing is executed.
+    A grid has no notebook, so there nothing is executed; nor have some ablations.
     """
     if study.grid:
         return
     rows = rows_module.load(study)
     shown = {MECHANISM: index_backprop.known_rows().to_csv(index=False)}
-    shown |= {str(ablation.notebook): _data(rows, ablation) for ablation in study.ablations}
+    shown |= {ablation.notebook: _data(rows, ablation) for ablation in study.ablations if ablation.notebook}
     parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": dict(study.overrides)}
     for name, data in shown.items():
         source = SOURCES / f"{name}.ipynb"

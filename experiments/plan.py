@@ -47,7 +47,8 @@ def expected_cost(study: Study, slots: int | None = None) -> str:
     stages = f" ({searched:,} of them in {len(searching)} runs of a search that {len(waiting)} runs wait for)" if waiting else ""
     left_out = study.left_out
     too_large = f"; left out, having more than {study.preset.max_codebook_size:,} codes: {', '.join(left_out)}" if left_out else ""
-    return (
-        f"{len(cells) + len(waiting)} runs, {len(cells) - len(left)} finished; {steps:,} steps left{stages} at {per_step:.3f} s a step "
-        f"(measured on {basis}), {at_once} at a time: about {steps * per_step / at_once / 60:.1f} minutes{too_large}"
-    )
+    todo = f"{len(cells) + len(waiting)} runs, {len(cells) - len(left)} finished; {steps:,} steps left{stages}"
+    if per_step is None:
+        return f"{todo}; how long they take is not known: no step of preset {study.preset_name} has been measured{too_large}"
+    minutes = steps * per_step / at_once / 60
+    return f"{todo} at {per_step:.3f} s a step (measured on {basis}), {at_once} at a time: about {minutes:.1f} minutes{too_large}"

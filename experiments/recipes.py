@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ibq.config import TrainConfig, flatten, parse_train_config
 from ibq.errors import ConfigError, nearest
 from ibq.train_tokenizer import Runtime
+
+IMAGENET_IMAGES = 1_281_167
+"""Training images of ImageNet (ILSVRC 2012)."""
+
+
+def imagenet_steps(epochs: int, batch_size: int = 256) -> int:
+    """Training steps of so many passes over ImageNet; the last images of a pass, too few for a batch, are left out of it."""
+    return epochs * (IMAGENET_IMAGES // batch_size)
+
+
+def imagenet_data() -> dict[str, Any]:
+    """ImageNet at 256×256 as in the paper: shorter side to 256, a random crop, no flip. It lies in the folder that the environment variable
+    IBQ_IMAGENET names, else in `imagenet` in the working directory."""
+    return {"name": f"imagefolder:{os.environ.get('IBQ_IMAGENET') or 'imagenet'}", "resolution": 256, "crop": "random", "flip": False}
 
 
 @dataclass(frozen=True)
@@ -18,12 +33,17 @@ class Preset:
     name: str
     purpose: str
     fields: dict[str, Any]
-    """The TrainConfig without its quantizer."""
+    """The TrainConfig without its quantizer and its data."""
     codebook_size: int
     code_dim: int
     runtime: Runtime
     projection: Literal["umap", "pca"] = "umap"
-    seconds_per_step: float = 0.2
+    data: Callable[[], dict[str, Any]] = dict
+    """Fields of the DataConfig, read when a config is made, since a folder may come from the environment."""
+    discriminator: Mapping[str, Any] = field(default_factory=dict)
+    """The size of a discriminator, by dotted path, for arms that have one."""
+    seconds_per_step: float | None = 0.2
+    """None: no step of this scale has been measured, so that nothing is said of its time."""
     measured_on: str = "2 cores of a server CPU, two runs at a time"
     max_seeds: int = 1_000_000
     max_codebook_size: int = 4096
@@ -45,6 +65,7 @@ PRESETS = {
             code_dim=8,
             runtime=Runtime(log_every=2, snapshots=3, checkpoint_every_s=0.5, eval_images=16, eval_batch_size=16),
             projection="pca",
+            discriminator={"loss.adversarial.channels": 8, "loss.adversarial.layers": 2},
             seconds_per_step=0.05,
             max_seeds=1,
             max_codebook_size=128,
@@ -60,6 +81,7 @@ PRESETS = {
             codebook_size=1024,
             code_dim=64,
             runtime=Runtime(),
+            discriminator={"loss.adversarial.channels": 16, "loss.adversarial.layers": 2},
             seconds_per_step=0.2,
         ),
         Preset(
@@ -75,8 +97,36 @@ PRESETS = {
             codebook_size=16384,
             code_dim=256,
             runtime=Runtime(log_every=50, eval_images=10_000, eval_batch_size=500),
+            discriminator={"loss.adversarial.channels": 32, "loss.adversarial.layers": 2},
             seconds_per_step=0.1,
             measured_on="nothing yet: an estimate",
+            max_codebook_size=2**18,
+        ),
+        Preset(
+            name="paper",
+            purpose="the paper (PAPER sections 4 and 5): ImageNet 256×256 from the folder IBQ_IMAGENET, 330 epochs; many GPUs",
+            fields={
+                "model": {
+                    "base_channels": 128,
+                    "channel_multipliers": [1, 1, 2, 2, 4],
+                    "res_blocks": 4,
+                    "attention_resolutions": [16],
+                    "z_channels": 256,
+                    "norm_groups": 32,
+                },
+                "loss": {"perceptual": "lpips-vgg", "adversarial": {"weight": 0.1}},
+                "optim": {"lr": 1e-4, "betas": [0.5, 0.9], "milestones": [250 / 330, 300 / 330], "decay_factor": 0.1, "ema_decay": 0.999},
+                "steps": imagenet_steps(330),
+                "batch_size": 256,
+                "accumulate": 8,
+                "averages": "local",
+                "precision": "fp16",
+            },
+            codebook_size=16384,
+            code_dim=256,
+            data=imagenet_data,
+            runtime=Runtime(log_every=100, checkpoint_every_s=600.0, workers=8, eval_images=50_000, eval_batch_size=32),
+            seconds_per_step=None,
             max_codebook_size=2**18,
         ),
     )
@@ -103,7 +153,7 @@ def tokenizer(preset: Preset, quantizer: dict[str, Any], seed: int = 0) -> Train
         seed: of weights and data order.
     """
     sizes = {"codebook_size": preset.codebook_size, "code_dim": preset.code_dim}
-    return parse_train_config(preset.fields | {"quantizer": sizes | quantizer, "seed": seed})
+    return parse_train_config(preset.fields | {"data": preset.data(), "quantizer": sizes | quantizer, "seed": seed})
 
 
 def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:

@@ -75,7 +75,7 @@ def _reason(cell: Cell) -> str:
     """Why a run has no row, and how far it came."""
     step = last_step(cell)
     progress = f"last logged step {step} of {cell.config.steps}" if step else ""
-    return "; ".join(part for part in (failure_reason(cell), progress) if part)
+    return "; ".join(part for part in (failure_reason(cell.run), progress) if part)
 
 
 def checked_row(cell: Cell) -> dict[str, Any]:
@@ -131,6 +131,6 @@ def status_lines(study: Study) -> list[dict[str, Any]]:
             speed = history[-1]["step"] / max(history[-1]["seconds"], 1e-9)
             phrase = f"step {last_step(cell)} of {cell.config.steps}, {speed:.1f} steps/s"
         if kind in ("failed", "oom"):
-            phrase = failure_reason(cell) + (f" ({phrase})" if phrase else "")
+            phrase = failure_reason(cell.run) + (f" ({phrase})" if phrase else "")
         lines.append({"arm": cell.name, "state": kind, "detail": phrase, "run": cell.run.path.name})
     return lines + [{"arm": cell.name, "state": "waiting", "detail": waits_for(study, cell), "run": ""} for cell in study.waiting]

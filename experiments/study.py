@@ -25,6 +25,7 @@ from ibq.run_directory import RunDirectory
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
 CODEBOOK_SIZE = "quantizer.codebook_size"
+GAN_WEIGHT = "loss.adversarial.weight"
 
 
 class Search(NamedTuple):
@@ -207,6 +208,8 @@ class Study:
 
     def _build_config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         settings = ablation.settings(arm.levels)
+        if settings.get(GAN_WEIGHT, self.overrides.get(GAN_WEIGHT)):
+            settings = {path: value for path, value in self.preset.discriminator.items() if path not in self.overrides} | settings
         codebook_size = self._codebook_size({**self.overrides, **settings})  # from which an arm derives its own, and more
         fields = ablation.quantizer(arm.levels, codebook_size)
         overrides = {path: value for path, value in self.overrides.items() if path != CODEBOOK_SIZE}

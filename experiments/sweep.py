@@ -16,7 +16,7 @@ from experiments import worker
 from experiments.study import Cell, Study, unique_runs
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
-from ibq.run_directory import append_line
+from ibq.run_directory import RunDirectory, append_line
 
 POLL_S = 0.3
 HEARTBEAT_S = 30.0
@@ -128,7 +128,7 @@ def train_study(
                     stop(f"the disk under {cell.run.path.parent} is full; make space and give the same command again, it goes on from here")
                 elif code != 0:
                     outcome.failed.append(cell)
-                    say(f"FAILED {cell.name}: {failure_reason(cell)}")
+                    say(f"FAILED {cell.name}: {failure_reason(cell.run)}")
                     if fail_fast:
                         stop("stopping everything at the first failure, as --fail-fast says")
             progress.heartbeat()
@@ -139,9 +139,9 @@ def train_study(
     return outcome
 
 
-def failure_reason(cell: Cell) -> str:
+def failure_reason(run: RunDirectory) -> str:
     """Why the last attempt at a run ended without a row, '' where there was none or it is still going on."""
-    attempts = [attempt for attempt in cell.run.read_attempts() if attempt["event"] != "damaged"]
+    attempts = [attempt for attempt in run.read_attempts() if attempt["event"] != "damaged"]
     if not attempts or attempts[-1]["event"] == "started":
         return ""
     return attempts[-1].get("reason") or attempts[-1]["event"]
@@ -220,6 +220,13 @@ def _note(cell: Cell, event: str, reason: str) -> None:
         append_line(cell.run.attempts, {"event": event, "time": time.time(), "reason": reason})
 
 
+def time_left(seconds: float) -> str:
+    """Seconds as a phrase in the unit that suits them."""
+    if seconds > 2 * 3600:
+        return f"about {seconds / 3600:.1f} h left"
+    return f"about {seconds / 60:.1f} min left" if seconds > 45 else f"about {seconds:.0f} s left"
+
+
 class _Progress:
     """Lines, not a bar: they read the same in a terminal, a log and a notebook. Time left is steps left over the speed so far."""
 
@@ -237,8 +244,7 @@ class _Progress:
         steps = self._steps()
         if steps == self._at_start:
             return "time left not known yet"
-        seconds = (time.monotonic() - self._start) * (self._total - steps) / (steps - self._at_start)
-        return f"about {seconds / 60:.1f} min left" if seconds > 45 else f"about {seconds:.0f} s left"
+        return time_left((time.monotonic() - self._start) * (self._total - steps) / (steps - self._at_start))
 
     def finished(self, cell: Cell) -> None:
         row = cell.run.read_row()

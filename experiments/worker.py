@@ -17,10 +17,11 @@ from filelock import FileLock, Timeout
 
 from ibq.config import parse_train_config
 from ibq.data import DataError
+from ibq.distributed import PeerLostError
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.processes import exit_with_parent
 from ibq.run_directory import RunDirectory, append_line
-from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
+from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, train_tokenizer
 
 DISK_FULL, BUSY = 74, 75
 """Exit codes: nothing more can be written, or another process holds this run. 0 is finished or stopped, 1 a recorded failure."""
@@ -43,20 +44,38 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int) -
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):  # another driver may have finished it while this process started
-            raise SystemExit(0 if run.finished else _attempt(run, config, runtime, stop))
+            raise SystemExit(0 if run.finished else attempt(run, config, runtime, stop))
     except Timeout:
         raise SystemExit(BUSY) from None
     except OSError as error:  # even the attempt could not be noted
         raise SystemExit(DISK_FULL if is_disk_full(error) else 1) from None
 
 
-def _attempt(run: RunDirectory, config: dict[str, Any], runtime: Runtime, stop: threading.Event) -> int:
+def attempt(
+    run: RunDirectory,
+    config: dict[str, Any],
+    runtime: Runtime,
+    stop: threading.Event,
+    seen: Callable[[LogEvent], None] = lambda event: None,
+) -> int:
+    """Train a run whose lock is held, and record the attempt and how it ended in attempts.jsonl.
+
+    Args:
+        run: its directory.
+        config: a TrainConfig as a dict.
+        runtime: device and cadences.
+        stop: once set, the run ends resumably at its next step.
+        seen: receives every log event.
+
+    Returns:
+        the exit code: 0 is finished (a row may say "nan") or stopped, DISK_FULL, 1 any other failure.
+    """
     started = time.time()
     append_line(run.attempts, {"event": "started", "time": started, "pid": os.getpid(), "host": socket.gethostname()})
     code, reason = 0, None
     try:
-        for _ in train_tokenizer(parse_train_config(config), run.path, runtime, _beating(run, stop)):
-            pass
+        for logged in train_tokenizer(parse_train_config(config), run.path, runtime, _beating(run, stop)):
+            seen(logged)
         event = "finished"
     except StopRequested as stopped:
         event, reason = "stopped", str(stopped)
@@ -65,7 +84,7 @@ def _attempt(run: RunDirectory, config: dict[str, Any], runtime: Runtime, stop: 
     except Exception as error:  # the boundary of the process: whatever went wrong is recorded, and the other arms go on
         event, reason = classify(error)
         code = DISK_FULL if is_disk_full(error) else 1
-        if event == "error" and not isinstance(error, (ConfigError, DataError, OSError)):
+        if event == "error" and not isinstance(error, (ConfigError, DataError, PeerLostError, OSError)):
             (run.path / "traceback.txt").write_text(traceback.format_exc())
     append_line(run.attempts, {"event": event, "time": time.time(), "seconds": time.time() - started, "reason": reason})
     return code
@@ -76,7 +95,7 @@ def classify(error: Exception) -> tuple[str, str]:
     text = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return "oom", f"out of memory: {text[:400] or 'the system gave no size'}; lower batch_size or --slots"
-    if isinstance(error, (ConfigError, DataError)):
+    if isinstance(error, (ConfigError, DataError, PeerLostError)):
         return "error", text
     if isinstance(error, OSError) and error.errno is not None:
         return "error", f"{os.strerror(error.errno)}: {error.filename or 'while writing the run'}"

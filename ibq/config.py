@@ -109,6 +109,8 @@ class AutoencoderConfig(_Frozen):
 
 
 DISCRIMINATOR_GROUPS = 8
+LEAST_PATCHES = 3
+"""Pixels a side that a discriminator's strided layers must leave, since the two layers after them take one each."""
 
 
 class AdversarialConfig(_Frozen):
@@ -232,6 +234,12 @@ class TrainConfig(_Frozen):
             raise ValueError(f"attention_resolutions={self.model.attention_resolutions} must be among the levels' resolutions {levels}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}; choose a divisor of it")
+        layers = self.loss.adversarial.layers
+        if self.loss.adversarial.weight and self.data.resolution >> layers < LEAST_PATCHES:
+            raise ValueError(
+                f"loss.adversarial.layers={layers} halve resolution={self.data.resolution} to {self.data.resolution >> layers}, and "
+                f"{LEAST_PATCHES} pixels are the least; choose fewer layers"
+            )
         if self.loss.perceptual == "fashion-cnn" and self.data.kind != "fashion-mnist":
             raise ValueError(f"loss.perceptual='fashion-cnn' knows Fashion-MNIST, not {self.data.kind}; use 'lpips-vgg' or 'none'")
         if self.loss.perceptual == "lpips-vgg" and self.data.resolution < 32:

@@ -238,4 +238,5 @@ def _require_fashion_mnist(images: ImageSource) -> None:
 
 
 def _protocol(images: ImageSource, n_images: int, weights: str) -> dict[str, Any]:
-    return {"split": images.split, "n_images": n_images, "weights": weights, "precision": "fp32", "images": "float in [-1, 1], clamped"}
+    protocol = {"split": images.split, "n_images": n_images, "weights": weights, "precision": "fp32", "images": "float in [-1, 1], clamped"}
+    return protocol | ({"unusable_files": len(images.skipped)} if images.skipped else {})

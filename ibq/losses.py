@@ -101,19 +101,24 @@ def discriminator_terms(
     return terms | ({"lecam": lecam_loss(real_BHW, fake_BHW, averages_2)} if config.loss.adversarial.lecam_weight else {})
 
 
-def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+def adaptive_weight(
+    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, loss_scale: float = 1.0
+) -> torch.Tensor:
     """VQGAN's balance (arXiv 2012.09841, eq. 7): |gradient of the reconstruction terms| / (|gradient of the adversarial term| + 1e-4).
 
     Args:
         reconstruction, adversarial: scalars of one graph, which is kept.
         last_layer: the weight of the decoder's last convolution.
+        loss_scale: what losses are multiplied by in fp16, so that their gradients do not vanish on the way.
 
     Returns:
         A scalar without gradient, at most 1e4.
     """
-    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
+    scaled = (loss_scale * loss for loss in (reconstruction, adversarial))
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] / loss_scale for loss in scaled]
     reconstruction_norm, adversarial_norm = (mean_over_ranks(gradient).norm() for gradient in gradients)
-    return (reconstruction_norm / (adversarial_norm + 1e-4)).clamp_max(LARGEST_ADAPTIVE_WEIGHT).detach()
+    balance = reconstruction_norm / (adversarial_norm + 1e-4)
+    return balance.nan_to_num(0.0).clamp_max(LARGEST_ADAPTIVE_WEIGHT).detach()  # inf / inf: in fp16 the update is then skipped
 
 
 @contextmanager

@@ -210,7 +210,8 @@ def train_tokenizer(
                             adversarial = generator_loss(fake_BHW.float())
                             if config.loss.adversarial.adaptive:
                                 reconstruction = weighted_sum(terms, {name: weights[name] for name in terms})
-                                weights["adversarial"] *= adaptive_weight(reconstruction, adversarial, tokenizer.last_layer)
+                                scale = generator.scaler.get_scale()
+                                weights["adversarial"] *= adaptive_weight(reconstruction, adversarial, tokenizer.last_layer, scale)
                             terms["adversarial"] = adversarial
                         generator.backward(terms | quantized.losses, weights)
                     state.see(quantized.indices, terms["pixel"])

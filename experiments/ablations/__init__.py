@@ -6,12 +6,13 @@ from experiments.ablations import (
     double_quant_loss,
     lfq_comparison,
     model_size,
+    objective,
     quantizers,
     vq_vs_ibq,
 )
 from experiments.ablations.base import Ablation, Anatomy, Arm, Axis, Contrast, Factor, PaperRow, Part, Tuning
 
-_IN_ORDER = (vq_vs_ibq, double_quant_loss, codebook_size, code_dimension, lfq_comparison, model_size, quantizers)
+_IN_ORDER = (vq_vs_ibq, double_quant_loss, codebook_size, code_dimension, lfq_comparison, model_size, quantizers, objective)
 ABLATIONS: dict[str, Ablation] = {module.ABLATION.name: module.ABLATION for module in _IN_ORDER}
 CORE = tuple(ablation.name for ablation in ABLATIONS.values() if ablation.core)
 

@@ -6,14 +6,8 @@ Every cell runs in a process of its own and is kept under runs/benchmarks/; the 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments import figures, tables
-from experiments.study import ROOT
+from experiments.benchmarks import cells
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
-from ibq.run_directory import source_commit, write_json, write_text
+from ibq.run_directory import write_text
 
-NAME = "index_backprop"
+NAME, MEASURE = "index_backprop", "experiments.benchmarks.measure"
 METHODS = ("released", "dense", "chunked", "triton")
 GRIDS = {"cuda": ((1024, 4096, 16384, 65536), (1024, 16384, 262144, 1048576)), "cpu": ((1024, 4096), (1024, 16384, 262144))}
 OPERATIONS = {True: 16, False: 12}
@@ -73,27 +67,20 @@ def run(
     tokens, codes = tokens or own_tokens, codes or own_codes
     if smallest := [size for size in (*tokens, *codes, dim) if size < 1]:
         raise ConfigError(f"a size of {smallest[0]} cannot be measured; tokens, codes and dim must be at least 1")
-    folder = cells_folder() / _fingerprint(device)
-    rate = _cached(folder / f"matrix_{dtype}.json", {"device": str(device), "dtype": dtype})["matrix_tflops"]
-    cells = list(_cells(device, dtype, tokens, codes, dim))
+    folder = cells.folder(NAME, device, "measure.py", "ibq/ops")
+    product = cells.cached(folder, {"device": str(device), "dtype": dtype}, MEASURE, f"matrix_{dtype}")
+    rate = cells.require(product, "the matrix product that all is measured against")["matrix_tflops"]
+    grid = list(_cells(device, dtype, tokens, codes, dim))
     rows = []
-    for i, cell in enumerate(cells, 1):
-        row = cell | _facts(device) | {"matrix_tflops": rate}
-        row |= _cached(folder / ("_".join(f"{name}{value}" for name, value in cell.items()) + ".json"), cell)
+    for i, cell in enumerate(grid, 1):
+        row = cell | cells.facts(device) | {"matrix_tflops": rate}
+        row |= cells.cached(folder, cell, MEASURE)
         if row["status"] == "ok":
             row["tflops"] = OPERATIONS[cell["entropy"]] * cell["N"] * cell["K"] * cell["D"] / row["seconds"] / 1e12
         rows.append(row)
         outcome = f"{row['seconds']:.3g} s, {row['peak_gib']:.3g} GiB" if row["status"] == "ok" else row["status"]
-        say(f"{i}/{len(cells)}  {_name(cell)}: {outcome}")
+        say(f"{i}/{len(grid)}  {_name(cell)}: {outcome}")
     return pd.DataFrame(rows)
-
-
-def cells_folder() -> Path:
-    return Path(os.environ.get("IBQ_RUNS") or ROOT / "runs") / "benchmarks" / NAME
-
-
-def report_folder() -> Path:
-    return Path(os.environ.get("IBQ_REPORTS") or ROOT / "reports") / "benchmarks" / NAME
 
 
 def _cells(device: torch.device, dtype: str, tokens: tuple[int, ...], codes: tuple[int, ...], dim: int) -> Iterator[dict[str, Any]]:
@@ -105,36 +92,6 @@ def _cells(device: torch.device, dtype: str, tokens: tuple[int, ...], codes: tup
 
 def _name(cell: dict[str, Any]) -> str:
     return f"{cell['method']} N={cell['N']} K={cell['K']} D={cell['D']} {'with' if cell['entropy'] else 'without'} entropy"
-
-
-def _cached(path: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """The measurement that a file holds, or else a new one, written whole."""
-    if path.is_file():
-        return dict(json.loads(path.read_text()))
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.measure", json.dumps(request)], capture_output=True, text=True, cwd=ROOT
-    )
-    if done.returncode:  # not kept: the next call tries again
-        reason = f"killed by signal {-done.returncode}" if done.returncode < 0 else done.stderr.strip().splitlines()[-1]
-        if "method" not in request:
-            raise ConfigError(f"the matrix product that all is measured against failed: {reason}")
-        return {"status": f"failed: {reason}"}
-    result = dict(json.loads(done.stdout.splitlines()[-1]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    return result
-
-
-def _facts(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": source_commit()}
-
-
-def _fingerprint(device: torch.device) -> str:
-    """Names what a measurement holds for: machine, threads, torch and the code that is measured."""
-    code = [path.read_text() for path in (*sorted((ROOT / "ibq" / "ops").glob("*.py")), Path(__file__).with_name("measure.py"))]
-    facts = {name: value for name, value in _facts(device).items() if name != "commit"}
-    return hashlib.sha256(json.dumps([code, facts, platform.node()]).encode()).hexdigest()[:12]
 
 
 # --- Table and figure --------------------------------------------------------------------------------------------------------------------
@@ -190,17 +147,13 @@ def figure(rows: pd.DataFrame) -> Figure:
 
 def write(rows: pd.DataFrame, publish: bool = False) -> Path:
     """Write rows.csv, the table and the figure into reports/benchmarks/, and with `publish` into reports/published/ too."""
-    folder = report_folder()
+    folder = cells.report_folder(NAME)
     write_text(folder / "rows.csv", rows.to_csv(index=False))
     tables.write(table(rows), folder, "table", CAPTION)
     figures.save(figure(rows), folder, "figure")
     if publish:
-        shutil.copytree(folder, published_folder(), dirs_exist_ok=True)
+        shutil.copytree(folder, cells.published_folder(NAME), dirs_exist_ok=True)
     return folder
-
-
-def published_folder() -> Path:
-    return ROOT / "reports" / "published" / "benchmarks" / NAME
 
 
 def known_rows() -> pd.DataFrame:
@@ -209,7 +162,7 @@ def known_rows() -> pd.DataFrame:
     Raises:
         ConfigError: neither is there.
     """
-    for folder in (report_folder(), published_folder()):
+    for folder in (cells.report_folder(NAME), cells.published_folder(NAME)):
         if (folder / "rows.csv").is_file():
             return pd.read_csv(folder / "rows.csv")
     raise ConfigError("no benchmark has been run; call python -m experiments bench index-backprop")

@@ -70,7 +70,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     if device.type != "cuda":
         if not Path("/proc/self/clear_refs").exists():
             raise ConfigError("memory on a CPU is read from Linux's /proc, which this system lacks; measure on Linux or on CUDA")
-        _limit_memory()
+        limit_memory()
     torch.manual_seed(0)
     method = released if cell["method"] == "released" else partial(operator, cell["method"], dtype)
     temperature = 0.01 if cell["entropy"] else None
@@ -93,9 +93,9 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     step(*inputs(2, 2))  # loads the libraries
     tensors = inputs(cell["N"], cell["K"])
     try:
-        before = _start_peak(device)
+        before = start_peak(device)
         first = step(*tensors)
-        peak = _peak(device) - before
+        peak = peak_bytes(device) - before
         first = step(*tensors) if device.type == "cuda" else first  # that one held the compilation of kernels
         seconds = [step(*tensors) for _ in range(next(repeats for limit, repeats in REPEATS if first <= limit))]
     except RuntimeError as error:
@@ -124,13 +124,13 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
     """Let an allocation beyond the free memory fail instead of waking the system's out-of-memory killer."""
     limit = int(_status("/proc/meminfo", "MemAvailable") * 0.9) + int(_status("/proc/self/status", "VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _start_peak(device: torch.device) -> int:
+def start_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -138,7 +138,7 @@ def _start_peak(device: torch.device) -> int:
     return _status("/proc/self/status", "VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("/proc/self/status", "VmHWM")
 
 

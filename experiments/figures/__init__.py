@@ -18,6 +18,7 @@ from experiments.figures.comparisons import main_effects, rate_distortion, scali
 from experiments.figures.heat_map import heat_map
 from experiments.figures.theme import COLORS, LINE_COLORS, theme
 from experiments.figures.training import (
+    discriminator_over_training,
     gap_over_training,
     geometry,
     gradient_reach,
@@ -92,6 +93,11 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "gradient_reach": (
         gradient_reach,
         "How many codes the gradient of the whole loss reaches at a step; 'non-zero' would say nothing of a softmax.",
+    ),
+    "discriminator_over_training": (
+        discriminator_over_training,
+        "The discriminator over training: mean logits that it gives to a step's training images and to their reconstructions, and the "
+        "generator's term with its weight (nothing before the discriminator begins); a line a seed, arms with a discriminator.",
     ),
     "heat_map": (
         heat_map,

@@ -109,6 +109,16 @@ def gradient_reach(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
     return _curves(study, ablation, panels, log=False)
 
 
+def discriminator_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """Arms without a discriminator have no line."""
+    panels: dict[str, Panel] = {
+        "Real": ("mean logit of training images", lambda line, cell: line.get("logit_real", math.nan), None),
+        "Reconstructed": ("mean logit of reconstructions", lambda line, cell: line.get("logit_fake", math.nan), None),
+        "Generator": ("weighted adversarial term", lambda line, cell: line.get("weighted_adversarial", math.nan), None),
+    }
+    return _curves(study, ablation, panels, log=False, signed=True)
+
+
 def _curves(
     study: Study,
     ablation: Ablation,
@@ -116,8 +126,9 @@ def _curves(
     log: bool,
     lines: Callable[[Cell], list[Line]] = lambda cell: cell.run.read_history(),
     dashed: str = "uniform sampling",
+    signed: bool = False,
 ) -> Figure | None:
-    """Training curves: focal arms in colour, a line per seed; all others grey behind them."""
+    """Training curves: focal arms in colour, a line per seed; all others grey behind them. Where nothing is below 0, axes begin there."""
     cells = sorted(finished_cells(study, ablation), key=lambda cell: cell.arm.focal)
     if not cells:
         return None
@@ -125,8 +136,9 @@ def _curves(
     drawn = {title: panel for title, panel in panels.items() if any(math.isfinite(panel[1](*at)) for at in _points(histories))}
     if not drawn:
         return None
+    histories = [(cell, history) for cell, history in histories if any(_has_a_point(panel, cell, history) for panel in drawn.values())]
     by_size = {cell.config.quantizer.codebook_size: (cell, history) for cell, history in histories}.values()
-    colors, seen = arm_colors(ablation), {cell.arm.name for cell in cells}
+    colors, seen = arm_colors(ablation), {cell.arm.name for cell, _ in histories}
     figure, axes = plt.subplots(1, len(drawn), figsize=(3.6 * len(drawn) + 1.8, 3.1), squeeze=False)
     for axis, (title, (unit, value, uniform)) in zip(axes[0], drawn.items(), strict=True):
         for cell, history in histories:
@@ -138,7 +150,7 @@ def _curves(
         axis.set(title=title, xlabel="training step", ylabel=unit)
         if log:
             axis.set_yscale("log")
-        else:
+        elif not signed:
             axis.set_ylim(0, None)
     handles = [
         Line2D([], [], color=colors[arm.name], label=arm_label(ablation, arm))
@@ -151,6 +163,10 @@ def _curves(
         handles.append(Line2D([], [], color="0.2", ls="--", lw=1, label=dashed))
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
+
+
+def _has_a_point(panel: Panel, cell: Cell, history: list[Line]) -> bool:
+    return any(math.isfinite(panel[1](line, cell)) for line in history)
 
 
 def _points(histories: list[tuple[Cell, list[Line]]]) -> Iterator[tuple[Line, Cell]]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.ablations import Ablation
 from experiments.study import Study
-from ibq.config import flatten
+from ibq.config import AdversarialConfig, TrainConfig, flatten
 
 ABSENT = "–"
 
@@ -38,11 +38,22 @@ def _configs(study: Study, ablation: Ablation) -> dict[str, dict[str, str]]:
     configs = {}
     for arm in ablation.arms:
         if config := chosen.get(arm.name) or waiting.get(arm.name):
-            fields = {name: _text(value) for name, value in flatten(config.to_json_dict()).items() if name != "seed"}
+            fields = {name: _text(value) for name, value in active_fields(config).items()}
             if arm.name not in chosen and ablation.tuning:
                 fields[ablation.tuning.field] = "not chosen yet"
             configs[arm.name] = fields
     return configs
+
+
+def active_fields(config: TrainConfig) -> dict[str, Any]:
+    """All fields by dotted path but the seed and those that are idle: of a discriminator, perceptual term or schedule that is not there."""
+    idle = ["seed"]
+    if not config.loss.adversarial.weight:
+        idle += [f"loss.adversarial.{name}" for name in AdversarialConfig.model_fields if name != "weight"]
+    if config.loss.perceptual == "none":
+        idle.append("loss.perceptual_weight")
+    idle += ["optim.final_factor"] if config.optim.schedule == "multi-step" else ["optim.milestones", "optim.decay_factor"]
+    return {name: value for name, value in flatten(config.to_json_dict()).items() if name not in idle}
 
 
 def _text(value: Any) -> str:

@@ -10,9 +10,6 @@ from torch import nn
 
 from ibq.config import DISCRIMINATOR_GROUPS, AdversarialConfig
 
-LEAST_PATCHES = 3
-"""Pixels a side that the strided layers must leave, since the two layers after them take one each."""
-
 
 class PatchDiscriminator(nn.Module):
     """Images (B, C, H, W) to one logit a patch (B, 1, h, w): 4x4 convolutions, `layers` of stride 2, then two of stride 1.

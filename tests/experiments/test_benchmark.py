@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments.benchmarks import cells, measure
 from experiments.benchmarks import index_backprop as benchmark
-from experiments.benchmarks import measure
 from ibq.errors import ConfigError
 from ibq.ops import index_backprop
 
@@ -30,7 +30,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IBQ_RUNS", str(tmp_path_factory.mktemp("runs")))
         measured = benchmark.run(**TINY, say=lambda _: None)
-        patch.setattr(benchmark.subprocess, "run", lambda *_, **__: pytest.fail("a finished cell was measured again"))
+        patch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("a finished cell was measured again"))
         again = benchmark.run(**TINY, say=lambda _: None)
     pd.testing.assert_frame_equal(measured, again)
     return measured

@@ -138,13 +138,13 @@ def test_training_goes_on_exactly_from_a_saved_optimizer(folder: Path, memory_fo
     model, optimizer = small_model(memory_format)
     for step in range(3):
         take_step(model, optimizer, step)
-    save_checkpoint(folder, model.state_dict() | flatten_optimizer(model, optimizer), {})
+    save_checkpoint(folder, model.state_dict() | flatten_optimizer(model, optimizer, "optimizer"), {})
 
     resumed_model, resumed_optimizer = small_model(memory_format)
     loaded, _ = load_checkpoint(folder)
     assert loaded is not None
     resumed_model.load_state_dict({name: loaded[0][name] for name in model.state_dict()})
-    restore_optimizer(resumed_model, resumed_optimizer, loaded[0])
+    restore_optimizer(resumed_model, resumed_optimizer, loaded[0], "optimizer")
     for step in range(3, 6):
         take_step(model, optimizer, step)
         take_step(resumed_model, resumed_optimizer, step)
@@ -156,12 +156,14 @@ def test_optimizer_state_is_named_after_its_parameters() -> None:
     model, optimizer = small_model(torch.contiguous_format)
     take_step(model, optimizer, 0)
     names = {f"optimizer.{name}.{slot}" for name, _ in model.named_parameters() for slot in ("step", "exp_avg", "exp_avg_sq")}
-    assert flatten_optimizer(model, optimizer).keys() == names
+    assert flatten_optimizer(model, optimizer, "optimizer").keys() == names
 
 
 def test_a_parameter_without_saved_state_is_an_error_that_names_it() -> None:
     model, optimizer = small_model(torch.contiguous_format)
     take_step(model, optimizer, 0)
-    saved = {name: value for name, value in flatten_optimizer(model, optimizer).items() if not name.startswith("optimizer.2.bias.")}
+    saved = {
+        name: value for name, value in flatten_optimizer(model, optimizer, "optimizer").items() if not name.startswith("optimizer.2.bias.")
+    }
     with pytest.raises(KeyError, match=r"optimizer\.2\.bias\."):
-        restore_optimizer(*small_model(torch.contiguous_format), saved)
+        restore_optimizer(*small_model(torch.contiguous_format), saved, "optimizer")

@@ -23,6 +23,8 @@ IBQ = TrainConfig(quantizer=IBQConfig())
 OTHER_VALUES: dict[str, Any] = {
     "data.name": "photos",
     "data.resolution": 64,
+    "data.crop": "random",
+    "data.flip": True,
     "model.base_channels": 32,
     "model.channel_multipliers": (1, 2),
     "model.res_blocks": 2,
@@ -44,16 +46,41 @@ OTHER_VALUES: dict[str, Any] = {
     "quantizer.similarity": "cosine",
     "loss.pixel": "l2",
     "loss.pixel_weight": 2.0,
+    "loss.perceptual": "fashion-cnn",
+    "loss.perceptual_weight": 0.5,
+    "loss.adversarial.weight": 0.1,
+    "loss.adversarial.adaptive": True,
+    "loss.adversarial.loss": "vanilla",
+    "loss.adversarial.start": 0.5,
+    "loss.adversarial.lecam_weight": 0.0,
+    "loss.adversarial.lecam_decay": 0.9,
+    "loss.adversarial.channels": 32,
+    "loss.adversarial.layers": 2,
+    "loss.adversarial.norm": "group",
     "optim.lr": 1e-4,
     "optim.betas": (0.9, 0.95),
     "optim.milestones": (0.5,),
     "optim.decay_factor": 0.5,
+    "optim.schedule": "cosine",
+    "optim.final_factor": 0.1,
+    "optim.warmup": 0.1,
+    "optim.clip_norm": 1.0,
     "optim.ema_decay": 0.9,
     "steps": 301,
     "batch_size": 33,
+    "accumulate": 2,
+    "averages": "local",
     "precision": "bf16",
     "seed": 1,
 }
+FOLDER, GAN = {"data.name": "imagefolder:/pictures"}, {"loss.adversarial.weight": 0.1}
+SURROUNDINGS: dict[str, dict[str, Any]] = {
+    "data.crop": FOLDER,
+    "data.flip": FOLDER | {"data.crop": "random"},
+    "loss.perceptual_weight": {"loss.perceptual": "fashion-cnn"},
+    "optim.final_factor": {"optim.schedule": "cosine"},
+} | {path: GAN for path in OTHER_VALUES if path.startswith("loss.adversarial.") and path not in GAN}
+"""What a field needs beside it to mean something."""
 
 
 # --- Identity ----------------------------------------------------------------------------------------------------------------------------
@@ -65,11 +92,21 @@ def test_every_training_field_is_covered_here() -> None:
 
 @pytest.mark.parametrize("path", OTHER_VALUES)
 def test_every_training_field_and_the_seed_change_the_run_id(path: str) -> None:
-    changed = IBQ.with_fields(**{path: OTHER_VALUES[path]})
-    assert changed != IBQ
-    assert changed.run_id("data") != IBQ.run_id("data")
-    differing = {name for name, value in flatten(changed.to_json_dict()).items() if value != flatten(IBQ.to_json_dict())[name]}
+    before = IBQ.with_fields(**SURROUNDINGS.get(path, {}))
+    changed = before.with_fields(**{path: OTHER_VALUES[path]})
+    assert changed != before
+    assert changed.run_id("data") != before.run_id("data")
+    differing = {name for name, value in flatten(changed.to_json_dict()).items() if value != flatten(before.to_json_dict())[name]}
     assert differing == {path}
+
+
+def test_fields_that_came_later_leave_the_ids_of_finished_runs_alone() -> None:
+    assert IBQ.run_id("data") == "ibq-s0-f4eb45404c2e", "as it was before there were other terms than the pixel loss"
+    tree = IBQ.to_json_dict()
+    former = tree | {"loss": {"pixel": "l1", "pixel_weight": 1.0}, "data": {"name": "fashion-mnist", "resolution": 32}}
+    former["optim"] = {name: tree["optim"][name] for name in ("lr", "betas", "milestones", "decay_factor", "ema_decay")}
+    del former["accumulate"], former["averages"]
+    assert parse_train_config(former) == IBQ, "what was written then can be read"
 
 
 def test_method_data_and_results_version_change_the_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +195,17 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
         ({"optim.milestones": (0.5, 1.5)}, r"milestones=\(0.5, 1.5\).*\(0, 1\]"),
         ({"optim.ema_decay": 1.0}, r"ema_decay: .*less than 1 .*1.0"),
         ({"optim.lr": math.nan}, r"optim.lr: .*finite"),
+        ({"batch_size": 33, "accumulate": 2}, r"batch_size=33 is not a multiple of accumulate=2; choose a divisor"),
+        ({"data.crop": "random"}, r"data: crop='random' reads images of a folder, and fashion-mnist comes in one size"),
+        (FOLDER | {"data.flip": True}, r"flip=True goes with crop='random', and crop is 'center'"),
+        ({"loss.perceptual_weight": 2.0}, r"perceptual_weight=2.0 has no effect with perceptual='none'"),
+        (FOLDER | {"loss.perceptual": "fashion-cnn"}, r"'fashion-cnn' knows Fashion-MNIST, not imagefolder; use 'lpips-vgg'"),
+        (FOLDER | {"loss.perceptual": "lpips-vgg", "data.resolution": 16}, r"reads 32 pixels a side or more, not resolution=16"),
+        ({"loss.adversarial.norm": "none"}, r"norm='none' has no effect with weight=0.0; set loss.adversarial.weight"),
+        (GAN | {"loss.adversarial.norm": "group", "loss.adversarial.channels": 6}, r"8 groups, which do not divide 12 channels; .* of 4"),
+        (GAN | {"loss.adversarial.layers": 4}, r"layers=4 halve resolution=32 to 2, and 3 pixels are the least"),
+        ({"optim.final_factor": 0.1}, r"final_factor=0.1 is where a cosine ends; set schedule='cosine'"),
+        ({"optim.clip_norm": 0.0}, r"clip_norm: .*greater than 0"),
         ({"steps": 0}, r"steps: .*greater than or equal to 1 \(given 0\)"),
         ({"batch_size": "many"}, r"batch_size: .*integer.*'many'"),
         ({"quantizer.method": "vqq"}, r"quantizer: method='vqq' is not a quantizer; choose one of bsq, fsq, gumbel, ibq, lfq, simvq, vq"),
@@ -200,7 +248,7 @@ def test_a_mistyped_path_names_the_nearest_field(path: str, suggestion: str) -> 
 
 
 def test_a_path_like_no_other_lists_them_and_a_section_is_no_field() -> None:
-    with pytest.raises(ConfigError, match=r"valid names are batch_size, data\.name"):
+    with pytest.raises(ConfigError, match=r"valid names are accumulate, averages, batch_size"):
         IBQ.with_fields(xyzxyz=1)
     with pytest.raises(ConfigError, match="there is no field 'quantizer'"):
         IBQ.with_fields(quantizer={"method": "vq"})
@@ -229,6 +277,22 @@ def test_the_learning_rate_falls_by_the_factor_at_each_milestone(steps: int, mil
         passed = sum(step / steps >= fraction for fraction in milestones)
         ambiguous = any(abs(step - fraction * steps) < 1e-9 * steps for fraction in milestones)
         assert ambiguous or config.lr_at(step) == pytest.approx(config.optim.lr * factor**passed)
+
+
+def test_warm_up_rises_to_the_rate_and_a_cosine_falls_to_its_end() -> None:
+    config = IBQ.with_fields(steps=100, **{"optim.schedule": "cosine", "optim.warmup": 0.1, "optim.final_factor": 0.05, "optim.lr": 1.0})
+    rates = [config.lr_at(step) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert rates[10] == 1.0
+    for step in range(10, 101):
+        assert rates[step] == pytest.approx(0.05 + 0.95 * math.cos(math.pi * (step - 10) / 180) ** 2)
+    stepped = IBQ.with_fields(steps=100, **{"optim.warmup": 0.1, "optim.milestones": (0.5,), "optim.lr": 1.0})
+    assert [stepped.lr_at(step) for step in (0, 10, 49, 50, 99)] == pytest.approx([1 / 11, 1, 1, 0.1, 0.1])
+
+
+def test_the_discriminator_begins_at_its_fraction_of_the_run() -> None:
+    assert IBQ.with_fields(**GAN).adversarial_start == 0
+    assert IBQ.with_fields(steps=9, **GAN | {"loss.adversarial.start": 0.5}).adversarial_start == 4
 
 
 @pytest.mark.parametrize(("multipliers", "factor", "tokens"), [((1,), 1, 1024), ((1, 2), 2, 256), ((1, 1, 2, 2), 8, 16)])

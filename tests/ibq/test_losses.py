@@ -90,6 +90,7 @@ def test_the_adaptive_weight_balances_the_gradients_at_the_last_layer() -> None:
     balance = adaptive_weight(reconstruction, adversarial, layer.weight)
     torch.testing.assert_close(balance, by_hand[0] / (by_hand[1] + 1e-4))
     assert not balance.requires_grad
+    torch.testing.assert_close(adaptive_weight(reconstruction, adversarial, layer.weight, 1024.0), balance)
     assert adaptive_weight(1e9 * reconstruction, 0 * adversarial, layer.weight) == 1e4
     (reconstruction + balance * adversarial).backward()  # the graph is still there
 

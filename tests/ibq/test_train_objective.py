@@ -17,10 +17,11 @@ import ibq.train_tokenizer as trainer
 from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig
 from ibq.data import load_images
+from ibq.data.batches import batch_indices
 from ibq.errors import NonFiniteError
 from ibq.losses import PerceptualLoss
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import Runtime, StopRequested, batch_indices, train_tokenizer
+from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
 from ibq.training_state import TrainingState
 
 __all__ = ["read_the_images_once"]

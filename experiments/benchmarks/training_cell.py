@@ -1,0 +1,102 @@
+"""One cell of the benchmark of training, in a process of its own: python -m experiments.benchmarks.training_cell CELL, CELL as JSON.
+
+The trainer is the real one; it is left after the last step, before it evaluates. Three things stand in for what a measurement does without:
+pictures of noise in memory for ImageNet, random weights for VGG-16's, and, where the cell says so, the operator's (N, K) matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from PIL import Image
+from torchvision.models import vgg16
+
+from experiments.benchmarks import measure
+from experiments.imagenet256 import imagenet256_ibq_16384
+from ibq import ops
+from ibq.config import TrainConfig
+from ibq.distributed import resolve_device
+from ibq.models.tokenizer import Tokenizer
+from ibq.ops.door import Backend
+from ibq.train_tokenizer import Runtime, train_tokenizer
+
+WARM_UP, TIMED = 8, 16
+SMALL = {
+    "data.resolution": 32,
+    "model.base_channels": 4,
+    "model.norm_groups": 4,
+    "model.res_blocks": 1,
+    "model.z_channels": 8,
+    "model.attention_resolutions": [2],
+    "loss.adversarial.channels": 8,
+    "loss.adversarial.layers": 2,
+    "quantizer.code_dim": 8,
+}
+
+
+def config_of(cell: dict[str, Any], folder: Path) -> TrainConfig:
+    """The recipe with the cell's K, batch and precision, on images of a folder that are held in memory."""
+    fields = {"data.name": f"imagefolder:{folder}", "data.crop": "center", "quantizer.codebook_size": cell["K"], "accumulate": 1}
+    fields |= {"batch_size": cell["batch"], "precision": cell["precision"], "steps": WARM_UP + TIMED}
+    return imagenet256_ibq_16384().with_fields(**fields, **(SMALL if cell["small"] else {}))
+
+
+def measure_training(cell: dict[str, Any]) -> dict[str, Any]:
+    """Images a second over the timed steps, peak GiB and the size of what was trained, or status 'does not fit'."""
+    device = resolve_device(cell["device"])
+    if device.type != "cuda":
+        measure.limit_memory()
+    backend: Backend = "dense" if cell["operator"] == "matrix" else "auto"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = config_of(cell, folder / "images")
+        _write_noise(folder / "images", config.batch_size, config.data.resolution)
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in Tokenizer(config).parameters())
+        runtime = Runtime(device=cell["device"], log_every=WARM_UP, snapshots=0, checkpoint_every_s=1e9, compile=cell["compiled"])
+        seconds = {}
+        with (
+            mock.patch("ibq.losses.backbone_weights", return_value=_random_vgg()),
+            mock.patch("ibq.quantizers.ibq.index_backprop", partial(ops.index_backprop, backend=backend)),
+        ):
+            try:
+                start = measure.start_peak(device)
+                for event in train_tokenizer(config, folder / "run", runtime):
+                    seconds[event.step] = event.record["seconds"]
+                    if event.step == config.steps:
+                        break
+            except RuntimeError as error:
+                if not any(words in str(error) for words in ("out of memory", "allocate memory", "ALLOC_FAILED")):
+                    raise
+                return {"status": "does not fit", "parameters": parameters, "resolution": config.data.resolution}
+            peak = measure.peak_bytes(device) - (start if device.type != "cuda" else 0)
+    rate = TIMED * config.batch_size / (seconds[WARM_UP + TIMED] - seconds[WARM_UP])
+    sizes = {"parameters": parameters, "resolution": config.data.resolution}
+    return {"status": "ok", "images_per_second": rate, "peak_gib": peak / 2**30, "timed_steps": TIMED} | sizes
+
+
+def _random_vgg() -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in vgg16().state_dict().items() if name.startswith("features.")}
+    return {name: 0.05 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+def _write_noise(folder: Path, batch: int, side: int) -> None:
+    """Two batches of training pictures and one test picture; they cost what any pictures cost."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 2 * batch), ("test", 1)):
+        (folder / split).mkdir(parents=True)
+        for i in range(count):
+            noise_HWC = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(noise_HWC.numpy()).save(folder / split / f"{i:04d}.png")
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_training(json.loads(sys.argv[1]))))

@@ -1,0 +1,66 @@
+"""Commands on single runs: forget, rerun, compare."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from experiments import manage
+from experiments.cli.base import (
+    BaseOption,
+    GridOption,
+    PresetOption,
+    SeedsOption,
+    SetOption,
+    app,
+    console,
+    one_sentence_errors,
+    say,
+    study_of,
+)
+from experiments.study import Study
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
+
+
+@app.command()
+@one_sentence_errors
+def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
+    """Remove a run for good."""
+    run = manage.find_run(Study(preset), run_id)
+    manage.forget(run)
+    print(f"forgot {run.path.name}")
+
+
+@app.command()
+@one_sentence_errors
+def rerun(
+    run_id: RunArgument,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    grid: GridOption = None,
+    base: BaseOption = None,
+) -> None:
+    """Train a run again, and say what changed."""
+    study = study_of(None if grid else ["all"], preset, seeds, set_, grid, base)
+    before, after = manage.rerun(study, manage.find_run(study, run_id), say=say)
+    if before and after:
+        changed = [name for name in after if before.get(name) != after[name]]
+        print(f"entries that differ from the former row: {', '.join(changed) or 'none'}")
+    if not after:
+        raise typer.Exit(1)
+
+
+@app.command()
+@one_sentence_errors
+def compare(one: RunArgument, other: RunArgument, preset: PresetOption = "quick") -> None:
+    """Config fields and results in which two runs differ."""
+    runs = [manage.find_run(Study(preset), name) for name in (one, other)]
+    table = Table("", *(run.path.name for run in runs), box=None)
+    for line in manage.compare(*runs):
+        table.add_row(*(escape(str(value)) for value in line))
+    console.print(table)

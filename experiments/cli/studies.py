@@ -1,0 +1,182 @@
+"""Commands on studies: list, plan, run, status, report, evaluate."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from experiments import manage
+from experiments.ablations import ABLATIONS
+from experiments.cli.base import (
+    BaseOption,
+    DeviceOption,
+    GridOption,
+    PresetOption,
+    SeedsOption,
+    SetOption,
+    app,
+    changes,
+    console,
+    of_a_study,
+    one_sentence_errors,
+    say,
+    study_of,
+)
+from experiments.imagenet256 import RECIPES
+from experiments.quantizer_options import options_table
+from experiments.recipes import PRESETS
+from experiments.study import Study
+from experiments.sweep import HANG_S, train_study
+from ibq.errors import ConfigError
+
+MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in manage.EVALUATIONS.items()))]
+SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")]
+
+
+@app.command("list")
+@one_sentence_errors
+def list_ablations(
+    quantizers: Annotated[bool, typer.Option("--quantizers", help="the quantizers instead, with their options and papers")] = False,
+) -> None:
+    """The ablations, recipes and presets there are."""
+    if quantizers:
+        table = Table("method", "options", "paper", box=None)
+        for method, options, paper in options_table():
+            table.add_row(method, escape("\n".join(options)), paper, end_section=True)
+        console.print(table)
+        return
+    table = Table("ablation", "arms", "question", box=None)
+    for ablation in ABLATIONS.values():
+        table.add_row(ablation.name, str(len(ablation.arms)), escape(ablation.question))
+    recipes = Table("recipe", "what", box=None)
+    for name, recipe in RECIPES.items():
+        recipes.add_row(name, escape(str(inspect.getdoc(recipe)).splitlines()[0]))
+    presets = Table("preset", "for", box=None)
+    for preset in PRESETS.values():
+        presets.add_row(preset.name, escape(preset.purpose))
+    console.print(table, "", recipes, "", presets)
+
+
+@app.command()
+@one_sentence_errors
+def plan(
+    names: Annotated[list[str] | None, typer.Argument(help="ablations as for run, or recipes as list shows them")] = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    grid: GridOption = None,
+    base: BaseOption = None,
+    slots: SlotsOption = None,
+    gpus: Annotated[int, typer.Option(help="of a recipe: processes, each with a GPU")] = 8,
+) -> None:
+    """Arms, steps and expected minutes, or what a recipe would cost; trains nothing."""
+    if recipes := [name for name in names or [] if name in RECIPES]:
+        if others := [name for name in names or [] if name not in RECIPES]:
+            raise ConfigError(f"{others[0]!r} is no recipe, as {recipes[0]!r} is; plan ablations and recipes one after the other")
+        for name in recipes:
+            _plan_recipe(name, changes(set_), gpus)
+        return
+    _plan_study(study_of(names, preset, seeds, set_, grid, base), slots)
+
+
+def _plan_recipe(name: str, overrides: dict[str, Any], gpus: int) -> None:
+    from experiments import recipe_plan
+
+    print(f"{name}\n{inspect.getdoc(RECIPES[name])}\n")
+    lines = recipe_plan.plan(RECIPES[name]().with_fields(**overrides), gpus)
+    for heading, text in lines:
+        print(f"{heading + ':':<11} {text}")
+
+
+def _plan_study(study: Study, slots: int | None) -> None:
+    from experiments import plan as plan_module
+
+    for ablation in study.ablations:
+        lines = plan_module.plan_table(study, ablation)
+        table = Table(*lines.columns, title=ablation.name, box=None)
+        for line in lines.itertuples(index=False):
+            table.add_row(*(escape(str(value)) for value in line))
+        console.print(table)
+    print(plan_module.expected_cost(study, slots))
+
+
+@app.command()
+@one_sentence_errors
+@of_a_study
+def run(
+    study: Study,
+    slots: SlotsOption = None,
+    time_budget: Annotated[float | None, typer.Option(help="minutes; then stop, resumably")] = None,
+    fail_fast: Annotated[bool, typer.Option(help="stop everything at the first failed run")] = False,
+    hang_timeout: Annotated[float, typer.Option(help="minutes without a sign of life after which a trainer is killed")] = HANG_S / 60,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train all arms that have no row yet, execute the notebooks, write the report."""
+    started = time.monotonic()
+    budget_s = None if time_budget is None else 60 * time_budget
+    outcome = train_study(study, slots=slots, device=device, time_budget_s=budget_s, fail_fast=fail_fast, hang_s=60 * hang_timeout, say=say)
+    from experiments import notebooks, projections, report
+
+    complete = not (outcome.unfinished or outcome.failed)
+    if complete:
+        projections.project_all((cell for cell in study.cells if cell.seed == 0), study.preset.projection, say)
+    if outcome.finished:
+        command = f"python -m experiments {shlex.join(sys.argv[1:])}"
+        report.record_session(study, command, len(outcome.finished), (time.monotonic() - started) / 60)
+    if complete:
+        notebooks.execute_changed(study, say)
+    print(f"report: {report.write(report.widened(study))}")
+    _suggest_gpu(study)
+    if not complete:
+        print(f"{len(outcome.failed)} failed, {len(outcome.unfinished)} unfinished; the same command goes on from here")
+        raise typer.Exit(1)
+
+
+@app.command()
+@one_sentence_errors
+@of_a_study
+def status(study: Study) -> None:
+    """Every arm: finished, running with step and speed, failed with its reason, or pending."""
+    from experiments.rows import status_lines
+
+    lines = status_lines(study)
+    widths = {key: max(len(str(line[key])) for line in lines) for key in lines[0]}
+    for line in lines:  # plain text: a table of thousands of rows takes longer to lay out than to read
+        print("  ".join(str(line[key]).ljust(width) for key, width in widths.items()).rstrip())
+
+
+@app.command()
+@one_sentence_errors
+@of_a_study
+def report(
+    study: Study, publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False
+) -> None:
+    """Tables, figures and the page, from the rows there are."""
+    from experiments import report as report_module
+
+    study = report_module.widened(study)
+    print(f"report: {report_module.write(study)}")
+    if publish:
+        print(f"published: {report_module.publish(study)}")
+
+
+@app.command()
+@one_sentence_errors
+@of_a_study
+def evaluate(study: Study, metric: MetricOption = "full_test") -> None:
+    """Add an evaluation to finished runs, without training."""
+    print(f"{manage.evaluate_finished(study, metric, say)} runs evaluated with {metric}; the rows have its columns")
+
+
+def _suggest_gpu(study: Study) -> None:
+    import torch
+
+    if torch.cuda.is_available() and study.preset_name == "quick":
+        print(f"a GPU is here ({torch.cuda.get_device_name()}): make study PRESET=gpu runs the study at the paper's codebook size")

@@ -1,0 +1,130 @@
+"""What a recipe would cost: sizes, schedule, an estimate of its memory, and hours from measured throughput alone."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models import vgg16
+
+from experiments.benchmarks import tokenizer_training
+from experiments.recipes import IMAGENET_IMAGES
+from ibq.config import TrainConfig
+from ibq.errors import ConfigError
+from ibq.models.autoencoder import Decoder, Encoder
+from ibq.models.discriminator import PatchDiscriminator
+from ibq.models.tokenizer import Tokenizer
+from ibq.train_tokenizer import AUTOCAST
+
+BASIS = (
+    "counted, not measured: float32 weights, gradients, both moments of Adam and averaged weights, and the tensors that the backward pass "
+    "of one micro-batch keeps; the allocator's own, workspaces, the quantizer's buffers and, on several GPUs, DDP's buckets come on top"
+)
+
+
+def plan(config: TrainConfig, gpus: int) -> list[tuple[str, str]]:
+    """What there is to know of a recipe before it trains, as lines of a heading and a text.
+
+    Args:
+        config: the recipe.
+        gpus: processes, each with a GPU of its own.
+
+    Raises:
+        ConfigError: a step's images cannot be cut into equal micro-batches on so many GPUs.
+    """
+    parts = gpus * config.accumulate
+    if gpus < 1 or config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be cut into {config.accumulate} micro-batches (accumulate) on each of {gpus} GPUs; "
+            f"choose GPUs and accumulate whose product divides it"
+        )
+    images = config.batch_size // parts
+    memory = memory_gib(config, images)
+    total = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
+    quantizer, (generator, discriminator) = config.quantizer, parameters(config)
+    counted = f"{generator:,} of the tokenizer" + (f", {discriminator:,} of the discriminator" if discriminator else "")
+    epochs = config.steps / (IMAGENET_IMAGES // config.batch_size)
+    return [
+        ("parameters", counted),
+        ("tokens", f"{config.tokens_per_image} an image, of {quantizer.codebook_size:,} codes of dimension {quantizer.code_dim}"),
+        ("schedule", f"{config.steps:,} steps of {config.batch_size} images: {epochs:.1f} epochs of ImageNet's {IMAGENET_IMAGES:,}"),
+        ("a step", f"{config.accumulate} micro-batches of {images} images on each of {gpus} GPUs, {config.precision}"),
+        ("memory", f"about {sum(memory.values()):.1f} GiB a GPU ({total}); {BASIS}"),
+        ("hours", hours(config, gpus, tokenizer_training.known_rows())),
+    ]
+
+
+def parameters(config: TrainConfig) -> tuple[int, int]:
+    """Of the tokenizer, its codebook included, and of the discriminator (0 without one)."""
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
+        discriminator = PatchDiscriminator(config.loss.adversarial, config.data.channels) if config.loss.adversarial.weight else nn.Module()
+    generator, adversary = (sum(parameter.numel() for parameter in network.parameters()) for network in (tokenizer, discriminator))
+    return generator, adversary
+
+
+def memory_gib(config: TrainConfig, images: int) -> dict[str, float]:
+    """Estimated GiB by what needs them, with micro-batches of so many images on one device; `BASIS` says what is counted.
+
+    The discriminator's own step keeps what two passes of it need, the generator's what one needs and the perceptual network beside it; the
+    autoencoder's activations are alive in both.
+    """
+    generator, discriminator = parameters(config)
+    shape = (images, config.data.channels, config.data.resolution, config.data.resolution)
+    with FakeTensorMode():  # shapes alone: nothing is computed, no memory is needed
+        encoder, decoder = (part(config.model, config.data.channels, config.data.resolution) for part in (Encoder, Decoder))
+        autoencoder = nn.Sequential(encoder, decoder)
+        activations = _kept_bytes(autoencoder, torch.empty(shape), config)
+        judges = 0
+        if config.loss.perceptual == "lpips-vgg":
+            network = vgg16().features.requires_grad_(False)
+            judges = _kept_bytes(network, torch.empty(shape, requires_grad=True).expand(-1, 3, -1, -1), config)
+        if discriminator:
+            adversary = PatchDiscriminator(config.loss.adversarial, config.data.channels)
+            a_pass = _kept_bytes(adversary, torch.empty(shape, requires_grad=True), config)
+            judges = max(judges + a_pass, 2 * a_pass)
+    sizes = {"weights, gradients, Adam and averages": 20 * generator + 16 * discriminator, "activations of the autoencoder": activations}
+    sizes |= {"activations of perceptual network and discriminator": judges} if judges else {}
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
+def _kept_bytes(network: nn.Module, inputs: torch.Tensor, config: TrainConfig) -> int:
+    """Bytes of the tensors that a pass keeps for its backward pass, in the config's precision, the network's own weights left out."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", AUTOCAST[config.precision], enabled=config.precision != "fp32"),
+    ):
+        network(inputs)
+    return sum(kept.values())
+
+
+def hours(config: TrainConfig, gpus: int, rows: pd.DataFrame) -> str:
+    """Hours on so many GPUs by the measured throughput that fits, or in words that there is none and how to measure.
+
+    Args:
+        rows: of the benchmark `tokenizer-training`; those count that trained this method, K and network size on a GPU at this resolution.
+    """
+    fitting = rows[(rows["status"] == "ok") & (rows["operator"] == "ours") & (rows["device"] == "cuda")] if len(rows) else rows
+    facts = {"method": config.quantizer.method, "K": config.quantizer.codebook_size, "resolution": config.data.resolution}
+    for name, value in (facts | {"parameters": parameters(config)[0]}).items():
+        fitting = fitting[fitting[name] == value] if len(fitting) else fitting
+    if fitting.empty:
+        measure = f"python -m experiments bench tokenizer-training --codes {config.quantizer.codebook_size}"
+        others = "" if config.quantizer.method == "ibq" else f"; the benchmark trains IBQ alone, not {config.quantizer.method}"
+        return f"not known: no GPU has been measured with this method and K ({measure} on a GPU measures it{others})"
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    fitting = fitting[fitting["machine"] == here] if here in set(fitting["machine"]) else fitting
+    best = fitting.loc[fitting["images_per_second"].idxmax()]
+    seconds = config.steps * config.batch_size / best["images_per_second"]
+    mode = f"{best['precision']}, {'compiled' if best['compiled'] else 'not compiled'}, batches of {best['batch']:.0f}"
+    one = f"{seconds / 3600:,.0f} on one {best['machine']}, measured at {best['images_per_second']:.1f} images/s ({mode})"
+    return one if gpus == 1 else f"{seconds / 3600 / gpus:,.0f} on {gpus}, assuming linear scaling: {one}"

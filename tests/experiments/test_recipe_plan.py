@@ -1,0 +1,143 @@
+"""What a recipe would cost: sizes against networks counted by hand, memory by rules, hours from rows alone and in words without them."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from experiments import recipe_plan
+from experiments.benchmarks import tokenizer_training
+from experiments.cli import app
+from experiments.imagenet256 import RECIPES
+from ibq.config import TrainConfig
+from ibq.errors import ConfigError
+from ibq.models.discriminator import PatchDiscriminator
+
+SMALL = {
+    "data.resolution": 32,
+    "model.base_channels": 8,
+    "model.channel_multipliers": [1, 2],
+    "model.norm_groups": 8,
+    "model.res_blocks": 1,
+    "model.z_channels": 8,
+    "loss.perceptual": "none",
+    "loss.adversarial.channels": 8,
+    "loss.adversarial.layers": 2,
+    "quantizer.codebook_size": 64,
+    "quantizer.code_dim": 8,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture
+def small() -> TrainConfig:
+    return RECIPES["imagenet256_ibq_16384"]().with_fields(**SMALL)
+
+
+def measured(config: TrainConfig, **changes: object) -> pd.DataFrame:
+    row = {"status": "ok", "operator": "ours", "device": "cuda", "method": "ibq", "K": 64, "resolution": 32, "machine": "A card"}
+    row |= {"parameters": recipe_plan.parameters(config)[0], "images_per_second": 200.0, "precision": "bf16", "compiled": True, "batch": 32}
+    return pd.DataFrame([row | changes])
+
+
+def test_activations_grow_with_the_images_and_weights_do_not(small: TrainConfig) -> None:
+    one, four = (recipe_plan.memory_gib(small, images) for images in (1, 4))
+    weights, autoencoder, judges = one
+    assert one[weights] == four[weights]
+    generator, discriminator = recipe_plan.parameters(small)
+    assert one[weights] * 2**30 == 20 * generator + 16 * discriminator
+    for name in (autoencoder, judges):
+        assert four[name] == pytest.approx(4 * one[name], rel=0.1)
+
+
+def test_half_precision_keeps_about_half() -> None:
+    name, recipe = "activations of the autoencoder", RECIPES["imagenet256_ibq_16384"]()
+    full, half = (recipe_plan.memory_gib(recipe.with_fields(precision=precision), 1)[name] for precision in ("fp32", "fp16"))
+    assert 0.45 < half / full < 0.6
+
+
+def test_what_a_layer_keeps_is_what_autograd_keeps(small: TrainConfig) -> None:
+    """A convolution keeps its input, a ReLU its output."""
+    from torch._subclasses.fake_tensor import FakeTensorMode, torch
+
+    with FakeTensorMode():
+        network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
+        kept = recipe_plan._kept_bytes(network, torch.empty(2, 3, 8, 8), small)
+    assert kept == 4 * 2 * 8 * 8 * (3 + 5)
+
+
+def test_parameters_of_the_discriminator_are_counted_too() -> None:
+    config = RECIPES["imagenet256_ibq_16384"]()
+    by_hand = sum(p.numel() for p in PatchDiscriminator(config.loss.adversarial, 3).parameters())
+    assert recipe_plan.parameters(config)[1] == by_hand
+    assert recipe_plan.parameters(config.with_fields(**{"loss.adversarial.weight": 0}))[1] == 0
+
+
+def test_hours_follow_from_measured_rows_and_several_gpus_are_an_assumption(small: TrainConfig) -> None:
+    hours = small.steps * 256 / 200 / 3600
+    rows = measured(small)
+    assert recipe_plan.hours(small, 1, rows) == f"{hours:,.0f} on one A card, measured at 200.0 images/s (bf16, compiled, batches of 32)"
+    assert recipe_plan.hours(small, 8, rows).startswith(f"{hours / 8:,.0f} on 8, assuming linear scaling: {hours:,.0f} on one A card")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "cpu"},
+        {"K": 128},
+        {"operator": "matrix"},
+        {"status": "does not fit"},
+        {"parameters": 7},
+        {"resolution": 64},
+        {"method": "vq"},
+    ],
+)
+def test_rows_of_something_else_do_not_count(small: TrainConfig, change: dict[str, object]) -> None:
+    said = recipe_plan.hours(small, 8, measured(small, **change))
+    assert said.startswith("not known: no GPU has been measured with this method and K")
+    assert "bench tokenizer-training --codes 64" in said
+    assert not any(word in said for word in ("about", "estimate"))
+
+
+def test_without_a_measurement_it_says_so_and_which_methods_are_measured_at_all() -> None:
+    config = RECIPES["imagenet256_lfq_16384"]()
+    assert "the benchmark trains IBQ alone, not lfq" in recipe_plan.hours(config, 8, pd.DataFrame())
+
+
+def test_a_step_that_cannot_be_cut_is_refused(small: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"batch_size=256 cannot be cut into 8 micro-batches .* on each of 7 GPUs"):
+        recipe_plan.plan(small, 7)
+
+
+def test_the_command_prints_heading_sizes_and_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_training, "known_rows", pd.DataFrame)
+    result = CliRunner().invoke(app, ["plan", "imagenet256_ibq_262144", "--gpus", "64", "--set", "accumulate=1"])
+    assert result.exit_code == 0, result.output
+    assert "Expected: rFID 1.00, LPIPS 0.2030, usage 84%." in result.output
+    assert "parameters: 173,896,579 of the tokenizer" in result.output
+    assert "1 micro-batches of 4 images on each of 64 GPUs, fp16" in result.output
+    assert "hours:      not known" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("plan imagenet256_ibq_1024 vq_vs_ibq", "'vq_vs_ibq' is no recipe"),
+        ("plan imagenet256_ibq_1024 --set optim.rl=1", "did you mean 'optim.lr'?"),
+        ("train imagenet256_ibq_102", "recipe 'imagenet256_ibq_102' does not exist; did you mean 'imagenet256_ibq_1024'?"),
+        ("train imagenet256_ibq_1024 --data /no/such/folder", "there is no folder /no/such/folder; name the folder"),
+        ("train imagenet256_ibq_1024 --data x --set data.name=photos", "--data x and --set data.name=photos name two data sets"),
+        ("bench overfit --codes 8", "benchmark overfit has no --codes; it has --small"),
+        ("bench overfitt", "did you mean 'overfit'?"),
+        ("bench tokenizer-training --device cpu", "takes minutes on device='cpu'; measure on CUDA, or try --small"),
+        ("bench tokenizer-training --device cpu --small --batch 0", "a size of 0 cannot be measured"),
+        ("bench tokenizer-training --device cpu --small --dtype int8", "dtype='int8' is not known"),
+    ],
+)
+def test_wrong_commands_are_one_sentence(command: str, words: str) -> None:
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert words in line
