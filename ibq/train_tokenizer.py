@@ -164,11 +164,13 @@ def train_tokenizer(
                 state.save(run.checkpoint, data)
                 last_checkpoint, saved_step = time.perf_counter(), state.step
             if stop:
+                barrier()  # whoever ends before the checkpoint is whole could have all processes ended
                 raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
             # ---------------------------- one training step
             started = time.perf_counter()
-            x_BCHW = batches.next()
+            with shared_errors(DataError):
+                x_BCHW = batches.next()
             micro_batches = x_BCHW.chunk(config.accumulate)
             last = config.accumulate - 1
             lr, discriminator, y_BCHW = config.lr_at(state.step), state.discriminator, x_BCHW[:0]
@@ -325,9 +327,10 @@ def _cause(origin: str, error: Exception) -> str:
 
 
 def _lost(run: RunDirectory, state: TrainingState, reason: str, data: str) -> NonFiniteError:
-    """Write the row of a run that did not stay finite; returns what to raise."""
+    """Write the row of a run that did not stay finite; returns what to raise. A collective, as all processes raise it."""
     if is_writer():
         write_json(run.row, _row(state, "nan", {"peak_memory_gib": peak_memory_gib(state.device), "reason": reason}, {}, data))
+    barrier()  # whoever ends before the row is whole could have all processes ended
     return NonFiniteError(reason)
 
 

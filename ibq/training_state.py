@@ -74,7 +74,7 @@ class Player:
         """Unscale and clip the gradient; to be called before every update.
 
         Raises:
-            NonFiniteError: a term or the gradient is not finite, on this or another process; all of them raise, the same. In fp16 a gradient
+            NonFiniteError: a term or the gradient is not finite, on this or another process; all of them raise the same. In fp16 a gradient
                 that overflows is no error while the loss scale can still be lowered: the update is then left out.
         """
         self.scaler.unscale_(self.optimizer)
@@ -211,7 +211,7 @@ class TrainingState:
             torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 4096 + rank())
 
     def not_finite(self) -> str | None:
-        """The name of a weight that is not finite, if any process has one: a checkpoint of such a state would be of no use. A collective."""
+        """The name of a weight that is not finite, if a process has one: a checkpoint of such a state would be of no use. A collective."""
         named = (item for player in self.players.values() for item in player.network.named_parameters())
         own = next((name for name, parameter in named if not parameter.isfinite().all()), None)
         return next((name for name in gather_objects(own) if name is not None), None)

@@ -36,9 +36,9 @@ def _permutation(seed: int, n: int) -> torch.Tensor:
 class TrainingBatches:
     """One process's share of the batches of a run, from any step on.
 
-    The pixels of a step are a function of config, step and images alone; of each micro-batch processes take contiguous shares, so that those
-    of all ranks together, in their order, are what a single process would see. Images in memory are gathered, those of a folder that is
-    streamed come as random squares from processes that decode ahead. Close it, or use it in a `with`, to end these.
+    The pixels of a step are a function of config, step and images alone; processes take contiguous shares of each micro-batch, so that
+    those of all ranks together, in their order, are what a single process would see. Images in memory are gathered, those of a folder that
+    is streamed come as random squares from processes that decode ahead. Close it, or use it in a `with`, to end these.
 
     Args:
         images: the training split.
