@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +21,15 @@ from experiments.study import ROOT
 from experiments.sweep import HEARTBEAT_S, failure_reason, time_left
 from ibq.config import TrainConfig
 from ibq.data import DataError, data_hash_of
-from ibq.distributed import copy_of_first, is_writer, process_group, rank, shared_errors
+from ibq.distributed import copy_of_first, is_first_here, is_writer, peers, process_group, rank, shared_errors
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.run_directory import RunDirectory
 from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, train_tokenizer
 
 STOPPED = 130
 """Exit code of a run that was asked to stop, and goes on when it is called again."""
+PEER_LOST = "a process was lost"
+"""What `is_first_here` is asked about: whichever was lost, one of the others tells of it."""
 
 
 def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: Callable[[str], None] = print) -> None:
@@ -38,7 +39,7 @@ def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: C
         config: what to train.
         runtime: device and cadences; under torchrun each process has the GPU of its local rank.
         out: the run's directory; None: its id in the runs folder (IBQ_RUNS, else runs/ in the repository).
-        say: receives one line at a time, of the first process.
+        say: receives one line at a time: of the first process, and of another one what befell that one alone.
 
     Raises:
         SystemExit: the run has no row of status "ok": STOPPED, `worker.DISK_FULL`, 1 any other failure. The reason has been said and
@@ -46,21 +47,14 @@ def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: C
         ConfigError: another process trains this run.
         DataError: the data is not there.
     """
-    with process_group(runtime.device) as processes, ExitStack() as claims:
+    with _stopping() as stop, process_group(runtime.device) as processes, ExitStack() as claims:
         runtime = replace(runtime, device=str(processes.device))
         run = _claim(config, out, claims)
-        if run.finished:
+        if copy_of_first(run.finished):
             if is_writer():
                 say(f"{run.path} is finished already: {_result(run)}")
             return
-        with _stopping() as stop:
-            if is_writer():
-                say(f"training {config.steps:,} steps of {config.batch_size} images into {run.path}")
-                code = worker.attempt(run, config.to_json_dict(), runtime, stop, _Progress(say))
-                say(_result(run) if run.finished else failure_reason(run))
-                code = code or (STOPPED if not run.finished else int(run.read_row()["status"] != "ok"))
-            else:
-                code = _follow(config, run, runtime, stop)
+        code = (_lead if is_writer() else _follow)(config, run, runtime, stop, say)
         if code:
             raise SystemExit(code)  # which leaves the group without waiting for the others
 
@@ -79,17 +73,32 @@ def _claim(config: TrainConfig, out: Path | None, claims: ExitStack) -> RunDirec
     return RunDirectory(copy_of_first(path) or "")
 
 
-def _follow(config: TrainConfig, run: RunDirectory, runtime: Runtime, stop: threading.Event) -> int:
-    """Train along with the first process, which records how it ends; what fails here is said here. Returns the exit code."""
+def _lead(config: TrainConfig, run: RunDirectory, runtime: Runtime, stop: threading.Event, say: Callable[[str], None]) -> int:
+    """Train as the process that records and prints. Returns the exit code."""
+    say(f"training {config.steps:,} steps of {config.batch_size} images into {run.path}")
+    code = worker.attempt(run, config.to_json_dict(), runtime, stop, _Progress(say))
+    if run.finished:
+        say(_result(run))
+        return int(run.read_row()["status"] != "ok")
+    if run.read_attempts()[-1]["event"] != "lost" or is_first_here(PEER_LOST):
+        say(failure_reason(run))
+    return code or STOPPED
+
+
+def _follow(config: TrainConfig, run: RunDirectory, runtime: Runtime, stop: threading.Event, say: Callable[[str], None]) -> int:
+    """Train along with the first process, which records how it ends; what fails here alone is said here. Returns the exit code."""
     try:
-        for _ in train_tokenizer(config, run.path, runtime, stop.is_set):
-            pass
+        with peers():
+            for _ in train_tokenizer(config, run.path, runtime, stop.is_set):
+                pass
     except StopRequested:
         return STOPPED
-    except NonFiniteError:  # on all processes alike
+    except (NonFiniteError, ConfigError, DataError):  # on all processes alike
         return 1
     except Exception as error:
-        print(f"error: process {rank()}: {worker.classify(error)[1]}", file=sys.stderr)
+        event, reason = worker.classify(error)
+        if event != "lost" or is_first_here(PEER_LOST):
+            say(f"process {rank()}: {reason}")
         return 1
     return 0
 

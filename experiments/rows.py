@@ -114,7 +114,7 @@ def state(cell: Cell) -> str:
         return "interrupted"
     if attempts and attempts[-1]["event"] == "oom":
         return "oom"
-    return "failed" if attempts and attempts[-1]["event"] in ("error", "killed", "timeout") else "pending"
+    return "failed" if attempts and attempts[-1]["event"] in ("error", "killed", "lost", "timeout") else "pending"
 
 
 def status_lines(study: Study) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ibq.config import parse_train_config
 from ibq.data import DataError
-from ibq.distributed import PeerLostError
+from ibq.distributed import PeerLostError, peers
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.processes import exit_with_parent
 from ibq.run_directory import RunDirectory, append_line
@@ -74,8 +74,9 @@ def attempt(
     append_line(run.attempts, {"event": "started", "time": started, "pid": os.getpid(), "host": socket.gethostname()})
     code, reason = 0, None
     try:
-        for logged in train_tokenizer(parse_train_config(config), run.path, runtime, _beating(run, stop)):
-            seen(logged)
+        with peers():
+            for logged in train_tokenizer(parse_train_config(config), run.path, runtime, _beating(run, stop)):
+                seen(logged)
         event = "finished"
     except StopRequested as stopped:
         event, reason = "stopped", str(stopped)
@@ -84,7 +85,7 @@ def attempt(
     except Exception as error:  # the boundary of the process: whatever went wrong is recorded, and the other arms go on
         event, reason = classify(error)
         code = DISK_FULL if is_disk_full(error) else 1
-        if event == "error" and not isinstance(error, (ConfigError, DataError, PeerLostError, OSError)):
+        if event == "error" and not isinstance(error, (ConfigError, DataError, OSError)):
             (run.path / "traceback.txt").write_text(traceback.format_exc())
     append_line(run.attempts, {"event": event, "time": time.time(), "seconds": time.time() - started, "reason": reason})
     return code
@@ -95,7 +96,9 @@ def classify(error: Exception) -> tuple[str, str]:
     text = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return "oom", f"out of memory: {text[:400] or 'the system gave no size'}; lower batch_size or --slots"
-    if isinstance(error, (ConfigError, DataError, PeerLostError)):
+    if isinstance(error, PeerLostError):
+        return "lost", f"{text}; the same command goes on from the last checkpoint"
+    if isinstance(error, (ConfigError, DataError)):
         return "error", text
     if isinstance(error, OSError) and error.errno is not None:
         return "error", f"{os.strerror(error.errno)}: {error.filename or 'while writing the run'}"

@@ -245,6 +245,14 @@ def gather_rows(rows_Nx: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(rows_Nx.device)
 
 
+def is_first_here(key: str) -> bool:
+    """True on the process that asks first under this key; unlike a collective it waits for none, so that it serves when some are gone."""
+    try:
+        return not initialized() or c10d._get_default_store().add(key, 1) == 1
+    except RuntimeError:  # where they meet is gone too
+        return True
+
+
 def barrier() -> None:
     """Wait until all processes are here."""
     any_rank(False)

@@ -16,6 +16,10 @@ class NonFiniteInputError(ValueError):
     """A tensor holds NaN or infinity where only numbers mean something."""
 
 
+class NonFiniteElsewhereError(NonFiniteInputError):
+    """So does a tensor of another process, which names it."""
+
+
 class NonFiniteError(FloatingPointError):
     """A loss term or the gradient left the finite numbers; the message names it."""
 

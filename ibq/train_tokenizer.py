@@ -21,10 +21,10 @@ import torch
 
 from ibq.checkpoint import load_checkpoint, remove_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig, flatten, parse_train_config
-from ibq.data import ImageSource, data_hash, load_images
+from ibq.data import DataError, ImageSource, data_hash, load_images
 from ibq.data.batches import TrainingBatches
-from ibq.distributed import any_rank, is_writer, rank, resolve_device, world_size
-from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
+from ibq.distributed import any_rank, barrier, gather_objects, is_writer, rank, resolve_device, shared_errors, world_size
+from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation import evaluate, evaluating
 from ibq.losses import (
     PerceptualLoss,
@@ -82,39 +82,52 @@ def train_tokenizer(
 ) -> Iterator[LogEvent]:
     """Train, evaluate and write the row; a directory with a checkpoint is resumed, one with a row yields nothing.
 
+    Several processes, as torchrun starts them, train one run together, each a share of every batch. Rank 0 writes all files; which errors
+    there are, and when to stop, they agree on. A run may go on with another number of processes.
+
+        with process_group():
+            for event in train_tokenizer(config, run_directory):
+                ...
+
     Args:
         config: what to train.
-        run_directory: its directory, made if absent; must not hold another config.
+        run_directory: its directory, made if absent; must not hold another config. All processes see the same one.
         runtime: device and cadences.
-        should_stop: asked before every step; once true, a checkpoint is written and StopRequested raised.
+        should_stop: asked before every step; once true on any process, a checkpoint is written and all raise StopRequested.
 
     Yields:
         a LogEvent every `runtime.log_every` steps and at the last one.
 
     Raises:
         StopRequested: see should_stop.  NonFiniteError: after a row with status "nan" was written.
-        ConfigError: the directory belongs to another config, or the data has too few images.
+        ConfigError: the directory belongs to another config, the data has too few images, or processes see different files.
+        DataError: the data, or the perceptual term's network, cannot be had.
     """
     # ---------------------------------------------------------------- data, device, directory
     run, writer = RunDirectory(run_directory), is_writer()
-    _check_config(run, config)
-    if run.finished:
-        if run.read_row()["status"] == "ok":  # a kill may have come between the row and this; of a run that was lost the last state is kept
+    with shared_errors(ConfigError):
+        _check_config(run, config)
+    if _agreed(run, "row", "there" if run.finished else "absent") == "there":
+        with shared_errors(ConfigError):
+            status = run.read_row()["status"]
+        if writer and status == "ok":  # a kill may have come between the row and this; of a run that was lost the last state is kept
             remove_checkpoint(run.checkpoint)
         return
-    device = resolve_device(runtime.device)
-    train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
-    if len(train_images) < config.batch_size:
-        raise ConfigError(f"batch_size={config.batch_size} exceeds the {len(train_images)} training images of {config.data.kind}; lower it")
-    data = data_hash(train_images, test_images)
+    with shared_errors(ConfigError, DataError):
+        device = resolve_device(runtime.device)
+        train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
+        if (n_images := len(train_images)) < config.batch_size:
+            raise ConfigError(f"batch_size={config.batch_size} exceeds the {n_images} training images of {config.data.kind}; lower it")
+        state = TrainingState(config, device)
+        perceptual = None if config.loss.perceptual == "none" else PerceptualLoss(config.loss.perceptual).to(device)
+    data = _agreed(run, "data", data_hash(train_images, test_images))
     if writer:
         write_json(run.config, config.to_json_dict())
 
     # ---------------------------------------------------------------- players and averages: fresh, or as the checkpoint has them
-    state = TrainingState(config, device)
     tokenizer, generator = state.tokenizer, state.generator
-    perceptual = None if config.loss.perceptual == "none" else PerceptualLoss(config.loss.perceptual).to(device)
     checkpoint, damaged = load_checkpoint(run.checkpoint)
+    _agreed(run, "checkpoint", f"of step {checkpoint.meta['step']} ({checkpoint.meta['sha256'][:8]})" if checkpoint else "absent")
     if checkpoint is None:
         initialize_codebook(tokenizer, config, train_images, device)
     state.start_average()
@@ -151,11 +164,13 @@ def train_tokenizer(
                 state.save(run.checkpoint, data)
                 last_checkpoint, saved_step = time.perf_counter(), state.step
             if stop:
+                barrier()  # whoever ends before the checkpoint is whole could have all processes ended
                 raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
             # ---------------------------- one training step
             started = time.perf_counter()
-            x_BCHW = batches.next()
+            with shared_errors(DataError):
+                x_BCHW = batches.next()
             micro_batches = x_BCHW.chunk(config.accumulate)
             last = config.accumulate - 1
             lr, discriminator, y_BCHW = config.lr_at(state.step), state.discriminator, x_BCHW[:0]
@@ -207,7 +222,7 @@ def train_tokenizer(
             except (NonFiniteError, NonFiniteInputError) as error:  # the latter: the quantizer refuses what encoder or codebook has come to
                 tensors_of = {"the images are not finite: ": micro_batches, "the reconstructions are not finite: ": [y_BCHW]}
                 origin = next((words for words, tensors in tensors_of.items() if not all(x.isfinite().all() for x in tensors)), "")
-                raise _lost(run, state, f"step {state.step}: {origin}{error}", data) from None
+                raise _lost(run, state, f"step {state.step}: {_cause(origin, error)}", data) from None
             state.update_average()
             state.step += 1
             state.seconds += time.perf_counter() - started
@@ -236,24 +251,26 @@ def train_tokenizer(
         metrics, protocol, tensors = evaluate(averaged, test_images, runtime.eval_images, runtime.eval_batch_size, weights="ema")
     except NonFiniteInputError as error:  # the last update was one too many
         raise _lost(run, state, f"step {state.step}: in the evaluation {error}", data) from None
-    if not writer:
-        return
-    write_tensors(run.evaluation, tensors)
-    write_tensors(run.model, averaged.state_dict())
+    if writer:
+        write_tensors(run.evaluation, tensors)
+        write_tensors(run.model, averaged.state_dict())
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", data)
-    if config.steps in snapshot_steps:
-        last_snapshot = run.read_snapshot(config.steps)
-        gaps = {name: last_snapshot[name].item() for name in GAPS if name in last_snapshot and last_snapshot[name].isfinite()}
-        metrics |= gaps
-        protocol |= {"gap": GAP_PROTOCOL} if gaps else {}
-    write_json(run.row, _row(state, "ok", peak | metrics, protocol, data))
-    remove_checkpoint(run.checkpoint)
+    if writer:
+        if config.steps in snapshot_steps:
+            last_snapshot = run.read_snapshot(config.steps)
+            gaps = {name: last_snapshot[name].item() for name in GAPS if name in last_snapshot and last_snapshot[name].isfinite()}
+            metrics |= gaps
+            protocol |= {"gap": GAP_PROTOCOL} if gaps else {}
+        write_json(run.row, _row(state, "ok", peak | metrics, protocol, data))
+        remove_checkpoint(run.checkpoint)
+    barrier()  # the run is finished for every process
 
 
 def reconstruct(tokenizer: Tokenizer, x_BCHW: torch.Tensor, autocast: AbstractContextManager[Any]) -> torch.Tensor:
-    """What the tokenizer makes of images, without a graph and without what a training pass changes in the quantizer."""
-    with autocast, evaluating(tokenizer):
+    """What the tokenizer makes of images, without a graph and without what a training pass changes in the quantizer; a collective, so that
+    processes refuse together what is not finite (NonFiniteInputError)."""
+    with shared_errors(NonFiniteInputError), autocast, evaluating(tokenizer):
         y_BCHW: torch.Tensor = tokenizer(x_BCHW).images
     return y_BCHW
 
@@ -285,10 +302,35 @@ def _check_config(run: RunDirectory, config: TrainConfig) -> None:
             raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
 
 
+def _agreed(run: RunDirectory, what: str, seen: str) -> str:
+    """What this process sees of a run's files, if all see the same.
+
+    Raises:
+        ConfigError: on all processes, where one sees something else.
+    """
+    first, *others = gather_objects(seen)
+    for number, other in enumerate(others, 1):
+        if other != first:
+            raise ConfigError(
+                f"process {number} finds the {what} of {run.path} {other[:40]}, process 0 {first[:40]}; "
+                "all processes need the same folders of runs and data"
+            )
+    return seen
+
+
+def _cause(origin: str, error: Exception) -> str:
+    """Why a step is refused, as the process says where it began; a collective, as all refuse a step together."""
+    *_, reason = max(
+        gather_objects((bool(origin), not isinstance(error, NonFiniteElsewhereError), f"{origin}{error}")), key=lambda said: said[:2]
+    )
+    return reason
+
+
 def _lost(run: RunDirectory, state: TrainingState, reason: str, data: str) -> NonFiniteError:
-    """Write the row of a run that did not stay finite; returns what to raise."""
+    """Write the row of a run that did not stay finite; returns what to raise. A collective, as all processes raise it."""
     if is_writer():
         write_json(run.row, _row(state, "nan", {"peak_memory_gib": peak_memory_gib(state.device), "reason": reason}, {}, data))
+    barrier()  # whoever ends before the row is whole could have all processes ended
     return NonFiniteError(reason)
 
 

@@ -5,6 +5,7 @@ Suffixes: B images, C channels, H W pixels.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ibq.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig
-from ibq.distributed import any_rank, initialized, is_writer, mean_over_ranks, rank
+from ibq.distributed import any_rank, gather_objects, initialized, is_writer, mean_over_ranks, rank
 from ibq.errors import NonFiniteError
 from ibq.losses import Weight, weighted, weighted_sum
 from ibq.metrics import usage_metrics
@@ -46,7 +47,9 @@ class Player:
 
     def distribute(self) -> None:
         """Average gradients over all processes from now on; the network becomes rank 0's."""
-        self.model = DistributedDataParallel(self.network, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch 2.13 and later would have the argument renamed, which the versions before do not know
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model = DistributedDataParallel(self.network, broadcast_buffers=False)
 
     def begin(self, lr: float, micro_batches: int) -> None:
         for group in self.optimizer.param_groups:
@@ -71,8 +74,8 @@ class Player:
         """Unscale and clip the gradient; to be called before every update.
 
         Raises:
-            NonFiniteError: a term or the gradient is not finite, on this or another process; all of them raise. In fp16 a gradient that
-                overflows is no error while the loss scale can still be lowered: the update is then left out.
+            NonFiniteError: a term or the gradient is not finite, on this or another process; all of them raise the same. In fp16 a gradient
+                that overflows is no error while the loss scale can still be lowered: the update is then left out.
         """
         self.scaler.unscale_(self.optimizer)
         trained = {name: parameter for name, parameter in self.network.named_parameters() if parameter.grad is not None}
@@ -86,8 +89,9 @@ class Player:
         if any_rank(lost)[0]:
             bad = [f"loss term {name!r} is {value.item()}" for name, value in self._raw.items() if not value.isfinite()]
             infinite = [name for name, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()]
-            bad += [f"the gradient of {name!r} is not finite" for name in infinite]
-            raise NonFiniteError(bad[0] if bad else "the gradient norm overflowed" if lost else "not finite on another process")
+            of_all = gather_objects((bad, [f"the gradient of {name!r} is not finite" for name in infinite]))
+            reasons = [reason for which in (0, 1) for of_one in of_all for reason in of_one[which]]  # a term comes before what it led to
+            raise NonFiniteError(reasons[0] if reasons else "the gradient norm overflowed")
 
     def update(self) -> None:
         self.scaler.step(self.optimizer)
@@ -200,15 +204,17 @@ class TrainingState:
             return
         for player in self.players.values():
             player.distribute()
+        self.tokenizer.quantize.peers = dist.group.WORLD
         if self.config.averages == "global":
             self.tokenizer.quantize.group = dist.group.WORLD
         if rank():
             torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 4096 + rank())
 
     def not_finite(self) -> str | None:
-        """The name of a weight that is not finite, if there is one: a checkpoint of such a state would be of no use."""
+        """The name of a weight that is not finite, if a process has one: a checkpoint of such a state would be of no use. A collective."""
         named = (item for player in self.players.values() for item in player.network.named_parameters())
-        return next((name for name, parameter in named if not parameter.isfinite().all()), None)
+        own = next((name for name, parameter in named if not parameter.isfinite().all()), None)
+        return next((name for name in gather_objects(own) if name is not None), None)
 
     def save(self, folder: Path, data_hash: str) -> None:
         """Write the checkpoint, which is rank 0's state but for the windows, which are everyone's; a collective."""

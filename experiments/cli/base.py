@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from inspect import Signature, signature
@@ -18,8 +20,9 @@ from safetensors import SafetensorError
 from experiments.ablations import ABLATIONS
 from experiments.recipes import PRESETS
 from experiments.study import Study
-from experiments.sweep import terminable
+from experiments.sweep import GRACE_S, terminable
 from ibq.data import DataError
+from ibq.distributed import PeerLostError
 from ibq.errors import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers.")
@@ -41,7 +44,10 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or 
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's error is one line on stderr and exit code 2, never a traceback; Ctrl-C and SIGTERM stop resumably, code 130."""
+    """A user's error is one line on stderr and exit code 2, never a traceback; Ctrl-C and SIGTERM stop resumably, code 130.
+
+    Of the processes that torchrun has started on a node, the first one says it.
+    """
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -58,21 +64,28 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with terminable():
                 command(*args, **kwargs)
-        except (ConfigError, DataError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
+        except (ConfigError, DataError, PeerLostError) as error:
+            raise _ended(f"error: {error}", 2) from None
         except SafetensorError as error:
-            print(f"error: a run's tensors cannot be read ({error}); forget that run and train it again", file=sys.stderr)
-            raise typer.Exit(2) from None
+            raise _ended(f"error: a run's tensors cannot be read ({error}); forget that run and train it again", 2) from None
         except OSError as error:
             what = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-            print(f"error: {what}: {error.filename or 'while reading or writing'}; nothing finished is lost", file=sys.stderr)
-            raise typer.Exit(2) from None
+            raise _ended(f"error: {what}: {error.filename or 'while reading or writing'}; nothing finished is lost", 2) from None
         except KeyboardInterrupt:
-            print("stopped; the same command goes on from here", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise _ended("stopped; the same command goes on from here", 130) from None
 
     return guarded
+
+
+def _ended(sentence: str, code: int) -> typer.Exit:
+    """Say how the command ended. Under torchrun the other processes of the node leave that to the first one, and wait for it: torchrun
+    ends all of them with the first that ends."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE_S)
+    return typer.Exit(code)
 
 
 def study_of(

@@ -36,9 +36,9 @@ def _permutation(seed: int, n: int) -> torch.Tensor:
 class TrainingBatches:
     """One process's share of the batches of a run, from any step on.
 
-    The pixels of a step are a function of config, step and images alone; processes take contiguous shares of it, so that those of all ranks
-    together, in their order, are what a single process would see. Images in memory are gathered, those of a folder that is streamed come as
-    random squares from processes that decode ahead. Close it, or use it in a `with`, to end these.
+    The pixels of a step are a function of config, step and images alone; processes take contiguous shares of each micro-batch, so that
+    those of all ranks together, in their order, are what a single process would see. Images in memory are gathered, those of a folder that
+    is streamed come as random squares from processes that decode ahead. Close it, or use it in a `with`, to end these.
 
     Args:
         images: the training split.
@@ -72,13 +72,13 @@ class TrainingBatches:
         self.waited_s = 0.0
         """Seconds spent waiting for pixels so far."""
         self._device = device
-        share = slice(rank * B // world, (rank + 1) * B // world)
+        shares = _shares(config, len(images), first_step, rank, world)
         self._pixels: Iterator[torch.Tensor]
         if isinstance(images, StreamedImages):
-            draws = (images.draws(indices_B, config.seed, epoch) for epoch, indices_B in _shares(config, len(images), first_step, share))
+            draws = (images.draws(indices_B, config.seed, epoch) for epoch, indices_B in shares)
             self._pixels = random_squares(images, draws, flip=config.data.flip, workers=workers, device=device)
         else:
-            self._pixels = (images.pixels(indices_B) for _, indices_B in _shares(config, len(images), first_step, share))
+            self._pixels = (images.pixels(indices_B) for _, indices_B in shares)
 
     def next(self) -> torch.Tensor:
         """The share of the next step: float32 (B, C, H, W) in [-1, 1] on the device, in channels_last.
@@ -103,8 +103,9 @@ class TrainingBatches:
         self.close()
 
 
-def _shares(config: TrainConfig, n_images: int, first_step: int, share: slice) -> Iterator[tuple[int, torch.Tensor]]:
+def _shares(config: TrainConfig, n_images: int, first_step: int, rank: int, world: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Epoch and images (B,) of each step from the first on, without end."""
     for step in itertools.count(first_step):
         epoch, _ = _epoch_and_batch(step, n_images, config.batch_size)
-        yield epoch, batch_indices(config.seed, step, n_images, config.batch_size)[share]
+        indices_B = batch_indices(config.seed, step, n_images, config.batch_size)
+        yield epoch, indices_B.view(config.accumulate, world, -1)[:, rank].flatten()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from ibq.errors import NonFiniteInputError
+from ibq.errors import NonFiniteElsewhereError, NonFiniteInputError
 from ibq.ops import chunked, tiled
 from ibq.ops.dense import ENTROPY_EPS, Result
 from ibq.ops.precision import full_float32
@@ -59,7 +59,7 @@ def require_finite(group: str = "", **tensors: torch.Tensor) -> None:
             raise NonFiniteInputError(
                 f"{bad} of {tensor.numel()} values of {name} are NaN or infinite; lower the learning rate, or check what went in"
             )
-    raise NonFiniteInputError("another process has values that are NaN or infinite; lower the learning rate, or check what went in")
+    raise NonFiniteElsewhereError("another process has values that are NaN or infinite; lower the learning rate, or check what went in")
 
 
 def _resolved(group: str) -> dist.ProcessGroup:

@@ -107,6 +107,8 @@ class Quantizer(nn.Module):
     Set it on all of them alike. Then each step of training is a collective: all run it, and what is not finite on one is refused by all.
     Evaluation never is. A copy of the quantizer, such as averaged weights, has none.
     """
+    peers: dist.ProcessGroup | None = None
+    """Where the mean is local: processes that train together all the same, and refuse together what is not finite; otherwise as `group`."""
 
     def __init_subclass__(cls, *, config: type[QuantizerConfig] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -118,9 +120,10 @@ class Quantizer(nn.Module):
         super().__init__()
         self.config = config
         self.group: dist.ProcessGroup | None = None
+        self.peers: dist.ProcessGroup | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"group": None}  # a group can be neither copied nor pickled
+        return self.__dict__ | {"group": None, "peers": None}  # a group can be neither copied nor pickled
 
     @property
     def training_group(self) -> dist.ProcessGroup | None:
@@ -174,7 +177,8 @@ class Quantizer(nn.Module):
         return Quantized(z_q_ND.reshape(B, H, W, D).permute(0, 3, 1, 2), indices_N.reshape(B, H, W), losses)
 
     def _require_finite(self, z_ND: torch.Tensor) -> None:
-        if (group := self.training_group) is None:
+        group = self.group or self.peers
+        if group is None or not self.training:
             require_finite(features=z_ND)  # the operators look at the codebook
         else:  # before any of them refuses a codebook on one process alone
             require_finite(group.group_name, features=z_ND, codebook=self.codebook)

@@ -61,13 +61,18 @@ def test_images_in_memory_come_as_they_are_from_any_step_on(tiny: Any, images: I
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_shares_of_all_processes_are_the_batch(world: int, tiny: Any, images: Images) -> None:
-    config = tiny(**{"data.name": "photos", "batch_size": 8, "accumulate": 2})
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_shares_of_all_processes_are_the_batch_and_so_in_each_micro_batch(
+    world: int, accumulate: int, tiny: Any, images: Images
+) -> None:
+    config = tiny(**{"data.name": "photos", "batch_size": 8, "accumulate": accumulate})
     ranks = [TrainingBatches(images, config, CPU, first_step=2, rank=rank, world=world) for rank in range(world)]
     for step in range(2, 9):
         shares = [rank.next() for rank in ranks]
         assert {len(share) for share in shares} == {8 // world}
-        assert torch.equal(torch.cat(shares), images.batch(batch_indices(0, step, 50, 8), "cpu"))
+        micro_batches = zip(*(share.chunk(accumulate) for share in shares), strict=True)
+        together = torch.cat([part for parts in micro_batches for part in parts])
+        assert torch.equal(together, images.batch(batch_indices(0, step, 50, 8), "cpu"))
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny: Any, images: Images) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from training_runs import RUNTIME, assert_same_run, read_the_images_once, stop_after
+from training_runs import GAN, RUNTIME, SMALL, assert_same_run, read_the_images_once, stop_after, weights_of
 
 import ibq.train_tokenizer as trainer
 from ibq.checkpoint import load_checkpoint
@@ -27,19 +27,6 @@ from ibq.training_state import TrainingState
 __all__ = ["read_the_images_once"]
 
 EVERY_STEP = Runtime(device="cpu", log_every=1, snapshots=2, eval_images=8, checkpoint_every_s=0)
-GAN = {
-    "loss.adversarial.weight": 0.1,
-    "loss.adversarial.channels": 8,
-    "loss.adversarial.layers": 2,
-    "loss.adversarial.norm": "group",
-    "loss.perceptual": "fashion-cnn",
-    "model.norm_groups": 2,
-}
-SMALL = 1e-4
-"""A learning rate at which what Adam makes of rounding stays small."""
-WITHOUT_EFFECT = "attn_1.k.bias"
-"""Adds one number to all logits of a query: its gradient is rounding, which Adam makes steps of. (With one channel a group, so are the
-biases before a norm; hence two.)"""
 
 
 @pytest.fixture
@@ -54,11 +41,6 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[TrainingState]:
 
     monkeypatch.setattr(trainer, "TrainingState", Seen)
     return made
-
-
-def weights_of(*networks: torch.nn.Module) -> torch.Tensor:
-    named = [item for network in networks for item in network.named_parameters()]
-    return torch.cat([parameter.detach().flatten() for name, parameter in named if WITHOUT_EFFECT not in name])
 
 
 # --- The step against one written out ----------------------------------------------------------------------------------------------------

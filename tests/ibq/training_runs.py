@@ -18,6 +18,19 @@ from ibq.run_directory import RunDirectory
 from ibq.train_tokenizer import Runtime
 
 RUNTIME = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8)
+GAN = {
+    "loss.adversarial.weight": 0.1,
+    "loss.adversarial.channels": 8,
+    "loss.adversarial.layers": 2,
+    "loss.adversarial.norm": "group",
+    "loss.perceptual": "fashion-cnn",
+    "model.norm_groups": 2,
+}
+SMALL = 1e-4
+"""A learning rate at which what Adam makes of rounding stays small."""
+WITHOUT_EFFECT = "attn_1.k.bias"
+"""Adds one number to all logits of a query: its gradient is rounding, which Adam makes steps of. (With one channel a group, so are the
+biases before a norm; hence two.)"""
 TIMED = {"train_seconds", "peak_memory_gib", "seconds", "images_per_s", "data_wait_pct"}
 
 
@@ -37,6 +50,11 @@ def read_the_images_once() -> Iterator[None]:
 def stop_after(steps: int) -> Callable[[], bool]:
     asked = itertools.count()
     return lambda: next(asked) == steps
+
+
+def weights_of(*networks: torch.nn.Module) -> torch.Tensor:
+    named = [item for network in networks for item in network.named_parameters()]
+    return torch.cat([parameter.detach().flatten() for name, parameter in named if WITHOUT_EFFECT not in name])
 
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
