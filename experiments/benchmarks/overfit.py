@@ -1,8 +1,8 @@
 """Can the objective be driven down at all? Sixteen photo crops of 64×64, trained to more than 30 dB with every term but LPIPS.
 
-L1, the quantization and entropy terms of IBQ as released, and a PatchGAN of weight 0.1 with LeCam from the first step, by the real trainer on a folder of
-sixteen pictures that are both its training and its test split. The learning curve of PSNR comes from stopping the run every so many steps,
-as a user would, reconstructing all sixteen with the averaged weights of the checkpoint, and going on from it.
+L1, the quantization and entropy terms of IBQ as released, and a PatchGAN of weight 0.1 with LeCam from the first step, by the real trainer
+on a folder of sixteen pictures that are both its training and its test split. The learning curve of PSNR comes from stopping the run every
+so many steps, as a user would, reconstructing all sixteen with the averaged weights of the checkpoint, and going on from it.
 Command: python -m experiments bench overfit   (2 CPU cores: about 10 minutes)
 """
 
