@@ -195,7 +195,6 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
         ({"optim.milestones": (0.5, 1.5)}, r"milestones=\(0.5, 1.5\).*\(0, 1\]"),
         ({"optim.ema_decay": 1.0}, r"ema_decay: .*less than 1 .*1.0"),
         ({"optim.lr": math.nan}, r"optim.lr: .*finite"),
-        ({"quantizer": {"method": "vq", "restart": "dead"}, "accumulate": 2}, r"accumulate=2 would move what method='vq' changes or draws"),
         ({"batch_size": 33, "accumulate": 2}, r"batch_size=33 is not a multiple of accumulate=2; choose a divisor"),
         ({"data.crop": "random"}, r"data: crop='random' reads images of a folder, and fashion-mnist comes in one size"),
         (FOLDER | {"data.flip": True}, r"flip=True goes with crop='random', and crop is 'center'"),
@@ -219,6 +218,15 @@ def test_contradictions_are_one_sentence_that_names_the_field(changes: dict[str,
     with pytest.raises(ConfigError, match=message) as caught:
         IBQ.with_fields(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_micro_batches_are_refused_for_what_every_forward_moves_or_draws() -> None:
+    moving = [{"method": "vq", "restart": "dead"}, {"method": "vq", "ema_decay": 0.9}, {"method": "gumbel"}]
+    for quantizer in moving:
+        with pytest.raises(ConfigError, match=rf"accumulate=2 would move what method='{quantizer['method']}' changes or draws"):
+            parse_train_config({"quantizer": quantizer, "accumulate": 2})
+    for quantizer in ({"method": "vq"}, {"method": "ibq"}, {"method": "gumbel", "noise": False}):
+        assert parse_train_config({"quantizer": quantizer, "accumulate": 2}).accumulate == 2
 
 
 def test_several_problems_are_all_reported_in_one_line() -> None:
