@@ -221,7 +221,7 @@ def test_contradictions_are_one_sentence_that_names_the_field(changes: dict[str,
 
 
 def test_micro_batches_are_refused_for_what_every_forward_moves_or_draws() -> None:
-    moving = [{"method": "vq", "restart": "dead"}, {"method": "vq", "ema_decay": 0.9}, {"method": "gumbel"}]
+    moving = [{"method": "vq", "restart": "dead"}, {"method": "vq", "ema_decay": 0.9, "beta_on": "commitment"}, {"method": "gumbel"}]
     for quantizer in moving:
         with pytest.raises(ConfigError, match=rf"accumulate=2 would move what method='{quantizer['method']}' changes or draws"):
             parse_train_config({"quantizer": quantizer, "accumulate": 2})
