@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import run_processes
 from safetensors.torch import load_file
-from training_runs import GAN, SMALL, TIMED, WITHOUT_EFFECT, images_once, stop_after, weights_of
+from training_runs import GAN, TIMED, WITHOUT_EFFECT, images_once, stop_after, weights_of
 
 import ibq.train_tokenizer as trainer
 from ibq.config import DataConfig, TrainConfig, parse_train_config
@@ -42,6 +42,8 @@ EQUAL: dict[str, dict[str, Any]] = {
 ARMS = EQUAL | {"local": {"averages": "local"}, "bf16": {"precision": "bf16"}, "vq local": {"averages": "local", "quantizer": VQ}}
 RESUMED = ("whole", "two micro-batches")
 CLOSE = 1e-5
+LEARNING_RATE = 3e-5
+"""Small, since Adam may make half a step of a gradient that is hardly more than rounding."""
 OF_ONE_PROCESS = {"feature_norm", "quantization_error", "logit_spread", "max_probability"} | TIMED
 """What the history has of rank 0's images alone."""
 
@@ -50,7 +52,7 @@ def config_of(arm: str) -> TrainConfig:
     fields = ARMS[arm]
     quantizer = {"method": "ibq", "codebook_size": 16, "code_dim": 8} | fields.get("quantizer", {})
     config = parse_train_config({"model": MODEL, "quantizer": quantizer, "steps": 5, "batch_size": 8})
-    return config.with_fields(**GAN | {"optim.lr": SMALL} | {name: value for name, value in fields.items() if name != "quantizer"})
+    return config.with_fields(**GAN | {"optim.lr": LEARNING_RATE} | {name: value for name, value in fields.items() if name != "quantizer"})
 
 
 class Seen(TrainingState):
@@ -214,6 +216,7 @@ def load_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    print('MAXDIFF', {k: float((actual[k].double()-expected[k].double()).abs().max()) for k in actual if actual[k].numel()} if len(actual)==2 else max(float((actual[k].double()-expected[k].double()).abs().max()) for k in actual))
     torch.testing.assert_close(actual, expected, rtol=CLOSE, atol=CLOSE)
 
 
@@ -250,6 +253,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(folder: Path, said: 
 def test_local_averages_train_something_else(folder: Path, said: dict[str, str]) -> None:
     assert said["local"] == ""
     local, shared = (load_weights(folder, name) for name in ("local 0", "whole 0"))
+    print('MAXDIFF local', [(local[player] - shared[player]).abs().max() for player in shared])
     assert all((local[player] - shared[player]).abs().max() > 10 * CLOSE for player in shared)
     assert torch.equal(local["model"], load_weights(folder, "local 1")["model"])
 
