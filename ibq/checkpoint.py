@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import nn
 
 from ibq.run_directory import write_json, write_tensors
@@ -35,7 +35,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], meta: dict[s
     fresh, previous = folder.with_suffix(".new"), folder.with_suffix(".previous")
     shutil.rmtree(fresh, ignore_errors=True)
     write_tensors(fresh / "state.safetensors", tensors)
-    write_json(fresh / "meta.json", meta | {"sha256": _sha256((fresh / "state.safetensors").read_bytes())})
+    write_json(fresh / "meta.json", meta | {"sha256": _sha256(fresh / "state.safetensors")})
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.rename(folder, previous)
@@ -55,17 +55,17 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             continue
         try:
             meta: dict[str, Any] = json.loads((candidate / "meta.json").read_text())
-            data = (candidate / "state.safetensors").read_bytes()
-            if meta["sha256"] != _sha256(data):
+            if meta["sha256"] != _sha256(candidate / "state.safetensors"):
                 raise ValueError("its tensors are not those that were written")
-            return Checkpoint(load(data), meta), damaged
+            return Checkpoint(load_file(candidate / "state.safetensors"), meta), damaged
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             damaged.append(f"{candidate.name} is damaged ({' '.join(str(error).split())})")
     return None, damaged
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -158,7 +158,7 @@ class LossConfig(_Frozen):
     adversarial: AdversarialConfig = _later(AdversarialConfig())
 
     @model_validator(mode="after")
-    def _weighs_something(self) -> LossConfig:
+    def _no_weight_is_idle(self) -> LossConfig:
         if self.perceptual == "none" and self.perceptual_weight != 1:
             raise ValueError(f"perceptual_weight={self.perceptual_weight} has no effect with perceptual='none'; set loss.perceptual")
         return self
@@ -214,7 +214,9 @@ class TrainConfig(_Frozen):
     batch_size: int = Field(32, strict=True, ge=1, description="images a step, over all processes")
     accumulate: int = _later(1, strict=True, ge=1)
     """Micro-batches that a step's images are cut into, one after the other, to save memory. Means over tokens or images are then of a
-    micro-batch: the codebook's entropy cannot exceed the logarithm of its tokens, and LeCam and adaptive weight see it alone."""
+    micro-batch: the codebook's entropy cannot exceed the logarithm of its tokens, and adaptive weight and batch norm see it alone. With a
+    discriminator a micro-batch goes through the tokenizer twice, the first time in evaluation mode: quantizers that change or draw in
+    their forward pass are therefore refused."""
     averages: Literal["global", "local"] = _later("global")
     """With several processes: the mean assignment of the entropy penalty and LeCam's averages are of all of them, or each process has its
     own (as released; the result then depends on their number)."""
@@ -234,6 +236,11 @@ class TrainConfig(_Frozen):
             raise ValueError(f"attention_resolutions={self.model.attention_resolutions} must be among the levels' resolutions {levels}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}; choose a divisor of it")
+        if self.accumulate > 1 and self.quantizer.changes_in_forward:
+            raise ValueError(
+                f"accumulate={self.accumulate} would move what method={self.quantizer.method!r} changes or draws in its forward pass "
+                f"{self.accumulate} times a step; set accumulate=1, or take moving averages, restarts and noise away"
+            )
         layers = self.loss.adversarial.layers
         if self.loss.adversarial.weight and self.data.resolution >> layers < LEAST_PATCHES:
             raise ValueError(
@@ -257,7 +264,7 @@ class TrainConfig(_Frozen):
     @property
     def adversarial_start(self) -> int:
         """Finished updates after which the discriminator begins, where there is one."""
-        return round(self.loss.adversarial.start * self.steps)
+        return min(round(self.loss.adversarial.start * self.steps), self.steps - 1)
 
     def to_json_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

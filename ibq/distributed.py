@@ -94,7 +94,7 @@ def resolve_device(name: str) -> torch.device:
     """The torch device for 'auto', 'cpu', 'cuda' or 'cuda:N'.
 
     Raises:
-        ConfigError: the name is not a device's, or a CUDA device is named and there is none.
+        ConfigError: the name is not a device's, or a CUDA device is named that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,8 +102,12 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device={name!r} is not known; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} is not one that this code knows; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r} was asked for but torch sees no CUDA device; use device='auto' or 'cpu'")
+    if (device.index or 0) >= (gpus := max(1, torch.cuda.device_count())):
+        raise ConfigError(f"device={name!r} was asked for but torch sees {gpus} of them, counted from 0; use one of these")
     return device
 
 

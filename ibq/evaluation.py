@@ -24,6 +24,7 @@ from ibq.metrics import ImageQuality, usage_metrics
 from ibq.metrics.distances import EXTRACTED_AT_ONCE, Distances, References, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
 from ibq.models.tokenizer import Tokenizer
+from ibq.ops.precision import full_float32
 
 if TYPE_CHECKING:
     from ibq.metrics.extractors import Extractor
@@ -48,6 +49,13 @@ def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
             yield
     finally:
         tokenizer.train(mode)
+
+
+@contextmanager
+def measuring(tokenizer: Tokenizer) -> Iterator[None]:
+    """`evaluating` in whole float32, neither autocast nor TF32: what is reported must not hang on how training was made fast."""
+    with evaluating(tokenizer), full_float32(next(tokenizer.parameters()).device, convolutions=True):
+        yield
 
 
 @contextmanager
@@ -110,7 +118,7 @@ def evaluate(
     absent: list[str] = []
     with _sparing(absent):
         distances = _fashion_cnn_distances(share, device)
-    with shared_errors(NonFiniteInputError, DataError), evaluating(tokenizer):
+    with shared_errors(NonFiniteInputError, DataError), measuring(tokenizer):
         for indices_B in share.batches:
             x_BCHW = images.batch(indices_B, device)
             y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
@@ -177,7 +185,7 @@ class PerceptualEvaluation:
         share = _Share(images, n_images, batch_size)
         metric: Distances | LPIPS | None = None
         absent: list[str] = []
-        with _sparing(absent), evaluating(tokenizer):
+        with _sparing(absent), measuring(tokenizer):
             metric = start(share)
             for indices_B in share.batches:
                 x_BCHW = images.batch(indices_B, next(tokenizer.parameters()).device)

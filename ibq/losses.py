@@ -117,8 +117,9 @@ def adaptive_weight(
     scaled = (loss_scale * loss for loss in (reconstruction, adversarial))
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] / loss_scale for loss in scaled]
     reconstruction_norm, adversarial_norm = (mean_over_ranks(gradient).norm() for gradient in gradients)
-    balance = reconstruction_norm / (adversarial_norm + 1e-4)
-    return balance.nan_to_num(0.0).clamp_max(LARGEST_ADAPTIVE_WEIGHT).detach()  # inf / inf: in fp16 the update is then skipped
+    balance = (reconstruction_norm / (adversarial_norm + 1e-4)).clamp_max(LARGEST_ADAPTIVE_WEIGHT)
+    overflow = ~(reconstruction_norm.isfinite() & adversarial_norm.isfinite())  # the whole gradient will overflow too, and is judged there
+    return torch.where(overflow, 1.0, balance).detach()
 
 
 @contextmanager

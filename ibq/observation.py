@@ -10,7 +10,7 @@ import torch
 from ibq.analysis import code_gap, gradient_reach, logit_statistics
 from ibq.data import ImageSource
 from ibq.distributed import is_writer, sum_over_ranks, world_size
-from ibq.evaluation import evaluating
+from ibq.evaluation import measuring
 from ibq.models.tokenizer import Tokenizer
 
 SNAPSHOT_CODES, SNAPSHOT_FEATURES = 1024, 2048
@@ -99,7 +99,7 @@ def take_snapshot(tokenizer: Tokenizer, probe: ImageSource, window: TokenWindow,
     f = tokenizer.config.model.downsampling
     counts_K = window.total()
     n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))
-    with evaluating(tokenizer):
+    with measuring(tokenizer):
         codebook_KD = tokenizer.quantize.codebook
         z_BDHW = tokenizer.quantize.to_code_space(tokenizer.features(probe.batch(torch.arange(n_images), device)))
         features_ND = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]

@@ -46,7 +46,11 @@ from ibq.training_state import Pace, TrainingState
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a run is watched; nothing here changes its weights, so nothing here enters its id."""
+    """Where and how a run is watched; nothing here changes its numbers but by rounding, so nothing here enters its id.
+
+    Raises:
+        ConfigError: a cadence or size is out of range.
+    """
 
     device: str = "auto"
     log_every: int = 10
@@ -59,6 +63,12 @@ class Runtime:
     """Recompute the autoencoder's activations in the backward pass: less memory, about a third more time, the same numbers."""
     eval_images: int = 2000
     eval_batch_size: int = 100
+
+    def __post_init__(self) -> None:
+        least = {"log_every": 1, "snapshots": 0, "checkpoint_every_s": 0, "workers": 0, "eval_images": 1, "eval_batch_size": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ConfigError(f"{name}={getattr(self, name)} is too small; choose {bound} or more")
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,12 @@ def train_tokenizer(
             trained_on, given = checkpoint.meta["data_hash"][:12], data[:12]
             raise ConfigError(f"{run.path} was trained on data {trained_on}, not {given}; give it that data or another directory")
         state.restore(checkpoint)
+        if writer and (note := _other_means(config, checkpoint.meta.get("processes", 1))):
+            append_line(run.attempts, {"event": "other processes", "reason": f"{note} from step {state.step}"})
+    del checkpoint  # as large as the whole state, and in memory of the CPU
     state.distribute()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the row's peak is of this run
     state.speed_up(compiled=runtime.compile, checkpoint_activations=runtime.checkpoint_activations)
     snapshot_steps = {round(config.steps * i / max(1, runtime.snapshots - 1)) for i in range(runtime.snapshots)}
     if writer:
@@ -284,9 +299,23 @@ def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: Image
     features = []
     with TrainingBatches(images, config, device, first_step=0, workers=0) as batches:
         for _ in range(math.ceil(quantizer.features_wanted / (config.batch_size * config.tokens_per_image))):
-            z_BDHW = tokenizer.features(batches.next())
-            features.append(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
+            for x_BCHW in batches.next().split(_images_at_once(config)):
+                features.append(tokenizer.features(x_BCHW).permute(0, 2, 3, 1).flatten(0, 2))
     quantizer.initialize_from(torch.cat(features).float(), torch.Generator().manual_seed(config.seed))
+
+
+def _images_at_once(config: TrainConfig) -> int:
+    """Images of a micro-batch in one process: what fits its memory, and what local means and batch norm see."""
+    return config.batch_size // (world_size() * config.accumulate)
+
+
+def _other_means(config: TrainConfig, processes: int) -> str | None:
+    """What a resume on another number of processes changes, if it changes more than rounding."""
+    adversarial = config.loss.adversarial
+    local = config.averages == "local" or (adversarial.weight and adversarial.norm == "batch")
+    if processes == world_size() or not local:
+        return None
+    return f"{world_size()} processes in place of {processes}: means of a process are over {_images_at_once(config)} images"
 
 
 def _check_config(run: RunDirectory, config: TrainConfig) -> None:
@@ -355,6 +384,8 @@ def _row(state: TrainingState, status: str, metrics: dict[str, Any], protocol: d
         "parameters": sum(p.numel() for p in state.tokenizer.parameters()),
         "train_seconds": state.seconds,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "processes": world_size(),
+        "tokens_per_mean": _images_at_once(config) * config.tokens_per_image * (world_size() if config.averages == "global" else 1),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,

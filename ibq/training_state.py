@@ -18,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ibq.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
 from ibq.config import RESULTS_VERSION, TrainConfig
-from ibq.distributed import any_rank, gather_objects, initialized, is_writer, mean_over_ranks, rank
-from ibq.errors import NonFiniteError
+from ibq.distributed import any_rank, gather_objects, initialized, is_writer, mean_over_ranks, rank, world_size
+from ibq.errors import ConfigError, NonFiniteError
 from ibq.losses import Weight, weighted, weighted_sum
 from ibq.metrics import usage_metrics
 from ibq.models.autoencoder import Level
@@ -56,6 +56,7 @@ class Player:
             group["lr"] = lr
         self.optimizer.zero_grad()
         self._share = 1 / micro_batches
+        self._total: torch.Tensor | float = 0.0
         self._raw: dict[str, torch.Tensor] = {}
         self._weighted: dict[str, torch.Tensor] = {}
 
@@ -65,7 +66,9 @@ class Player:
 
     def backward(self, terms: dict[str, torch.Tensor], weights: dict[str, Weight]) -> None:
         """Add a micro-batch's share of the step's gradient: that of the weighted sum of its terms."""
-        self.scaler.scale(self._share * weighted_sum(terms, weights)).backward()
+        loss = self._share * weighted_sum(terms, weights)
+        self.scaler.scale(loss).backward()
+        self._total = self._total + loss.detach()
         for sums, values in ((self._raw, terms), (self._weighted, weighted(terms, weights))):
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + self._share * value.detach()
@@ -82,8 +85,8 @@ class Player:
         self.norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained.values() if parameter.grad is not None])
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(trained.values(), self.clip_norm, self.norm)
-        total = torch.stack([*self._weighted.values()]).sum()
-        finite, gradient_finite = torch.stack([total, self.norm.to(total.dtype)]).isfinite().tolist()
+        assert isinstance(self._total, torch.Tensor)
+        finite, gradient_finite = torch.stack([self._total, self.norm.to(self._total.dtype)]).isfinite().tolist()
         may_skip = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         lost = not finite or not (gradient_finite or may_skip)
         if any_rank(lost)[0]:
@@ -102,7 +105,9 @@ class Player:
         micro-batches and processes."""
         names, raw, share = list(self._raw), torch.stack([*self._raw.values()]), torch.stack([*self._weighted.values()])
         raw, share = mean_over_ranks(raw), mean_over_ranks(share)
-        report: dict[str, float] = {f"{prefix}gradient_norm": self.norm.item(), f"{prefix}loss": share.sum().item()}
+        assert isinstance(self._total, torch.Tensor)
+        total = mean_over_ranks(self._total).item()
+        report: dict[str, float] = {f"{prefix}gradient_norm": self.norm.item(), f"{prefix}loss": total}
         report |= {f"loss_{name}": value for name, value in zip(names, raw.tolist(), strict=True)}
         report |= {f"weighted_{name}": value for name, value in zip(names, share.tolist(), strict=True)}
         return report | ({f"{prefix}fp16_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
@@ -161,7 +166,8 @@ class TrainingState:
 
     def update_logit_averages(self, means_2: torch.Tensor) -> torch.Tensor:
         """LeCam's averages take in a step's mean real and fake logit, which are returned: once a step, after its loss, so that they hang
-        neither on micro-batches nor, unless the config wants it, on the number of processes."""
+        neither on micro-batches nor, unless the config wants it, on the number of processes. (VQGANs of this line take the batch in before
+        its own loss, which at a decay of 0.999 moves an average by a thousandth of the way.)"""
         means_2 = mean_over_ranks(means_2) if self.config.averages == "global" else means_2
         self.logit_averages_2.lerp_(means_2, 1 - self.config.loss.adversarial.lecam_decay)
         return means_2
@@ -228,12 +234,16 @@ class TrainingState:
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         meta = {"step": self.step, "seconds": self.seconds, "data_hash": data_hash}
         meta |= {"scalers": {name: player.scaler.state_dict() for name, player in self.players.items()}}
-        meta |= {"commit": source_commit(), "results_version": RESULTS_VERSION}
+        meta |= {"processes": world_size(), "commit": source_commit(), "results_version": RESULTS_VERSION}
         if is_writer():
             save_checkpoint(folder, tensors, meta)
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        """ConfigError: the checkpoint is of another version of the code, or lacks something."""
         tensors, meta = checkpoint.tensors, checkpoint.meta
+        if meta["results_version"] != RESULTS_VERSION:
+            found = f"results_version={meta['results_version']}, this code has {RESULTS_VERSION}"
+            raise ConfigError(f"the checkpoint was written with {found}; forget the run and train it again")
         begins_at = {"model": 0, "discriminator": self.config.adversarial_start}
         for name, player in self.players.items():
             player.restore(name, checkpoint, updated=meta["step"] > begins_at[name])

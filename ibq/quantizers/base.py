@@ -52,6 +52,11 @@ class QuantizerConfig(BaseModel):
         """Weight of each raw term of `Quantized.losses` in the total loss."""
         raise NotImplementedError
 
+    @property
+    def changes_in_forward(self) -> bool:
+        """Whether a training forward moves codes or draws noise, so that it matters how often it is called for one step."""
+        return False
+
 
 class EmbeddingConfig(QuantizerConfig):
     """How a learnt codebook begins: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""

@@ -36,6 +36,10 @@ class GumbelConfig(EmbeddingConfig):
     def loss_weights(self) -> dict[str, float]:
         return {"kl": self.kl_weight} if self.kl_weight else {}
 
+    @property
+    def changes_in_forward(self) -> bool:
+        return self.noise or self.final_temperature is not None
+
 
 class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
     """The code of the largest logit; in training, with noise, of the largest noisy logit, and that is the index that is returned.

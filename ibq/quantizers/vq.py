@@ -64,6 +64,10 @@ class VQConfig(CodebookConfig):
         weights = super().loss_weights
         return weights if self.ema_decay is None else {name: weight for name, weight in weights.items() if name != "codebook"}
 
+    @property
+    def changes_in_forward(self) -> bool:
+        return self.ema_decay is not None or self.restart != "none"
+
 
 class VectorQuantizer(CodebookQuantizer, config=VQConfig):
     """Nearest code by Euclidean distance.

@@ -19,6 +19,7 @@ from experiments.study import ROOT
 from experiments.sweep import time_left
 from ibq.run_directory import RunDirectory
 
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return write_pictures(tmp_path / "pictures")

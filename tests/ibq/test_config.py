@@ -195,6 +195,7 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
         ({"optim.milestones": (0.5, 1.5)}, r"milestones=\(0.5, 1.5\).*\(0, 1\]"),
         ({"optim.ema_decay": 1.0}, r"ema_decay: .*less than 1 .*1.0"),
         ({"optim.lr": math.nan}, r"optim.lr: .*finite"),
+        ({"quantizer": {"method": "vq", "restart": "dead"}, "accumulate": 2}, r"accumulate=2 would move what method='vq' changes or draws"),
         ({"batch_size": 33, "accumulate": 2}, r"batch_size=33 is not a multiple of accumulate=2; choose a divisor"),
         ({"data.crop": "random"}, r"data: crop='random' reads images of a folder, and fashion-mnist comes in one size"),
         (FOLDER | {"data.flip": True}, r"flip=True goes with crop='random', and crop is 'center'"),

@@ -92,6 +92,8 @@ def test_the_adaptive_weight_balances_the_gradients_at_the_last_layer() -> None:
     assert not balance.requires_grad
     torch.testing.assert_close(adaptive_weight(reconstruction, adversarial, layer.weight, 1024.0), balance)
     assert adaptive_weight(1e9 * reconstruction, 0 * adversarial, layer.weight) == 1e4
+    infinite = adversarial * torch.tensor(math.inf, dtype=torch.float64)
+    assert adaptive_weight(reconstruction, infinite, layer.weight) == 1, "a gradient that overflows is not to be multiplied by zero"
     (reconstruction + balance * adversarial).backward()  # the graph is still there
 
 

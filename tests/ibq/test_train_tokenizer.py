@@ -340,6 +340,22 @@ def test_the_directory_of_another_config_is_refused_by_the_field(tiny: Any, tmp_
         assert len(list(train_tokenizer(tiny(), tmp_path, RUNTIME))) == 3, "the refused attempt must not have harmed the run"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [
+        ("log_every", 0, 1),
+        ("snapshots", -1, 0),
+        ("eval_images", 0, 1),
+        ("eval_batch_size", 0, 1),
+        ("workers", -1, 0),
+        ("checkpoint_every_s", -1, 0),
+    ],
+)
+def test_a_cadence_out_of_range_is_refused_before_anything_is_trained(field: str, value: int, least: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field}={value} is too small; choose {least} or more$"):
+        Runtime(**{field: value})
+
+
 # --- Refusals and failures ---------------------------------------------------------------------------------------------------------------
 
 
@@ -369,3 +385,6 @@ def test_an_absent_device_is_refused_and_auto_falls_back() -> None:
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"device='cuda:0' .* use device='auto' or 'cpu'"):
         resolve_device("cuda:0")
+    for name in ("meta", "mps", "cpu:3"):
+        with pytest.raises(ConfigError, match=f"^device='{name}' "):
+            resolve_device(name)
