@@ -15,7 +15,9 @@ import pytest
 import torch
 from recipe_runs import command, write_pictures
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from experiments.cli import app
 from experiments.study import ROOT
 from ibq.run_directory import RunDirectory
 
@@ -131,15 +133,8 @@ def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_th
 
     # ---- the same command, alone, ends as the run that nothing befell
     for folder in (run, whole):
-        done = subprocess.run(
-            [sys.executable, "-m", "experiments", *command(pictures, folder.path, STEPS, **REPEATABLE)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        result = CliRunner().invoke(app, command(pictures, folder.path, STEPS, **REPEATABLE))
+        assert result.exit_code == 0, result.output
     averaged, expected = load_file(run.model), load_file(whole.model)
     assert averaged.keys() == expected.keys()
     torch.testing.assert_close(averaged, expected, rtol=1e-5, atol=1e-5)

@@ -234,7 +234,7 @@ def assert_equal_runs(run: RunDirectory, alone: RunDirectory) -> None:
     assert run.snapshot_steps() == alone.snapshot_steps() == [0, 2, 5]
     for step in run.snapshot_steps():
         assert_close(run.read_snapshot(step), alone.read_snapshot(step))
-    rows = [{name: value for name, value in of.read_row().items() if name not in TIMED} for of in (run, alone)]
+    rows = [{name: value for name, value in of.read_row().items() if name not in TIMED | {"processes"}} for of in (run, alone)]
     for name, value in rows[1].items():
         assert rows[0][name] == (pytest.approx(value, rel=CLOSE, abs=CLOSE) if isinstance(value, float) else value), name
 
@@ -262,7 +262,8 @@ def test_bfloat16_trains_the_same_but_for_its_rounding(folder: Path, said: dict[
     assert said["bf16"] == ""
     rounded, whole = (load_weights(folder, name) for name in ("bf16 0", "whole 0"))
     assert 0 < (rounded["model"] - whole["model"]).abs().max() < 5e-3
-    assert RunDirectory(folder / "together" / "bf16").read_row()["status"] == "ok"
+    row = RunDirectory(folder / "together" / "bf16").read_row()
+    assert (row["status"], row["processes"]) == ("ok", 2)
 
 
 def test_one_process_writes(folder: Path, said: dict[str, str]) -> None:
