@@ -43,6 +43,10 @@ BaseOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 
 
+FOLDERS = ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE", "IBQ_WEIGHTS", "IBQ_IMAGENET")
+"""Environment variables that name folders."""
+
+
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
     """A user's error is one line on stderr and exit code 2, never a traceback; Ctrl-C and SIGTERM stop resumably, code 130.
 
@@ -51,14 +55,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        for name in (
-            "IBQ_RUNS",
-            "IBQ_REPORTS",
-            "IBQ_DATA",
-            "IBQ_CACHE",
-            "IBQ_WEIGHTS",
-            "IBQ_IMAGENET",
-        ):  # notebooks run in a folder of their own
+        for name in FOLDERS:  # made absolute, since notebooks run in a folder of their own
             if os.environ.get(name):
                 os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
         try:
