@@ -9,7 +9,7 @@ import torch
 
 from ibq.analysis import code_gap, gradient_reach, logit_statistics
 from ibq.data import ImageSource
-from ibq.distributed import is_writer, sum_over_ranks
+from ibq.distributed import is_writer, sum_over_ranks, world_size
 from ibq.evaluation import measuring
 from ibq.models.tokenizer import Tokenizer
 
@@ -57,8 +57,9 @@ class LossWindow:
         self.sum_and_count = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, loss: torch.Tensor) -> None:
-        self.sum_and_count[0] += loss.detach()
-        self.sum_and_count[1] += 1
+        share = 1 / world_size()  # of a batch: so that each step counts the same where another number of processes goes on
+        self.sum_and_count[0] += share * loss.detach().double()
+        self.sum_and_count[1] += share
 
     def total(self) -> torch.Tensor:
         """Sum and count of all processes, a new tensor (2,); a collective."""

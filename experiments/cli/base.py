@@ -26,6 +26,7 @@ from ibq.distributed import PeerLostError
 from ibq.errors import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers.")
+INTERRUPTED = 130
 console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 Names = Annotated[list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one")]
@@ -69,7 +70,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
             what = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
             raise _ended(f"error: {what}: {error.filename or 'while reading or writing'}; nothing finished is lost", 2) from None
         except KeyboardInterrupt:
-            raise _ended("stopped; the same command goes on from here", 130) from None
+            raise _ended("stopped; the same command goes on from here", INTERRUPTED) from None
 
     return guarded
 
@@ -79,7 +80,7 @@ def _ended(sentence: str, code: int) -> typer.Exit:
     ends all of them with the first that ends."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(sentence, file=sys.stderr, flush=True)
-    else:
+    elif code != INTERRUPTED:  # which torchrun has passed on to all
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE_S)
     return typer.Exit(code)

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
-from PIL import Image
+from recipe_runs import command, write_pictures
 from typer.testing import CliRunner
 
 from experiments.cli import app
@@ -20,40 +19,10 @@ from experiments.study import ROOT
 from experiments.sweep import time_left
 from ibq.run_directory import RunDirectory
 
-FIELDS = {
-    "data.crop": "center",
-    "data.resolution": "32",
-    "model.base_channels": "4",
-    "model.norm_groups": "4",
-    "model.res_blocks": "1",
-    "model.z_channels": "8",
-    "model.attention_resolutions": "[]",
-    "loss.perceptual": "none",
-    "loss.adversarial.channels": "8",
-    "loss.adversarial.layers": "2",
-    "quantizer.codebook_size": "16",
-    "quantizer.code_dim": "8",
-    "batch_size": "8",
-    "accumulate": "2",
-    "precision": "fp32",
-}
-
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Sixteen pictures in train/, eight in val/."""
-    for split, count in (("train", 16), ("val", 8)):
-        (tmp_path / "pictures" / split).mkdir(parents=True)
-        for i in range(count):
-            noise_HWC = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
-            Image.fromarray(noise_HWC.numpy()).save(tmp_path / "pictures" / split / f"{i}.png")
-    return tmp_path / "pictures"
-
-
-def command(pictures: Path, out: Path, steps: int) -> list[str]:
-    fields = FIELDS | {"steps": str(steps)}
-    changes = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
-    return ["train", "imagenet256_ibq_1024", "--data", str(pictures), "--out", str(out), "--device", "cpu", *changes]
+    return write_pictures(tmp_path / "pictures")
 
 
 def events(run: RunDirectory) -> list[str]:
@@ -125,19 +94,3 @@ def test_a_failure_is_recorded_and_its_reason_said(pictures: Path, tmp_path: Pat
 
 def test_time_left_is_said_in_a_unit_that_suits_it() -> None:
     assert [time_left(seconds) for seconds in (9, 600, 360_000)] == ["about 9 s left", "about 10.0 min left", "about 100.0 h left"]
-
-
-def test_two_processes_train_one_run_with_one_writer(pictures: Path, tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*torchrun, *command(pictures, run.path, 3)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("training 3 steps of 8 images") == 1
-    assert done.stdout.count("step 3 of 3: loss ") == 1
-    assert events(run) == ["started", "finished"]
-    row = run.read_row()
-    assert (row["status"], row["protocol.n_images"]) == ("ok", 8)
-    assert [line["step"] for line in run.read_history()] == [3]

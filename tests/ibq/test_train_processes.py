@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import run_processes
 from safetensors.torch import load_file
-from training_runs import GAN, SMALL, TIMED, WITHOUT_EFFECT, images_once, stop_after, weights_of
+from training_runs import GAN, TIMED, WITHOUT_EFFECT, images_once, stop_after, weights_of
 
 import ibq.train_tokenizer as trainer
 from ibq.config import DataConfig, TrainConfig, parse_train_config
@@ -42,6 +42,9 @@ EQUAL: dict[str, dict[str, Any]] = {
 ARMS = EQUAL | {"local": {"averages": "local"}, "bf16": {"precision": "bf16"}, "vq local": {"averages": "local", "quantizer": VQ}}
 RESUMED = ("whole", "two micro-batches")
 CLOSE = 1e-5
+LEARNING_RATE = 1e-5
+"""So that a step is no larger: where a pixel's error is nearly 0, rounding decides on the sign of its gradient, and Adam may make much of
+that."""
 OF_ONE_PROCESS = {"feature_norm", "quantization_error", "logit_spread", "max_probability"} | TIMED
 """What the history has of rank 0's images alone."""
 
@@ -50,7 +53,7 @@ def config_of(arm: str) -> TrainConfig:
     fields = ARMS[arm]
     quantizer = {"method": "ibq", "codebook_size": 16, "code_dim": 8} | fields.get("quantizer", {})
     config = parse_train_config({"model": MODEL, "quantizer": quantizer, "steps": 5, "batch_size": 8})
-    return config.with_fields(**GAN | {"optim.lr": SMALL} | {name: value for name, value in fields.items() if name != "quantizer"})
+    return config.with_fields(**GAN | {"optim.lr": LEARNING_RATE} | {name: value for name, value in fields.items() if name != "quantizer"})
 
 
 class Seen(TrainingState):
@@ -250,7 +253,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(folder: Path, said: 
 def test_local_averages_train_something_else(folder: Path, said: dict[str, str]) -> None:
     assert said["local"] == ""
     local, shared = (load_weights(folder, name) for name in ("local 0", "whole 0"))
-    assert all((local[player] - shared[player]).abs().max() > 10 * CLOSE for player in shared)
+    assert (local["model"] - shared["model"]).abs().max() > 2 * CLOSE
+    assert (local["discriminator"] - shared["discriminator"]).abs().max() > CLOSE / 10  # through LeCam alone
     assert torch.equal(local["model"], load_weights(folder, "local 1")["model"])
 
 
@@ -258,7 +262,8 @@ def test_bfloat16_trains_the_same_but_for_its_rounding(folder: Path, said: dict[
     assert said["bf16"] == ""
     rounded, whole = (load_weights(folder, name) for name in ("bf16 0", "whole 0"))
     assert 0 < (rounded["model"] - whole["model"]).abs().max() < 5e-3
-    assert RunDirectory(folder / "together" / "bf16").read_row()["status"] == "ok"
+    row = RunDirectory(folder / "together" / "bf16").read_row()
+    assert (row["status"], row["processes"]) == ("ok", 2)
 
 
 def test_one_process_writes(folder: Path, said: dict[str, str]) -> None:
