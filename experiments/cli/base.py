@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from experiments.ablations import ABLATIONS
+from experiments.imagenet256 import RECIPES
 from experiments.recipes import PRESETS
 from experiments.study import Study
 from experiments.sweep import GRACE_S, terminable
@@ -95,6 +96,8 @@ def study_of(
     base: BaseOption = None,
 ) -> Study:
     """The study that a command line names."""
+    if recipes := [name for name in names or [] if name in RECIPES]:
+        raise ConfigError(f"{recipes[0]!r} is a recipe, not an ablation; use train: python -m experiments train {recipes[0]}")
     values: dict[str, list[Any]] = {}
     for path, text in (_equation("--grid", line) for line in grid or []):
         if path in values:
