@@ -124,8 +124,8 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             f"({_refused(error)}); take a file whose state_dict was saved alone"
         ) from None
     except Exception as error:  # a pickle can make its reader stumble over anything
-        reason = one_line(one_line(error).partition(". ")[0])
-        raise DataError(f"{quoted(path)} is damaged or no checkpoint of torch.save ({reason}); download it again") from None
+        first = one_line(one_line(error).partition(". ")[0])
+        raise DataError(f"{quoted(path)} is damaged or no checkpoint of torch.save ({first}); download it again") from None
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
         raise DataError(f"{quoted(path)} is no Lightning checkpoint: it holds no dictionary of tensors under 'state_dict'")
