@@ -6,6 +6,7 @@ The first process holds the claim on the run, records the attempt as the trainer
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -24,12 +25,14 @@ from ibq.data import DataError, data_hash_of
 from ibq.distributed import copy_of_first, is_first_here, is_writer, peers, process_group, rank, shared_errors
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, train_tokenizer
+from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, check_config, train_tokenizer
 
 STOPPED = 130
 """Exit code of a run that was asked to stop, and goes on when it is called again."""
 PEER_LOST = "a process was lost"
 """What `is_first_here` is asked about: whichever was lost, one of the others tells of it."""
+BOOKKEEPING = {".lock", "attempts.jsonl", "heartbeat"}
+"""Files that a run's folder holds before anything is trained."""
 
 
 def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: Callable[[str], None] = print) -> None:
@@ -44,39 +47,60 @@ def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: C
     Raises:
         SystemExit: the run has no row of status "ok": STOPPED, `worker.DISK_FULL`, 1 any other failure. The reason has been said and
             stands in attempts.jsonl.
-        ConfigError: another process trains this run.
-        DataError: the data is not there.
+        ConfigError: another process trains this run, or it cannot be trained as given, or not into `out`.
+        DataError: the data, or the weights of the perceptual term, are not there. Either leaves no folder behind that this call has made.
     """
     with _stopping() as stop, process_group(runtime.device) as processes, ExitStack() as claims:
         runtime = replace(runtime, device=str(processes.device))
-        run = _claim(config, out, claims)
+        run, made = _claim(config, out, claims)
         if copy_of_first(run.finished):
             if is_writer():
                 say(f"{run.path} is finished already: {_result(run)}")
             return
-        code = (_lead if is_writer() else _follow)(config, run, runtime, stop, say)
+        try:
+            code = (_lead if is_writer() else _follow)(config, run, runtime, stop, say)
+        except (ConfigError, DataError):
+            if made and {path.name for path in run.path.iterdir()} <= BOOKKEEPING:
+                shutil.rmtree(run.path)
+            raise
         if code:
             raise SystemExit(code)  # which leaves the group without waiting for the others
 
 
-def _claim(config: TrainConfig, out: Path | None, claims: ExitStack) -> RunDirectory:
-    """The run's directory, which the first process holds the lock of until `claims` is closed."""
-    path = out
+def _claim(config: TrainConfig, out: Path | None, claims: ExitStack) -> tuple[RunDirectory, bool]:
+    """The run's directory, which the first process holds the lock of until `claims` is closed, and whether this process has made it."""
+    path, made = out, False
     with shared_errors(ConfigError, DataError):
         if is_writer():
+            if out:
+                _require_own_folder(out, config)
             path = out or Path(os.environ.get("IBQ_RUNS") or ROOT / "runs") / config.run_id(data_hash_of(config.data))
+            made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             try:
                 claims.enter_context(FileLock(RunDirectory(path).lock, timeout=2))
             except Timeout:
                 raise ConfigError(f"run {path.name} is being trained by another process; stop that one, or pass --out FOLDER") from None
-    return RunDirectory(copy_of_first(path) or "")
+            check_config(RunDirectory(path), config)  # before a finished run is taken for this one
+    return RunDirectory(copy_of_first(path) or ""), made
+
+
+def _require_own_folder(out: Path, config: TrainConfig) -> None:
+    """ConfigError: `out` is a file, lies among the pictures, or holds something else than a run."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a new folder, or that of a run")
+    if config.data.folder and out.resolve().is_relative_to(Path(config.data.folder).resolve()):
+        raise ConfigError(f"--out {out} lies inside {config.data.folder}, the folder of the images; name a folder outside")
+    if out.is_dir() and not RunDirectory(out).config.is_file() and not {path.name for path in out.iterdir()} <= BOOKKEEPING:
+        raise ConfigError(f"--out {out} holds other files than a run's; name a new folder, or that of a run")
 
 
 def _lead(config: TrainConfig, run: RunDirectory, runtime: Runtime, stop: threading.Event, say: Callable[[str], None]) -> int:
-    """Train as the process that records and prints. Returns the exit code."""
+    """Train as the process that records and prints. Returns the exit code. ConfigError, DataError: it cannot be trained as given."""
     say(f"training {config.steps:,} steps of {config.batch_size} images into {run.path}")
     code = worker.attempt(run, config.to_json_dict(), runtime, stop, _Progress(say))
+    if code == worker.UNFIT:
+        raise ConfigError(run.read_attempts()[-1]["reason"])
     if run.finished:
         say(_result(run))
         return int(run.read_row()["status"] != "ok")
@@ -93,8 +117,10 @@ def _follow(config: TrainConfig, run: RunDirectory, runtime: Runtime, stop: thre
                 pass
     except StopRequested:
         return STOPPED
-    except (NonFiniteError, ConfigError, DataError):  # on all processes alike
+    except NonFiniteError:  # on all processes alike, as are the next two
         return 1
+    except (ConfigError, DataError):
+        raise
     except Exception as error:
         event, reason = worker.classify(error)
         if event != "lost" or is_first_here(PEER_LOST):

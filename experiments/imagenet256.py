@@ -17,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments.recipes import get_preset, imagenet_steps, tokenizer
+from experiments.recipes import get_preset, tokenizer
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError, nearest
+from ibq.imagenet import imagenet_steps
 
 
 def _tokenizer(method: str, codebook_size: int, **fields: Any) -> TrainConfig:
@@ -29,7 +30,7 @@ def _tokenizer(method: str, codebook_size: int, **fields: Any) -> TrainConfig:
 def imagenet256_ibq_1024() -> TrainConfig:
     """IBQ with 1,024 codes of dimension 256.
 
-    Claim: the smallest codebook of Table 4; usage and rFID hold as K grows from here.
+    Claim: the smallest codebook of Table 4; from here rFID falls to 1.00 and usage to 84% as K grows to 262,144.
     Cost: 1,651,320 steps of 256 images (330 epochs), 107.0 M parameters; hours: python -m experiments plan imagenet256_ibq_1024.
     Expected: rFID 2.24, LPIPS 0.2580, usage 99%.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_ibq_1024 --data IMAGENET

@@ -9,9 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import vgg16
 
 from experiments.benchmarks import tokenizer_training
-from experiments.recipes import IMAGENET_IMAGES
+from experiments.benchmarks.training_cell import RECIPE_OF
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
+from ibq.imagenet import IMAGENET_IMAGES
 from ibq.models.autoencoder import Decoder, Encoder
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ def plan(config: TrainConfig, gpus: int) -> list[tuple[str, str]]:
         gpus: processes, each with a GPU of its own.
 
     Raises:
-        ConfigError: a step's images cannot be cut into equal micro-batches on so many GPUs.
+        ConfigError: a step's images cannot be cut into equal micro-batches on so many GPUs, or are more than ImageNet has.
     """
     parts = gpus * config.accumulate
     if gpus < 1 or config.batch_size % parts:
@@ -39,6 +40,8 @@ def plan(config: TrainConfig, gpus: int) -> list[tuple[str, str]]:
             f"batch_size={config.batch_size} cannot be cut into {config.accumulate} micro-batches (accumulate) on each of {gpus} GPUs; "
             f"choose GPUs and accumulate whose product divides it"
         )
+    if config.batch_size > IMAGENET_IMAGES:
+        raise ConfigError(f"batch_size={config.batch_size} exceeds the {IMAGENET_IMAGES:,} training images of ImageNet; lower it")
     images = config.batch_size // parts
     memory = memory_gib(config, images)
     total = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
@@ -111,20 +114,28 @@ def hours(config: TrainConfig, gpus: int, rows: pd.DataFrame) -> str:
     """Hours on so many GPUs by the measured throughput that fits, or in words that there is none and how to measure.
 
     Args:
-        rows: of the benchmark `tokenizer-training`; those count that trained this method, K and network size on a GPU at this resolution.
+        rows: of the benchmark `tokenizer-training`; those count that trained this method, K and network size on a GPU at this resolution in
+            this step: as many images a GPU, in as many micro-batches. The same precision is preferred; of another one it is said.
     """
-    fitting = rows[(rows["status"] == "ok") & (rows["operator"] == "ours") & (rows["device"] == "cuda")] if len(rows) else rows
-    facts = {"method": config.quantizer.method, "K": config.quantizer.codebook_size, "resolution": config.data.resolution}
-    for name, value in (facts | {"parameters": parameters(config)[0]}).items():
-        fitting = fitting[fitting[name] == value] if len(fitting) else fitting
+    quantizer, images = config.quantizer, config.batch_size // gpus
+    facts = {"status": "ok", "operator": "ours", "device": "cuda", "method": quantizer.method, "K": quantizer.codebook_size}
+    facts |= {"resolution": config.data.resolution, "parameters": parameters(config)[0], "batch": images, "accumulate": config.accumulate}
+    fitting = rows.reindex(columns=rows.columns.union([*facts]))  # a file may be older than a column
+    for name, value in facts.items():
+        fitting = fitting[fitting[name] == value]
     if fitting.empty:
-        measure = f"python -m experiments bench tokenizer-training --codes {config.quantizer.codebook_size}"
-        others = "" if config.quantizer.method == "ibq" else f"; the benchmark trains IBQ alone, not {config.quantizer.method}"
-        return f"not known: no GPU has been measured with this method and K ({measure} on a GPU measures it{others})"
+        of = f"--method {quantizer.method} --codes {quantizer.codebook_size} --batch {images} --accumulate {config.accumulate}"
+        dtype = next(name for name, precision in tokenizer_training.PRECISIONS.items() if precision == config.precision)
+        measured = quantizer.method in RECIPE_OF
+        how = f" (python -m experiments bench tokenizer-training {of} --dtype {dtype} on a GPU measures the recipe's)" if measured else ""
+        return f"not known: no GPU has been measured with this method, K and step{how}"
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     fitting = fitting[fitting["machine"] == here] if here in set(fitting["machine"]) else fitting
+    same = fitting[fitting["precision"] == config.precision]
+    fitting = fitting if same.empty else same
     best = fitting.loc[fitting["images_per_second"].idxmax()]
-    seconds = config.steps * config.batch_size / best["images_per_second"]
-    mode = f"{best['precision']}, {'compiled' if best['compiled'] else 'not compiled'}, batches of {best['batch']:.0f}"
-    one = f"{seconds / 3600:,.0f} on one {best['machine']}, measured at {best['images_per_second']:.1f} images/s ({mode})"
-    return one if gpus == 1 else f"{seconds / 3600 / gpus:,.0f} on {gpus}, assuming linear scaling: {one}"
+    seconds = config.steps * config.batch_size / best["images_per_second"] / gpus
+    mode = f"{best['precision']}{f', where the recipe has {config.precision}' if same.empty else ''}, "
+    mode += f"{'compiled' if best['compiled'] else 'not compiled'}, {config.accumulate} micro-batches of {images // config.accumulate}"
+    scaling = "" if gpus == 1 else f" on {gpus}, assuming linear scaling from"
+    return f"{seconds / 3600:,.0f}{scaling or ' on'} one {best['machine']}, measured at {best['images_per_second']:.1f} images/s ({mode})"

@@ -9,15 +9,8 @@ from typing import Any, Literal
 
 from ibq.config import TrainConfig, flatten, parse_train_config
 from ibq.errors import ConfigError, nearest
+from ibq.imagenet import imagenet_steps
 from ibq.train_tokenizer import Runtime
-
-IMAGENET_IMAGES = 1_281_167
-"""Training images of ImageNet (ILSVRC 2012)."""
-
-
-def imagenet_steps(epochs: int, batch_size: int = 256) -> int:
-    """Training steps of so many passes over ImageNet; the last images of a pass, too few for a batch, are left out of it."""
-    return epochs * (IMAGENET_IMAGES // batch_size)
 
 
 def imagenet_data() -> dict[str, Any]:

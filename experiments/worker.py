@@ -23,8 +23,9 @@ from ibq.processes import exit_with_parent
 from ibq.run_directory import RunDirectory, append_line
 from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, train_tokenizer
 
-DISK_FULL, BUSY = 74, 75
-"""Exit codes: nothing more can be written, or another process holds this run. 0 is finished or stopped, 1 a recorded failure."""
+UNFIT, DISK_FULL, BUSY = 2, 74, 75
+"""Exit codes: the run cannot be trained as given, nothing more can be written, or another process holds this run. 0 is finished or stopped,
+1 any other recorded failure."""
 
 HEARTBEAT_S = 1.0
 
@@ -68,7 +69,7 @@ def attempt(
         seen: receives every log event.
 
     Returns:
-        the exit code: 0 is finished (a row may say "nan") or stopped, DISK_FULL, 1 any other failure.
+        the exit code: 0 is finished (a row may say "nan") or stopped, UNFIT, DISK_FULL, 1 any other failure.
     """
     started = time.time()
     append_line(run.attempts, {"event": "started", "time": started, "pid": os.getpid(), "host": socket.gethostname()})
@@ -84,7 +85,7 @@ def attempt(
         event, reason = "nan", str(error)
     except Exception as error:  # the boundary of the process: whatever went wrong is recorded, and the other arms go on
         event, reason = classify(error)
-        code = DISK_FULL if is_disk_full(error) else 1
+        code = DISK_FULL if is_disk_full(error) else UNFIT if isinstance(error, (ConfigError, DataError)) else 1
         if event == "error" and not isinstance(error, (ConfigError, DataError, OSError)):
             (run.path / "traceback.txt").write_text(traceback.format_exc())
     append_line(run.attempts, {"event": event, "time": time.time(), "seconds": time.time() - started, "reason": reason})

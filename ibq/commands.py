@@ -100,6 +100,9 @@ def picture_parser(command: str, description: str | None) -> argparse.ArgumentPa
     parser.add_argument(
         "--batch-size", type=_positive, default=16, metavar="N", help="pictures at a time; fewer above 256×256 pixels (%(default)s)"
     )
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="of a released checkpoint: averaged, or as trained (%(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     return parser
 
@@ -121,11 +124,17 @@ def open_model(given: argparse.Namespace) -> tuple[Model, PictureFolder]:
     if path.is_dir():
         tokenizer = load_tokenizer(path)
         weights = "averaged (EMA)" if RunDirectory(path).finished else "as saved"
+        if given.weights == "raw":
+            raise ConfigError(f"--weights raw is for released checkpoints; {quoted(path)} holds one set of weights ({weights})")
     elif path.is_file() and path.suffix == ".ckpt":
         from ibq.released import load_released
 
-        released = load_released(path, weights="ema")
-        tokenizer, weights = released if isinstance(released, Tokenizer) else released.tokenizer, "averaged (EMA), as released"
+        released = load_released(path, given.weights)
+        if isinstance(released, Tokenizer):
+            tokenizer, averaged, as_they_are = released, given.weights == "ema", "as trained, not averaged"
+        else:
+            tokenizer, averaged, as_they_are = released.tokenizer, released.averaged, "as in the transformer's checkpoint"
+        weights = "averaged (EMA), as released" if averaged else as_they_are
     else:
         wrong = "is neither a folder nor a .ckpt file" if path.exists() else "does not exist"
         raise ConfigError(

@@ -147,6 +147,9 @@ class PictureEvaluation:
 def _evaluate(given: argparse.Namespace) -> None:
     if given.out and Path(given.out).is_dir():
         raise ConfigError(f"--out {given.out} is a folder; name a file")
+    if "none" in (given.metric or ()) and len(set(given.metric)) > 1:
+        other = next(name for name in given.metric if name != "none")
+        raise ConfigError(f"--metric none and --metric {other} contradict each other; leave one out")
     model, pictures = open_model(given)
     device = next(model.tokenizer.parameters()).device
     wanted = dict.fromkeys(given.metric or DEFAULT_PERCEPTUAL)

@@ -8,6 +8,7 @@ Suffixes: B images, C channels, H W pixels or patches.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ibq.config import TrainConfig
-from ibq.distributed import mean_over_ranks
+from ibq.data import DataError
+from ibq.distributed import mean_over_ranks, rank, shared_errors
 from ibq.metrics.fashion_cnn import load_fashion_cnn
 from ibq.metrics.perceptual import backbone_weights, lpips_network
 
@@ -66,6 +68,24 @@ class PerceptualLoss(nn.Module):
             if isinstance(layer, nn.ReLU):
                 layers.append(F.normalize(h_BCHW.float(), dim=1))
         return layers
+
+
+def perceptual_loss(config: TrainConfig, device: torch.device) -> PerceptualLoss | None:
+    """The perceptual term that a config wants, on its device; a collective.
+
+    Of the processes of a node the first one fetches what the network needs, while the others wait and then find it.
+
+    Raises:
+        DataError: on all processes, as `PerceptualLoss`.
+    """
+    if config.loss.perceptual == "none":
+        return None
+    loss, first = None, os.environ.get("LOCAL_RANK", str(rank())) == "0"
+    for turn in (True, False):
+        with shared_errors(DataError):
+            if first == turn:
+                loss = PerceptualLoss(config.loss.perceptual).to(device)
+    return loss
 
 
 # --- The adversarial game ----------------------------------------------------------------------------------------------------------------

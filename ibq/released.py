@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import itertools
 import pickle
+import re
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ from pydantic import ValidationError
 from ibq.config import TrainConfig, parse_train_config
 from ibq.data.images import DataError, one_line, quoted
 from ibq.errors import ConfigError, one_sentence
+from ibq.imagenet import imagenet_steps
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import HEAD_DIM, Transformer, TransformerConfig
 
@@ -28,16 +31,19 @@ Weights = Literal["ema", "raw"]
 
 RESOLUTION = 256
 NORM_GROUPS = 32
-IMAGENET_IMAGES = 1_281_167
 TRANSFORMER, TOKENIZER, AVERAGES = "transformer.", "first_stage_model.", "model_ema."
 BATCHNORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class ReleasedGenerator(NamedTuple):
-    """What a transformer's checkpoint holds: the transformer, and the tokenizer that turns its tokens into images; both in eval mode."""
+    """What a transformer's checkpoint holds: the transformer, and the tokenizer that turns its tokens into images; both in eval mode.
+
+    `averaged` says whether the tokenizer's weights were taken from averages that stood beside its trained ones.
+    """
 
     transformer: Transformer
     tokenizer: Tokenizer
+    averaged: bool
 
 
 def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | ReleasedGenerator:
@@ -58,8 +64,9 @@ def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | Rel
         a Tokenizer, or a ReleasedGenerator if the file is a transformer's.
 
     Raises:
-        DataError: the file is absent, damaged, no checkpoint, or holds objects that could run code; a key is missing, unknown or of another
-            shape (it is named); the shapes fit no architecture; tokenizer and transformer do not belong together; a weight is not finite.
+        DataError: the file is absent, cut off, no checkpoint, or holds objects that could run code; a key is missing, unknown, of another
+            shape or no plain tensor (it is named); the shapes fit no architecture; tokenizer and transformer do not belong together; a
+            weight is not finite. The archive's checksums are not read: bytes that changed and still are finite numbers go unnoticed.
         ConfigError: `weights` is neither "ema" nor "raw".
     """
     if weights not in ("ema", "raw"):
@@ -73,7 +80,9 @@ def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | Rel
         first = f"; its first key is {next(iter(tensors))!r}" if tensors else ""
         raise DataError(f"{quoted(path)} holds neither a tokenizer nor a transformer of the released layout{first}")
     if weights == "ema" and not part.averaged:
-        raise DataError(f"{quoted(path)} holds no averaged weights (no key begins with {AVERAGES!r}); pass weights='raw'")
+        raise DataError(
+            f"{quoted(path)} holds no averaged weights (no key begins with {AVERAGES!r}); pass weights='raw' (of a command: --weights raw)"
+        )
     config = _tokenizer_config(part)
     _require_layout(path, tensors, _tokenizer_layout(part, config))
     return _tokenizer(part, config, averaged=weights == "ema")
@@ -94,7 +103,8 @@ def _generator(path: Path, tensors: dict[str, torch.Tensor], weights: Weights) -
             "take the file as it was released"
         )
     transformer.load_state_dict(part.weights({name: name for name in transformer.state_dict()}), assign=True)
-    return ReleasedGenerator(transformer.eval(), _tokenizer(embedded, tokenizer_config, averaged=weights == "ema" and embedded.averaged))
+    averaged = weights == "ema" and embedded.averaged
+    return ReleasedGenerator(transformer.eval(), _tokenizer(embedded, tokenizer_config, averaged=averaged), averaged)
 
 
 # --- The file ----------------------------------------------------------------------------------------------------------------------------
@@ -104,24 +114,42 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The file's `state_dict`, mapped into memory."""
     if not path.is_file():
         raise DataError(f"there is no file {quoted(path)}; pass the path of a released checkpoint")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{quoted(path)} is empty, truncated or no zip archive of torch.save; download it again")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{quoted(path)} holds more than tensors and plain containers, and is not unpickled because that could run code "
-            f"({_reason(error)}); take a file whose state_dict was saved alone"
+            f"({_refused(error)}); take a file whose state_dict was saved alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise DataError(f"{quoted(path)} is damaged or no checkpoint of torch.save ({_reason(error)}); download it again") from None
+    except Exception as error:  # a pickle can make its reader stumble over anything
+        first = one_line(one_line(error).partition(". ")[0])
+        raise DataError(f"{quoted(path)} is damaged or no checkpoint of torch.save ({first}); download it again") from None
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
         raise DataError(f"{quoted(path)} is no Lightning checkpoint: it holds no dictionary of tensors under 'state_dict'")
+    for name, tensor in state.items():
+        if reason := _not_plain(tensor):
+            raise DataError(f"{quoted(path)} has {name!r} as {reason}; take the file as it was released")
     return dict(state)
 
 
-def _reason(error: Exception) -> str:
-    """The first sentence of torch's message."""
-    return one_line(one_line(error).partition(". ")[0])
+def _refused(error: pickle.UnpicklingError) -> str:
+    """What torch would not unpickle: the global's name where its message has one, else what it says after "error:"."""
+    message = one_line(error)
+    if found := re.search(r"GLOBAL (\S+)", message):
+        return f"it asks for {found[1]}"
+    return one_line(message.rpartition("rror: ")[2].partition(". ")[0])
+
+
+def _not_plain(tensor: torch.Tensor) -> str | None:
+    """What a tensor is that is not numbers in the memory of the CPU, all of which the file holds."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return f"a tensor of layout {tensor.layout} on device {str(tensor.device)!r}, which is no plain tensor"
+    if tensor.numel() * tensor.element_size() > (held := tensor.untyped_storage().nbytes()):
+        return f"{tensor.numel():,} numbers, of which the file holds {held:,} bytes"
+    return None
 
 
 class _Part:
@@ -264,7 +292,7 @@ def _tokenizer_config(part: _Part) -> TrainConfig:
 
 
 def _released_recipe(model: dict[str, Any], K: int, D: int) -> dict[str, Any]:
-    """PAPER sections 4 and 5; K = 8192 has a schedule and a precision of its own."""
+    """PAPER sections 4 and 5; K = 8192 has a schedule and a precision of its own. Micro-batches as in `experiments.imagenet256`."""
     epochs, milestones, precision = (280, (250,), "bf16") if K == 8192 else (330, (250, 300), "fp16")
     batch_size = 256
     return {
@@ -273,8 +301,9 @@ def _released_recipe(model: dict[str, Any], K: int, D: int) -> dict[str, Any]:
         "quantizer": {"method": "ibq", "codebook_size": K, "code_dim": D},
         "loss": {"perceptual": "lpips-vgg", "adversarial": {"weight": 0.1}},
         "optim": {"lr": 1e-4, "milestones": [epoch / epochs for epoch in milestones], "ema_decay": 0.999},
-        "steps": epochs * IMAGENET_IMAGES // batch_size,
+        "steps": imagenet_steps(epochs, batch_size),
         "batch_size": batch_size,
+        "accumulate": 8,
         "averages": "local",
         "precision": precision,
     }

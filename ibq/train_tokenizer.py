@@ -27,13 +27,13 @@ from ibq.distributed import any_rank, barrier, gather_objects, is_writer, rank, 
 from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation import evaluate, evaluating
 from ibq.losses import (
-    PerceptualLoss,
     adaptive_weight,
     discriminator_terms,
     discriminator_weights,
     frozen,
     generator_loss,
     loss_weights,
+    perceptual_loss,
     pixel_loss,
     weighted_sum,
 )
@@ -116,7 +116,7 @@ def train_tokenizer(
     # ---------------------------------------------------------------- data, device, directory
     run, writer = RunDirectory(run_directory), is_writer()
     with shared_errors(ConfigError):
-        _check_config(run, config)
+        check_config(run, config)
     if _agreed(run, "row", "there" if run.finished else "absent") == "there":
         with shared_errors(ConfigError):
             status = run.read_row()["status"]
@@ -129,7 +129,7 @@ def train_tokenizer(
         if (n_images := len(train_images)) < config.batch_size:
             raise ConfigError(f"batch_size={config.batch_size} exceeds the {n_images} training images of {config.data.kind}; lower it")
         state = TrainingState(config, device)
-        perceptual = None if config.loss.perceptual == "none" else PerceptualLoss(config.loss.perceptual).to(device)
+    perceptual = perceptual_loss(config, device)
     data = _agreed(run, "data", data_hash(train_images, test_images))
     if writer:
         write_json(run.config, config.to_json_dict())
@@ -318,7 +318,7 @@ def _other_means(config: TrainConfig, processes: int) -> str | None:
     return f"{world_size()} processes in place of {processes}: means of a process are over {_images_at_once(config)} images"
 
 
-def _check_config(run: RunDirectory, config: TrainConfig) -> None:
+def check_config(run: RunDirectory, config: TrainConfig) -> None:
     """Refuse a directory whose config.json is another config."""
     if run.config.is_file():
         try:

@@ -48,7 +48,7 @@ class Player:
     def distribute(self) -> None:
         """Average gradients over all processes from now on; the network becomes rank 0's."""
         with warnings.catch_warnings():  # torch 2.13 and later would have the argument renamed, which the versions before do not know
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.model = DistributedDataParallel(self.network, broadcast_buffers=False)
 
     def begin(self, lr: float, micro_batches: int) -> None:

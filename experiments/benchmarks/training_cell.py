@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.models import vgg16
 
 from experiments.benchmarks import measure
-from experiments.imagenet256 import imagenet256_ibq_16384
+from experiments.imagenet256 import RECIPES
 from ibq import ops
 from ibq.config import TrainConfig
 from ibq.distributed import resolve_device
@@ -28,6 +28,7 @@ from ibq.ops.door import Backend
 from ibq.train_tokenizer import Runtime, train_tokenizer
 
 WARM_UP, TIMED = 8, 16
+RECIPE_OF = {"ibq": "imagenet256_ibq_16384", "vq": "imagenet256_vqgan_16384", "lfq": "imagenet256_lfq_16384"}
 SMALL = {
     "data.resolution": 32,
     "model.base_channels": 4,
@@ -42,10 +43,13 @@ SMALL = {
 
 
 def config_of(cell: dict[str, Any], folder: Path) -> TrainConfig:
-    """The recipe with the cell's K, batch and precision, on images of a folder that are held in memory."""
-    fields = {"data.name": f"imagefolder:{folder}", "data.crop": "center", "quantizer.codebook_size": cell["K"], "accumulate": 1}
-    fields |= {"batch_size": cell["batch"], "precision": cell["precision"], "steps": WARM_UP + TIMED}
-    return imagenet256_ibq_16384().with_fields(**fields, **(SMALL if cell["small"] else {}))
+    """The method's recipe with the cell's K, batch, micro-batches and precision, on images of a folder that are held in memory."""
+    fields = {"data.name": f"imagefolder:{folder}", "data.crop": "center", "quantizer.codebook_size": cell["K"]}
+    fields |= {"batch_size": cell["batch"], "accumulate": cell["accumulate"], "precision": cell["precision"], "steps": WARM_UP + TIMED}
+    fields |= SMALL if cell["small"] else {}
+    if cell["method"] == "lfq":  # a code is its signs
+        fields["quantizer.code_dim"] = (cell["K"] - 1).bit_length()
+    return RECIPES[RECIPE_OF[cell["method"]]]().with_fields(**fields)
 
 
 def measure_training(cell: dict[str, Any]) -> dict[str, Any]:

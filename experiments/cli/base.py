@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from experiments.ablations import ABLATIONS
+from experiments.imagenet256 import RECIPES
 from experiments.recipes import PRESETS
 from experiments.study import Study
 from experiments.sweep import GRACE_S, terminable
@@ -44,6 +45,10 @@ BaseOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 
 
+FOLDERS = ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE", "IBQ_WEIGHTS", "IBQ_IMAGENET")
+"""Environment variables that name folders."""
+
+
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
     """A user's error is one line on stderr and exit code 2, never a traceback; Ctrl-C and SIGTERM stop resumably, code 130.
 
@@ -52,14 +57,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        for name in (
-            "IBQ_RUNS",
-            "IBQ_REPORTS",
-            "IBQ_DATA",
-            "IBQ_CACHE",
-            "IBQ_WEIGHTS",
-            "IBQ_IMAGENET",
-        ):  # notebooks run in a folder of their own
+        for name in FOLDERS:  # made absolute, since notebooks run in a folder of their own
             if os.environ.get(name):
                 os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
         try:
@@ -98,6 +96,8 @@ def study_of(
     base: BaseOption = None,
 ) -> Study:
     """The study that a command line names."""
+    if recipes := [name for name in names or [] if name in RECIPES]:
+        raise ConfigError(f"{recipes[0]!r} is a recipe, not an ablation; use train: python -m experiments train {recipes[0]}")
     values: dict[str, list[Any]] = {}
     for path, text in (_equation("--grid", line) for line in grid or []):
         if path in values:

@@ -12,7 +12,7 @@ from ibq.errors import ConfigError, nearest
 
 BENCHMARKS = {
     "index-backprop": ("--tokens", "--codes", "--dim", "--dtype"),
-    "tokenizer-training": ("--codes", "--batch", "--dtype", "--small"),
+    "tokenizer-training": ("--codes", "--method", "--batch", "--accumulate", "--dtype", "--small"),
     "overfit": ("--small",),
 }
 """The options that each benchmark has beside --device and --publish."""
@@ -27,7 +27,9 @@ def bench(
     codes: Annotated[str, typer.Option(help="K, likewise")] = "",
     dim: Annotated[int | None, typer.Option(help="D; default: 256")] = None,
     batch: Annotated[int | None, typer.Option(help="images a step; default: 32")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; default: bfloat16 on CUDA")] = "",
+    method: Annotated[str, typer.Option(help="ibq, vq or lfq; default: ibq")] = "",
+    accumulate: Annotated[int | None, typer.Option(help="micro-batches of a step; default: 8, as the recipes have it")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or, in training, float16; default: bfloat16 on CUDA")] = "",
     small: Annotated[bool, typer.Option("--small", help="a tiny network, to try the benchmark itself")] = False,
     publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
 ) -> None:
@@ -35,6 +37,7 @@ def bench(
     from experiments.benchmarks import index_backprop, overfit, tokenizer_training
 
     given = {"--tokens": tokens, "--codes": codes, "--dim": dim, "--batch": batch, "--dtype": dtype, "--small": small}
+    given |= {"--method": method, "--accumulate": accumulate}
     if name not in BENCHMARKS:
         raise ConfigError(f"benchmark {name!r} does not exist; {nearest(name, BENCHMARKS)}")
     if idle := [option for option, value in given.items() if value and option not in BENCHMARKS[name]]:
@@ -43,7 +46,8 @@ def bench(
         rows = index_backprop.run(device, _sizes(tokens), _sizes(codes), 256 if dim is None else dim, dtype, say)
         table, folder = index_backprop.table(rows), index_backprop.write(rows, publish)
     elif name == "tokenizer-training":
-        rows = tokenizer_training.run(device, _sizes(codes), 32 if batch is None else batch, dtype, small, say)
+        images, parts = (default if value is None else value for value, default in ((batch, 32), (accumulate, 8)))
+        rows = tokenizer_training.run(device, _sizes(codes), images, dtype, method or "ibq", parts, small, say)
         table, folder = tokenizer_training.table(rows), tokenizer_training.write(rows, publish)
     else:
         rows = overfit.run(device, small, say)

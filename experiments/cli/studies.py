@@ -34,7 +34,7 @@ from experiments.quantizer_options import options_table
 from experiments.recipes import PRESETS
 from experiments.study import Study
 from experiments.sweep import HANG_S, train_study
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, nearest
 
 MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in manage.EVALUATIONS.items()))]
 SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")]
@@ -67,6 +67,7 @@ def list_ablations(
 @app.command()
 @one_sentence_errors
 def plan(
+    context: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(help="ablations as for run, or recipes as list shows them")] = None,
     preset: PresetOption = "quick",
     seeds: SeedsOption = None,
@@ -74,25 +75,36 @@ def plan(
     grid: GridOption = None,
     base: BaseOption = None,
     slots: SlotsOption = None,
-    gpus: Annotated[int, typer.Option(help="of a recipe: processes, each with a GPU")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, help="of a recipe: processes, each with a GPU")] = 8,
 ) -> None:
     """Arms, steps and expected minutes, or what a recipe would cost; trains nothing."""
     if recipes := [name for name in names or [] if name in RECIPES]:
         if others := [name for name in names or [] if name not in RECIPES]:
             raise ConfigError(f"{others[0]!r} is no recipe, as {recipes[0]!r} is; plan ablations and recipes one after the other")
-        for name in recipes:
-            _plan_recipe(name, changes(set_), gpus)
+        _refuse_idle(context, "a recipe", ("preset", "seeds", "grid", "base", "slots"), "--set and --gpus")
+        print("\n\n".join(_plan_of_recipe(name, changes(set_), gpus) for name in recipes))
         return
+    if unknown := [name for name in names or [] if name not in ABLATIONS and name != "all"]:
+        raise ConfigError(f"ablation or recipe {unknown[0]!r} does not exist; {nearest(unknown[0], [*ABLATIONS, *RECIPES])}")
+    _refuse_idle(context, "an ablation", ("gpus",), "--preset, --seeds, --set, --grid, --base and --slots")
     _plan_study(study_of(names, preset, seeds, set_, grid, base), slots)
 
 
-def _plan_recipe(name: str, overrides: dict[str, Any], gpus: int) -> None:
+def _refuse_idle(context: typer.Context, what: str, options: tuple[str, ...], others: str) -> None:
+    sources = {option: context.get_parameter_source(option) for option in options}
+    if idle := [option for option, source in sources.items() if source and source.name == "COMMANDLINE"]:
+        raise ConfigError(f"the plan of {what} has no --{idle[0]}; it has {others}")
+
+
+def _plan_of_recipe(name: str, overrides: dict[str, Any], gpus: int) -> str:
     from experiments import recipe_plan
 
-    print(f"{name}\n{inspect.getdoc(RECIPES[name])}\n")
     lines = recipe_plan.plan(RECIPES[name]().with_fields(**overrides), gpus)
-    for heading, text in lines:
-        print(f"{heading + ':':<11} {text}")
+    heading = str(inspect.getdoc(RECIPES[name])).replace(f"; hours: python -m experiments plan {name}", "")
+    if overrides:
+        changed = ", ".join(f"{field}={value}" for field, value in overrides.items())
+        heading += f"\n\nchanged: {changed}; the heading is that of the recipe unchanged"
+    return "\n".join([name, heading, "", *(f"{subject + ':':<11} {text}" for subject, text in lines)])
 
 
 def _plan_study(study: Study, slots: int | None) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from experiments.cli import app
 from experiments.study import ROOT
 from experiments.sweep import time_left
+from ibq.data import DataError
 from ibq.run_directory import RunDirectory
 
 
@@ -84,12 +85,50 @@ def test_a_run_that_did_not_stay_finite_says_so_and_fails(pictures: Path, tmp_pa
     assert events(run) == ["started", "nan"]
 
 
-def test_a_failure_is_recorded_and_its_reason_said(pictures: Path, tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    result = CliRunner().invoke(app, [*command(pictures, run.path, 3), "--set", "batch_size=32"])
-    assert result.exit_code == 1
-    assert "batch_size=32 exceeds the 16 training images" in result.stdout
-    assert events(run) == ["started", "error"]
+def test_what_cannot_be_trained_is_one_sentence_and_leaves_nothing(pictures: Path, tmp_path: Path) -> None:
+    arguments = [*command(pictures, tmp_path / "run", 3), "--set", "batch_size=32"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: batch_size=32 exceeds the 16 training images")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    assert events(RunDirectory(tmp_path / "run")) == ["started", "error"], "a folder that was there stays, and tells what was tried"
+
+
+def test_weights_that_are_not_there_leave_nothing(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: str) -> None:
+        raise DataError("vgg16.pth is not there")
+
+    monkeypatch.setattr("ibq.losses.backbone_weights", absent)
+    result = CliRunner().invoke(app, [*command(pictures, tmp_path / "run", 3), "--set", "loss.perceptual=lpips-vgg"])
+    assert (result.exit_code, result.stderr) == (2, "error: vgg16.pth is not there\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_of_another_config_is_not_taken_for_this_one(pictures: Path, tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, command(pictures, tmp_path / "run", 2)).exit_code == 0
+    result = CliRunner().invoke(app, command(pictures, tmp_path / "run", 3))
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {tmp_path / 'run'} holds a run with steps=2, not 3; pass another directory\n"
+
+
+def test_a_folder_that_is_not_a_runs_is_left_alone(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    for out, words in {
+        tmp_path / "file": "is a file; name a new folder",
+        pictures: f"lies inside {pictures}, the folder of the images",
+        pictures / "train" / "run": f"lies inside {pictures}, the folder of the images",
+        tmp_path / "folder": "holds other files than a run's; name a new folder",
+    }.items():
+        result = CliRunner().invoke(app, command(pictures, out, 3))
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: --out {out} {words}")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["thesis.tex"]
+    assert sorted(path.name for path in pictures.iterdir()) == ["train", "val"]
 
 
 def test_time_left_is_said_in_a_unit_that_suits_it() -> None:

@@ -13,8 +13,9 @@ from experiments.imagenet256 import RECIPES
 from experiments.plan import expected_cost
 from experiments.recipes import get_preset
 from experiments.study import Study
-from ibq.config import flatten
+from ibq.config import flatten, parse_train_config
 from ibq.models.tokenizer import Tokenizer
+from ibq.released import _released_recipe
 
 # PAPER sections 4 and 5
 SHARED = {
@@ -144,3 +145,12 @@ def test_the_preset_is_that_of_the_recipes(monkeypatch: pytest.MonkeyPatch) -> N
     assert configs["vq_published"] == RECIPES["imagenet256_vqgan_16384"]()
     assert get_preset("paper").seconds_per_step is None
     assert expected_cost(study).endswith("how long they take is not known: no step of preset paper has been measured")
+
+
+@pytest.mark.parametrize("codes", [1024, 8192, 16384, 262144])
+def test_the_importer_of_released_files_knows_the_same_recipes(codes: int) -> None:
+    """What `load_released` gives as provenance; the folder of the images is nobody's."""
+    ours = RECIPES[f"imagenet256_ibq_{codes}"]().to_json_dict()
+    theirs = parse_train_config(_released_recipe(ours["model"], codes, 256)).to_json_dict()
+    mine, other = flatten(ours), flatten(theirs)
+    assert {name for name in mine | other if mine.get(name) != other.get(name)} == {"data.name"}

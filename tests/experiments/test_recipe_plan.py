@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from torch import nn
 from typer.testing import CliRunner
 
 from experiments import recipe_plan
-from experiments.benchmarks import tokenizer_training
+from experiments.benchmarks import tokenizer_training, training_cell
 from experiments.cli import app
 from experiments.imagenet256 import RECIPES
 from ibq.config import TrainConfig
@@ -38,7 +41,8 @@ def small() -> TrainConfig:
 
 def measured(config: TrainConfig, **changes: object) -> pd.DataFrame:
     row = {"status": "ok", "operator": "ours", "device": "cuda", "method": "ibq", "K": 64, "resolution": 32, "machine": "A card"}
-    row |= {"parameters": recipe_plan.parameters(config)[0], "images_per_second": 200.0, "precision": "bf16", "compiled": True, "batch": 32}
+    row |= {"parameters": recipe_plan.parameters(config)[0], "images_per_second": 200.0, "precision": "fp32", "compiled": True}
+    row |= {"batch": 32, "accumulate": 8}
     return pd.DataFrame([row | changes])
 
 
@@ -75,11 +79,18 @@ def test_parameters_of_the_discriminator_are_counted_too() -> None:
     assert recipe_plan.parameters(config.with_fields(**{"loss.adversarial.weight": 0}))[1] == 0
 
 
-def test_hours_follow_from_measured_rows_and_several_gpus_are_an_assumption(small: TrainConfig) -> None:
+def test_hours_follow_from_rows_of_the_same_step_and_several_gpus_are_an_assumption(small: TrainConfig) -> None:
     hours = small.steps * 256 / 200 / 3600
-    rows = measured(small)
-    assert recipe_plan.hours(small, 1, rows) == f"{hours:,.0f} on one A card, measured at 200.0 images/s (bf16, compiled, batches of 32)"
-    assert recipe_plan.hours(small, 8, rows).startswith(f"{hours / 8:,.0f} on 8, assuming linear scaling: {hours:,.0f} on one A card")
+    mode = "measured at 200.0 images/s (fp32, compiled, 8 micro-batches of 4)"
+    assert recipe_plan.hours(small, 8, measured(small)) == f"{hours / 8:,.0f} on 8, assuming linear scaling from one A card, {mode}"
+    alone = recipe_plan.hours(small.with_fields(accumulate=64), 1, measured(small, batch=256, accumulate=64))
+    assert alone == f"{hours:,.0f} on one A card, measured at 200.0 images/s (fp32, compiled, 64 micro-batches of 4)"
+
+
+def test_the_precision_of_the_recipe_is_preferred_and_another_one_is_said(small: TrainConfig) -> None:
+    other = measured(small, precision="bf16", images_per_second=400.0)
+    assert "400.0 images/s (bf16, where the recipe has fp32, compiled" in recipe_plan.hours(small, 8, other)
+    assert "200.0 images/s (fp32, compiled" in recipe_plan.hours(small, 8, pd.concat([other, measured(small)]))
 
 
 @pytest.mark.parametrize(
@@ -92,23 +103,40 @@ def test_hours_follow_from_measured_rows_and_several_gpus_are_an_assumption(smal
         {"parameters": 7},
         {"resolution": 64},
         {"method": "vq"},
+        {"accumulate": 1},
+        {"batch": 256},
     ],
 )
 def test_rows_of_something_else_do_not_count(small: TrainConfig, change: dict[str, object]) -> None:
     said = recipe_plan.hours(small, 8, measured(small, **change))
-    assert said.startswith("not known: no GPU has been measured with this method and K")
-    assert "bench tokenizer-training --codes 64" in said
+    assert said.startswith("not known: no GPU has been measured with this method, K and step")
+    assert "bench tokenizer-training --method ibq --codes 64 --batch 32 --accumulate 8 --dtype float32" in said
     assert not any(word in said for word in ("about", "estimate"))
 
 
-def test_without_a_measurement_it_says_so_and_which_methods_are_measured_at_all() -> None:
-    config = RECIPES["imagenet256_lfq_16384"]()
-    assert "the benchmark trains IBQ alone, not lfq" in recipe_plan.hours(config, 8, pd.DataFrame())
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_without_a_measurement_it_says_how_to_make_the_one_that_counts(recipe: str) -> None:
+    """The command is one that the benchmark takes, and trains the network and the step of the recipe."""
+    config = RECIPES[recipe]()
+    said = recipe_plan.hours(config, 8, pd.DataFrame())
+    options = dict(re.findall(r"--(\w+) (\w+)", said))
+    cell = {"method": options["method"], "K": int(options["codes"]), "small": False}
+    cell |= {name: int(options[name]) for name in ("batch", "accumulate")}
+    cell |= {"precision": tokenizer_training.PRECISIONS[options["dtype"]]}
+    measured_one = training_cell.config_of(cell, Path("images"))
+    assert (measured_one.model, measured_one.quantizer, measured_one.loss) == (config.model, config.quantizer, config.loss)
+    assert (measured_one.batch_size, measured_one.accumulate, measured_one.precision) == (32, 8, config.precision)
+
+
+def test_rows_older_than_a_column_do_not_count(small: TrainConfig) -> None:
+    assert recipe_plan.hours(small, 8, measured(small).drop(columns="accumulate")).startswith("not known")
 
 
 def test_a_step_that_cannot_be_cut_is_refused(small: TrainConfig) -> None:
     with pytest.raises(ConfigError, match=r"batch_size=256 cannot be cut into 8 micro-batches .* on each of 7 GPUs"):
         recipe_plan.plan(small, 7)
+    with pytest.raises(ConfigError, match=r"batch_size=2000000 exceeds the 1,281,167 training images of ImageNet; lower it"):
+        recipe_plan.plan(small.with_fields(batch_size=2_000_000), 8)
 
 
 def test_the_command_prints_heading_sizes_and_hours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +147,27 @@ def test_the_command_prints_heading_sizes_and_hours(monkeypatch: pytest.MonkeyPa
     assert "parameters: 173,896,579 of the tokenizer" in result.output
     assert "1 micro-batches of 4 images on each of 64 GPUs, fp16" in result.output
     assert "hours:      not known" in result.output
+    assert "hours: python" not in result.output
+    assert "changed: accumulate=1; the heading is that of the recipe unchanged" in result.output
+
+
+def test_nothing_is_printed_before_all_of_it_is_known() -> None:
+    result = CliRunner().invoke(app, ["plan", "imagenet256_ibq_1024", "imagenet256_lfq_16384", "--set", "quantizer.double=true"])
+    assert result.exit_code == 2
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         ("plan imagenet256_ibq_1024 vq_vs_ibq", "'vq_vs_ibq' is no recipe"),
+        ("plan imagenet256_ibq_102", "'imagenet256_ibq_102' does not exist; did you mean 'imagenet256_ibq_1024'?"),
+        ("plan imagenet256_ibq_1024 --preset quick", "the plan of a recipe has no --preset; it has --set and --gpus"),
+        ("plan imagenet256_ibq_1024 --seeds 2 --slots 2", "the plan of a recipe has no --seeds; it has --set and --gpus"),
+        ("plan imagenet256_ibq_1024 --grid optim.lr=1,2", "the plan of a recipe has no --grid; it has --set and --gpus"),
+        ("plan imagenet256_ibq_1024 --base vq_vs_ibq/vq_fair", "the plan of a recipe has no --base; it has --set and --gpus"),
+        ("plan vq_vs_ibq --gpus 8", "the plan of an ablation has no --gpus; it has --preset,"),
+        ("run imagenet256_ibq_1024", "'imagenet256_ibq_1024' is a recipe, not an ablation; use train: "),
         ("plan imagenet256_ibq_1024 --set optim.rl=1", "did you mean 'optim.lr'?"),
         ("train imagenet256_ibq_102", "recipe 'imagenet256_ibq_102' does not exist; did you mean 'imagenet256_ibq_1024'?"),
         ("train imagenet256_ibq_1024 --data /no/such/folder", "there is no folder /no/such/folder; name the folder"),
@@ -133,6 +176,9 @@ def test_the_command_prints_heading_sizes_and_hours(monkeypatch: pytest.MonkeyPa
         ("bench overfitt", "did you mean 'overfit'?"),
         ("bench tokenizer-training --device cpu", "takes minutes on device='cpu'; measure on CUDA, or try --small"),
         ("bench tokenizer-training --device cpu --small --batch 0", "a size of 0 cannot be measured"),
+        ("bench tokenizer-training --device cpu --small --accumulate 0", "a size of 0 cannot be measured"),
+        ("bench tokenizer-training --device cpu --small --batch 6", "batch=6 cannot be cut into accumulate=8 micro-batches"),
+        ("bench tokenizer-training --device cpu --small --method fsq", "method='fsq' is not measured; "),
         ("bench tokenizer-training --device cpu --small --dtype int8", "dtype='int8' is not known"),
     ],
 )

@@ -86,12 +86,21 @@ def test_two_processes_train_one_run_with_one_writer(pictures: Path, tmp_path: P
     assert [line["step"] for line in run.read_history()] == [3]
 
 
-def test_a_users_error_is_said_once(pictures: Path, tmp_path: Path) -> None:
-    code, _, err = Torchrun([*command(pictures, tmp_path / "run", 3), "--set", "optim.rate=1"]).end()
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("optim.rate=1", "there is no field 'optim.rate'"),
+        ("batch_size=32", "batch_size=32 exceeds the 16 training images"),
+    ],
+    ids=["before the group", "in the trainers"],
+)
+def test_a_users_error_is_said_once(pictures: Path, tmp_path: Path, change: str, words: str) -> None:
+    code, _, err = Torchrun([*command(pictures, tmp_path / "run", 3), "--set", change]).end()
     assert code == 1  # torchrun's own
-    assert err.count("error: there is no field 'optim.rate'") == 1
+    assert err.count(f"error: {words}") == 1
     assert "exitcode  : 2" in err
     assert "experiments/cli" not in err, "no traceback of ours"
+    assert not (tmp_path / "run").exists()
 
 
 def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_the_same(pictures: Path, tmp_path: Path) -> None:

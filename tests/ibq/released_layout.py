@@ -6,7 +6,11 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from ibq import load_released
+from ibq.data import DataError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -171,3 +175,13 @@ def write(path: Path, state: Tensors | dict[str, Any]) -> Path:
     }
     torch.save(extras | {"state_dict": OrderedDict(state)}, path)
     return path
+
+
+def sentence(path: Path, **weights: Any) -> str:
+    """What `load_released` refuses the file with, its path as FILE."""
+    with pytest.raises(DataError) as caught:
+        load_released(path, **weights)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+    return text.replace(str(path), "FILE")

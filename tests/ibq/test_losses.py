@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from processes import run_processes
 from torch import nn
 
 import ibq.losses as losses
+from ibq.config import parse_train_config
 from ibq.data import DataError
+from ibq.distributed import Processes, barrier
 from ibq.losses import (
     PerceptualLoss,
     adaptive_weight,
@@ -21,6 +27,7 @@ from ibq.losses import (
     generator_loss,
     lecam_loss,
     loss_weights,
+    perceptual_loss,
     pixel_loss,
     weighted,
     weighted_sum,
@@ -163,6 +170,28 @@ def test_lpips_without_its_weights_says_which_file_it_wants(monkeypatch: pytest.
     monkeypatch.setattr(losses, "backbone_weights", absent)
     with pytest.raises(DataError, match=r"vgg16-397923af\.pth"):
         PerceptualLoss("lpips-vgg")
+
+
+def fetch(processes: Processes, folder: Path) -> None:
+    def slowly(_: str) -> dict[str, torch.Tensor]:
+        (folder / f"{len(list(folder.iterdir()))} of {processes.rank}").touch()
+        time.sleep(0.3 * (processes.rank == 0))
+        if (folder / "absent").exists():
+            raise DataError("vgg16.pth is not there")
+        return {}
+
+    config = parse_train_config({"quantizer": {"method": "ibq"}, "loss": {"perceptual": "lpips-vgg"}})
+    with mock.patch("ibq.losses.backbone_weights", slowly), mock.patch("ibq.losses.lpips_network", return_value=nn.Identity()):
+        assert perceptual_loss(config, torch.device("cpu")) is not None
+        (folder / "absent").touch()
+        barrier()
+        with pytest.raises(DataError, match=r"^vgg16.pth is not there$"):
+            perceptual_loss(config, torch.device("cpu"))
+
+
+def test_one_process_fetches_the_weights_and_the_others_wait(tmp_path: Path) -> None:
+    run_processes(fetch, tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"0 of 0", "1 of 1", "absent", "3 of 0"}, "of what is absent only one asks"
 
 
 # --- Weights and the sum -----------------------------------------------------------------------------------------------------------------

@@ -16,15 +16,14 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 import pytest
 import torch
+from picture_files import draw, pixels
 from PIL import Image
+from released_layout import Tensors, networks, tokenizer_state, transformer_state, write
 from safetensors.torch import load_file
 
 import ibq.evaluation
-from ibq import Tokenizer, evaluate, load_tokenizer, reconstruct
+from ibq import Tokenizer, evaluate, load_released, load_tokenizer, reconstruct
 from ibq.analysis import QuantizationError
-from ibq.data import pictures as pictures_module
-from ibq.data.pictures import Framing, PictureFolder
-from ibq.errors import ConfigError
 from ibq.metrics import ImageQuality, usage_metrics
 from ibq.run_directory import read_lines
 
@@ -48,14 +47,6 @@ def model(tiny: Any, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def draw(path: Path, width: int, height: int, mode: str = "RGB", seed: int = 0) -> Path:
-    """Smooth random colours."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(path)
-    return path
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Five pictures of three sizes, in classes and beside them."""
@@ -77,12 +68,6 @@ def fails(main: Any, capsys: pytest.CaptureFixture[str], *arguments: object) -> 
 
 def run(main: Any, *arguments: object) -> None:
     main([str(argument) for argument in arguments])
-
-
-def pixels(path: Path) -> torch.Tensor:
-    """(1, C, H, W) uint8 of a PNG."""
-    array = np.asarray(Image.open(path))
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1).transpose(2, 0, 1).copy())[None]
 
 
 def as_seen(path: Path) -> torch.Tensor:
@@ -241,55 +226,6 @@ def test_pictures_that_do_not_fit_are_skipped_with_numbers_and_remedy(
     assert "odd.png is 30×33 pixels" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_crop_takes_the_largest_centre_part_and_resize_the_centre_square(tmp_path: Path) -> None:
-    draw(tmp_path / "odd.png", 31, 34)
-    whole = pixels(tmp_path / "odd.png")
-    (crop,) = next(PictureFolder(tmp_path, Framing(4, 3, "crop")).batches(["odd.png"], 1))
-    assert torch.equal(crop.pixels_CHW, whole[0, :, 1:33, 1:29])
-    (square,) = next(PictureFolder(tmp_path, Framing(4, 3, resize=12)).batches(["odd.png"], 1))
-    with Image.open(tmp_path / "odd.png") as image:
-        expected = np.asarray(image.resize((12, 12), Image.Resampling.BICUBIC, box=(0, 1, 31, 32)))
-    assert np.array_equal(square.pixels_CHW.permute(1, 2, 0).numpy(), expected)
-
-
-@pytest.mark.parametrize(
-    ("framing", "size", "words"),
-    [
-        (Framing(16, 3, "crop"), (12, 40), "smaller than the tokenizer's down-sampling factor 16"),
-        (Framing(4, 3, resize=16), (12, 40), "16"),
-    ],
-)
-def test_pictures_too_small_for_the_framing(framing: Framing, size: tuple[int, int], words: str, tmp_path: Path) -> None:
-    draw(tmp_path / "a.png", *size)
-    pictures = PictureFolder(tmp_path, framing)
-    assert list(pictures.batches(pictures.names, 4)) == []
-    assert "a.png is 12×40 pixels" in pictures.skipped[0]
-    assert words in pictures.skipped[0]
-
-
-def test_a_resolution_that_the_factor_does_not_divide() -> None:
-    with pytest.raises(ConfigError, match=r"--resize 30 is not a multiple of the tokenizer's down-sampling factor 16; use 16 or 32"):
-        Framing(16, 3, resize=30)
-    with pytest.raises(ConfigError, match=r"use 16$"):
-        Framing(16, 3, resize=3)
-
-
-def test_batches_hold_one_size_and_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(12):
-        draw(tmp_path / f"{number:02d}.png", 8 + 4 * (number % 3), 8)
-    pictures = PictureFolder(tmp_path, Framing(4, 3))
-
-    def names(batch_size: int) -> list[list[str]]:
-        return [[picture.name[:2] for picture in batch] for batch in pictures.batches(pictures.names, batch_size)]
-
-    assert names(4) == [["00", "03", "06", "09"], ["01", "04", "07", "10"], ["02", "05", "08", "11"]]
-    monkeypatch.setattr(pictures_module, "AREA", 8 * 12)
-    assert names(4) == [["02", "05", "08"], ["00", "03", "06", "09"], ["01", "04", "07", "10"], ["11"]]  # 16x8 pixels: fewer at a time
-    monkeypatch.setattr(pictures_module, "WAITING_BYTES", 8 * 8 * 3 * 2)
-    assert max(map(len, names(4))) <= 2
-    assert sorted(name for batch in names(4) for name in batch) == [f"{number:02d}" for number in range(12)]
-
-
 # --- Evaluate ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +297,30 @@ def test_lpips_and_stand_ins_through_the_evaluations_own_networks(tiny: Any, tmp
     assert "lpips needs images of at least 32 x 32 pixels" in absent["lpips[alex]"]
 
 
+@pytest.mark.parametrize(
+    ("state", "labels"),
+    [
+        (tokenizer_state(), {"ema": "averaged (EMA), as released", "raw": "as trained, not averaged"}),
+        (transformer_state(), dict.fromkeys(("ema", "raw"), "as in the transformer's checkpoint")),
+        (
+            transformer_state(tokenizer=tokenizer_state()),
+            {"ema": "averaged (EMA), as released", "raw": "as in the transformer's checkpoint"},
+        ),
+    ],
+    ids=["tokenizer", "transformer", "transformer with averages"],
+)
+def test_released_weights_are_chosen_and_labelled(tmp_path: Path, state: Tensors, labels: dict[str, str]) -> None:
+    draw(tmp_path / "pictures" / "a.png", 8, 8)
+    path = write(tmp_path / "released.ckpt", state)
+    for weights, label in labels.items():
+        numbers = evaluated(tmp_path, path, tmp_path / "pictures", "--metric", "none", "--weights", weights)
+        assert numbers["facts"]["weights"] == label
+    loaded = [load_released(path, weights) for weights in ("ema", "raw")]
+    tokenizers = [each if isinstance(each, Tokenizer) else each.tokenizer for each in loaded]
+    same = torch.equal(*(tokenizer.get_parameter("quant_conv.bias") for tokenizer in tokenizers))
+    assert same == (labels["ema"] == labels["raw"])
+
+
 # --- Errors ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +328,7 @@ def test_every_wrong_argument_is_one_sentence(model: Path, folder: Path, tmp_pat
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
     draw(tmp_path / "odd" / "odd.png", 30, 33)
+    plain_file = write(tmp_path / "plain.ckpt", networks())
     cases = {
         "absent does not exist; pass the folder of a finished run": ("absent", folder),
         "b.png is neither a folder nor a .ckpt file": (folder / "b.png", folder),
@@ -380,11 +341,15 @@ def test_every_wrong_argument_is_one_sentence(model: Path, folder: Path, tmp_pat
         "argument --resize: not allowed with argument --fit": (model, folder, "--fit", "crop", "--resize", 8),
         "argument --limit: '0' is not a whole number of at least 1": (model, folder, "--limit", 0),
         "argument --batch-size: 'x' is not a whole": (model, folder, "--batch-size", "x"),
+        "--weights raw is for released checkpoints; .*model holds one set of weights": (model, folder, "--weights", "raw"),
+        "holds no averaged weights .*--weights raw": (plain_file, folder),
     }
     for words, arguments in cases.items():
         for main, out in ((evaluate.main, ()), (reconstruct.main, (tmp_path / "out",))):
             assert re.search(words, fails(main, capsys, *arguments, *out)), words
     assert "--out" in fails(evaluate.main, capsys, model, folder, "--out", tmp_path)
+    contradiction = fails(evaluate.main, capsys, model, folder, "--metric", "inception", "--metric", "none")
+    assert contradiction == "ibq.evaluate: --metric none and --metric inception contradict each other; leave one out"
 
 
 def test_an_out_folder_that_would_harm_something(model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
