@@ -6,16 +6,20 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
+from experiments import figures, tables
 from experiments.study import ROOT
 from ibq.errors import ConfigError
-from ibq.run_directory import source_commit, write_json
+from ibq.run_directory import source_commit, write_json, write_text
 
 
 def folder(benchmark: str, device: torch.device, script: str, *packages: str) -> Path:
@@ -50,6 +54,20 @@ def cached(folder: Path, cell: dict[str, Any], module: str, name: str = "") -> d
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return result
+
+
+def write_report(
+    benchmark: str, rows: pd.DataFrame, table: pd.DataFrame, caption: str, figure: Figure, publish: bool, *, unpublished: str = ""
+) -> Path:
+    """Write rows.csv, the table and the figure into reports/benchmarks/, and with `publish` into reports/published/ too, but for the file
+    named `unpublished`; returns the former folder."""
+    folder = report_folder(benchmark)
+    write_text(folder / "rows.csv", rows.to_csv(index=False))
+    tables.write(table, folder, "table", caption)
+    figures.save(figure, folder, "figure")
+    if publish:
+        shutil.copytree(folder, published_folder(benchmark), dirs_exist_ok=True, ignore=shutil.ignore_patterns(unpublished))
+    return folder
 
 
 def report_folder(benchmark: str) -> Path:

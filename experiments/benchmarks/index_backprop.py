@@ -7,7 +7,6 @@ Every cell runs in a process of its own and is kept under runs/benchmarks/; the 
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import figures, tables
+from experiments import figures
 from experiments.benchmarks import cells
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
-from ibq.run_directory import write_text
 
 NAME, MEASURE = "index_backprop", "experiments.benchmarks.measure"
 METHODS = ("released", "dense", "chunked", "triton")
@@ -146,14 +144,8 @@ def figure(rows: pd.DataFrame) -> Figure:
 
 
 def write(rows: pd.DataFrame, publish: bool = False) -> Path:
-    """Write rows.csv, the table and the figure into reports/benchmarks/, and with `publish` into reports/published/ too."""
-    folder = cells.report_folder(NAME)
-    write_text(folder / "rows.csv", rows.to_csv(index=False))
-    tables.write(table(rows), folder, "table", CAPTION)
-    figures.save(figure(rows), folder, "figure")
-    if publish:
-        shutil.copytree(folder, cells.published_folder(NAME), dirs_exist_ok=True)
-    return folder
+    """The report, as `cells.write_report` says."""
+    return cells.write_report(NAME, rows, table(rows), CAPTION, figure(rows), publish)
 
 
 def known_rows() -> pd.DataFrame:

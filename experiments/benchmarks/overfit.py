@@ -9,7 +9,6 @@ Command: python -m experiments bench overfit   (2 CPU cores: about 10 minutes)
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments import figures, tables
+from experiments import figures
 from experiments.benchmarks import cells
 from ibq.checkpoint import load_checkpoint
 from ibq.config import DataConfig, TrainConfig, parse_train_config
@@ -31,7 +30,7 @@ from ibq.distributed import resolve_device
 from ibq.evaluation import evaluate
 from ibq.metrics.distances import to_uint8
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
-from ibq.run_directory import RunDirectory, append_line, read_lines, write_tensors, write_text
+from ibq.run_directory import RunDirectory, append_line, read_lines, write_tensors
 from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
 from ibq.training_state import part_of
 
@@ -157,11 +156,6 @@ def figure(rows: pd.DataFrame, of_crops: dict[str, torch.Tensor]) -> Figure:
 
 
 def write(rows: pd.DataFrame, publish: bool = False) -> Path:
-    """Write rows.csv, the table and the figure into reports/benchmarks/, and with `publish` into reports/published/ too."""
-    folder = cells.report_folder(NAME)
-    write_text(folder / "rows.csv", rows.to_csv(index=False))
-    tables.write(table(rows), folder, "table", CAPTION)
-    figures.save(figure(rows, load_file(folder / PICTURES)), folder, "figure")
-    if publish:
-        shutil.copytree(folder, cells.published_folder(NAME), dirs_exist_ok=True, ignore=shutil.ignore_patterns(PICTURES))
-    return folder
+    """The report, as `cells.write_report` says."""
+    pictures = load_file(cells.report_folder(NAME) / PICTURES)
+    return cells.write_report(NAME, rows, table(rows), CAPTION, figure(rows, pictures), publish, unpublished=PICTURES)

@@ -8,7 +8,6 @@ same command measures only what is missing. rows.csv keeps what former calls mea
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments import figures, tables
+from experiments import figures
 from experiments.benchmarks import cells
 from experiments.benchmarks.training_cell import RECIPE_OF
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, nearest
-from ibq.run_directory import write_text
 
 NAME = "tokenizer_training"
 CELL = ["device", "method", "K", "compiled", "operator", "batch", "accumulate", "precision", "small"]
@@ -125,19 +123,14 @@ def figure(rows: pd.DataFrame) -> Figure:
 
 
 def write(rows: pd.DataFrame, publish: bool = False) -> Path:
-    """Write rows.csv, the table and the figure into reports/benchmarks/, and with `publish` into reports/published/ too.
+    """The report, as `cells.write_report` says.
 
-    The table and the figure show these rows, rows.csv has those of former calls as well, unless they are of the same cell and machine.
+    The table and the figure show these rows; rows.csv has those of former calls as well, unless they are of the same cell and machine.
     """
-    folder = cells.report_folder(NAME)
-    before = [pd.read_csv(folder / "rows.csv")] if (folder / "rows.csv").is_file() else []
+    former = cells.report_folder(NAME) / "rows.csv"
+    before = [pd.read_csv(former)] if former.is_file() else []
     all_rows = pd.concat([*before, rows], ignore_index=True).drop_duplicates(["machine", *CELL], keep="last")
-    write_text(folder / "rows.csv", all_rows.to_csv(index=False))
-    tables.write(table(rows), folder, "table", CAPTION)
-    figures.save(figure(rows), folder, "figure")
-    if publish:
-        shutil.copytree(folder, cells.published_folder(NAME), dirs_exist_ok=True)
-    return folder
+    return cells.write_report(NAME, all_rows, table(rows), CAPTION, figure(rows), publish)
 
 
 def known_rows() -> pd.DataFrame:

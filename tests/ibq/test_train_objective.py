@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from training_runs import GAN, RUNTIME, SMALL, assert_same_run, read_the_images_once, stop_after, weights_of
+from training_runs import (
+    GAN,
+    RUNTIME,
+    SMALL,
+    assert_same_run,
+    poison_codebook,
+    poison_decoder,
+    poison_discriminator,
+    poison_images,
+    read_the_images_once,
+    stop_after,
+    weights_of,
+)
 
 import ibq.train_tokenizer as trainer
 from ibq.checkpoint import load_checkpoint
@@ -197,28 +209,6 @@ def test_an_overflow_in_fp16_costs_one_update_and_halves_the_scale_until_there_i
 
 
 # --- What is not finite stops the run before an update -----------------------------------------------------------------------------------
-
-
-def poison_codebook(state: TrainingState) -> None:
-    state.tokenizer.quantize.get_parameter("embedding").data[3] = math.nan
-
-
-def poison_discriminator(state: TrainingState) -> None:
-    next(state.players["discriminator"].network.parameters()).data[0] = math.nan
-
-
-def poison_images(state: TrainingState) -> None:
-    """Not the state, but the pictures of the next step: the encoder's first layer is handed them."""
-
-    def first_layer(module: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        arguments[0][0, 0, 0] = math.nan
-        return arguments
-
-    state.tokenizer.encoder.conv_in.register_forward_pre_hook(first_layer)
-
-
-def poison_decoder(state: TrainingState) -> None:
-    next(state.tokenizer.decoder.parameters()).data[0] = math.inf
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,18 @@ import pytest
 import torch
 from processes import run_processes
 from safetensors.torch import load_file
-from training_runs import GAN, TIMED, WITHOUT_EFFECT, images_once, stop_after, weights_of
+from training_runs import (
+    GAN,
+    TIMED,
+    WITHOUT_EFFECT,
+    images_once,
+    poison_codebook,
+    poison_decoder,
+    poison_discriminator,
+    poison_images,
+    stop_after,
+    weights_of,
+)
 
 import ibq.train_tokenizer as trainer
 from ibq.config import DataConfig, TrainConfig, parse_train_config
@@ -133,26 +143,6 @@ def lose(second: bool, folder: Path, said: dict[str, str]) -> None:
                 POISONS[what](Seen.last)
 
         said[f"{arm}, {what}"] = train(arm, folder / f"{arm}, {what}", at_step=at_step)
-
-
-def poison_images(state: TrainingState) -> None:
-    def first_layer(module: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        arguments[0][0, 0, 0] = math.nan
-        return arguments
-
-    state.tokenizer.encoder.conv_in.register_forward_pre_hook(first_layer)
-
-
-def poison_decoder(state: TrainingState) -> None:
-    next(state.tokenizer.decoder.parameters()).data[0] = math.inf
-
-
-def poison_codebook(state: TrainingState) -> None:
-    state.tokenizer.quantize.get_parameter("embedding").data[3] = math.nan
-
-
-def poison_discriminator(state: TrainingState) -> None:
-    next(state.players["discriminator"].network.parameters()).data[0] = math.nan
 
 
 POISONS = {"images": poison_images, "decoder": poison_decoder, "codebook": poison_codebook, "discriminator": poison_discriminator}

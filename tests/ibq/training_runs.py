@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from ibq.config import DataConfig
 from ibq.data import Images, load_images
 from ibq.run_directory import RunDirectory
 from ibq.train_tokenizer import Runtime
+from ibq.training_state import TrainingState
 
 RUNTIME = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8)
 GAN = {
@@ -76,3 +78,28 @@ def assert_same_run(actual: RunDirectory, expected: RunDirectory) -> None:
         assert_same_tensors(actual.read_snapshot(step), expected.read_snapshot(step))
     rows = [{name: value for name, value in run.read_row().items() if name not in TIMED} for run in (actual, expected)]
     assert rows[0] == rows[1]
+
+
+# --- What is not finite -------------------------------------------------------------------------------------------------------------------
+
+
+def poison_codebook(state: TrainingState) -> None:
+    state.tokenizer.quantize.get_parameter("embedding").data[3] = math.nan
+
+
+def poison_discriminator(state: TrainingState) -> None:
+    next(state.players["discriminator"].network.parameters()).data[0] = math.nan
+
+
+def poison_images(state: TrainingState) -> None:
+    """Not the state, but the pictures of the next step: the encoder's first layer is handed them."""
+
+    def first_layer(module: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        arguments[0][0, 0, 0] = math.nan
+        return arguments
+
+    state.tokenizer.encoder.conv_in.register_forward_pre_hook(first_layer)
+
+
+def poison_decoder(state: TrainingState) -> None:
+    next(state.tokenizer.decoder.parameters()).data[0] = math.inf
