@@ -125,7 +125,7 @@ def figure(rows: pd.DataFrame) -> Figure:
 def write(rows: pd.DataFrame, publish: bool = False) -> Path:
     """The report, as `cells.write_report` says.
 
-    The table and the figure show these rows, rows.csv has those of former calls as well, unless they are of the same cell and machine.
+    The table and the figure show these rows; rows.csv has those of former calls as well, unless they are of the same cell and machine.
     """
     former = cells.report_folder(NAME) / "rows.csv"
     before = [pd.read_csv(former)] if former.is_file() else []
