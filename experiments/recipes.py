@@ -138,7 +138,7 @@ def get_preset(name: str) -> Preset:
 
 
 def tokenizer(preset: Preset, quantizer: dict[str, Any], seed: int = 0) -> TrainConfig:
-    """The preset's autoencoder, data and schedule around any quantizer.
+    """The preset's autoencoder, data and schedule around any quantizer; micro-batches only where it can do with them.
 
     Args:
         preset: the scale; gives codebook_size and code_dim unless `quantizer` sets them.
@@ -146,7 +146,12 @@ def tokenizer(preset: Preset, quantizer: dict[str, Any], seed: int = 0) -> Train
         seed: of weights and data order.
     """
     sizes = {"codebook_size": preset.codebook_size, "code_dim": preset.code_dim}
-    return parse_train_config(preset.fields | {"data": preset.data(), "quantizer": sizes | quantizer, "seed": seed})
+    fields = preset.fields | {"data": preset.data(), "quantizer": sizes | quantizer, "seed": seed}
+    config = parse_train_config(fields | {"accumulate": 1})
+    micro_batches = preset.fields.get("accumulate", 1)
+    if micro_batches == 1 or config.quantizer.changes_in_forward:  # what moves or draws in the forward pass takes the batch whole
+        return config
+    return config.with_fields(accumulate=micro_batches)
 
 
 def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:

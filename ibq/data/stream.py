@@ -309,7 +309,7 @@ def _whole(
 
 def _what_was_lost(error: Exception) -> str:
     last_line = one_line(str(error).strip().rpartition("\n")[2])
-    if isinstance(error, RuntimeError) and "exited unexpectedly" in str(error):
+    if isinstance(error, (ConnectionError, EOFError)) or (isinstance(error, RuntimeError) and "exited unexpectedly" in str(error)):
         return (
             f"a process that decodes images was lost, killed by hand or for lack of memory or of space in /dev/shm ({last_line}); "
             "run again, with fewer workers if need be"
