@@ -1,7 +1,7 @@
 # make study   train the core study at PRESET, execute its notebooks, write reports/PRESET/index.html
 # make study-all   the same with every ablation
 # make test    pytest, ruff, mypy           make test-browser   what needs Chromium
-# make test-latex   what needs pdfLaTeX: every table compiles
+# make test-latex   what needs pdfLaTeX: every table compiles      make test-kills   commands stopped and killed, and gone on with
 # make faults  kill -9, full disks, 100 rounds; prints what was lost: nothing
 # make lab     JupyterLab on 127.0.0.1      make clean-env      forget the environment
 
@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: study study-all test test-browser test-latex faults lab data clean-env
+.PHONY: study study-all test test-browser test-latex test-kills faults lab data clean-env
 
 study: $(STAMP) data
 	$(BIN)/python -m experiments run --preset $(PRESET)
@@ -33,6 +33,9 @@ test-browser: $(STAMP)
 
 test-latex: $(STAMP)
 	$(BIN)/python -m pytest -n 0 -m latex
+
+test-kills: $(STAMP)
+	$(BIN)/python -m pytest -m kills
 
 faults: $(STAMP)
 	$(BIN)/python tests/faults.py --rounds 100

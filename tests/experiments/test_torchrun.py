@@ -103,6 +103,7 @@ def test_a_users_error_is_said_once(pictures: Path, tmp_path: Path, change: str,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.kills
 def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_the_same(pictures: Path, tmp_path: Path) -> None:
     run, whole = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "whole")
     arguments = command(pictures, run.path, STEPS, **REPEATABLE)
