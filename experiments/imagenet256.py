@@ -8,6 +8,8 @@ statistics of the discriminator's BatchNorm. The commands here give each of 8 GP
 (`accumulate=8`); on other numbers of GPUs choose `accumulate` so that 256 / GPUs / accumulate stays 4, e.g. --set accumulate=1 on 64, which
 also saves the second forward pass that micro-batches need (`ibq.train_tokenizer`).
 
+What a recipe costs in memory and hours: python -m experiments plan RECIPE.
+
 Logits and entropies are float32 inside autocast, where the released code has float16 (PAPER section 4). Expected numbers are those of PAPER
 section 7, on 50,000 validation images; nothing here has been trained at this scale.
 """
@@ -31,7 +33,7 @@ def imagenet256_ibq_1024() -> TrainConfig:
     """IBQ with 1,024 codes of dimension 256.
 
     Claim: the smallest codebook of Table 4; from here rFID falls to 1.00 and usage to 84% as K grows to 262,144.
-    Cost: 1,651,320 steps of 256 images (330 epochs), 107.0 M parameters; hours: python -m experiments plan imagenet256_ibq_1024.
+    Cost: 1,651,320 steps of 256 images (330 epochs), 107.0 M parameters.
     Expected: rFID 2.24, LPIPS 0.2580, usage 99%.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_ibq_1024 --data IMAGENET
     """
@@ -42,7 +44,7 @@ def imagenet256_ibq_8192() -> TrainConfig:
     """IBQ with 8,192 codes of dimension 256; as released 280 epochs, one drop of the learning rate at 250, bfloat16.
 
     Claim: the second codebook of Table 4, with a lower rFID than 1,024 codes.
-    Cost: 1,401,120 steps of 256 images (280 epochs), 108.9 M parameters; hours: python -m experiments plan imagenet256_ibq_8192.
+    Cost: 1,401,120 steps of 256 images (280 epochs), 108.9 M parameters.
     Expected: rFID 1.87, LPIPS 0.2437, usage 98%.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_ibq_8192 --data IMAGENET
     """
@@ -53,7 +55,7 @@ def imagenet256_ibq_16384() -> TrainConfig:
     """IBQ with 16,384 codes of dimension 256, the paper's default.
 
     Claim: where VQGAN's codebook of this size collapses, IBQ uses nearly all of it (Tables 1 and 2).
-    Cost: 1,651,320 steps of 256 images (330 epochs), 111.0 M parameters; hours: python -m experiments plan imagenet256_ibq_16384.
+    Cost: 1,651,320 steps of 256 images (330 epochs), 111.0 M parameters.
     Expected: rFID 1.37, LPIPS 0.2235, usage 96%.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_ibq_16384 --data IMAGENET
     """
@@ -64,7 +66,7 @@ def imagenet256_ibq_262144() -> TrainConfig:
     """IBQ with 262,144 codes of dimension 256.
 
     Claim: the codebook scales to 2^18 codes, with the lowest rFID of Table 4.
-    Cost: 1,651,320 steps of 256 images (330 epochs), 173.9 M parameters; hours: python -m experiments plan imagenet256_ibq_262144.
+    Cost: 1,651,320 steps of 256 images (330 epochs), 173.9 M parameters.
     Expected: rFID 1.00, LPIPS 0.2030, usage 84%.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_ibq_262144 --data IMAGENET
     """
@@ -77,7 +79,7 @@ def imagenet256_vqgan_16384() -> TrainConfig:
     Euclidean search, straight-through copy, codes from U(-1/K, 1/K), 0.25 on the codebook term, no entropy penalty, no double term.
 
     Claim: with 16,384 codes of dimension 256 plain VQ leaves most of its codebook unused (Tables 1 and 2).
-    Cost: 1,651,320 steps of 256 images (330 epochs), 111.0 M parameters; hours: python -m experiments plan imagenet256_vqgan_16384.
+    Cost: 1,651,320 steps of 256 images (330 epochs), 111.0 M parameters.
     Expected: rFID 3.98, usage 5.3% as the paper re-implemented it (with a shallower model); VQGAN itself 4.98, 5.9%. LPIPS not reported.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_vqgan_16384 --data IMAGENET
     """
@@ -90,7 +92,7 @@ def imagenet256_lfq_16384() -> TrainConfig:
     A code is 14 signs; entropy weight 0.1, commitment 0.25. Not Open-MAGVIT2, whose decoder differs.
 
     Claim: with as many codes IBQ reconstructs better than LFQ (Table 5).
-    Cost: 1,651,320 steps of 256 images (330 epochs), 106.7 M parameters; hours: python -m experiments plan imagenet256_lfq_16384.
+    Cost: 1,651,320 steps of 256 images (330 epochs), 106.7 M parameters.
     Expected: not reported.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_lfq_16384 --data IMAGENET
     """
@@ -103,7 +105,7 @@ def imagenet256_lfq_262144() -> TrainConfig:
     A code is 18 signs; entropy weight 0.1, commitment 0.25. Not Open-MAGVIT2, whose decoder differs and which trained for 270 epochs.
 
     Claim: with as many codes IBQ reconstructs better than LFQ (Table 1: rFID 1.00 against 1.17).
-    Cost: 1,651,320 steps of 256 images (330 epochs), 106.7 M parameters; hours: python -m experiments plan imagenet256_lfq_262144.
+    Cost: 1,651,320 steps of 256 images (330 epochs), 106.7 M parameters.
     Expected: not reported; Open-MAGVIT2 itself rFID 1.17, usage 100%.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_lfq_262144 --data IMAGENET
     """

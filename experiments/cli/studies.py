@@ -100,7 +100,7 @@ def _plan_of_recipe(name: str, overrides: dict[str, Any], gpus: int) -> str:
     from experiments import recipe_plan
 
     lines = recipe_plan.plan(RECIPES[name]().with_fields(**overrides), gpus)
-    heading = str(inspect.getdoc(RECIPES[name])).replace(f"; hours: python -m experiments plan {name}", "")
+    heading = str(inspect.getdoc(RECIPES[name]))
     if overrides:
         changed = ", ".join(f"{field}={value}" for field, value in overrides.items())
         heading += f"\n\nchanged: {changed}; the heading is that of the recipe unchanged"

@@ -122,7 +122,7 @@ def test_a_heading_says_claim_cost_expected_number_and_command(name: str) -> Non
     assert parts.keys() == {"Claim", "Cost", "Expected", "Command"}
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Tokenizer(config).parameters())
-    assert parts["Cost"].startswith(f"{config.steps:,} steps of 256 images ({DROPS[name][0]} epochs), {parameters / 1e6:.1f} M parameters;")
+    assert parts["Cost"].startswith(f"{config.steps:,} steps of 256 images ({DROPS[name][0]} epochs), {parameters / 1e6:.1f} M parameters.")
     assert parts["Expected"] == EXPECTED[name]
     assert parts["Command"] == f"torchrun --nproc-per-node 8 -m experiments train {name} --data IMAGENET"
 

@@ -52,6 +52,8 @@ EQUAL: dict[str, dict[str, Any]] = {
 ARMS = EQUAL | {"local": {"averages": "local"}, "bf16": {"precision": "bf16"}, "vq local": {"averages": "local", "quantizer": VQ}}
 RESUMED = ("whole", "two micro-batches")
 CLOSE = 1e-5
+CLOSE_WEIGHTS = 1e-6
+"""A fiftieth of what the five steps can move a weight by: less than what local averages change in either player."""
 LEARNING_RATE = 1e-5
 """So that a step is no larger: where a pixel's error is nearly 0, rounding decides on the sign of its gradient, and Adam may make much of
 that."""
@@ -206,14 +208,14 @@ def load_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return torch.load(folder / f"{name}.pt")
 
 
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    torch.testing.assert_close(actual, expected, rtol=CLOSE, atol=CLOSE)
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = CLOSE) -> None:
+    torch.testing.assert_close(actual, expected, rtol=CLOSE, atol=atol)
 
 
 def assert_equal_runs(run: RunDirectory, alone: RunDirectory) -> None:
-    """Weights, history, snapshots, evaluation and row, to 1e-5."""
+    """Averaged weights to 1e-6; history, snapshots, evaluation and row to 1e-5."""
     averaged, expected = ({k: v for k, v in load_file(of.model).items() if WITHOUT_EFFECT not in k} for of in (run, alone))
-    assert_close(averaged, expected)
+    assert_close(averaged, expected, CLOSE_WEIGHTS)
     lines = [[{k: v for k, v in line.items() if k not in OF_ONE_PROCESS} for line in of.read_history()] for of in (run, alone)]
     assert [line["step"] for line in lines[0]] == [2, 4, 5]
     for line, other in zip(*lines, strict=True):
@@ -235,7 +237,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(folder: Path, said: 
     alone, *both = (load_weights(folder, f"{arm} {which}") for which in ("alone", 0, 1))
     assert alone.keys() == {"model", "discriminator"}
     for weights_of_one in both:
-        assert_close(weights_of_one, alone)
+        assert_close(weights_of_one, alone, CLOSE_WEIGHTS)
     assert all(torch.equal(both[0][player], both[1][player]) for player in alone), "both hold the same weights to the bit"
     assert_equal_runs(RunDirectory(folder / "together" / arm), RunDirectory(folder / "alone" / arm))
 
@@ -244,7 +246,7 @@ def test_local_averages_train_something_else(folder: Path, said: dict[str, str])
     assert said["local"] == ""
     local, shared = (load_weights(folder, name) for name in ("local 0", "whole 0"))
     assert (local["model"] - shared["model"]).abs().max() > 2 * CLOSE
-    assert (local["discriminator"] - shared["discriminator"]).abs().max() > CLOSE / 10  # through LeCam alone
+    assert (local["discriminator"] - shared["discriminator"]).abs().max() > 2 * CLOSE_WEIGHTS  # through LeCam alone
     assert torch.equal(local["model"], load_weights(folder, "local 1")["model"])
 
 
@@ -269,7 +271,7 @@ def test_a_run_stops_on_all_processes_at_once_and_goes_on_with_any_number(folder
     torch.save(weights(), folder / f"{arm}, two then one.pt")
     for name in (f"{arm}, two then two", f"{arm}, one then two", f"{arm}, two then one"):
         assert said.get(name, "") == ""
-        assert_close(load_weights(folder, name), expected)
+        assert_close(load_weights(folder, name), expected, CLOSE_WEIGHTS)
         assert_equal_runs(RunDirectory(folder / name), alone)
 
 
