@@ -25,7 +25,8 @@ from ibq.data import DataError, data_hash_of
 from ibq.distributed import copy_of_first, is_first_here, is_writer, peers, process_group, rank, shared_errors
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, check_config, train_tokenizer
+from ibq.train_tokenizer import train_tokenizer
+from ibq.training import LogEvent, Runtime, StopRequested, check_config
 
 STOPPED = 130
 """Exit code of a run that was asked to stop, and goes on when it is called again."""

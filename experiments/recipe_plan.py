@@ -16,7 +16,7 @@ from ibq.imagenet import IMAGENET_IMAGES
 from ibq.models.autoencoder import Decoder, Encoder
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
-from ibq.train_tokenizer import AUTOCAST
+from ibq.training import AUTOCAST
 
 BASIS = (
     "counted, not measured: float32 weights, gradients, both moments of Adam and averaged weights, and the tensors that the backward pass "

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ibq.config import TrainConfig, flatten, parse_train_config
 from ibq.errors import ConfigError, nearest
 from ibq.imagenet import imagenet_steps
-from ibq.train_tokenizer import Runtime
+from ibq.training import Runtime
 
 
 def imagenet_data() -> dict[str, Any]:

@@ -21,7 +21,8 @@ from ibq.distributed import PeerLostError, peers
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.processes import exit_with_parent
 from ibq.run_directory import RunDirectory, append_line
-from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, train_tokenizer
+from ibq.train_tokenizer import train_tokenizer
+from ibq.training import LogEvent, Runtime, StopRequested
 
 UNFIT, DISK_FULL, BUSY = 2, 74, 75
 """Exit codes: the run cannot be trained as given, nothing more can be written, or another process holds this run. 0 is finished or stopped,

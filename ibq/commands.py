@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from ibq.evaluation import evaluating
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.ops.precision import full_float32
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import peak_memory_gib
+from ibq.training import peak_memory_gib
 
 PIXEL_PROTOCOL = "float images in [-1, 1], reconstructions clamped, not rounded to 8 bits"
 USER_ERROR, INTERRUPTED = 2, 130
@@ -51,13 +49,7 @@ class Model:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of architecture and weights, wherever they were read from."""
-        config = self.tokenizer.config
-        shape = [config.model.model_dump(mode="json"), config.quantizer.model_dump(mode="json"), config.data.channels]
-        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        for name, tensor in self.tokenizer.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return self.tokenizer.digest()
 
     def facts(self, framing: Framing) -> dict[str, str]:
         """What stands above every table of numbers."""

@@ -21,7 +21,7 @@ RESULTS_VERSION = 3
 """Raised whenever a change of the code changes the numbers that a config would give."""
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
@@ -34,7 +34,7 @@ def _later(default: Any, **constraints: Any) -> Any:
 DATA_SETS = ("fashion-mnist", "photos")
 
 
-class DataConfig(_Frozen):
+class DataConfig(Frozen):
     """Which images, at which size; `name` is one of DATA_SETS or "imagefolder:PATH" (`ibq.data.load_images` says how a folder is read)."""
 
     name: str = "fashion-mnist"
@@ -79,7 +79,7 @@ class DataConfig(_Frozen):
         return 1 if self.kind == "fashion-mnist" else 3
 
 
-class AutoencoderConfig(_Frozen):
+class AutoencoderConfig(Frozen):
     """Size of the VQGAN encoder and decoder (PAPER section 5 has the paper's: 128, (1, 1, 2, 2, 4), 4 ResBlocks, z 256).
 
     The down-sampling factor is 2 ** (len(channel_multipliers) - 1).
@@ -113,7 +113,7 @@ LEAST_PATCHES = 3
 """Pixels a side that a discriminator's strided layers must leave, since the two layers after them take one each."""
 
 
-class AdversarialConfig(_Frozen):
+class AdversarialConfig(Frozen):
     """The PatchGAN discriminator and its part in the loss (PAPER section 4); weight 0: there is none.
 
     The discriminator takes the generator's learning rate, schedule, betas and clipping.
@@ -147,7 +147,7 @@ class AdversarialConfig(_Frozen):
         return self
 
 
-class LossConfig(_Frozen):
+class LossConfig(Frozen):
     """The terms on the reconstruction; the weights of the quantizer's own terms live in the quantizer's config."""
 
     pixel: Literal["l1", "l2"] = "l1"
@@ -164,7 +164,7 @@ class LossConfig(_Frozen):
         return self
 
 
-class OptimConfig(_Frozen):
+class OptimConfig(Frozen):
     """Adam, and how the learning rate goes: from 0 up over `warmup`, then in steps ("multi-step") or along half a cosine ("cosine").
 
     `milestones` are fractions of the run (the paper: epochs 250 and 300 of 330, each times 0.1).
@@ -202,7 +202,7 @@ class OptimConfig(_Frozen):
         return self.lr * self.decay_factor**passed
 
 
-class TrainConfig(_Frozen):
+class TrainConfig(Frozen):
     """Everything that decides what a tokenizer's training run gives."""
 
     data: DataConfig = DataConfig()
@@ -277,7 +277,7 @@ class TrainConfig(_Frozen):
 
     def run_id(self, data_hash: str) -> str:
         """Name of this run's directory: method, seed and a hash of all that decides its numbers."""
-        fields = _without_later(self, self.identity())
+        fields = without_later(self, self.identity())
         identity = {"config": fields, "data": data_hash, "results_version": RESULTS_VERSION}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.quantizer.method}-s{self.seed}-{digest}"
@@ -294,13 +294,13 @@ class TrainConfig(_Frozen):
         return parse_train_config(set_fields(self.to_json_dict(), dotted))
 
 
-def _without_later(model: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
+def without_later(model: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
     """A model's dump without the later fields that are at their default."""
     kept = {}
     for name, info in type(model).model_fields.items():
         value, extra = getattr(model, name), info.json_schema_extra
         if not (isinstance(extra, dict) and extra.get("later") and value == info.default):
-            kept[name] = _without_later(value, tree[name]) if isinstance(value, BaseModel) else tree[name]
+            kept[name] = without_later(value, tree[name]) if isinstance(value, BaseModel) else tree[name]
     return kept
 
 

@@ -5,26 +5,21 @@ Suffixes: B images, C channels, H W pixels or token grid, D code dimension, N to
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ibq.checkpoint import load_checkpoint, remove_checkpoint
-from ibq.config import RESULTS_VERSION, TrainConfig, flatten, parse_train_config
+from ibq.config import TrainConfig
 from ibq.data import DataError, ImageSource, data_hash, load_images
 from ibq.data.batches import TrainingBatches
-from ibq.distributed import any_rank, barrier, gather_objects, is_writer, rank, resolve_device, shared_errors, world_size
-from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError, NonFiniteInputError
+from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
+from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation import evaluate, evaluating
 from ibq.losses import (
     adaptive_weight,
@@ -40,51 +35,9 @@ from ibq.losses import (
 from ibq.models.tokenizer import Tokenizer
 from ibq.observation import GAP_PROTOCOL, GAPS, geometry, take_snapshot
 from ibq.quantizers.base import CodebookQuantizer
-from ibq.run_directory import RunDirectory, append_line, source_commit, write_json, write_tensors
+from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
+from ibq.training import AUTOCAST, LogEvent, Runtime, StopRequested, agreed, cause, check_config, peak_memory_gib, row_of, write_lost
 from ibq.training_state import Pace, TrainingState
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how a run is watched; nothing here changes its numbers but by rounding, so nothing here enters its id.
-
-    Raises:
-        ConfigError: a cadence or size is out of range.
-    """
-
-    device: str = "auto"
-    log_every: int = 10
-    snapshots: int = 8
-    checkpoint_every_s: float = 60.0
-    workers: int = 4
-    """Processes that decode pictures, where images are read from a folder while training."""
-    compile: bool = False
-    checkpoint_activations: bool = False
-    """Recompute the autoencoder's activations in the backward pass: less memory, about a third more time, the same numbers."""
-    eval_images: int = 2000
-    eval_batch_size: int = 100
-
-    def __post_init__(self) -> None:
-        least = {"log_every": 1, "snapshots": 0, "checkpoint_every_s": 0, "workers": 0, "eval_images": 1, "eval_batch_size": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small; choose {bound} or more")
-
-
-@dataclass(frozen=True)
-class LogEvent:
-    """One log step: `step` updates of `steps` are done; `record` is the line that went into history.jsonl."""
-
-    step: int
-    steps: int
-    record: dict[str, Any]
-
-
-class StopRequested(Exception):  # noqa: N818 (not an error)
-    """The run was asked to stop; its checkpoint is on disk."""
-
-
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_tokenizer(
@@ -117,7 +70,7 @@ def train_tokenizer(
     run, writer = RunDirectory(run_directory), is_writer()
     with shared_errors(ConfigError):
         check_config(run, config)
-    if _agreed(run, "row", "there" if run.finished else "absent") == "there":
+    if agreed(run, "row", "there" if run.finished else "absent") == "there":
         with shared_errors(ConfigError):
             status = run.read_row()["status"]
         if writer and status == "ok":  # a kill may have come between the row and this; of a run that was lost the last state is kept
@@ -130,14 +83,14 @@ def train_tokenizer(
             raise ConfigError(f"batch_size={config.batch_size} exceeds the {n_images} training images of {config.data.kind}; lower it")
         state = TrainingState(config, device)
     perceptual = perceptual_loss(config, device)
-    data = _agreed(run, "data", data_hash(train_images, test_images))
+    data = agreed(run, "data", data_hash(train_images, test_images))
     if writer:
         write_json(run.config, config.to_json_dict())
 
     # ---------------------------------------------------------------- players and averages: fresh, or as the checkpoint has them
     tokenizer, generator = state.tokenizer, state.generator
     checkpoint, damaged = load_checkpoint(run.checkpoint)
-    _agreed(run, "checkpoint", f"of step {checkpoint.meta['step']} ({checkpoint.meta['sha256'][:8]})" if checkpoint else "absent")
+    agreed(run, "checkpoint", f"of step {checkpoint.meta['step']} ({checkpoint.meta['sha256'][:8]})" if checkpoint else "absent")
     if checkpoint is None:
         initialize_codebook(tokenizer, config, train_images, device)
     state.start_average()
@@ -237,7 +190,7 @@ def train_tokenizer(
             except (NonFiniteError, NonFiniteInputError) as error:  # the latter: the quantizer refuses what encoder or codebook has come to
                 tensors_of = {"the images are not finite: ": micro_batches, "the reconstructions are not finite: ": [y_BCHW]}
                 origin = next((words for words, tensors in tensors_of.items() if not all(x.isfinite().all() for x in tensors)), "")
-                raise _lost(run, state, f"step {state.step}: {_cause(origin, error)}", data) from None
+                raise _lost(run, state, f"step {state.step}: {cause(origin, error)}", data) from None
             state.update_average()
             state.step += 1
             state.seconds += time.perf_counter() - started
@@ -318,80 +271,19 @@ def _other_means(config: TrainConfig, processes: int) -> str | None:
     return f"{world_size()} processes in place of {processes}: means of a process are over {_images_at_once(config)} images"
 
 
-def check_config(run: RunDirectory, config: TrainConfig) -> None:
-    """Refuse a directory whose config.json is another config."""
-    if run.config.is_file():
-        try:
-            theirs = parse_train_config(json.loads(run.config.read_text())).identity()
-        except ValueError as error:
-            raise ConfigError(f"{run.config} cannot be read ({' '.join(str(error).split())}); forget the run") from None
-        if theirs != config.identity():
-            mine, other = flatten(config.identity()), flatten(theirs)
-            field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
-            raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
-
-
-def _agreed(run: RunDirectory, what: str, seen: str) -> str:
-    """What this process sees of a run's files, if all see the same.
-
-    Raises:
-        ConfigError: on all processes, where one sees something else.
-    """
-    first, *others = gather_objects(seen)
-    for number, other in enumerate(others, 1):
-        if other != first:
-            raise ConfigError(
-                f"process {number} finds the {what} of {run.path} {other[:40]}, process 0 {first[:40]}; "
-                "all processes need the same folders of runs and data"
-            )
-    return seen
-
-
-def _cause(origin: str, error: Exception) -> str:
-    """Why a step is refused, as the process says where it began; a collective, as all refuse a step together."""
-    *_, reason = max(
-        gather_objects((bool(origin), not isinstance(error, NonFiniteElsewhereError), f"{origin}{error}")), key=lambda said: said[:2]
-    )
-    return reason
-
-
 def _lost(run: RunDirectory, state: TrainingState, reason: str, data: str) -> NonFiniteError:
     """Write the row of a run that did not stay finite; returns what to raise. A collective, as all processes raise it."""
-    if is_writer():
-        write_json(run.row, _row(state, "nan", {"peak_memory_gib": peak_memory_gib(state.device), "reason": reason}, {}, data))
-    barrier()  # whoever ends before the row is whole could have all processes ended
-    return NonFiniteError(reason)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """What this process has needed so far: of the device's memory or, on a CPU, of its own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return write_lost(run, _row(state, "nan", {"peak_memory_gib": peak_memory_gib(state.device), "reason": reason}, {}, data))
 
 
 def _row(state: TrainingState, status: str, metrics: dict[str, Any], protocol: dict[str, Any], data: str) -> dict[str, Any]:
-    """Run facts, flat: config fields, metrics, protocol, cost, provenance."""
-    config, device = state.tokenizer.config, state.device
+    """Run facts, flat."""
+    config = state.tokenizer.config
+    tokens_per_mean = _images_at_once(config) * config.tokens_per_image * (world_size() if config.averages == "global" else 1)
     facts = {
-        "run": config.run_id(data),
-        "status": status,
-        "method": config.quantizer.method,
-        "codebook_size": config.quantizer.codebook_size,
-        "code_dim": config.quantizer.code_dim,
-        "seed": config.seed,
         "data_hash": data,
         "parameters": sum(p.numel() for p in state.tokenizer.parameters()),
         "train_seconds": state.seconds,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
-        "processes": world_size(),
-        "tokens_per_mean": _images_at_once(config) * config.tokens_per_image * (world_size() if config.averages == "global" else 1),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": source_commit(),
-        "results_version": RESULTS_VERSION,
+        "tokens_per_mean": tokens_per_mean,
     }
-    fields = {f"config.{name}": value for name, value in flatten(config.identity()).items()}
-    return facts | metrics | {f"protocol.{name}": value for name, value in protocol.items()} | fields
+    return row_of(config, status, facts | metrics, protocol, state.device)

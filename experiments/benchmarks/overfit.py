@@ -31,7 +31,8 @@ from ibq.evaluation import evaluate
 from ibq.metrics.distances import to_uint8
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, append_line, read_lines, write_tensors
-from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
+from ibq.train_tokenizer import train_tokenizer
+from ibq.training import Runtime, StopRequested
 from ibq.training_state import part_of
 
 NAME = "overfit"

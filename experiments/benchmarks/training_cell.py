@@ -25,7 +25,8 @@ from ibq.config import TrainConfig
 from ibq.distributed import resolve_device
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.door import Backend
-from ibq.train_tokenizer import Runtime, train_tokenizer
+from ibq.train_tokenizer import train_tokenizer
+from ibq.training import Runtime
 
 WARM_UP, TIMED = 8, 16
 RECIPE_OF = {"ibq": "imagenet256_ibq_16384", "vq": "imagenet256_vqgan_16384", "lfq": "imagenet256_lfq_16384"}

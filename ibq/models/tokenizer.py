@@ -5,6 +5,7 @@ Suffixes: B images, C channels, H W pixels in images and the token grid in featu
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,15 @@ class Tokenizer(nn.Module):
     def _decode_codes(self, z_q_BDHW: torch.Tensor) -> torch.Tensor:
         images_BCHW: torch.Tensor = self.decoder(self.post_quant_conv(z_q_BDHW))
         return images_BCHW
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of architecture and weights, wherever they were read from."""
+        shape = [self.config.model.model_dump(mode="json"), self.config.quantizer.model_dump(mode="json"), self.config.data.channels]
+        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+        for name, tensor in self.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder, made if absent."""

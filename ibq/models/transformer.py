@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from ibq.errors import ConfigError, nearest, one_sentence
@@ -24,15 +24,16 @@ ROPE_BASE = 10000.0
 NORM_EPS = 1e-5
 
 
-class TransformerConfig(BaseModel):
-    """Size of the transformer. Depth is the one dial: width 64 * depth, as many heads as blocks; dropouts are the paper's."""
+class TransformerDials(BaseModel):
+    """What is chosen of a transformer. Depth is the one dial of its size: width 64 * depth, as many heads as blocks; dropouts are the
+    paper's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     depth: int = Field(16, strict=True, ge=1)
-    codebook_size: int = Field(16384, strict=True, ge=1, description="K, the tokenizer's")
-    classes: int = Field(1000, strict=True, ge=1)
-    grid: int = Field(16, strict=True, ge=1, description="tokens a side of the image")
+    subtoken_bits: tuple[int, ...] = ()
+    """Bits of the sub-tokens that a token is predicted in, one after the other, the most significant first (Open-MAGVIT2: 6, 12 at 2^18
+    codes); empty: a token is predicted whole."""
     token_dropout: float = Field(0.1, ge=0, lt=1, description="on the embedded sequence")
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="on the output of attention")
     ffn_dropout: float = Field(0.1, ge=0, lt=1)
@@ -48,14 +49,32 @@ class TransformerConfig(BaseModel):
         return -(-(8 * self.width // 3) // 256) * 256
 
     @property
-    def tokens(self) -> int:
-        """Tokens of an image."""
-        return self.grid**2
-
-    @property
     def gamma_scale(self) -> float:
         """Factor on the initial gamma rows: 1e-3 for B and L, 1e-4 for XL, 1e-5 for XXL; depths between take the shallower size's."""
         return 1e-3 if self.depth < SIZES["XL"] else 1e-4 if self.depth < SIZES["XXL"] else 1e-5
+
+
+class TransformerConfig(TransformerDials):
+    """A transformer whole: its dials, and what tokenizer and data decide."""
+
+    codebook_size: int = Field(16384, strict=True, ge=1, description="K, the tokenizer's")
+    classes: int = Field(1000, strict=True, ge=1)
+    grid: int = Field(16, strict=True, ge=1, description="tokens a side of the image")
+
+    @model_validator(mode="after")
+    def _subtokens_are_tokens(self) -> TransformerConfig:
+        bits = self.subtoken_bits
+        if bits and (min(bits) < 1 or 2 ** sum(bits) != self.codebook_size):
+            raise ValueError(
+                f"subtoken_bits={bits} make {2 ** sum(bits):,} tokens and codebook_size is {self.codebook_size:,}; "
+                "choose positive numbers whose sum is log2 of it, or none"
+            )
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.grid**2
 
 
 class ClassEmbedding(nn.Module):

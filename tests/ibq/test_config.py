@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ibq import IBQConfig, VQConfig
 from ibq.config import TrainConfig, flatten, parse_train_config, set_fields
 from ibq.errors import ConfigError
-from ibq.train_tokenizer import Runtime
+from ibq.training import Runtime
 
 IBQ = TrainConfig(quantizer=IBQConfig())
 OTHER_VALUES: dict[str, Any] = {

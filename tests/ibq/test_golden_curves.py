@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ibq.config import RESULTS_VERSION, TrainConfig, parse_train_config
-from ibq.train_tokenizer import Runtime, train_tokenizer
+from ibq.train_tokenizer import train_tokenizer
+from ibq.training import Runtime
 
 GOLDEN = Path(__file__).with_name("golden_curves.json")
 

@@ -33,7 +33,8 @@ from ibq.data.batches import batch_indices
 from ibq.errors import NonFiniteError
 from ibq.losses import PerceptualLoss
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
+from ibq.train_tokenizer import train_tokenizer
+from ibq.training import Runtime, StopRequested
 from ibq.training_state import TrainingState
 
 __all__ = ["read_the_images_once"]

@@ -34,7 +34,8 @@ from ibq.data.images import Split
 from ibq.distributed import Processes, barrier
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import Runtime, StopRequested, train_tokenizer
+from ibq.train_tokenizer import train_tokenizer
+from ibq.training import Runtime, StopRequested
 from ibq.training_state import TrainingState
 
 RUNTIME = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=10, eval_batch_size=4)

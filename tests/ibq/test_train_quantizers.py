@@ -20,7 +20,8 @@ from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig, parse_train_config
 from ibq.errors import NonFiniteError
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import StopRequested, train_tokenizer
+from ibq.train_tokenizer import train_tokenizer
+from ibq.training import StopRequested
 
 TRAINED = (
     "vq cosine",

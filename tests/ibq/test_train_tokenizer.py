@@ -29,7 +29,8 @@ from ibq.evaluation import evaluate
 from ibq.losses import loss_weights
 from ibq.observation import GAPS
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import LogEvent, Runtime, StopRequested, train_tokenizer
+from ibq.train_tokenizer import train_tokenizer
+from ibq.training import LogEvent, Runtime, StopRequested
 
 CHECKPOINT_ALWAYS = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8, checkpoint_every_s=0)
 ARMS = {

@@ -16,7 +16,7 @@ import ibq.train_tokenizer as trainer
 from ibq.config import DataConfig
 from ibq.data import Images, load_images
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import Runtime
+from ibq.training import Runtime
 from ibq.training_state import TrainingState
 
 RUNTIME = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8)

@@ -1,0 +1,154 @@
+"""What the trainers of both stages share: how a run is watched, what it yields, what makes a directory the run's own, facts of its row."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ibq.config import RESULTS_VERSION, flatten
+from ibq.distributed import barrier, gather_objects, is_writer, world_size
+from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError
+from ibq.generator_config import RunConfig, parse_run_config
+from ibq.run_directory import RunDirectory, source_commit, write_json
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a run is watched; nothing here changes its numbers but by rounding, so nothing here enters its id.
+
+    Raises:
+        ConfigError: a cadence or size is out of range.
+    """
+
+    device: str = "auto"
+    log_every: int = 10
+    snapshots: int = 8
+    checkpoint_every_s: float = 60.0
+    workers: int = 4
+    """Processes that decode pictures, where images are read from a folder while training."""
+    compile: bool = False
+    checkpoint_activations: bool = False
+    """Recompute the autoencoder's activations in the backward pass: less memory, about a third more time, the same numbers."""
+    eval_images: int = 2000
+    eval_batch_size: int = 100
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes that train a generator each hold: the whole of it, or a part of every layer (FSDP2), which is gathered when it
+    computes."""
+    samples: int = 1000
+    """Images that a trained generator is evaluated on, at each of `guidances`."""
+    guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
+
+    def __post_init__(self) -> None:
+        least = {
+            "log_every": 1,
+            "snapshots": 0,
+            "checkpoint_every_s": 0,
+            "workers": 0,
+            "eval_images": 1,
+            "eval_batch_size": 1,
+            "samples": 0,
+        }
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ConfigError(f"{name}={getattr(self, name)} is too small; choose {bound} or more")
+
+
+@dataclass(frozen=True)
+class LogEvent:
+    """One log step: `step` updates of `steps` are done; `record` is the line that went into history.jsonl."""
+
+    step: int
+    steps: int
+    record: dict[str, Any]
+
+
+class StopRequested(Exception):  # noqa: N818 (not an error)
+    """The run was asked to stop; its checkpoint is on disk."""
+
+
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_config(run: RunDirectory, config: RunConfig) -> None:
+    """Refuse a directory whose config.json is another config."""
+    if run.config.is_file():
+        try:
+            theirs = parse_run_config(json.loads(run.config.read_text())).identity()
+        except ValueError as error:
+            raise ConfigError(f"{run.config} cannot be read ({' '.join(str(error).split())}); forget the run") from None
+        if theirs != config.identity():
+            mine, other = flatten(config.identity()), flatten(theirs)
+            field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
+            raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
+
+
+def agreed(run: RunDirectory, what: str, seen: str) -> str:
+    """What this process sees of a run's files, if all see the same.
+
+    Raises:
+        ConfigError: on all processes, where one sees something else.
+    """
+    first, *others = gather_objects(seen)
+    for number, other in enumerate(others, 1):
+        if other != first:
+            raise ConfigError(
+                f"process {number} finds the {what} of {run.path} {other[:40]}, process 0 {first[:40]}; "
+                "all processes need the same folders of runs and data"
+            )
+    return seen
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """What this process has needed so far: of the device's memory or, on a CPU, of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def cause(origin: str, error: Exception) -> str:
+    """Why a step is refused, as the process says where it began; a collective, as all refuse a step together."""
+    *_, reason = max(
+        gather_objects((bool(origin), not isinstance(error, NonFiniteElsewhereError), f"{origin}{error}")), key=lambda said: said[:2]
+    )
+    return reason
+
+
+def write_lost(run: RunDirectory, row: dict[str, Any]) -> NonFiniteError:
+    """Write the row, with its `reason`, of a run that did not stay finite; returns what to raise, which all processes do (a collective)."""
+    if is_writer():
+        write_json(run.row, row)
+    barrier()  # whoever ends before the row is whole could have all processes ended
+    return NonFiniteError(row["reason"])
+
+
+def row_of(config: RunConfig, status: str, facts: dict[str, Any], protocol: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A row, flat: what was trained, where and with which code, facts and metrics, protocol, config fields.
+
+    Args:
+        facts: `data_hash`, what training cost, and the metrics.
+        protocol: what the metrics belong to.
+    """
+    provenance = {
+        "run": config.run_id(facts["data_hash"]),
+        "status": status,
+        "method": config.quantizer.method,
+        "codebook_size": config.quantizer.codebook_size,
+        "code_dim": config.quantizer.code_dim,
+        "seed": config.seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": source_commit(),
+        "results_version": RESULTS_VERSION,
+    }
+    fields = {f"config.{name}": value for name, value in flatten(config.identity()).items()}
+    return provenance | facts | {f"protocol.{name}": value for name, value in protocol.items()} | fields
