@@ -36,7 +36,7 @@ class Runtime:
     """Processes that decode pictures, where images are read from a folder while training."""
     compile: bool = False
     checkpoint_activations: bool = False
-    """Recompute the autoencoder's activations in the backward pass: less memory, about a third more time, the same numbers."""
+    """Recompute the activations of autoencoder or transformer in the backward pass: less memory, about a third more time, the same numbers."""
     eval_images: int = 2000
     eval_batch_size: int = 100
     sharding: Literal["ddp", "fsdp"] = "ddp"
