@@ -21,9 +21,12 @@ from ibq.player import Player, draw_apart, not_finite
 from ibq.run_directory import source_commit
 from ibq.sharding import gather_for_writer, part_like, shard, whole
 
+COUNTED = ("step", "seconds", "encode_seconds", "peak_memory_gib")
+"""Of a state, by their names in a checkpoint's meta."""
+
 
 class GeneratorState:
-    """The player, `average` where the config has an average, window, step, and the seconds that training and encoding took.
+    """The player, `average` where the config has an average, window, step, and what training has cost.
 
     Args:
         config: of the run; its seed decides the weights that the transformer begins with.
@@ -45,7 +48,7 @@ class GeneratorState:
         self._average_in = get_ema_multi_avg_fn(decay or 0.0)
         self.average = {} if decay is None else {name: weight.clone() for name, weight in self._weights().items()}
         self.log_window = LossWindow(device)
-        self.step, self.seconds, self.encode_seconds = 0, 0.0, 0.0
+        self.step, self.seconds, self.encode_seconds, self.peak_memory_gib = 0, 0.0, 0.0, 0.0
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach() for name, parameter in self.transformer.named_parameters()}
@@ -53,6 +56,14 @@ class GeneratorState:
     def update_average(self) -> None:
         if self.average:
             self._average_in([*self.average.values()], [*self._weights().values()], self.step)
+
+    def report(self) -> dict[str, float]:
+        """Of the last step the loss, in nats a token, and the norm of the gradient before clipping; and the mean loss of all batches since
+        the last report. A collective."""
+        of_step = self.player.report()
+        report = {"loss": of_step["loss"], "loss_mean": self.log_window.mean(), "gradient_norm": of_step["gradient_norm"]}
+        self.log_window.reset()
+        return report
 
     def result(self) -> Transformer:
         """The transformer that the run has come to, averaged where the config has an average: whole on every process, in eval mode.
@@ -96,7 +107,7 @@ class GeneratorState:
         """
         tensors = self.player.tensors("model") | {f"average.{name}": weight for name, weight in self.average.items()}
         tensors = gather_for_writer(tensors | {"window.log": self.log_window.total()} | random_states(self.device))
-        meta = {"step": self.step, "seconds": self.seconds, "encode_seconds": self.encode_seconds} | belongs_to
+        meta = {name: getattr(self, name) for name in COUNTED} | belongs_to
         meta |= {"processes": world_size(), "sharded": self.sharded, "commit": source_commit()}
         meta |= {"results_version": RESULTS_VERSION, "generator_version": GENERATOR_VERSION}
         if is_writer():
@@ -112,7 +123,8 @@ class GeneratorState:
             weight.copy_(part_like(tensors[f"average.{name}"], weight))
         self.log_window.restore(tensors["window.log"])
         restore_random_states(tensors, self.device)
-        self.step, self.seconds, self.encode_seconds = meta["step"], meta["seconds"], meta["encode_seconds"]
+        for name in COUNTED:
+            setattr(self, name, meta[name])
 
 
 def decaying_adamw(config: GeneratorConfig, network: torch.nn.Module) -> torch.optim.AdamW:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ibq.checkpoint import remove_checkpoint
 from ibq.data import DataError, data_hash, data_hash_of, load_images
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
@@ -31,10 +31,11 @@ from ibq.training import (
     StopRequested,
     agreed,
     already_finished,
+    first_difference,
     newest_checkpoint,
     peak_memory_gib,
-    require_same,
     row_of,
+    tidy,
     write_lost,
 )
 
@@ -93,13 +94,10 @@ def train_generator(
 
     # ---------------------------------------------------------------- tokens; those of fresh squares come step by step
     started = time.perf_counter()
-    try:
-        train_tokens, test_tokens = (
-            encode_split(tokenizer, images, classes=config.classes, beat=should_stop) if wanted else None
-            for images, wanted in ((train_images, config.tokens == "cached"), (test_images, True))
-        )
-    except NonFiniteInputError as error:
-        raise ConfigError(f"the tokenizer cannot encode {config.data.kind}: {error}; train it again, or give another") from None
+    with _encoding(config):
+        cached = config.tokens == "cached"
+        train_tokens = encode_split(tokenizer, train_images, classes=config.classes, beat=should_stop) if cached else None
+        test_tokens = encode_split(tokenizer, test_images, classes=config.classes, beat=should_stop)
     encode_seconds = time.perf_counter() - started
 
     # ---------------------------------------------------------------- transformer and average: fresh, or as the checkpoint has them
@@ -123,10 +121,8 @@ def train_generator(
     last_checkpoint, saved_step = time.perf_counter(), state.step
     pace = Pace(state, config.batch_size)
     share = {"rank": rank(), "world": world_size()}
-    workers = runtime.workers if state.step < config.steps else 0
-    with TokenBatches(
-        config, tokenizer, train_images, train_tokens, device, first_step=state.step, workers=workers, **share
-    ) as batches:
+    tokens = {"first_step": state.step, "workers": runtime.workers} | share
+    with TokenBatches(config, tokenizer, train_images, train_tokens, device, **tokens) as batches:
         while state.step < config.steps:
             # ---------------------------- before a step, all processes agreeing: stop, checkpoint; none of it counts as training time
             due = writer and state.step != saved_step and time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s
@@ -140,7 +136,7 @@ def train_generator(
 
             # ---------------------------- one training step
             started = time.perf_counter()
-            with shared_errors(DataError, NonFiniteInputError):
+            with _encoding(config), shared_errors(DataError, NonFiniteInputError):
                 tokens_BT, classes_B = batches.next()
             lr, last = config.lr_at(state.step), config.accumulate - 1
             try:
@@ -171,6 +167,79 @@ def train_generator(
     # ---------------------------------------------------------------- evaluate; a kill from here on costs no step again; the row comes last
     if saved_step != state.step:
         _save(run, state, belongs_to)
-    peak = {"peak_memory_gib": peak_memory_gib(device)}  # of training: not of the evaluation
     transformer = state.result()
-    ...
+    try:
+        metrics, protocol, tensors = evaluate_generator(
+            config, transformer, tokenizer, test_images, test_tokens, runtime, run.samples, should_stop
+        )
+    except (NonFiniteError, NonFiniteInputError) as error:  # the last update was one too many
+        raise _lost(run, state, f"step {state.step}: in the evaluation {error}", belongs_to) from None
+    if writer:
+        write_tensors(run.generated, tensors)
+        write_tensors(run.model, transformer.state_dict())
+    if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", belongs_to)
+    if writer:
+        write_json(run.row, _row(state, "ok", metrics, protocol, belongs_to))
+        tidy(run)
+    barrier()  # the run is finished for every process
+
+
+def require_tokenizer(config: GeneratorConfig, tokenizer: Tokenizer) -> None:
+    """ConfigError: the tokenizer is not the one that the config names."""
+    if differing := first_difference(tokenizer.config.identity(), config.tokenizer.identity()):
+        raise ConfigError(f"the tokenizer has {differing}; pass the one that the config names")
+    if config.tokenizer_sha256 and (digest := tokenizer.digest()) != config.tokenizer_sha256:
+        wanted = config.tokenizer_sha256[:12]
+        raise ConfigError(f"the tokenizer has the digest {digest[:12]}, not tokenizer_sha256={wanted}; pass the one that the config names")
+
+
+@contextmanager
+def _encoding(config: GeneratorConfig) -> Iterator[None]:
+    try:
+        yield
+    except NonFiniteInputError as error:
+        raise ConfigError(f"the tokenizer cannot encode {config.data.kind}, as {error}; pass one whose run did not end as nan") from None
+
+
+def _save(run: RunDirectory, state: GeneratorState, belongs_to: dict[str, str]) -> None:
+    """Write the checkpoint, if there is any use in it; a collective. NonFiniteError: there is none."""
+    state.peak_memory_gib = max(state.peak_memory_gib, peak_memory_gib(state.device))
+    if name := state.not_finite():
+        raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", belongs_to)
+    state.save(run.checkpoint, belongs_to)
+
+
+def _lost(run: RunDirectory, state: GeneratorState, reason: str, belongs_to: dict[str, str]) -> NonFiniteError:
+    """Write the row of a run that did not stay finite; returns what to raise. A collective, as all processes raise it."""
+    state.peak_memory_gib = max(state.peak_memory_gib, peak_memory_gib(state.device))
+    return write_lost(run, _row(state, "nan", {"reason": reason}, {}, belongs_to))
+
+
+def _row(
+    state: GeneratorState, status: str, metrics: dict[str, Any], protocol: dict[str, Any], belongs_to: dict[str, str]
+) -> dict[str, Any]:
+    """Run facts, flat."""
+    config = state.config
+    facts = belongs_to | {
+        "generator_version": GENERATOR_VERSION,
+        "depth": config.transformer.depth,
+        "parameters": sum(parameter.numel() for parameter in state.transformer.parameters()),
+        "tokens_per_image": config.tokens_per_image,
+        "token_source": config.tokens,
+        "train_seconds": state.seconds,
+        "encode_seconds": state.encode_seconds,
+        "peak_memory_gib": state.peak_memory_gib,
+    }
+    return row_of(config, status, facts | _tokenizer_run(config, belongs_to["data_hash"]) | metrics, protocol, state.device)
+
+
+def _tokenizer_run(config: GeneratorConfig, data: str) -> dict[str, str]:
+    """The name of the tokenizer's run, where it has one, and where its data, if they are others, are at hand."""
+    if config.tokenizer_sha256:
+        return {}
+    try:
+        trained_on = data if config.tokenizer.data == config.data else data_hash_of(config.tokenizer.data)
+    except DataError:
+        return {}
+    return {"tokenizer_run": config.tokenizer.run_id(trained_on)}
