@@ -29,7 +29,7 @@ from ibq.models.tokenizer import load_tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json
 
 PAIR = ABLATIONS["vq_vs_ibq"]
-TIMING = {"train_seconds", "peak_memory_gib", "sample_images_per_s"}
+TIMING = {"train_seconds", "encode_seconds", "peak_memory_gib", "sample_images_per_s"}
 runner = CliRunner()
 
 
