@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from experiments import tuning
-from experiments.ablations import Ablation
+from experiments.ablations import Ablation, PaperRow
 from experiments.ablations.grid import BASE, GRID_COLUMNS, strips, varied
 from experiments.anatomy import parts_table
 from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, entry, main_effects, verdict
@@ -50,6 +50,9 @@ COLUMNS = {
     "fid": Column("FID[fashion-cnn]", 2, entry("fid[fashion-cnn]")),
     "gap": Column("gap", 2, entry("gap")),
 }
+
+PAPER_COLUMNS = {"rFID": ".2f", "usage %": "g", "gFID": ".2f", "IS": ".2f"}
+"""How the numbers of the paper's rows are written."""
 
 
 def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -118,26 +121,25 @@ def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 
 def paper_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's rows as reported, each beside the arm that comes closest; other data, size and metrics, so only directions compare."""
+    columns = [COLUMNS[name] for name in ablation.beside_paper]
     lines = []
     for row in ablation.paper_rows:
-        rfid = NOT_REPORTED if row.rfid is None else f"{row.rfid:.2f}"
-        usage = NOT_REPORTED if row.usage_pct is None else f"{row.usage_pct:g}"
-        line = {"paper": row.method, "rFID (paper)": rfid, "usage % (paper)": usage}
-        finished = rows[(rows["arm"] == row.arm) & (rows["status"] == "ok")]
+        line = {"paper": row.method} | {f"{name} (paper)": _reported(row, name) for name in ablation.paper_columns}
+        mine = rows[rows["arm"] == row.arm]
+        finished = mine[mine["status"] == "ok"]
         if row.arm is None:
-            ours = {"closest arm": "none"}
-        elif finished.empty:
-            ours = {"closest arm": f"{ablation.letter(row.arm)} {row.arm}", "usage %": _state(rows[rows["arm"] == row.arm])}
+            line["closest arm"] = "none"
         else:
-            ours = {
-                "closest arm": f"{ablation.letter(row.arm)} {row.arm}",
-                "seeds": str(len(finished)),
-                "usage %": mean_and_spread(finished["usage"].astype(float) * 100, 1),
-                "perplexity / K %": mean_and_spread(finished["perplexity_share"].astype(float) * 100, 1),
-                "L1": mean_and_spread(finished["l1"].astype(float), 4),
-            }
-        lines.append(line | ours)
+            line["closest arm"] = f"{ablation.letter(row.arm)} {row.arm}"
+            line |= {columns[0].label: _state(mine)} if finished.empty else {"seeds": str(len(finished))}
+        if not finished.empty:
+            line |= {column.label: mean_and_spread(column.value(finished), column.digits) for column in columns}
+        lines.append(line)
     return pd.DataFrame(lines).fillna("")
+
+
+def _reported(row: PaperRow, column: str) -> str:
+    return f"{row.reported[column]:{PAPER_COLUMNS[column]}}" if column in row.reported else NOT_REPORTED
 
 
 def search_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:

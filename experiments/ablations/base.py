@@ -103,11 +103,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of a table of the paper, None where it reports no number; `arm` is the arm that comes closest to it, if there is one."""
+    """A row of a table of the paper: its numbers by column, those that it does not report left out; `arm` is the arm that comes closest to
+    it, if there is one."""
 
     method: str
-    rfid: float | None
-    usage_pct: float | None
+    reported: Mapping[str, float]
     arm: str | None = None
 
 
@@ -133,6 +133,10 @@ class Ablation:
     tables: tuple[str, ...]
     contrasts: tuple[Contrast, ...] = ()
     columns: tuple[str, ...] = COLUMNS
+    paper_columns: tuple[str, ...] = ("rFID", "usage %")
+    """What the paper's rows report, in the registry of the tables."""
+    beside_paper: tuple[str, ...] = ("usage", "share", "l1")
+    """The columns that the closest arms show beside them."""
     scales: Callable[[Mapping[str, str]], dict[str, float]] = lambda levels: {}
     settings: Callable[[Mapping[str, str]], dict[str, Any]] = lambda levels: {}
     marker: str | None = None
