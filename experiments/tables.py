@@ -49,6 +49,19 @@ COLUMNS = {
     "code_dim": Column("D", 0, entry("code_dim")),
     "fid": Column("FID[fashion-cnn]", 2, entry("fid[fashion-cnn]")),
     "gap": Column("gap", 2, entry("gap")),
+    "depth": Column("depth", 0, entry("depth")),
+    "cross_entropy": Column("nats/token", 3, entry("cross_entropy")),
+    "bits_per_image": Column("bits an image", 0, entry("bits_per_image")),
+    "uniform_bits_per_image": Column("of uniform tokens", 0, entry("uniform_bits_per_image")),
+    "tokenizer_perplexity": Column("tokenizer's perplexity", 0, entry("tokenizer.perplexity")),
+    "tokenizer_l1": Column("tokenizer's L1", 4, entry("tokenizer.l1")),
+    "tokenizer_fid": Column("tokenizer's FID[fashion-cnn]", 2, entry("tokenizer.fid[fashion-cnn]")),
+    "guidance": Column("guidance", 1, entry("guidance")),
+    "is": Column("IS[fashion-cnn]", 2, entry("is[fashion-cnn]")),
+    "precision": Column("precision", 3, entry("precision[fashion-cnn]")),
+    "recall": Column("recall", 3, entry("recall[fashion-cnn]")),
+    "label_agreement": Column("label agreement %", 1, entry("label_agreement[fashion-cnn]", 100)),
+    "samples_per_s": Column("images/s", 1, entry("sample_images_per_s")),
 }
 
 PAPER_COLUMNS = {"rFID": ".2f", "usage %": "g", "gFID": ".2f", "IS": ".2f"}
@@ -196,7 +209,7 @@ TABLES = {
     "paper": (
         paper_table,
         "The paper's rows, each beside the arm that comes closest. Data, size and metrics differ, so only directions can be compared; "
-        "rFID is not measured here.",
+        "rFID and gFID are not measured here.",
     ),
     "search": (search_table, f"The search before the comparison, the same for every arm. Rule: {tuning.RULE}."),
     "grid": (grid_table, "The grid outcome by outcome: mean over seeds, or the state of an arm that has no result."),

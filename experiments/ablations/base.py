@@ -9,6 +9,7 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from experiments.recipes import Preset
+from ibq.generator_config import GeneratorConfig
 
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
 
@@ -48,7 +49,7 @@ class Contrast:
     without: str
     with_: str
     claim: str
-    outcome: Literal["bits", "l1", "usage", "fid", "gap"]
+    outcome: Literal["bits", "l1", "usage", "fid", "gap", "bits_per_image"]
     effect: float
     paper: str = ""
     keeps: bool = False
@@ -139,6 +140,8 @@ class Ablation:
     """The columns that the closest arms show beside them."""
     scales: Callable[[Mapping[str, str]], dict[str, float]] = lambda levels: {}
     settings: Callable[[Mapping[str, str]], dict[str, Any]] = lambda levels: {}
+    generator: Callable[[Mapping[str, str], GeneratorConfig], dict[str, Any]] | None = None
+    """What an arm changes, by dotted path, of the preset's generator around its tokenizer; None: arms are tokenizers."""
     marker: str | None = None
     """The factor that rate against distortion shows by the shape of a point."""
     fill: str | None = None
