@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from experiments import tuning
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
@@ -20,12 +20,14 @@ from experiments.recipes import Preset, get_preset, scaled, tokenizer
 from ibq.config import TrainConfig, flatten
 from ibq.data import data_hash_of
 from ibq.errors import ConfigError, nearest
+from ibq.generator_config import RunConfig
 from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
 CODEBOOK_SIZE = "quantizer.codebook_size"
 GAN_WEIGHT = "loss.adversarial.weight"
+Stage = Literal["tokenizer", "generator"]
 
 
 class Search(NamedTuple):
@@ -37,18 +39,35 @@ class Search(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm at one seed, or one run of an arm's search. Cells may share a run: the run's id hangs on its config alone."""
+    """One arm at one seed; or a run that such a cell needs first, whose arm is none of the ablation's: of its search, or its tokenizer.
+
+    Cells may share a run: the run's id hangs on its config alone.
+    """
 
     ablation: Ablation
     arm: Arm
     seed: int
-    config: TrainConfig
+    config: RunConfig
     run: RunDirectory
     search: Search | None = None
+    tokenizer: Cell | None = None
+    """Of a generator: the cell of its tokenizer, whose run has to be finished first."""
+    tokenizer_of: str | None = None
+    """Of a generator's tokenizer: the generator's arm."""
 
     @property
     def name(self) -> str:
         return f"{self.ablation.name}/{self.arm.name} seed {self.seed}"
+
+    @property
+    def is_arm(self) -> bool:
+        """Whether it is an arm of the ablation itself: what tables and figures show."""
+        return self.search is None and self.tokenizer_of is None
+
+    @property
+    def stage(self) -> Stage:
+        """What its run trains."""
+        return "generator" if self.tokenizer else "tokenizer"
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,7 @@ def theme() -> None:
 
 
 def finished_cells(study: Study, ablation: Ablation) -> list[Cell]:
-    """The cells of an ablation's arms that have a result; runs of searches and tokenizers that generators need are not of its arms."""
-    arms = {arm.name for arm in ablation.arms}
-    cells = [cell for cell in study.cells if cell.ablation.name == ablation.name and cell.arm.name in arms and cell.run.finished]
+    cells = [cell for cell in study.cells if cell.ablation.name == ablation.name and cell.is_arm and cell.run.finished]
     return [cell for cell in cells if cell.run.read_row()["status"] == "ok"]
 
 

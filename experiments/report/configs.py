@@ -9,7 +9,8 @@ import pandas as pd
 
 from experiments.ablations import Ablation
 from experiments.study import Study
-from ibq.config import AdversarialConfig, TrainConfig, flatten
+from ibq.config import AdversarialConfig, flatten
+from ibq.generator_config import GeneratorConfig, RunConfig
 
 ABSENT = "–"
 
@@ -45,8 +46,13 @@ def _configs(study: Study, ablation: Ablation) -> dict[str, dict[str, str]]:
     return configs
 
 
-def active_fields(config: TrainConfig) -> dict[str, Any]:
-    """All fields by dotted path but the seed and those that are idle: of a discriminator, perceptual term or schedule that is not there."""
+def active_fields(config: RunConfig) -> dict[str, Any]:
+    """All fields by dotted path but the seed and those that are idle: of a discriminator, perceptual term or schedule that is not there.
+    Those of a generator's tokenizer begin with `tokenizer.`."""
+    if isinstance(config, GeneratorConfig):
+        own = flatten(config.to_json_dict() | {"tokenizer": active_fields(config.tokenizer)})
+        idle = ["seed", *([] if config.tokenizer_sha256 else ["tokenizer_sha256"])]
+        return {name: value for name, value in own.items() if name not in idle}
     idle = ["seed"]
     if not config.loss.adversarial.weight:
         idle += [f"loss.adversarial.{name}" for name in AdversarialConfig.model_fields if name != "weight"]
