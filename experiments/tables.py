@@ -49,7 +49,7 @@ COLUMNS = {
     "code_dim": Column("D", 0, entry("code_dim")),
     "fid": Column("FID[fashion-cnn]", 2, entry("fid[fashion-cnn]")),
     "gap": Column("gap", 2, entry("gap")),
-    "depth": Column("depth", 0, entry("depth")),
+    "depth": Column("blocks", 0, entry("depth")),
     "cross_entropy": Column("nats/token", 3, entry("cross_entropy")),
     "bits_per_image": Column("bits an image", 0, entry("bits_per_image")),
     "uniform_bits_per_image": Column("of uniform tokens", 0, entry("uniform_bits_per_image")),

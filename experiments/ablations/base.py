@@ -118,8 +118,8 @@ class Ablation:
 
     An arm's config is the preset's recipe around `quantizer(levels, K)`, with the numbers that `scales(levels)` names multiplied and the
     fields of `settings(levels)` set. With `generator` an arm is a generator on the tokens of that tokenizer, which is trained first: the
-    preset's generator with the fields of `generator(levels, preset's generator)` set, by dotted path. Figures choose colours by the first factor; `figures`,
-    `tables` and `columns` name what the report shows, in the registries of those modules.
+    preset's one, given as the second argument, with the fields of `generator(levels, of_preset)` set, by dotted path. Figures choose
+    colours by the first factor; `figures`, `tables` and `columns` name what the report shows, in the registries of those modules.
     """
 
     name: str
@@ -166,6 +166,14 @@ class Ablation:
 
     def factor(self, name: str) -> Factor:
         return next(factor for factor in self.factors if factor.name == name)
+
+    def sizes(self) -> list[tuple[Arm, ...]]:
+        """Sets of arms that differ in the factor of the axis alone; an arm that has no other is a set by itself."""
+        sets: dict[tuple[str, ...], list[Arm]] = {}
+        for arm in self.arms:
+            others = tuple(level for name, level in arm.levels.items() if not self.axis or name != self.axis.factor)
+            sets.setdefault(others, []).append(arm)
+        return [tuple(arms) for arms in sets.values()]
 
     def letter(self, name: str) -> str:
         """The key under which figures name an arm, A to Z, then AA to ZZ; the table spells it out."""
