@@ -192,8 +192,8 @@ def generator(preset: Preset, of: TrainConfig, changes: Mapping[str, Any], seed:
         changes: what is set otherwise, by dotted path.
         seed: of weights, data order and dropout.
     """
-    fields = {"tokenizer": of.to_json_dict(), "data": of.data.model_dump(mode="json"), "seed": seed}
-    return parse_generator_config({**preset.generator, **fields}).with_fields(**changes)
+    config = parse_generator_config({**preset.generator, "tokenizer": of.to_json_dict(), "data": of.data.model_dump(), "seed": seed})
+    return config.with_fields(**changes) if changes else config
 
 
 def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:
