@@ -48,7 +48,7 @@ TOY = replace(
     figures=(),
     tables=("arms",),
     columns=("train_seconds", "parameters"),
-    generator=lambda levels: {"transformer.depth": int(levels["depth"])},
+    generator=lambda levels, of_preset: {"transformer.depth": int(levels["depth"])},
     core=False,
 )
 
@@ -161,7 +161,7 @@ def test_every_preset_has_a_generator(name: str) -> None:
     [
         (
             {"ablation_names": ("vq_vs_ibq",), "overrides": {"generator.steps": 9}},
-            "generator.steps=9 is of a generator, and no arm of vq_vs_ibq has one; leave it out, or study toy",
+            "generator.steps=9 is of a generator, and no arm of vq_vs_ibq has one; leave it out, or study generation, toy",
         ),
         ({"overrides": {"generator.steps": 9}, "grid": {"optim.lr": [1e-3]}}, "no arm of grid has one; leave it out$"),
         ({"overrides": {"generator.seed": 1}}, "generator.seed would give every arm one seed; use --seeds"),
