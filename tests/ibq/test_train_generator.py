@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from generator_runs import (
     watch_images,
     watch_state,
 )
+from picture_files import draw
 from safetensors.torch import load_file
 
 import ibq.generation
@@ -35,9 +37,11 @@ import ibq.train_generator as trainer
 import ibq.training
 from ibq import load_tokenizer
 from ibq.checkpoint import load_checkpoint
+from ibq.config import RESULTS_VERSION
+from ibq.data import load_images
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.generator_config import GENERATOR_VERSION, GeneratorConfig
-from ibq.generator_state import decaying_adamw
+from ibq.generator_state import GeneratorState, decaying_adamw
 from ibq.models.transformer import Transformer
 from ibq.next_token import NextTokenLoss
 from ibq.run_directory import RunDirectory
@@ -50,6 +54,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "sub-tokens in bf16": {"transformer.subtoken_bits": (2, 3), "precision": "bf16"},
 }
 every_arm = pytest.mark.parametrize("arm", ARMS)
+GOLDEN = Path(__file__).with_name("golden_generator_curve.json")
 EVERY_STEP = dataclasses.replace(RUNTIME, log_every=1, checkpoint_every_s=0)
 
 
@@ -283,32 +288,34 @@ def test_a_damaged_checkpoint_is_noted_and_the_one_before_taken(finished: Any, t
 def test_a_run_that_ends_between_parts_of_its_evaluation_repeats_none(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Parts of 3 samples: the first of the second guidance is drawn when the run ends; the next run draws what is left."""
+    """Parts of 3 samples, two at each guidance: three are on disk when the run ends, and the next run draws the fourth."""
     monkeypatch.setattr(ibq.generation, "PART", 3)
-    drawn: list[int] = []
+    run, drawn, patient = RunDirectory(tmp_path), [], False
+
+    def is_time() -> bool:
+        return not patient and len(list(run.samples.rglob("*.safetensors"))) == 3
 
     class Counted(ibq.generation.Sampler):
         def __call__(self, numbers_B: torch.Tensor, classes_B: torch.Tensor) -> torch.Tensor:
-            if how == "killed" and len(drawn) == 3:
+            if how == "killed" and is_time():
                 raise KeyboardInterrupt
-            drawn.append(len(numbers_B))
+            drawn.append(numbers_B.tolist())
             return super().__call__(numbers_B, classes_B)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ibq.generation, "Sampler", Counted)
-        with pytest.raises(KeyboardInterrupt if how == "killed" else StopRequested):
-            train(generator_config(), tmp_path, should_stop=lambda: len(drawn) == 3)
-        run = RunDirectory(tmp_path)
-        assert drawn == [3, 3, 3]
-        assert not run.finished
-        assert len(list(run.samples.rglob("*.safetensors"))) == 3
-        assert load_checkpoint(run.checkpoint)[0].meta["step"] == 8  # type: ignore[union-attr]
-        how = "finished"
-        assert train(generator_config(), tmp_path) == [], "it trained again"
-        assert drawn == [3, 3, 3, 3]
+    monkeypatch.setattr(ibq.generation, "Sampler", Counted)
+    with pytest.raises(KeyboardInterrupt if how == "killed" else StopRequested):
+        train(generator_config(), tmp_path, should_stop=lambda: how == "stopped" and is_time())
+    assert not run.finished
+    checkpoint, _ = load_checkpoint(run.checkpoint)
+    assert checkpoint is not None
+    assert checkpoint.meta["step"] == 8
+    drawn, patient = [], True
+    assert train(generator_config(), tmp_path) == [], "nothing is trained again"
+    assert drawn == [[3, 4, 5]]
     assert not run.samples.exists()
     assert not run.checkpoint.exists()
-    assert torch.equal(load_file(run.generated)["tokens@2"], load_file(finished("plain")[0].generated)["tokens@2"])
+    samples, expected = load_file(run.generated), load_file(finished("plain")[0].generated)
+    assert torch.equal(samples["tokens@2"], expected["tokens@2"])
     assert run.read_row()["train_seconds"] == run.read_history()[-1]["seconds"]
 
 
@@ -339,6 +346,13 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 # --- What is not finite ------------------------------------------------------------------------------------------------------------------
 
 
+def train_and_poison(folder: Path, poison: Callable[[GeneratorState], None], after: int, runtime: Runtime = RUNTIME) -> None:
+    config = generator_config()
+    for event in train_generator(config, untrained_tokenizer(config), folder, runtime):
+        if event.step == after:
+            poison(state_of_last_run())
+
+
 @pytest.mark.parametrize(
     ("poison", "after", "reason"),
     [
@@ -349,25 +363,19 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     ids=["weights", "gradient", "weights after the last step"],
 )
 def test_a_run_that_does_not_stay_finite_ends_with_a_row_that_says_where(tmp_path: Path, poison: Any, after: int, reason: str) -> None:
-    config = generator_config()
     with pytest.raises(NonFiniteError, match=reason) as caught:
-        for event in train_generator(config, untrained_tokenizer(config), tmp_path, RUNTIME):
-            if event.step == after:
-                poison(state_of_last_run())
+        train_and_poison(tmp_path, poison, after)
     run = RunDirectory(tmp_path)
     row = run.read_row()
     assert (row["status"], row["reason"], row["depth"]) == ("nan", str(caught.value), 1)
     assert "cross_entropy" not in row
     assert not run.model.exists()
-    assert train(config, tmp_path) == [], "nan is a final state"
+    assert train(generator_config(), tmp_path) == [], "nan is a final state"
 
 
 def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path: Path) -> None:
-    config = generator_config()
     with pytest.raises(NonFiniteError, match=r"^step 4: 'transformer\.tok_emb\.weight' is not finite after the update$"):
-        for event in train_generator(config, untrained_tokenizer(config), tmp_path, EVERY_STEP):
-            if event.step == 4:
-                poison_weights(state_of_last_run())
+        train_and_poison(tmp_path, poison_weights, 4, EVERY_STEP)
     checkpoint, _ = load_checkpoint(tmp_path / "checkpoint")
     assert checkpoint is not None
     assert checkpoint.meta["step"] == 3
@@ -466,4 +474,49 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch:
 # --- Fresh squares -----------------------------------------------------------------------------------------------------------------------
 
 
+def test_fresh_squares_are_encoded_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(12):
+        draw(tmp_path / "pictures" / ("train" if i < 8 else "val") / "ab"[i % 2] / f"{i}.png", 40 + i, 40, seed=i)
+    folder = {"data.name": f"imagefolder:{tmp_path / 'pictures'}", "data.crop": "random"}
+    config = generator_config(classes=2, batch_size=4, **{"tokenizer.data.name": "photos"} | folder)
+    monkeypatch.setattr(trainer, "load_images", load_images)
+    runtime = dataclasses.replace(RUNTIME, workers=0)
+    train(config, tmp_path / "whole", runtime)
+    with pytest.raises(StopRequested):
+        train(config, tmp_path / "stopped", runtime, stop_at(3))
+    train(config, tmp_path / "stopped", runtime)
+    whole = RunDirectory(tmp_path / "whole")
+    assert_same_generator(RunDirectory(tmp_path / "stopped"), whole)
+    assert whole.read_row()["token_source"] == "fresh"
+    assert whole.read_history()[-1]["data_wait_pct"] > 0
+
+
 # --- The golden curve --------------------------------------------------------------------------------------------------------------------
+
+
+def golden_config() -> GeneratorConfig:
+    return generator_config(**{"steps": 20, "optim.warmup": 0.1, "optim.ema_decay": 0.9, "transformer.depth": 2, "accumulate": 2})
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    runtime = dataclasses.replace(RUNTIME, log_every=1, samples=0)
+    return [{name: event.record[name] for name in ("loss", "gradient_norm", "lr")} for event in train(golden_config(), folder, runtime)]
+
+
+def test_the_curve_is_the_golden_one(tmp_path: Path) -> None:
+    """What proves that a change of the code has changed no number. One that is meant to raises GENERATOR_VERSION and writes the curve anew:
+    python tests/ibq/test_train_generator.py"""
+    golden = json.loads(GOLDEN.read_text())
+    assert (golden["generator_version"], golden["results_version"]) == (GENERATOR_VERSION, RESULTS_VERSION)
+    actual = curve(tmp_path)
+    assert len(actual) == len(golden["curve"]) == 20
+    for step, (mine, theirs) in enumerate(zip(actual, golden["curve"], strict=True), start=1):
+        assert mine == pytest.approx(theirs, rel=1e-4), f"step {step}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+        watch_images(patch, Path(temporary) / "cache")
+        versions = {"generator_version": GENERATOR_VERSION, "results_version": RESULTS_VERSION}
+        GOLDEN.write_text(json.dumps(versions | {"curve": curve(Path(temporary) / "run")}, indent=1) + "\n")
