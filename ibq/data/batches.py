@@ -25,6 +25,13 @@ def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch
     return _permutation(seed * 1_000_003 + epoch, n_images)[batch * batch_size : (batch + 1) * batch_size]
 
 
+def images_seen(seed: int, steps: int, n_images: int, batch_size: int) -> torch.Tensor | None:
+    """Which images the first steps of a run show, ascending; None where they are all, or nearly."""
+    if steps * batch_size >= n_images:
+        return None
+    return torch.cat([batch_indices(seed, step, n_images, batch_size) for step in range(steps)]).sort().values
+
+
 def _epoch_and_batch(step: int, n_images: int, batch_size: int) -> tuple[int, int]:
     return divmod(step, max(1, n_images // batch_size))
 
@@ -114,17 +121,22 @@ class TrainingBatches:
         self.close()
 
 
-def shares(config: Batching, n_images: int, first_step: int, rank: int, world: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Epoch and images (B,) of one process's share of each step, from the first on, without end.
-
-    Raises:
-        ConfigError: batch_size cannot be shared out evenly.
-    """
+def require_even_shares(config: Batching, world: int) -> None:
+    """ConfigError: batch_size cannot be shared out evenly over so many processes."""
     if config.batch_size % (world * config.accumulate):
         raise ConfigError(
             f"batch_size={config.batch_size} cannot be shared out evenly over {world} processes with accumulate={config.accumulate}; "
             f"choose a multiple of {world * config.accumulate}"
         )
+
+
+def shares(config: Batching, n_images: int, first_step: int, rank: int, world: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Epoch and images (B,) of one process's share of each step, from the first on, without end.
+
+    Raises:
+        ConfigError: as `require_even_shares`.
+    """
+    require_even_shares(config, world)
     return _shares(config, n_images, first_step, rank, world)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from ibq.config import DataConfig, parse_train_config
 from ibq.data import Images
 from ibq.data.images import Split
 from ibq.generator_config import GeneratorConfig, parse_generator_config
+from ibq.generator_state import GeneratorState
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory
+from ibq.sharding import local
 from ibq.training import Runtime
 
-RUNTIME = Runtime(device="cpu", log_every=2, eval_images=10, eval_batch_size=4, samples=6, guidances=(1.0, 2.0))
+RUNTIME = Runtime(device="cpu", log_every=2, eval_images=10, eval_batch_size=4, samples=4, guidances=(1.0, 2.0))
 AUTOENCODER = {"base_channels": 4, "channel_multipliers": (1, 1, 2, 2), "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
 DROPOUTS = ("token_dropout", "attention_dropout", "ffn_dropout", "class_dropout")
 WITHOUT_DROPOUT = {f"transformer.{name}": 0.0 for name in DROPOUTS}
@@ -53,6 +57,46 @@ def watch_images(patch: pytest.MonkeyPatch, cache: Path) -> None:
         images_once(DataConfig(), split)  # before the cache, where fetched images may lie, is another
     patch.setenv("IBQ_CACHE", str(cache))
     patch.setattr(trainer, "load_images", few_images)
+
+
+class Seen(GeneratorState):
+    """The state that the trainer has made, for tests to look into; see `watch_state`."""
+
+    last: GeneratorState | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        Seen.last = self
+
+
+def watch_state(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Seen, "last", None)
+    patch.setattr(trainer, "GeneratorState", Seen)
+
+
+def state_of_last_run() -> GeneratorState:
+    assert Seen.last is not None
+    return Seen.last
+
+
+def stop_at(step: int) -> Callable[[], bool]:
+    """Asks to stop before the step that follows so many, however often it was asked before; for one run, whose state is watched."""
+    before = Seen.last
+    return lambda: Seen.last is not None and Seen.last is not before and Seen.last.step == step
+
+
+def poison_weights(state: GeneratorState) -> None:
+    """Of this process."""
+    local(next(state.transformer.parameters())).data[:] = math.nan
+
+
+def poison_gradient(state: GeneratorState) -> None:
+    """Not the loss, but what goes back from the head."""
+
+    def poison(module: Any, arguments: Any, out: torch.Tensor) -> None:
+        out.register_hook(lambda gradient: gradient * math.nan)
+
+    state.transformer.head_nm.register_forward_hook(poison)
 
 
 def without_cost(run: RunDirectory) -> dict[str, Any]:

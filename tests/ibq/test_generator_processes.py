@@ -1,5 +1,5 @@
-"""Several processes train the generator that one does, its weights whole on each (DDP) or in parts (FSDP2); they go on in each other's place,
-stop and fail together.
+"""Several processes train the generator that one does, its weights whole on each (DDP) or in parts (FSDP2). They stop, fail and go on
+together.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from generator_runs import (
     generator_config,
     poison_gradient,
     poison_weights,
+    state_of_last_run,
+    stop_at,
     untrained_tokenizer,
     watch_images,
+    watch_state,
     without_cost,
 )
 from processes import run_processes
 from safetensors.torch import load_file
-from training_runs import stop_after
 
 import ibq.train_generator as trainer
 from ibq.data import DataError, Images
 from ibq.distributed import Processes, barrier
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.generator_config import GeneratorConfig
-from ibq.generator_state import GeneratorState
 from ibq.run_directory import RunDirectory
-from ibq.sharding import is_sharded
+from ibq.sharding import is_sharded, local
 from ibq.train_generator import train_generator
 from ibq.training import StopRequested
 
@@ -56,16 +57,6 @@ LEARNING_RATE = 1e-5
 
 def config_of(arm: str) -> GeneratorConfig:
     return generator_config(**WITHOUT_DROPOUT | {"steps": 5, "optim.lr": LEARNING_RATE} | ARMS.get(arm, {}))
-
-
-class Seen(GeneratorState):
-    """The state that the trainer has made, for tests to look into."""
-
-    last: GeneratorState
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        Seen.last = self
 
 
 def train(
@@ -87,11 +78,12 @@ def train(
 
 def watch(patch: pytest.MonkeyPatch, folder: Path) -> None:
     watch_images(patch, folder / "cache")
-    patch.setattr(trainer, "GeneratorState", Seen)
+    watch_state(patch)
 
 
 def weights() -> dict[str, torch.Tensor]:
-    return dict(Seen.last.result().state_dict())
+    """A collective."""
+    return dict(state_of_last_run().result().state_dict())
 
 
 # --- What the two processes do ------------------------------------------------------------------------------------------------------------
@@ -105,7 +97,7 @@ def train_together(processes: Processes, folder: Path) -> None:
             name = f"{arm}, {sharding}"
             said[name] = train(config_of(arm), folder / ("nothing" if second else "together") / name, sharding)
             torch.save(weights(), folder / f"{name} {processes.rank}.pt")
-        parts = [parameter.to_local().numel() for parameter in Seen.last.transformer.parameters() if is_sharded(parameter)]
+        parts = [local(weight).numel() for weight in state_of_last_run().transformer.parameters() if is_sharded(weight)]
         torch.save([len(parts), sum(parts)], folder / f"parts of {processes.rank}.pt")
         go_on(second, folder, said)
         draw(processes, folder)
@@ -117,7 +109,7 @@ def train_together(processes: Processes, folder: Path) -> None:
 def go_on(second: bool, folder: Path, said: dict[str, str]) -> None:
     """One process has trained two steps; two, sharded, train one more, and two that are not, or one, the rest."""
     config, begun, name = config_of(RESUMED), folder / "begun", "one, fsdp, ddp"
-    said["fsdp stopped"] = train(config, begun, "fsdp", stop_in_training(1) if second else lambda: False)
+    said["fsdp stopped"] = train(config, begun, "fsdp", stop_at(3) if second else lambda: False)
     if not second:
         shutil.copytree(begun, folder / "one, fsdp, one")
     barrier()
@@ -142,7 +134,7 @@ def lose(second: bool, folder: Path, said: dict[str, str]) -> None:
 
         def at_step(step: int, what: str = what) -> None:
             if step == 2 and second:
-                POISONED[what](Seen.last)
+                POISONED[what](state_of_last_run())
 
         said[f"{what}, {sharding}"] = train(config_of("plain"), folder / f"{what}, {sharding}", sharding, at_step=at_step)
 
@@ -162,11 +154,6 @@ def no_images(*_: object) -> Images:
     raise DataError("there are no images here")
 
 
-def stop_in_training(steps: int) -> Callable[[], bool]:
-    """Asks to stop after so many steps from here; encoding, which asks too, is done already."""
-    return stop_after(steps)
-
-
 # --- One process, and what both came to ---------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +166,100 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for arm in ARMS:
             assert train(config_of(arm), folder / "alone" / arm) == ""
             torch.save(weights(), folder / f"{arm} alone.pt")
-        assert "stopped at step 2" in train(config_of(RESUMED), folder / "begun", should_stop=stop_after(2))
+        assert "stopped at step 2" in train(config_of(RESUMED), folder / "begun", should_stop=stop_at(2))
         run_processes(train_together, folder, 2)
         yield folder
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> dict[str, str]:
+    """What each run ended with, on both processes."""
+    first, second = (torch.load(folder / f"said by {rank}.pt") for rank in range(2))
+    assert first == second
+    return first
+
+
+def load_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"{name}.pt")
+
+
+def assert_equal_runs(run: RunDirectory, alone: RunDirectory) -> None:
+    """Weights to 1e-6; history and row to 1e-5."""
+    torch.testing.assert_close(load_file(run.model), load_file(alone.model), rtol=CLOSE, atol=CLOSE_WEIGHTS)
+    lines, expected = run.read_history(), alone.read_history()
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    for line, other in zip(lines, expected, strict=True):
+        assert line == pytest.approx(other | {name: line[name] for name in COST & line.keys()}, rel=CLOSE, abs=CLOSE)
+    row, other = without_cost(run), without_cost(alone) | {"processes": run.read_row()["processes"]}
+    assert row.keys() == other.keys()
+    for name, value in other.items():
+        assert row[name] == (pytest.approx(value, rel=CLOSE, abs=CLOSE) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_two_processes_equal_one_with_the_same_global_batch(folder: Path, said: dict[str, str], arm: str, sharding: str) -> None:
+    name = f"{arm}, {sharding}"
+    assert said[name] == ""
+    alone, *both = (load_weights(folder, which) for which in (f"{arm} alone", f"{name} 0", f"{name} 1"))
+    for of_one in both:
+        torch.testing.assert_close(of_one, alone, rtol=CLOSE, atol=CLOSE_WEIGHTS)
+    assert all(torch.equal(both[0][weight], both[1][weight]) for weight in alone), "both hold the same weights to the bit"
+    assert_equal_runs(RunDirectory(folder / "together" / name), RunDirectory(folder / "alone" / arm))
+    assert not (folder / "nothing").exists(), "one process writes"
+
+
+def test_a_sharded_process_holds_half_of_every_weight(folder: Path, said: dict[str, str]) -> None:
+    (count, first), (_, second) = (torch.load(folder / f"parts of {rank}.pt") for rank in range(2))
+    whole = load_weights(folder, "sub-tokens alone")
+    assert (count, first + second) == (len(whole), sum(weight.numel() for weight in whole.values()))
+    assert first == pytest.approx(second, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["one, fsdp, ddp", "one, fsdp, one"])
+def test_a_run_goes_on_with_any_number_of_processes_and_any_sharding(
+    folder: Path, said: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert said["fsdp stopped"] == "StopRequested: stopped at step 3 of 5; the next run goes on from there"
+    if name in said:
+        run = RunDirectory(folder / "begun")
+        assert said[name] == ""
+    else:
+        run = RunDirectory(folder / name)
+        assert train(config_of(RESUMED), run.path) == ""
+        torch.save(weights(), folder / f"{name}.pt")
+    expected = load_weights(folder, f"{RESUMED} alone")
+    torch.testing.assert_close(load_weights(folder, name), expected, rtol=CLOSE, atol=CLOSE_WEIGHTS)
+    assert_equal_runs(run, RunDirectory(folder / "alone" / RESUMED))
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_processes_draw_random_numbers_of_their_own(folder: Path, said: dict[str, str], sharding: str) -> None:
+    first, second = (torch.load(folder / f"random {sharding} {rank}.pt") for rank in range(2))
+    assert not (first == second).any()
+    assert RunDirectory(folder / f"with dropout, {sharding}").read_row()["status"] == "ok"
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("what", POISONED)
+def test_what_is_not_finite_on_one_process_ends_all_in_the_same_words(folder: Path, said: dict[str, str], what: str, sharding: str) -> None:
+    kind, reason = said[f"{what}, {sharding}"].split(": ", 1)
+    assert kind == "NonFiniteError"
+    assert re.search(REASONS[what], reason)
+    row = RunDirectory(folder / f"{what}, {sharding}").read_row()
+    assert (row["status"], row["reason"]) == ("nan", reason)
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("another tokenizer", r"^ConfigError: the tokenizer has steps=7, not 300; pass the one that the config names$"),
+        (
+            "other data",
+            r"^ConfigError: process 1 finds the data of .* \w+, process 0 \w+; all processes need the same folders of runs and data$",
+        ),
+        ("no data", "^DataError: there are no images here$"),
+    ],
+)
+def test_what_one_process_sees_otherwise_is_refused_by_all(said: dict[str, str], what: str, reason: str) -> None:
+    assert re.search(reason, said[what])
