@@ -14,10 +14,10 @@ from experiments.tables import COLUMNS, chosen_value, searches
 
 def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     """Sentences for the report and the notebook; with missing rows it says so first."""
-    rows = rows[rows["ablation"] == ablation.name]
+    rows = of_arms(rows[rows["ablation"] == ablation.name])
     sentences = []
     lost_search = rows["status"].eq("nan") & (rows["search.arm"].notna() if "search.arm" in rows else False)  # a result of a search
-    known = of_arms(rows[~lost_search & rows["status"].ne("waiting")])  # a generator tells of its tokenizer
+    known = rows[~lost_search & rows["status"].ne("waiting")]
     counts = known["status"][known["status"] != "ok"].value_counts()
     if len(counts):
         states = ", ".join(f"{n} {state}" for state, n in counts.items())

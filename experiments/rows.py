@@ -46,7 +46,7 @@ def load(study: Study | None = None) -> pd.DataFrame:
 
 
 def of_arms(frame: pd.DataFrame) -> pd.DataFrame:
-    """The lines of a study without those of generators' tokenizers."""
+    """The lines without those of generators' tokenizers, which no table and no figure shows as arms."""
     return frame[frame["tokenizer_of"].isna()] if "tokenizer_of" in frame else frame
 
 

@@ -18,6 +18,7 @@ from experiments.ablations import Ablation, PaperRow
 from experiments.ablations.grid import BASE, GRID_COLUMNS, strips, varied
 from experiments.anatomy import parts_table
 from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, entry, main_effects, verdict
+from experiments.rows import of_arms
 
 NOT_REPORTED, NOT_MEASURED = "not reported", "not measured"
 
@@ -219,7 +220,7 @@ TABLES = {
 
 def build(name: str, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """One table by name, from the rows of this ablation; empty while it has nothing to say."""
-    return TABLES[name][0](ablation, rows[rows["ablation"] == ablation.name])
+    return TABLES[name][0](ablation, of_arms(rows[rows["ablation"] == ablation.name]))
 
 
 def write(table: pd.DataFrame, folder: Path, name: str, caption: str) -> None:

@@ -28,6 +28,7 @@ from experiments.figures.training import (
     usage_of_each,
     usage_over_training,
 )
+from experiments.rows import of_arms
 from experiments.study import Study
 
 __all__ = ["COLORS", "FIGURES", "LINE_COLORS", "caption", "compact", "draw", "plt", "save", "theme"]
@@ -137,7 +138,7 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
 def draw(name: str, study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """One figure by name, in the theme."""
     theme()
-    return FIGURES[name][0](study, ablation, rows[rows["ablation"] == ablation.name])
+    return FIGURES[name][0](study, ablation, of_arms(rows[rows["ablation"] == ablation.name]))
 
 
 def caption(name: str, study: Study, ablation: Ablation) -> str:
