@@ -8,6 +8,7 @@ import re
 import pandas as pd
 
 from experiments.ablations import Ablation
+from experiments.rows import of_arms
 
 FID = "fid[fashion-cnn]"
 AGREEMENT = "label_agreement[fashion-cnn]"
@@ -19,11 +20,15 @@ def guidances(rows: pd.DataFrame) -> list[float]:
     return sorted(float(match[1]) for match in found if match and rows[match[0]].notna().any())
 
 
-def means(ablation: Ablation, rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
+def finished(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of generators that have a result, without those of their tokenizers."""
+    return of_arms(rows[rows["status"] == "ok"])
+
+
+def _means(ablation: Ablation, done: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Columns of finished rows, their mean over seeds, by arm in the ablation's order."""
-    finished = rows[rows["status"] == "ok"].reindex(columns=["arm", *columns])
-    of_arms = finished.groupby("arm")[list(columns)].mean()
-    return of_arms.reindex([arm.name for arm in ablation.arms if arm.name in of_arms.index])
+    by_arm = done.reindex(columns=["arm", *columns]).groupby("arm")[list(columns)].mean()
+    return by_arm.reindex([arm.name for arm in ablation.arms if arm.name in by_arm.index])
 
 
 def without_result(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
@@ -34,20 +39,22 @@ def without_result(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
 
 def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     """The best guidances, how often samples are what was asked for, what bits say of quality, and what depth does."""
-    found = means(ablation, rows, FID, AGREEMENT, "bits_per_image", "tokenizer.l1", "parameters")
-    known = found.dropna(subset=[FID, "bits_per_image"])
-    if ablation.generator is None or known.empty:
+    if ablation.generator is None:
         return []
-    said = [_of_guidance(rows[rows["status"] == "ok"].dropna(subset=["guidance", FID]), known[FID], guidances(rows))]
+    done = finished(rows)
+    known = _means(ablation, done, FID, AGREEMENT, "bits_per_image", "tokenizer.l1", "parameters").dropna(subset=[FID, "bits_per_image"])
+    if known.empty:
+        return []
+    said = [_of_guidance(done.dropna(subset=["guidance", FID]), known[FID], guidances(done))]
     if known[AGREEMENT].notna().any():
         said.append(_of_agreement(known[AGREEMENT].dropna()))
     return [*said, *_of_bits(known), *_of_depth(ablation, known)]
 
 
-def _of_guidance(finished: pd.DataFrame, fids: pd.Series, tried: list[float]) -> str:
+def _of_guidance(done: pd.DataFrame, fids: pd.Series, tried: list[float]) -> str:
     best = fids.idxmin()
-    at = "; ".join(f"{guidance:g} for {_arms(mine)}" for guidance, mine in finished.groupby("guidance"))
-    ends = finished[finished["guidance"] == max(tried)]  # below the least, 1, there is no guidance
+    at = "; ".join(f"{guidance:g} for {_arms(mine)}" for guidance, mine in done.groupby("guidance"))
+    ends = done[done["guidance"] == max(tried)]  # below the least, 1, there is no guidance
     beyond = f" At the largest that was tried, so perhaps not the best: {_arms(ends)}." if len(ends) and len(tried) > 1 else ""
     return (
         f"FID[fashion-cnn] is lowest at guidance {at}; it was chosen on the very samples that it is of.{beyond} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from experiments import generators
 from experiments.ablations import Ablation
@@ -54,23 +55,22 @@ def samples(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | No
 
 
 def _class_grid(cell: Cell) -> tuple[float, dict[str, list[torch.Tensor]]]:
-    """The best guidance of a run, and its kept samples (C, H, W) at it by the name of their class."""
-    guidance = cell.run.read_row().get("guidance", 1.0)
-    path, images = cell.run.path / "eval" / "samples.safetensors", f"images@{guidance:g}"
-    grid: dict[str, list[torch.Tensor]] = {}
-    if not path.is_file():
-        return guidance, grid
-    with safe_open(path, framework="pt") as file:
-        if images not in file.keys():  # noqa: SIM118 (not a dict)
-            return guidance, grid
-        images_BCHW, classes_B = file.get_tensor(images), file.get_tensor("classes_N")[file.get_tensor("shown_N")]
+    """The best guidance of a run (the first, where none was found), and its kept samples (C, H, W) at it by the name of their class."""
+    path = cell.run.path / "eval" / "samples.safetensors"
+    kept = load_file(path) if path.is_file() else {}
+    guidances = sorted(float(name.removeprefix("images@")) for name in kept if name.startswith("images@"))
+    if not guidances:
+        return math.nan, {}
+    guidance = cell.run.read_row().get("guidance", guidances[0])
     names = CLASS_NAMES.get(cell.config.data.kind, ())
-    for image_CHW, number in zip(images_BCHW, classes_B.tolist(), strict=True):
+    grid: dict[str, list[torch.Tensor]] = {}
+    for image_CHW, number in zip(kept[f"images@{guidance:g}"], kept["classes_N"][kept["shown_N"]].tolist(), strict=True):
         row = grid.setdefault(names[number] if number < len(names) else f"class {number}", [])
         if len(row) < MOST_COLUMNS:
             row.append(image_CHW)
-    whole = max((len(row) for row in grid.values()), default=0)
-    return guidance, {name: row for name, row in list(grid.items())[:MOST_ROWS] if len(row) == whole}
+    longest = max(len(row) for row in grid.values())
+    padded = {name: row + [torch.zeros_like(row[0])] * (longest - len(row)) for name, row in grid.items()}
+    return guidance, dict(list(padded.items())[:MOST_ROWS])
 
 
 def guidance_sweep(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
@@ -78,7 +78,7 @@ def guidance_sweep(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
     guidances = generators.guidances(rows)
     if not guidances:
         return None
-    finished = rows[rows["status"] == "ok"].dropna(subset=["guidance"])
+    finished = generators.finished(rows).dropna(subset=["guidance"])
     panels = {
         (IS, FID): ("IS[fashion-cnn] (right is better)", "FID[fashion-cnn] (lower is better)"),
         ("recall[fashion-cnn]", "precision[fashion-cnn]"): ("recall (right is better)", "precision (higher is better)"),
@@ -114,7 +114,7 @@ def _name_guidances(axis: Axes, ablation: Ablation, finished: pd.DataFrame, of_x
 
 def bits_and_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """The generator's bits against what its tokenizer loses and against what it generates; letters name the arms."""
-    finished = rows[rows["status"] == "ok"]
+    finished = generators.finished(rows)
     panels = {"tokenizer.l1": "tokenizer: L1 on the test split, [-1, 1]", FID: "generated: FID[fashion-cnn]"}
     shown = {name: label for name, label in panels.items() if name in finished and finished[name].notna().any()}
     if not shown or "bits_per_image" not in finished:
@@ -133,7 +133,7 @@ def bits_and_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) ->
 
 def depth_scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """Likelihood and quality against parameters: a point a seed, lines through the means of arms that differ in depth alone."""
-    finished = rows[rows["status"] == "ok"]
+    finished = generators.finished(rows)
     panels = {
         "bits_per_image": ("bits an image", 1),
         FID: ("FID[fashion-cnn]", 1),
