@@ -108,8 +108,8 @@ def _of_tokenizers(finished: pd.DataFrame) -> list[str]:
             for K, usage, perplexity in zip(sizes["codebook_size"], sizes["uniform_usage"], sizes["uniform_perplexity"], strict=True)
         ]
         sentences.append(
-            f"{heading}: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} weights; as many "
-            f"tokens drawn uniformly would use {', '.join(uniform)}."
+            f"Protocol: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} weights; as many tokens "
+            f"drawn uniformly would use {', '.join(uniform)}."
         )
     return sentences
 
