@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from generators import network
+from sampling_oracles import network
 from hypothesis import given
 from hypothesis import strategies as st
 
