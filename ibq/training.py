@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ibq.config import RESULTS_VERSION, flatten
-from ibq.distributed import barrier, gather_objects, is_writer, world_size
+from ibq.distributed import barrier, device_name, gather_objects, is_writer, world_size
 from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError
 from ibq.generator_config import RunConfig, parse_run_config
 from ibq.run_directory import RunDirectory, source_commit, write_json
@@ -141,7 +141,7 @@ def row_of(config: RunConfig, status: str, facts: dict[str, Any], protocol: dict
         "codebook_size": config.quantizer.codebook_size,
         "code_dim": config.quantizer.code_dim,
         "seed": config.seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "device": device_name(device),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
