@@ -15,7 +15,8 @@ from ibq.data.images import one_line, quoted
 from ibq.errors import ConfigError
 from ibq.generator_config import GeneratorConfig, parse_run_config
 from ibq.models.tokenizer import Tokenizer, digest_of, load_tokenizer
-from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.models.transformer import Transformer
+from ibq.models.transformer_config import TransformerConfig
 from ibq.run_directory import RunDirectory
 
 Weights = Literal["ema", "raw"]

@@ -26,7 +26,8 @@ from ibq.errors import ConfigError, one_sentence
 from ibq.generator import Generator, Weights
 from ibq.imagenet import imagenet_steps
 from ibq.models.tokenizer import Tokenizer
-from ibq.models.transformer import HEAD_DIM, Transformer, TransformerConfig
+from ibq.models.transformer import Transformer
+from ibq.models.transformer_config import HEAD_DIM, TransformerConfig
 
 RESOLUTION = 256
 NORM_GROUPS = 32

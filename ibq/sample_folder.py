@@ -95,7 +95,7 @@ class SampleFolder:
             raise ConfigError(f"another command is writing samples into {out}; wait for it, or choose another OUT") from None
 
     def _noted(self, settings: dict[str, Any]) -> list[Any]:
-        """Where the samples that are there were made; a grid and an npz of fewer samples are removed."""
+        """Where the samples that are there, if any, were made; a grid and an npz of fewer samples are removed."""
         if not self.record.is_file():
             return []
         try:
@@ -103,6 +103,8 @@ class SampleFolder:
             theirs, samples, noted = flatten(record["settings"]), int(record["samples"]), list(record["made_on"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{quoted(self.record)} cannot be read ({one_line(error)}); choose another OUT") from None
+        if next(self.samples.glob("*.png"), None) is None:
+            return []
         mine = flatten(json.loads(json.dumps(settings)))
         for field in [*mine, *theirs]:
             if mine.get(field) != theirs.get(field):
