@@ -198,7 +198,9 @@ class _Batch(nn.Module):
         before_B = self.tokens_BN.index_select(1, (position_1 - 1).clamp(min=0))[:, 0]
         hidden_RW = self.transformer.step(before_B.repeat(self.copies), self.position, self.cache)
         uniforms_BJ = self.uniforms_BNJ.index_select(1, position_1)[:, 0]
-        tokens_B, finite_B = draw_tokens(self.transformer, hidden_RW, uniforms_BJ, self.sampling, self.scales_N.index_select(0, position_1))
+        tokens_B, finite_B = draw_tokens(
+            self.transformer, hidden_RW, uniforms_BJ, self.sampling, self.scales_N.index_select(0, position_1)
+        )
         self.tokens_BN.index_copy_(1, position_1, tokens_B[:, None])
         self.finite_BN.index_copy_(1, position_1, finite_B[:, None])
 
