@@ -40,15 +40,15 @@ class UnfitError(DataError):
 
 
 @contextmanager
-def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; the mode before is restored."""
-    mode = tokenizer.training
-    tokenizer.eval()
+    mode = module.training
+    module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        tokenizer.train(mode)
+        module.train(mode)
 
 
 @contextmanager
