@@ -137,7 +137,7 @@ def _folder(given: argparse.Namespace, generator: Generator) -> SampleFolder:
     transformer, tokenizer = generator.transformer.config, generator.tokenizer.config
     if _sampling(given).guided and not transformer.class_dropout:
         raise ConfigError(
-            f"--guidance {given.guidance:g}: the transformer was trained with class_dropout=0, so without an unconditional class; leave it at 1"
+            f"--guidance {given.guidance:g}: the transformer was trained with class_dropout=0, so without a class for none; leave it at 1"
         )
     out = Path(given.out).expanduser().absolute()
     for model in (Path(path).expanduser() for path in (given.model, given.tokenizer) if path):
@@ -161,9 +161,9 @@ def _facts(given: argparse.Namespace, generator: Generator, folder: SampleFolder
     }
     protocol = {
         "transformer": f"depth {transformer.depth}, width {transformer.width}, {transformer.classes:,} classes",
-        "tokens": f"{transformer.grid} × {transformer.grid} of {quantizer.method}, K = {quantizer.codebook_size:,}",
+        "tokens": f"{transformer.grid} x {transformer.grid} of {quantizer.method}, K = {quantizer.codebook_size:,}",
         "weights": "averaged (EMA)" if generator.averaged else "as they are, not averaged",
-        "images": f"{width} × {height} pixels, {'RGB' if channels == 3 else 'grey'}, decoded in fp32, clamped, rounded to 8 bits once",
+        "images": f"{width} x {height} pixels, {'RGB' if channels == 3 else 'grey'}, decoded in fp32, clamped, rounded to 8 bits once",
         "classes": "sample i has the (i mod n)-th of the n classes in settings.classes, counted from 0",
         "random_numbers": "each sample has a stream of its own, from settings.seed and its number",
     }
@@ -219,7 +219,7 @@ def _put_together(folder: SampleFolder, *, npz: bool, anew: bool) -> None:
     if anew or not folder.grid.is_file():
         folder.write_grid()
     if npz and (anew or not folder.npz.is_file()):
-        with progress(folder.count, "sample of the npz") as bar:
+        with progress(folder.count, "sample (npz)") as bar:
             folder.write_npz(bar.update)
 
 

@@ -34,6 +34,8 @@ from ibq.run_directory import replacing, write_bytes, write_json
 GRID_ROWS, GRID_COLUMNS = 20, 10
 GAP, LEGEND = 2, 36
 """Pixels between the grid's images and around them, and of the column on its left where the classes stand."""
+SMALL = 64
+"""Pixels that a side of the grid's images has at least, or more than half of it: smaller ones are shown two, three, ... times as large."""
 WHITE, INK = 255, 96
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -144,8 +146,9 @@ class SampleFolder:
         return pixels.reshape(self.shape)
 
     def write_grid(self) -> None:
-        """The first GRID_COLUMNS samples of each of the first GRID_ROWS classes, at their own size, on white."""
-        height, width, channels = self.shape
+        """The first GRID_COLUMNS samples of each of the first GRID_ROWS classes, on white; every pixel stays a square of one colour."""
+        times, channels = max(1, SMALL // min(self.shape[:2])), self.shape[2]
+        height, width = (times * side for side in self.shape[:2])
         size = (LEGEND + self.columns * (width + GAP) + GAP, self.rows * (height + GAP) + GAP)
         ink, white = ((INK,) * channels, (WHITE,) * channels) if channels > 1 else (INK, WHITE)
         canvas = Image.new("RGB" if channels > 1 else "L", size, white)
@@ -154,7 +157,7 @@ class SampleFolder:
             top = GAP + row * (height + GAP)
             draw.text((LEGEND - GAP, top + height / 2), str(self.classes[row]), fill=ink, font=font, anchor="rm")
             for column, number in enumerate(range(row, self.count, len(self.classes))[: self.columns]):
-                pixels = self.read(number)
+                pixels = self.read(number).repeat(times, 0).repeat(times, 1)
                 canvas.paste(Image.fromarray(pixels[..., 0] if channels == 1 else pixels), (LEGEND + GAP + column * (width + GAP), top))
         with replacing(self.grid) as temporary:
             canvas.save(temporary, "PNG")
