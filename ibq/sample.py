@@ -13,6 +13,7 @@ import argparse
 import platform
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +39,9 @@ A_CLASS, AT_MOST = 8, 80
 SHARED = (ConfigError, DataError, OSError)
 """Errors that one process may meet alone, which then end all of them."""
 
+
+WRITERS = 8
+"""Threads that write the files of a block."""
 
 Block = tuple[range, list[int]]
 """The numbers of samples that are drawn together, and those of them that are lacking."""
@@ -128,8 +132,9 @@ class _Maker:
         if not bool(images_BCHW.isfinite().all()):
             raise ConfigError(f"an image of samples {block[0]} to {block[-1]} is not finite; the tokenizer's weights are damaged")
         pixels_BCHW = to_uint8(images_BCHW).cpu()
-        for number in lacking:
-            self._folder.write(number, pixels_BCHW[number - block[0]])
+        with ThreadPoolExecutor(WRITERS) as pool:  # Pillow lets go of Python's lock; a disk takes its time
+            for written in [pool.submit(self._folder.write, number, pixels_BCHW[number - block[0]]) for number in lacking]:
+                written.result()
 
 
 def _folder(given: argparse.Namespace, generator: Generator) -> SampleFolder:

@@ -134,11 +134,13 @@ class SampleFolder:
         write_bytes(self.file(number), png(pixels_CHW))
 
     def read(self, number: int) -> Pixels:
-        """A sample's pixels (H, W, C). ConfigError: its file is damaged."""
+        """A sample's pixels (H, W, C). ConfigError: its file is absent or damaged."""
         path = self.file(number)
         try:
             with Image.open(path) as image:
                 pixels = np.asarray(image)
+        except FileNotFoundError:
+            raise ConfigError(f"{quoted(path)} has gone; run the command again, all its processes with the same folder OUT") from None
         except (OSError, ValueError, SyntaxError) as error:  # the last one is how Pillow reports a broken PNG
             raise ConfigError(f"{quoted(path)} is damaged ({one_line(error)}); delete it and run the command again") from None
         if pixels.size != math.prod(self.shape) or pixels.shape[:2] != self.shape[:2]:

@@ -114,7 +114,7 @@ def test_how_many_and_of_which_classes_where_nothing_is_said(model: Path, tmp_pa
 
 
 def test_a_released_transformer(tmp_path: Path) -> None:
-    networks = released_layout.networks(multipliers=(1, 1, 1, 1, 2), blocks=1, attention_levels=(4,))
+    networks = released_layout.networks(multipliers=(1, 1, 1, 1, 1, 2), blocks=1, attention_levels=(5,))
     path = released_layout.write(tmp_path / "released.ckpt", released_layout.transformer_state(tokenizer=networks, depth=1))
     run(path, tmp_path / "out", "--count", 2, "--classes", "4", "--guidance", 1.5)
     expected = plain(path, Sampling(guidance=Guidance(1.5)), 0, [4, 4])
@@ -193,6 +193,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
 
     draw = Sampler.__call__
     monkeypatch.setattr(Sampler, "__call__", counting)
+    monkeypatch.setattr(ibq.sample, "WRITERS", 1)
     assert len(quiet) == 13
     for k in (0, 3, 6, 9):
         out, left = tmp_path / f"after {k}", k
@@ -433,6 +434,8 @@ def test_damaged_files_are_one_sentence(model: Path, tmp_path: Path, capsys: pyt
     Image.new("L", (8, 8)).save(sample)
     assert "000001-class1.png is none of these samples; delete it" in fails(capsys, model, out, "--count", 3, "--npz")
     sample.unlink()
+    with pytest.raises(ConfigError, match="class1.png has gone; run the command again, all its processes with the same folder OUT"):
+        SampleFolder(out, tuple(range(10)), 3, (16, 16, 1)).write_grid()
     run(model, out, "--count", 3)
     assert sample.read_bytes() == whole
 
