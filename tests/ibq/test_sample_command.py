@@ -434,7 +434,7 @@ def test_damaged_files_are_one_sentence(model: Path, tmp_path: Path, capsys: pyt
     Image.new("L", (8, 8)).save(sample)
     assert "000001-class1.png is none of these samples; delete it" in fails(capsys, model, out, "--count", 3, "--npz")
     sample.unlink()
-    with pytest.raises(ConfigError, match="class1.png has gone; run the command again, all its processes with the same folder OUT"):
+    with pytest.raises(ConfigError, match=r"class1\.png has gone; run the command again, all its processes with the same folder OUT"):
         SampleFolder(out, tuple(range(10)), 3, (16, 16, 1)).write_grid()
     run(model, out, "--count", 3)
     assert sample.read_bytes() == whole
