@@ -101,11 +101,20 @@ def digest_of(network: nn.Module, architecture: Any) -> str:
     return digest.hexdigest()
 
 
+def digest_of(network: nn.Module, architecture: Any) -> str:
+    """SHA-256 (hex) of an architecture, as JSON has it, and of a network's weights."""
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote or that a finished run directory holds (its averaged weights), in eval mode on the CPU.
 
     Raises:
-        ConfigError: the folder lacks a file, its config is not valid, or the weights do not fit the config.
+        ConfigError: the folder lacks a file or is a generator's, its config is not valid, or the weights do not fit the config.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -115,6 +124,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ConfigError(f"{folder / 'config.json'} is not JSON ({error}); pass the folder of another run or save it again") from None
+    if isinstance(config, dict) and "transformer" in config:
+        raise ConfigError(f"{folder} is a generator's run, not a tokenizer's; pass its tokenizer, {folder / 'tokenizer'}")
     tokenizer = Tokenizer(parse_train_config(config))
     try:
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
