@@ -9,18 +9,21 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from ibq.config import parse_train_config
+from ibq.config import TrainConfig
 from ibq.data import DataError
 from ibq.distributed import PeerLostError, peers
 from ibq.errors import ConfigError, NonFiniteError
+from ibq.generator_config import RunConfig, parse_run_config
+from ibq.models.tokenizer import Tokenizer
 from ibq.processes import exit_with_parent
 from ibq.run_directory import RunDirectory, append_line
+from ibq.train_generator import train_generator
 from ibq.train_tokenizer import train_tokenizer
 from ibq.training import LogEvent, Runtime, StopRequested
 
@@ -59,15 +62,17 @@ def attempt(
     runtime: Runtime,
     stop: threading.Event,
     seen: Callable[[LogEvent], None] = lambda event: None,
+    tokenizer: Tokenizer | None = None,
 ) -> int:
     """Train a run whose lock is held, and record the attempt and how it ended in attempts.jsonl.
 
     Args:
         run: its directory.
-        config: a TrainConfig as a dict.
+        config: a RunConfig as a dict.
         runtime: device and cadences.
         stop: once set, the run ends resumably at its next step.
         seen: receives every log event.
+        tokenizer: that of a generator's run.
 
     Returns:
         the exit code: 0 is finished (a row may say "nan") or stopped, UNFIT, DISK_FULL, 1 any other failure.
@@ -77,7 +82,7 @@ def attempt(
     code, reason = 0, None
     try:
         with peers():
-            for logged in train_tokenizer(parse_train_config(config), run.path, runtime, _beating(run, stop)):
+            for logged in trained(parse_run_config(config), tokenizer, run, runtime, _beating(run, stop)):
                 seen(logged)
         event = "finished"
     except StopRequested as stopped:
@@ -91,6 +96,16 @@ def attempt(
             (run.path / "traceback.txt").write_text(traceback.format_exc())
     append_line(run.attempts, {"event": event, "time": time.time(), "seconds": time.time() - started, "reason": reason})
     return code
+
+
+def trained(
+    config: RunConfig, tokenizer: Tokenizer | None, run: RunDirectory, runtime: Runtime, should_stop: Callable[[], bool]
+) -> Iterator[LogEvent]:
+    """The events of the trainer that the config is for; a generator's wants its tokenizer."""
+    if isinstance(config, TrainConfig):
+        return train_tokenizer(config, run.path, runtime, should_stop)
+    assert tokenizer is not None
+    return train_generator(config, tokenizer, run.path, runtime, should_stop)
 
 
 def classify(error: Exception) -> tuple[str, str]:
