@@ -5,6 +5,7 @@ The first process holds the claim on the run, records the attempt as the trainer
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -180,12 +182,22 @@ class _Progress:
         self._last = now
         steps, seconds = event.step - self._first[0], now - self._first[1]
         left = time_left((event.steps - event.step) * seconds / steps) if steps else "time left not known yet"
-        numbers = f"loss {event.record['loss']:.4f}, perplexity {event.record['perplexity']:.0f}"
+        numbers = _numbers(event.record)
         self._say(f"step {event.step:,} of {event.steps:,}: {numbers}" + (f"; {left}" if event.step < event.steps else ""))
+
+
+def _numbers(record: dict[str, Any]) -> str:
+    """Loss and perplexity of a log step: a tokenizer's of its codes, a generator's of its predictions, exp(loss)."""
+    if "perplexity" in record:
+        return f"loss {record['loss']:.4f}, perplexity {record['perplexity']:.0f}"
+    return f"loss {record['loss']:.4f} nats a token, perplexity {math.exp(record['loss']):.0f}"
 
 
 def _result(run: RunDirectory) -> str:
     row = run.read_row()
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
+    if "cross_entropy" in row:
+        bits = f"{row['bits_per_image']:.0f} bits an image, where drawing any code has {row['uniform_bits_per_image']:.0f}"
+        return f"cross-entropy {row['cross_entropy']:.4f} nats a token, {bits}, {row['train_seconds']:.0f} s of training"
     return f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}, {row['train_seconds']:.0f} s of training"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,7 +13,11 @@ from experiments import foreground
 from experiments.cli.base import DeviceOption, SetOption, app, changes, one_sentence_errors, say
 from experiments.imagenet256 import recipe_of
 from experiments.recipes import get_preset
+from ibq.commands import read_tokenizer
+from ibq.config import TrainConfig, set_fields
 from ibq.errors import ConfigError
+from ibq.generator_config import GeneratorConfig, parse_generator_config
+from ibq.models.tokenizer import Tokenizer
 
 
 @app.command()
@@ -20,12 +25,16 @@ from ibq.errors import ConfigError
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="its name, as list shows it")],
     data: Annotated[str, typer.Option(help="folder of images with train/ and val/; default: the folder IBQ_IMAGENET")] = "",
+    tokenizer: Annotated[
+        str, typer.Option(help="of a generator: folder of a finished run or of Tokenizer.save, or a released checkpoint (.ckpt)")
+    ] = "",
     set_: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="the run's own folder; default: runs/<its id>")] = None,
     device: DeviceOption = "auto",
     workers: Annotated[int | None, typer.Option(min=0, help="processes that decode pictures, of each training process")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the networks")] = False,
     checkpoint_activations: Annotated[bool, typer.Option("--checkpoint-activations", help="less memory, about a third more time")] = False,
+    sharding: Annotated[Literal["ddp", "fsdp"], typer.Option(help="of a generator: what each GPU holds, all or a part of every layer")] = "ddp",
 ) -> None:
     """Train one recipe in the foreground; again: it goes on. Several GPUs: torchrun --nproc-per-node N -m experiments train RECIPE."""
     config = recipe_of(recipe)()
@@ -34,9 +43,50 @@ def train(
         if "data.name" in overrides:
             raise ConfigError(f"--data {data} and --set data.name={overrides['data.name']} name two data sets; leave one out")
         overrides["data.name"] = f"imagefolder:{data}"
-    config = config.with_fields(**overrides)
+    if isinstance(config, GeneratorConfig):
+        if not tokenizer:
+            raise ConfigError(
+                f"{recipe} trains a generator on the tokens of a tokenizer; name that by --tokenizer PATH, the folder of a finished run or "
+                "of Tokenizer.save, or a released checkpoint (.ckpt)"
+            )
+        network, _ = read_tokenizer(tokenizer)
+        _say_of_another(config.tokenizer, network.config)
+        config = on_tokenizer(config, network, overrides)
+    else:
+        if tokenizer or sharding != "ddp":
+            idle = f"--tokenizer {tokenizer}" if tokenizer else f"--sharding {sharding}"
+            raise ConfigError(f"{recipe} trains a tokenizer itself, and {idle} is for recipes of generators; leave it out")
+        network, config = None, config.with_fields(**overrides)
     if config.data.folder and not Path(config.data.folder).is_dir():
         raise ConfigError(f"there is no folder {config.data.folder}; name the folder of the images by --data PATH or in IBQ_IMAGENET")
-    runtime = replace(get_preset("paper").runtime, device=device, compile=compile, checkpoint_activations=checkpoint_activations)
-    runtime = runtime if workers is None else replace(runtime, workers=workers)
-    foreground.train(config, runtime, out, say)
+    runtime = replace(get_preset("paper").runtime, device=device, compile=compile, sharding=sharding)
+    runtime = replace(runtime, checkpoint_activations=checkpoint_activations, workers=runtime.workers if workers is None else workers)
+    foreground.train(config, runtime, out, say, network)
+
+
+def on_tokenizer(config: GeneratorConfig, tokenizer: Tokenizer, overrides: dict[str, Any]) -> GeneratorConfig:
+    """A generator's config on another tokenizer, tied to its weights, with fields set by dotted path; validated once all is in its place.
+
+    The tokenizer may be any, also of another method, K or grid than the recipe's: K and the grid of tokens are no choice of the recipe's but
+    the tokenizer's, which whoever names one by its path has chosen, and what a recipe says of batch, schedule and transformer serves every
+    tokenizer. That the recipe's numbers are then not to be expected is said in a line; what cannot go together (sub-tokens that do not make
+    K, channels, a grid that does not divide the images) is refused by the config.
+
+    Raises:
+        ConfigError: a path names no field, or one of the tokenizer, which is trained already; or the result contradicts itself.
+    """
+    for path in overrides:
+        if path.split(".")[0] in ("tokenizer", "tokenizer_sha256"):
+            raise ConfigError(f"--set {path} cannot change the tokenizer of --tokenizer, which is trained already; leave it out")
+    tree = config.to_json_dict() | {"tokenizer": tokenizer.config.to_json_dict(), "tokenizer_sha256": tokenizer.digest()}
+    return parse_generator_config(set_fields(tree, overrides))
+
+
+def _say_of_another(usual: TrainConfig, given: TrainConfig) -> None:
+    """A line, by the first process alone, where the tokens are of another kind than the recipe's."""
+    theirs, ours = (
+        f"{config.quantizer.method} with {config.quantizer.codebook_size:,} codes, f = {config.model.downsampling}"
+        for config in (given, usual)
+    )
+    if theirs != ours and os.environ.get("RANK", "0") == "0":
+        say(f"the tokenizer is {theirs}; the recipe has {ours}, and its expected numbers are for that")
