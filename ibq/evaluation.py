@@ -40,21 +40,21 @@ class UnfitError(DataError):
 
 
 @contextmanager
-def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; the mode before is restored."""
-    mode = tokenizer.training
-    tokenizer.eval()
+    mode = network.training
+    network.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        tokenizer.train(mode)
+        network.train(mode)
 
 
 @contextmanager
-def measuring(tokenizer: Tokenizer) -> Iterator[None]:
+def measuring(network: nn.Module) -> Iterator[None]:
     """`evaluating` in whole float32, neither autocast nor TF32: what is reported must not hang on how training was made fast."""
-    with evaluating(tokenizer), full_float32(next(tokenizer.parameters()).device, convolutions=True):
+    with evaluating(network), full_float32(next(network.parameters()).device, convolutions=True):
         yield
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ibq.config import RESULTS_VERSION, DataConfig, Frozen, TrainConfig, parse_train_config, set_fields, without_later
 from ibq.errors import ConfigError, one_sentence
-from ibq.models.transformer import TransformerConfig, TransformerDials
+from ibq.models.transformer_config import TransformerConfig, TransformerDials
 from ibq.quantizers.base import QuantizerConfig
 
 GENERATOR_VERSION = 1

@@ -25,7 +25,8 @@ from ibq.data.images import DataError, one_line, quoted
 from ibq.errors import ConfigError, one_sentence
 from ibq.imagenet import imagenet_steps
 from ibq.models.tokenizer import Tokenizer
-from ibq.models.transformer import HEAD_DIM, Transformer, TransformerConfig
+from ibq.models.transformer import Transformer
+from ibq.models.transformer_config import HEAD_DIM, TransformerConfig
 
 Weights = Literal["ema", "raw"]
 

@@ -35,12 +35,14 @@ class _Member:
 class RunDirectory:
     """Paths and files of one run (DESIGN, contract 'Run directory').
 
-    config.json       the TrainConfig
+    config.json       the TrainConfig or GeneratorConfig
     history.jsonl     a line per log step
-    snapshots/        tensors at up to 8 points of training
+    snapshots/        of a tokenizer: tensors at up to 8 points of training
+    tokenizer/        of a generator: its tokenizer, as `Tokenizer.save` writes one
     checkpoint/       for resuming; removed when the run is finished
-    model.safetensors the averaged weights of a finished run
-    eval/             what the evaluation saw: code counts, pictures
+    samples/          of a generator: parts of an evaluation that is not whole; removed as well
+    model.safetensors the averaged weights of a finished run; a generator's as they are where it averages none
+    eval/             what the evaluation saw: code counts and pictures, or samples
     attempts.jsonl    every start, how it ended, what was damaged
     heartbeat         touched as long as the trainer gets on
     row.json          written last; its presence means that the run is finished
@@ -49,9 +51,12 @@ class RunDirectory:
     config = _Member("config.json")
     history = _Member("history.jsonl")
     snapshots = _Member("snapshots")
+    tokenizer = _Member("tokenizer")
     checkpoint = _Member("checkpoint")
     model = _Member("model.safetensors")
     evaluation = _Member("eval/reconstruction.safetensors")
+    generated = _Member("eval/samples.safetensors")
+    samples = _Member("samples")
     attempts = _Member("attempts.jsonl")
     heartbeat = _Member("heartbeat")
     row = _Member("row.json")

@@ -6,13 +6,15 @@ import json
 import os
 import platform
 import resource
+import shutil
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
+from ibq.checkpoint import Checkpoint, load_checkpoint, remove_checkpoint
 from ibq.config import RESULTS_VERSION, flatten
-from ibq.distributed import barrier, gather_objects, is_writer, world_size
+from ibq.distributed import barrier, gather_objects, is_writer, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError
 from ibq.generator_config import RunConfig, parse_run_config
 from ibq.run_directory import RunDirectory, source_commit, write_json
@@ -72,6 +74,32 @@ class StopRequested(Exception):  # noqa: N818 (not an error)
     """The run was asked to stop; its checkpoint is on disk."""
 
 
+class Progress(Protocol):
+    """How far a training state has come: finished updates, and the seconds that they took."""
+
+    step: int
+    seconds: float
+
+
+class Pace:
+    """How fast a run goes since the last report."""
+
+    def __init__(self, state: Progress, batch_size: int) -> None:
+        self.state, self.batch_size = state, batch_size
+        self.step, self.seconds, self.waited_s = state.step, state.seconds, 0.0
+
+    def report(self, waited_s: float) -> dict[str, float]:
+        """images_per_s, over all processes, and data_wait_pct, the share of that time in which this process waited for pixels.
+
+        Args:
+            waited_s: seconds of waiting since the start.
+        """
+        images, seconds = (self.state.step - self.step) * self.batch_size, self.state.seconds - self.seconds
+        waited, self.waited_s = waited_s - self.waited_s, waited_s
+        self.step, self.seconds = self.state.step, self.state.seconds
+        return {"images_per_s": images / seconds, "data_wait_pct": 100 * waited / seconds}
+
+
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,6 +114,43 @@ def check_config(run: RunDirectory, config: RunConfig) -> None:
             mine, other = flatten(config.identity()), flatten(theirs)
             field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
             raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
+
+
+def already_finished(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether the directory, which must not hold another config, has its row; a collective.
+
+    Raises:
+        ConfigError: on all processes, where one sees another config, other files, or a row that is damaged.
+    """
+    with shared_errors(ConfigError):
+        check_config(run, config)
+    if agreed(run, "row", "there" if run.finished else "absent") == "absent":
+        return False
+    with shared_errors(ConfigError):
+        status = run.read_row()["status"]
+    if is_writer() and status == "ok":  # a kill may have come between the row and this; of a run that was lost the last state is kept
+        remove_checkpoint(run.checkpoint)
+        shutil.rmtree(run.samples, ignore_errors=True)
+    return True
+
+
+def newest_checkpoint(run: RunDirectory, belongs_to: dict[str, str]) -> tuple[Checkpoint | None, list[str]]:
+    """`load_checkpoint`, with what all processes agree on; a collective.
+
+    Args:
+        belongs_to: hashes of what the run learns from, by their names in the checkpoint's meta: `data_hash`, `tokenizer_sha256`.
+
+    Raises:
+        ConfigError: on all processes, where they see different checkpoints, or theirs belongs to something else.
+    """
+    checkpoint, damaged = load_checkpoint(run.checkpoint)
+    agreed(run, "checkpoint", f"of step {checkpoint.meta['step']} ({checkpoint.meta['sha256'][:8]})" if checkpoint else "absent")
+    meta = checkpoint.meta if checkpoint else belongs_to
+    for name, given in belongs_to.items():
+        if (trained_on := meta[name]) != given:
+            what, remedy = name.partition("_")[0], "pass the one of before, or another directory"
+            raise ConfigError(f"{run.path} was trained on {what} {trained_on[:12]}, not {given[:12]}; {remedy}")
+    return checkpoint, damaged
 
 
 def agreed(run: RunDirectory, what: str, seen: str) -> str:

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ibq.config import TrainConfig, parse_train_config
 from ibq.errors import ConfigError
 from ibq.models.autoencoder import Decoder, Encoder
 from ibq.quantizers import Quantized, build_quantizer
+from ibq.run_directory import write_json, write_tensors
 
 
 class Reconstruction(NamedTuple):
@@ -90,11 +91,9 @@ class Tokenizer(nn.Module):
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, made if absent."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config.to_json_dict(), indent=2) + "\n")
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors")
+        """Write `config.json` and `model.safetensors` into a folder, made if absent; each replaced in one step."""
+        write_json(Path(folder) / "config.json", self.config.to_json_dict())
+        write_tensors(Path(folder) / "model.safetensors", self.state_dict())
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

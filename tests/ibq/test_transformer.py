@@ -13,7 +13,8 @@ from released_layout import CLASSES, CODES, DEPTH, Tensors
 
 from ibq import load_released
 from ibq.errors import ConfigError
-from ibq.models.transformer import SIZES, Transformer, TransformerConfig, build_transformer
+from ibq.models.transformer import Transformer, build_transformer
+from ibq.models.transformer_config import SIZES, TransformerConfig
 from ibq.released import ReleasedGenerator
 
 WIDTH = 64 * DEPTH
