@@ -1,26 +1,172 @@
-"""What a generator's recipe would cost: sizes, schedule, memory by formulas that are shown, compute counted, and hours at an assumed share
-of a GPU's peak: of generators nothing has been measured.
+"""What a generator's recipe would cost: sizes, schedule, memory and compute counted by rules that are shown, and hours at an assumed share
+of a GPU's peak, since of generators nothing has been measured.
 
-Suffixes: B images, N tokens, S positions, W width.
+Suffixes: B images of a micro-batch, S positions, W width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import recipe_plan
+from experiments.recipe_plan import images_at_a_time, kept_bytes
 from ibq.generator_config import GeneratorConfig
 from ibq.imagenet import IMAGENET_IMAGES
-from ibq.models.autoencoder import Encoder
-from ibq.models.transformer import Transformer, rotation_table
+from ibq.models.blocks import rotation_table
+from ibq.models.subtokens import Prediction
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.transformer import Transformer
+from ibq.next_token import LARGEST_LOGITS, cross_entropy
+from ibq.training import AUTOCAST
 
-CARD, BF16_PEAK, FP32_PEAK = "H100", 989e12, 67e12
-"""FLOP/s that the maker states of an H100 SXM: dense bfloat16, and float32 without TF32."""
-ASSUMED = 0.4
-"""Share of the peak that the hours assume."""
+CARD, PEAKS, ASSUMED = "H100", {"bf16": 989e12, "fp32": 67e12}, 0.4
+"""FLOP/s that its maker states of an H100 SXM, dense, in float32 without TF32; and the share of them that hours are given for."""
+BASIS = "counted, not measured: the allocator's own, workspaces and images come on top, and while it encodes what the tokenizer needs"
 
+
+@dataclass(frozen=True)
+class Costs:
+    """What a recipe needs, counted on shapes alone.
+
+    Args:
+        transformer, block, tokenizer: parameters: of the transformer, of one of its blocks, of the tokenizer.
+        kept_a_block, kept_after: bytes that a block, and what follows the blocks, keeps of each image for the backward pass.
+        copies: bytes of the weights in the precision of the products, kept as long.
+        flops: of forward and backward pass of an image, a multiply-add counted as two.
+        encoding_flops: of the tokenizer's encoder, of an image.
+    """
+
+    transformer: int
+    block: int
+    tokenizer: int
+    kept_a_block: int
+    kept_after: int
+    copies: int
+    flops: float
+    encoding_flops: int
+
+
+def plan(config: GeneratorConfig, gpus: int) -> list[tuple[str, str]]:
+    """What there is to know of a recipe before it trains, as lines of a heading and a text.
+
+    Args:
+        config: the recipe.
+        gpus: processes, each with a GPU of its own.
+
+    Raises:
+        ConfigError: a step's images cannot be cut into equal micro-batches on so many GPUs, or are more than ImageNet has.
+    """
+    images = images_at_a_time(config, gpus)
+    costs = count(config, images)
+    optim, bits = config.optim, config.transformer.subtoken_bits
+    epochs, billions = config.steps / (IMAGENET_IMAGES // config.batch_size), config.steps * config.batch_size * config.tokens_per_image / 1e9
+    rising, resting = round(optim.warmup * config.steps), round(optim.plateau * config.steps)
+    predicted = f", predicted in sub-tokens of {' and '.join(map(str, bits))} bits" if bits else ""
+    return [
+        ("parameters", f"{costs.transformer:,} of the transformer; {costs.tokenizer:,} of the tokenizer, which are not trained"),
+        ("tokens", f"{config.tokens_per_image} an image, of {config.quantizer.codebook_size:,} codes{predicted}; {billions:,.1f} billion in all"),
+        (
+            "schedule",
+            f"{config.steps:,} steps of {config.batch_size} images: {epochs:.1f} epochs of ImageNet's {IMAGENET_IMAGES:,}; the rate rises to "
+            f"{optim.lr:g} over {rising:,} steps, rests for {resting:,} and falls to {optim.lr * optim.final_factor:g}",
+        ),
+        ("a step", f"{config.accumulate} micro-batches of {images} images on each of {gpus} GPUs, {config.precision}"),
+        *_memory(config, costs, images, gpus),
+        ("compute", _compute(config, costs)),
+        ("hours", hours(config, costs, gpus)),
+    ]
+
+
+# --- Counting ----------------------------------------------------------------------------------------------------------------------------
+
+
+def count(config: GeneratorConfig, images: int) -> Costs:
+    """Costs with micro-batches of so many images."""
+    with FakeTensorMode():  # nothing is computed, no memory is needed
+        transformer, tokenizer = Transformer(config.transformer_config), Tokenizer(config.tokenizer)
+        block, rotation_2SP = transformer.blocks[0], rotation_table(config.grid, torch.empty(0))[:, :-1]
+
+        def inputs(B: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            x_BSW = torch.empty(B, config.tokens_per_image, config.transformer.width, requires_grad=True)
+            return x_BSW, torch.empty(B, config.transformer.width, requires_grad=True), torch.zeros(x_BSW.shape[:2], dtype=torch.int64)
+
+        def through_block(x_BSW: torch.Tensor, condition_BW: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            out_BSW: torch.Tensor = block(x_BSW, condition_BW, rotation_2SP)
+            return out_BSW.sum()
+
+        def after_blocks(x_BSW: torch.Tensor, condition_BW: torch.Tensor, tokens_BS: torch.Tensor) -> list[Prediction]:
+            return transformer.predictions(transformer.head_nm(x_BSW, condition_BW), tokens_BS)
+
+        def loss(*given: torch.Tensor) -> torch.Tensor:
+            return torch.stack([cross_entropy(*prediction) for prediction in after_blocks(*given)]).sum()
+
+        of_block, of_rest = ([kept_bytes(part, config.precision, *inputs(B)) for B in (1, 2)] for part in (through_block, after_blocks))
+        depth = config.transformer.depth
+        with torch.no_grad(), FlopCounterMode(display=False) as encoding:
+            side = config.data.resolution
+            tokenizer.features(torch.empty(1, config.data.channels, side, side))
+        return Costs(
+            transformer=_size(transformer),
+            block=_size(block),
+            tokenizer=_size(tokenizer),
+            kept_a_block=of_block[1] - of_block[0],
+            kept_after=of_rest[1] - of_rest[0],
+            copies=depth * (2 * of_block[0] - of_block[1]) + 2 * of_rest[0] - of_rest[1],
+            flops=depth * _flops(config, through_block, inputs(1)) + _flops(config, loss, inputs(images)) / images,
+            encoding_flops=encoding.get_total_flops(),
+        )
+
+
+def _size(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _flops(config: GeneratorConfig, loss: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> int:
+    """Of forward and backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        with torch.autocast("cpu", AUTOCAST[config.precision], enabled=config.precision != "fp32"):
+            value = loss(*inputs)
+        value.backward()
+    return counter.get_total_flops()
+
+
+# --- In words ----------------------------------------------------------------------------------------------------------------------------
+
+
+def memory_gib(config: GeneratorConfig, costs: Costs, images: int, gpus: int, sharding: str) -> dict[str, float]:
+    """Estimated GiB of a GPU by what needs them, by the rules that `plan` shows."""
+    a_parameter = 20 if config.optim.ema_decay else 16
+    if sharding == "fsdp":
+        outside = costs.transformer - config.transformer.depth * costs.block
+        sizes = {"state": a_parameter * costs.transformer / gpus, "gathered": 8.0 * (outside + 2 * costs.block)}
+    else:
+        sizes = {"state": float((a_parameter + (4 if gpus > 1 else 0)) * costs.transformer)}
+    kept = images * (config.transformer.depth * costs.kept_a_block + costs.kept_after)
+    logits = min(LARGEST_LOGITS, images * config.tokens_per_image * max(config.transformer_config.symbols))
+    sizes |= {"activations": kept, "copies": costs.copies, "logits": 8 * logits, "tokenizer": 4 * costs.tokenizer}
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
+def _memory(config: GeneratorConfig, costs: Costs, images: int, gpus: int) -> list[tuple[str, str]]:
+    """What is counted, and what that comes to on each GPU."""
+    S, depth = config.tokens_per_image, config.transformer.depth
+    rules = [
+        f"state {20 if config.optim.ema_decay else 16} bytes a parameter: float32 weight, gradient, both moments of AdamW"
+        + (", average" if config.optim.ema_decay else "")
+        + ("; ddp 4 more, to send gradients; fsdp shares them out and gathers two blocks and what is outside blocks" if gpus > 1 else ""),
+        f"activations: {images} images × ({S} positions × {depth} blocks × {costs.kept_a_block / S / 1024:.1f} KiB + "
+        f"{costs.kept_after / 2**20:.1f} MiB)",
+        f"copies: the weights in {config.precision}",
+        f"logits: 8 bytes of at most {LARGEST_LOGITS:,}",
+    ]
+    lines = [("memory", f"{'; '.join(rules)}; {BASIS}")]
+    for sharding in ("ddp", "fsdp") if gpus > 1 else ("one GPU",):
+        sizes = memory_gib(config, costs, images, gpus, sharding)
+        total = ", ".join(f"{name} {gib:.2f}" for name, gib in sizes.items())
+        lines.append((sharding, f"about {sum(sizes.values()):.1f} GiB a GPU ({total})"))
+    return lines

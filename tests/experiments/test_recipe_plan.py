@@ -68,7 +68,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(small: TrainConfig) -> None:
 
     with FakeTensorMode():
         network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
-        kept = recipe_plan._kept_bytes(network, torch.empty(2, 3, 8, 8), small)
+        kept = recipe_plan.kept_bytes(network, small.precision, torch.empty(2, 3, 8, 8))
     assert kept == 4 * 2 * 8 * 8 * (3 + 5)
 
 
