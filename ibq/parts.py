@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ibq.data.images import DataError
-from ibq.distributed import any_rank, gather_rows, is_writer, rank, shared_errors, world_size
-from ibq.errors import ConfigError, NonFiniteInputError
+from ibq.distributed import gather_rows, is_writer, rank, shared_errors, world_size
+from ibq.errors import NonFiniteError, NonFiniteInputError
 from ibq.run_directory import write_tensors
 from ibq.training import StopRequested
 
 SAID_EVERY_S = 60.0
+
+Make = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,20 @@ class Parts:
     codebook_size: int
     doing: str
 
-    def collect(self, make: Callable[[torch.Tensor], torch.Tensor], beat: Callable[[], bool]) -> torch.Tensor:
+    def collect(self, make: Make, at_once: int, beat: Callable[[], bool]) -> torch.Tensor:
         """All tokens, int32 (N, T) on the CPU, of which those that no file holds are made; a collective.
 
         Each process reads or makes every world-th part and gets the others from the processes that have them, so that they need not see
         the same files.
 
         Args:
-            make: numbers of the images of a part, int64 (P,), to their tokens, integers (P, T). It may do no collective.
-            beat: asked after every part; True on any process asks all to stop.
+            make: numbers of images, int64 (B,), to their tokens, integers (B, T). It may do no collective.
+            at_once: B at most.
+            beat: called after every `make`, a sign of life, and neither may it do a collective; True on any process stops all.
 
         Raises:
             StopRequested: what is finished lies in its files.
-            DataError, ConfigError, NonFiniteInputError: `make` raised it on this or another process.
+            DataError, NonFiniteInputError, NonFiniteError: `make` raised it on this or another process.
         """
         tokens_NT = torch.empty(self.count, self.tokens, dtype=torch.int32)
         parts = torch.arange(self.count).split(self.size)
@@ -68,29 +71,33 @@ class Parts:
         for first in range(0, len(parts), world_size()):
             mine = first + rank()
             tokens_PT = tokens_NT[:0]
-            with shared_errors(DataError, ConfigError, NonFiniteInputError):
+            with shared_errors(StopRequested, DataError, NonFiniteInputError, NonFiniteError):
                 if mine < len(parts):
-                    tokens_PT = self._part(mine, parts[mine], make)
+                    tokens_PT = self._part(mine, parts[mine], lambda numbers_P: self._made(numbers_P, make, at_once, beat))
             here = torch.cat(parts[first : first + world_size()])
             tokens_NT[here] = gather_rows(tokens_PT)
-            (stop,) = any_rank(beat())
-            done = int(here[-1]) + 1
-            if stop and done < self.count:
-                raise StopRequested(f"asked to stop while {self.doing}; {done:,} of {self.count:,} images are done and kept")
-            progress.say(done)
+            progress.say(int(here[-1]) + 1)
         return tokens_NT
 
-    def _part(self, number: int, numbers_P: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _part(self, number: int, numbers_P: torch.Tensor, make: Make) -> torch.Tensor:
+        """A part from its file, or made and written there."""
         path = None if self.folder is None else self.folder / f"{number:06d}.safetensors"
         kept_PT = None if path is None else self._read(path, number, len(numbers_P))
         if kept_PT is not None:
             return kept_PT
-        dtype = torch.int16 if self.codebook_size <= 2**15 else torch.int32
-        tokens_PT = make(numbers_P).to("cpu", dtype)
+        tokens_PT = make(numbers_P)
         if path is not None:
             with contextlib.suppress(OSError, SafetensorError):  # the latter is how safetensors reports a full disk
                 write_tensors(path, {"tokens_PT": tokens_PT, "sha256": self._digest(number, tokens_PT)})
         return tokens_PT.int()
+
+    def _made(self, numbers_P: torch.Tensor, make: Make, at_once: int, beat: Callable[[], bool]) -> torch.Tensor:
+        made = []
+        for numbers_B in numbers_P.split(at_once):
+            made.append(make(numbers_B).to("cpu", torch.int16 if self.codebook_size <= 2**15 else torch.int32))
+            if beat():
+                raise StopRequested(f"asked to stop while {self.doing}; finished parts are kept")
+        return torch.cat(made)
 
     def _read(self, path: Path, number: int, images: int) -> torch.Tensor | None:
         """A part's tokens; None where its file is absent, damaged, or belongs to something else."""

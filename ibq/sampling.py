@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -39,8 +39,8 @@ class Guidance:
 
     Attributes:
         scale: 1 is no guidance, 0 is no class.
-        schedule: "constant": `scale` at every step. "linear" and "cosine" rise from 1 at the first step to `scale` at the last; with r from 0
-            to 1 between them, by r, or by (1 - cos(pi * r**power)) / 2. "interval": `scale` where start <= step / steps < end, else 1.
+        schedule: "constant": `scale` at every step. "linear" and "cosine" go from 1 at the first step to `scale` at the last, while r goes
+            from 0 to 1: by r, or by (1 - cos(pi * r**power)) / 2. "interval": `scale` where start <= step / steps < end, else 1.
         power: of the cosine; the larger, the later it rises.
         start, end: of the interval, in [0, 1].
 
@@ -96,7 +96,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
-    guidance: Guidance = Guidance()
+    guidance: Guidance = field(default_factory=Guidance)
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "a finite number of at least 0; 0 is greedy")
@@ -114,8 +114,8 @@ class Sampler:
     """Samples batches of a fixed size with a cache of keys and values; the transformer computes each position once.
 
     Args:
-        transformer: whole (not sharded), on the device and in the precision to sample in; it is looked at again at each call, so its weights
-            may change in between. Sampling is in eval mode without gradients; the mode before is restored.
+        transformer: whole (not sharded), on the device and in the precision to sample in. It is looked at again at each call, so its
+            weights may change in between. Sampling is in eval mode without gradients; the mode before is restored.
         sampling: how symbols are drawn.
         seed: in [0, 2**64).
         batch_size: samples that are computed at once; fewer are filled up. Memory grows with it.
@@ -163,27 +163,18 @@ class Sampler:
 class _Batch(nn.Module):
     """All that the steps of a batch read and write, at addresses that stay; `forward` is one step, at `position`."""
 
-    position: torch.Tensor
-    tokens_BN: torch.Tensor
-    finite_BN: torch.Tensor
-    uniforms_BNJ: torch.Tensor
-    scales_N: torch.Tensor
-
     def __init__(self, transformer: Transformer, sampling: Sampling, batch: int) -> None:
         super().__init__()
         self.transformer, self.sampling, self.copies = transformer, sampling, 1 + sampling.guided
         self.cache = transformer.cache(self.copies * batch)
-        device, N = self.cache.positions_S.device, transformer.config.tokens
-        scales_N = torch.tensor([sampling.guidance.at(step, N) for step in range(N)], dtype=torch.float64)
-        state = {
-            "position": torch.zeros((), dtype=torch.int64),
-            "tokens_BN": torch.zeros(batch, N, dtype=torch.int64),
-            "finite_BN": torch.zeros(batch, N, dtype=torch.bool),
-            "uniforms_BNJ": torch.zeros(batch, N, len(transformer.symbols), dtype=torch.float64),
-            "scales_N": scales_N,
-        }
-        for name, tensor in state.items():
-            self.register_buffer(name, tensor.to(device), persistent=False)
+        N, J = transformer.config.tokens, len(transformer.symbols)
+        scales = [sampling.guidance.at(step, N) for step in range(N)]
+        with self.cache.positions_S.device:
+            self.position = nn.Buffer(torch.zeros((), dtype=torch.int64), persistent=False)
+            self.tokens_BN = nn.Buffer(torch.zeros(batch, N, dtype=torch.int64), persistent=False)
+            self.finite_BN = nn.Buffer(torch.zeros(batch, N, dtype=torch.bool), persistent=False)
+            self.uniforms_BNJ = nn.Buffer(torch.zeros(batch, N, J, dtype=torch.float64), persistent=False)
+            self.scales_N = nn.Buffer(torch.tensor(scales, dtype=torch.float64), persistent=False)
 
     def begin(self, classes_B: torch.Tensor, uniforms_BNJ: torch.Tensor) -> None:
         B, batch = len(classes_B), len(self.tokens_BN)
@@ -198,9 +189,7 @@ class _Batch(nn.Module):
         before_B = self.tokens_BN.index_select(1, (position_1 - 1).clamp(min=0))[:, 0]
         hidden_RW = self.transformer.step(before_B.repeat(self.copies), self.position, self.cache)
         uniforms_BJ = self.uniforms_BNJ.index_select(1, position_1)[:, 0]
-        tokens_B, finite_B = draw_tokens(
-            self.transformer, hidden_RW, uniforms_BJ, self.sampling, self.scales_N.index_select(0, position_1)
-        )
+        tokens_B, finite_B = draw_tokens(self.transformer, hidden_RW, uniforms_BJ, self.sampling, self.scales_N.index_select(0, position_1))
         self.tokens_BN.index_copy_(1, position_1, tokens_B[:, None])
         self.finite_BN.index_copy_(1, position_1, finite_B[:, None])
 
@@ -208,7 +197,7 @@ class _Batch(nn.Module):
 def sample_uncached(
     transformer: Transformer, sampling: Sampling, *, seed: int, numbers_B: torch.Tensor, classes_B: torch.Tensor
 ) -> torch.Tensor:
-    """What a Sampler gives, by a full forward pass for every token: slow, and what it is compared with. Arguments and errors are its own."""
+    """What a Sampler gives, by a full forward pass for every token: slow, and what it is compared with. Arguments and errors are its."""
     _require_seed(seed)
     _require_fitting(transformer, numbers_B, classes_B)
     device, N, J = transformer.head_nm.rmsnorm.weight.device, transformer.config.tokens, len(transformer.symbols)
@@ -328,5 +317,7 @@ def _require_finite(finite_BN: torch.Tensor, numbers_B: torch.Tensor, first_step
     """Raises NonFiniteError for the earliest step, and of its samples the first, that is False."""
     if not bool(finite_BN.all()):
         step, sample = (~finite_BN).T.nonzero()[0].tolist()
-        steps = "" if first_step else ""
-        raise NonFiniteError(f"logits of sample {int(numbers_B[sample])} are not finite at step {first_step + step}{steps}")
+        raise NonFiniteError(
+            f"the transformer's logits of sample {int(numbers_B[sample])} are not finite at step {first_step + step}, counted from 0; "
+            "its weights are damaged, or its precision is too low"
+        )

@@ -28,9 +28,9 @@ from ibq.training import StopRequested
 
 SHARD = 4096
 """Images of a file of tokens."""
-PIXELS_AT_ONCE = 2**21
-"""Pixels that are encoded or decoded together: 32 images of 256×256. The images alone decide it, not the caller, so that the same tokens
-come out wherever they are encoded."""
+IMAGES_AT_ONCE, PIXELS_AT_ONCE = 64, 2**21
+"""What is encoded or decoded together at most: of images of 256×256 pixels 32. The images alone decide it, not the caller, so that the same
+tokens come out wherever they are encoded."""
 ENCODING = "tokens 1: center squares, fp32"
 """Raised when the code changes what an image is encoded to; part of the name of the cache."""
 POLL_S = 0.5
@@ -76,8 +76,7 @@ def encode_split(tokenizer: Tokenizer, images: ImageSource, *, classes: int, bea
         tokenizer: on the device to compute on.
         images: the split.
         classes: of the labels; 1 where there are none.
-        beat: called after every batch and while waiting, as a sign of life, so that it may do no collective; True on any process asks all
-            to stop, which is heeded between files.
+        beat: called after every batch and while waiting, as a sign of life, so that it may do no collective; True on any process stops all.
 
     Raises:
         ConfigError: `classes` does not fit the labels.
@@ -94,23 +93,23 @@ def encode_split(tokenizer: Tokenizer, images: ImageSource, *, classes: int, bea
         folder, key, len(images), SHARD, tokens, tokenizer.config.quantizer.codebook_size, f"encoding {images.name} {images.split}"
     )
     device = next(tokenizer.parameters()).device
-    asked = False
 
-    def encoded(numbers_P: torch.Tensor) -> torch.Tensor:
-        nonlocal asked
-        tokens = []
-        for numbers_B in numbers_P.split(images_at_once(shape)):
-            tokens.append(tokenizer.encode(images.batch(numbers_B, device)).flatten(1).cpu())
-            asked |= beat()
-        return torch.cat(tokens)
+    def encoded(numbers_B: torch.Tensor) -> torch.Tensor:
+        return encode(tokenizer, images.batch(numbers_B, device))
 
     with _claim(folder, beat), measuring(tokenizer):
-        return Tokens(parts.collect(encoded, lambda: asked or beat()), labels_N)
+        return Tokens(parts.collect(encoded, images_at_once(shape), beat), labels_N)
+
+
+def encode(tokenizer: Tokenizer, x_BCHW: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, T) of images, in batches that the images alone decide."""
+    batches = x_BCHW.contiguous(memory_format=torch.channels_last).split(images_at_once(x_BCHW.shape[1:]))
+    return torch.cat([tokenizer.encode(x_BCHW).flatten(1) for x_BCHW in batches])
 
 
 def images_at_once(shape: torch.Size) -> int:
     """How many images of shape (C, H, W) a tokenizer encodes or decodes together."""
-    return max(1, PIXELS_AT_ONCE // (shape[1] * shape[2]))
+    return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // (shape[1] * shape[2])))
 
 
 def _cache(key: str) -> Path | None:
@@ -214,8 +213,7 @@ class TokenBatches:
             assert self._squares is not None
             x_BCHW = self._squares.next()
             with measuring(self._tokenizer):
-                parts = x_BCHW.split(images_at_once(x_BCHW.shape[1:]))
-                tokens_BT = torch.cat([self._tokenizer.encode(part_BCHW).flatten(1) for part_BCHW in parts])
+                tokens_BT = encode(self._tokenizer, x_BCHW)
         return tokens_BT, self._labels_N[indices_B].to(self._device)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ Suffixes: B sequences, S positions of a whole sequence, W width, H heads, E dime
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -22,9 +22,9 @@ class BlockCache(nn.Module):
     def __init__(self, config: TransformerConfig, batch: int, like: torch.Tensor) -> None:
         super().__init__()
         shape = (batch, config.depth, config.tokens, HEAD_DIM)
-        self.register_buffer("k_BHSE", like.new_zeros(shape), persistent=False)
-        self.register_buffer("v_BHSE", like.new_zeros(shape), persistent=False)
-        self.register_buffer("modulation_6B1W", like.new_zeros(6, batch, 1, config.width), persistent=False)
+        self.k_BHSE = nn.Buffer(like.new_zeros(shape), persistent=False)
+        self.v_BHSE = nn.Buffer(like.new_zeros(shape), persistent=False)
+        self.modulation_6B1W = nn.Buffer(like.new_zeros(6, batch, 1, config.width), persistent=False)
 
 
 class Past(NamedTuple):
@@ -54,12 +54,17 @@ class Cache(nn.Module):
     def __init__(self, config: TransformerConfig, batch: int, like: torch.Tensor, rotation_2SP: torch.Tensor) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(BlockCache(config, batch, like) for _ in range(config.depth))
-        self.register_buffer("condition_BW", like.new_zeros(batch, config.width), persistent=False)
-        self.register_buffer("modulation_2B1W", like.new_zeros(2, batch, 1, config.width), persistent=False)
-        self.register_buffer("rotation_2SP", rotation_2SP[:, : config.tokens].clone(), persistent=False)
-        self.register_buffer("positions_S", torch.arange(config.tokens, device=like.device), persistent=False)
+        self.condition_BW = nn.Buffer(like.new_zeros(batch, config.width), persistent=False)
+        self.modulation_2B1W = nn.Buffer(like.new_zeros(2, batch, 1, config.width), persistent=False)
+        self.rotation_2SP = nn.Buffer(rotation_2SP[:, : config.tokens].clone(), persistent=False)
+        self.positions_S = nn.Buffer(torch.arange(config.tokens, device=like.device), persistent=False)
+
+    @property
+    def parts(self) -> list[BlockCache]:
+        """One for each block."""
+        return cast(list[BlockCache], list(self.blocks))
 
     def at(self, position_1: torch.Tensor) -> list[Past]:
         """What each block knows at a position."""
         seen_1S = self.positions_S[None] <= position_1
-        return [Past(block, position_1, seen_1S) for block in self.blocks]
+        return [Past(part, position_1, seen_1S) for part in self.parts]

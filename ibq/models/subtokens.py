@@ -92,7 +92,7 @@ class SubtokenHead(nn.Module):
 
     @property
     def weights(self) -> list[torch.Tensor]:
-        return [output.weight for output in self.outputs]
+        return list(self.outputs.parameters())
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Raises ValueError: the logits of a sub-token hang on the sub-tokens before it."""

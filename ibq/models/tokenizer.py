@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -84,16 +84,21 @@ class Tokenizer(nn.Module):
     def digest(self) -> str:
         """SHA-256 (hex) of architecture and weights, wherever they were read from."""
         shape = [self.config.model.model_dump(mode="json"), self.config.quantizer.model_dump(mode="json"), self.config.data.channels]
-        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        for name, tensor in self.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return digest_of(self, shape)
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder, made if absent; each replaced in one step."""
         write_json(Path(folder) / "config.json", self.config.to_json_dict())
         write_tensors(Path(folder) / "model.safetensors", self.state_dict())
+
+
+def digest_of(network: nn.Module, architecture: Any) -> str:
+    """SHA-256 (hex) of an architecture, as JSON has it, and of a network's weights."""
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

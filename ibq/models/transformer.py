@@ -10,6 +10,9 @@ token, j of them known, N predictions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -132,7 +135,7 @@ class Transformer(nn.Module):
         condition_BW = self.class_emb(classes_B)
         cache.condition_BW.copy_(condition_BW)
         cache.modulation_2B1W.copy_(torch.stack(self.head_nm.ada_lin(condition_BW)))
-        for block, part in zip(self.blocks, cache.blocks, strict=True):
+        for block, part in zip(cast(Iterable[Block], self.blocks), cache.parts, strict=True):
             part.modulation_6B1W.copy_(torch.stack(block.ada_lin(condition_BW)))
             part.k_BHSE.zero_()  # what is not seen yet has the weight 0, and 0 times a NaN of former sequences would be NaN
             part.v_BHSE.zero_()
@@ -148,7 +151,7 @@ class Transformer(nn.Module):
         position_1 = position.view(1)
         rotation_21P = cache.rotation_2SP.index_select(1, position_1)
         x_B1W = torch.where(position == 0, cache.condition_BW, self.tok_emb(tokens_B))[:, None]
-        for block, past in zip(self.blocks, cache.at(position_1), strict=True):
+        for block, past in zip(cast(Iterable[Block], self.blocks), cache.at(position_1), strict=True):
             x_B1W = block.modulated(x_B1W, past.cache.modulation_6B1W.unbind(), rotation_21P, past=past)
         out_B1W: torch.Tensor = self.head_nm.modulated(x_B1W, cache.modulation_2B1W.unbind())
         return out_B1W[:, 0]
