@@ -8,6 +8,7 @@ from experiments import anatomy
 from experiments.ablations import Ablation
 from experiments.ablations.grid import BASE, numbers, varied
 from experiments.effects import OUTCOMES, Verdict, main_effects, verdict
+from experiments.rows import of_arms
 from experiments.tables import COLUMNS, chosen_value, searches
 
 
@@ -16,13 +17,17 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     rows = rows[rows["ablation"] == ablation.name]
     sentences = []
     lost_search = rows["status"].eq("nan") & (rows["search.arm"].notna() if "search.arm" in rows else False)  # a result of a search
-    known = rows[~lost_search & rows["status"].ne("waiting")]
+    known = of_arms(rows[~lost_search & rows["status"].ne("waiting")])  # a generator tells of its tokenizer
     counts = known["status"][known["status"] != "ok"].value_counts()
     if len(counts):
         states = ", ".join(f"{n} {state}" for state, n in counts.items())
         sentences.append(f"{counts.sum()} of {len(known)} runs have no result ({states}); what follows rests on the others.")
-    if waiting := int(rows["status"].eq("waiting").sum()):
-        sentences.append(f"{waiting} runs wait for the search of their learning rate.")
+    waiting = rows[rows["status"] == "waiting"]
+    generators = int(waiting["stage"].eq("generator").sum()) if "stage" in waiting else 0
+    if searching := len(waiting) - generators:
+        sentences.append(f"{searching} runs wait for the search of their learning rate.")
+    if generators:
+        sentences.append(f"{generators} generators wait for their tokenizers.")
     sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
     if "main_effects" in ablation.tables and not (table := main_effects(ablation, rows)).empty:
         sentences += _of_effects(table)

@@ -116,8 +116,9 @@ class Ablation:
     """One study: see `experiments/ablations/`.
 
     An arm's config is the preset's recipe around `quantizer(levels, K)`, with the numbers that `scales(levels)` names multiplied and the
-    fields of `settings(levels)` set. Figures choose colours by the first factor; `figures`, `tables` and `columns` name what the report
-    shows, in the registries of those modules.
+    fields of `settings(levels)` set. With `generator` an arm is a generator on the tokens of that tokenizer, which is trained first: the
+    preset's generator with the fields of `generator(levels)` set, by dotted path. Figures choose colours by the first factor; `figures`,
+    `tables` and `columns` name what the report shows, in the registries of those modules.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Ablation:
     columns: tuple[str, ...] = COLUMNS
     scales: Callable[[Mapping[str, str]], dict[str, float]] = lambda levels: {}
     settings: Callable[[Mapping[str, str]], dict[str, Any]] = lambda levels: {}
+    generator: Callable[[Mapping[str, str]], dict[str, Any]] | None = None
     marker: str | None = None
     """The factor that rate against distortion shows by the shape of a point."""
     fill: str | None = None

@@ -33,7 +33,9 @@ console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 Names = Annotated[list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one")]
 PresetOption = Annotated[str, typer.Option("--preset", help=f"scale: {', '.join(PRESETS)}")]
 SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4; repeatable")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4 or generator.steps=500; repeatable")
+]
 GridOption = Annotated[
     list[str] | None,
     typer.Option("--grid", help="field=value,value in place of ablations, every combination an arm, e.g. optim.lr=1e-4,1e-3; repeatable"),

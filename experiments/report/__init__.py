@@ -29,7 +29,8 @@ PAPER_CLAIMS, OWN_CLAIMS = "claims_of_the_paper", "claims_of_this_study"
 def widened(study: Study) -> Study:
     """The study with what other ablations have finished under the same fields, so that a report shows all there is. A grid is alone.
 
-    An ablation joins if a run of its own is finished, one that none of the named ablations has; of it, only what is finished is shown.
+    An ablation joins if a run of an arm of its own is finished, one that none of the named ablations has; of it, only what is finished is
+    shown.
     """
     if study.grid:
         return study
@@ -40,7 +41,7 @@ def widened(study: Study) -> Study:
             finished = [cell for cell in replace(study, ablation_names=(name,)).cells if cell.run.finished]
         except ConfigError:  # a changed field that this ablation's arms differ in
             continue
-        if any(cell.run.path not in own for cell in finished):
+        if any(cell.run.path not in own and not cell.tokenizer_of for cell in finished):
             joining.append(name)
             cells += finished
     names = {ablation.name for ablation in study.ablations} | set(joining)
@@ -77,6 +78,7 @@ def page_name(ablation: Ablation) -> str:
 def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path) -> dict[str, Any]:
     """Write an ablation's files; returns what its page and its line on the first page show."""
     mine = rows[rows["ablation"] == ablation.name]
+    of_arms = rows_module.of_arms(mine)
     differing, common = differing_fields(study, ablation)
     items = [*_figures(study, ablation, mine, folder), *_tables(ablation, mine, folder)]
     notebook, current = notebooks.page_of(study, ablation, rows)
@@ -92,8 +94,8 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
         "common": common,
         "curves": curves.write(study, ablation, folder),
         "missing": provenance.missing(mine),
-        "finished": int((mine["status"] == "ok").sum()),
-        "lost": int((mine["status"] != "ok").sum()),
+        "finished": int((of_arms["status"] == "ok").sum()),
+        "lost": int((of_arms["status"] != "ok").sum()),
         "minutes": provenance.minutes(mine),
         "facts": provenance.facts(mine),
         "warnings": provenance.warnings(mine, by="arm"),
