@@ -34,6 +34,7 @@ def train(
     workers: Annotated[int | None, typer.Option(min=0, help="processes that decode pictures, of each training process")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the networks")] = False,
     checkpoint_activations: Annotated[bool, typer.Option("--checkpoint-activations", help="less memory, about a third more time")] = False,
+    samples: Annotated[int | None, typer.Option(help="of a generator: images that it is evaluated on, at each guidance")] = None,
     sharding: Annotated[Literal["ddp", "fsdp"], typer.Option(help="of a generator: what each GPU holds, all or a part of every layer")] = "ddp",
 ) -> None:
     """Train one recipe in the foreground; again: it goes on. Several GPUs: torchrun --nproc-per-node N -m experiments train RECIPE."""
@@ -53,14 +54,15 @@ def train(
         _say_of_another(config.tokenizer, network.config)
         config = on_tokenizer(config, network, overrides)
     else:
-        if tokenizer or sharding != "ddp":
-            idle = f"--tokenizer {tokenizer}" if tokenizer else f"--sharding {sharding}"
-            raise ConfigError(f"{recipe} trains a tokenizer itself, and {idle} is for recipes of generators; leave it out")
+        given = {"--tokenizer": tokenizer or None, "--samples": samples, "--sharding": None if sharding == "ddp" else sharding}
+        if idle := [f"{option} {value}" for option, value in given.items() if value is not None]:
+            raise ConfigError(f"{recipe} trains a tokenizer, and {idle[0]} is for recipes of generators; leave it out")
         network, config = None, config.with_fields(**overrides)
     if config.data.folder and not Path(config.data.folder).is_dir():
         raise ConfigError(f"there is no folder {config.data.folder}; name the folder of the images by --data PATH or in IBQ_IMAGENET")
     runtime = replace(get_preset("paper").runtime, device=device, compile=compile, sharding=sharding)
-    runtime = replace(runtime, checkpoint_activations=checkpoint_activations, workers=runtime.workers if workers is None else workers)
+    numbers = {"workers": workers, "samples": samples}
+    runtime = replace(runtime, checkpoint_activations=checkpoint_activations, **{k: v for k, v in numbers.items() if v is not None})
     foreground.train(config, runtime, out, say, network)
 
 

@@ -1,17 +1,17 @@
 """The paper's generators on ImageNet 256×256: a function each, which returns the complete config of its training.
 
-All take PAPER section 6: batches of 768 images, AdamW at 3e-4 (1e-4 for every 256 images), clipping at 1.0, dropouts of 0.1, bfloat16, no
-averaged weights, tokens of fresh random crops at every step. The rate rises over 2% of the run, which for 300, 350, 400 and 450 epochs are
-the 6, 7, 8 and 9 epochs that the paper names the ends of; it rests for 5% and falls linearly to 0.1 of itself (B, L) or 0.01 (XL, XXL).
+All take PAPER section 6: batches of 768 images, AdamW at 3e-4 (1e-4 for every 256 images), the gradient clipped at 1.0, dropouts of 0.1,
+bfloat16, no averaged weights, tokens of fresh random crops at every step. The rate rises over 2% of the run, which of 300, 350, 400 and 450
+epochs are 6, 7, 8 and 9, as the paper has 6 to 9; it rests for 5% and falls linearly to 0.1 of itself (B, L) or 0.01 (XL, XXL).
 
-A recipe takes the config of any tokenizer; without one it is that of the released generators. `train` gives it the tokenizer of
-`--tokenizer`, whose weights the run is then tied to. On each of 8 GPUs a step has 96 images, in as many micro-batches (`accumulate`) as
-leave 80 GB enough by the estimate of the plan; of the numbers they change nothing but rounding and what dropout draws.
+A recipe takes the config of any tokenizer; without one it is that of the released generators. `train` wants the weights too (--tokenizer),
+ties the run to them, and trains on any data (--data). On 8 GPUs each has 96 images a step, in as many micro-batches (`accumulate`) as let
+them fit 80 GB by the estimate of the plan; of the numbers these change nothing but rounding and what dropout draws.
 
 What a recipe costs in memory and compute: python -m experiments plan RECIPE.
 
-Expected numbers are those of PAPER section 7, of 50,000 samples at the temperature and guidance named; nothing here has been trained at
-this scale.
+Expected numbers are those of PAPER section 7, of 50,000 samples at the temperature and guidance that are said with them. The evaluation
+after training samples at temperature 1; python -m ibq.sample takes both. Nothing here has been trained at this scale.
 """
 
 from __future__ import annotations
@@ -20,22 +20,19 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.imagenet256.tokenizers import imagenet256_ibq_16384, imagenet256_lfq_16384, imagenet256_lfq_262144
-from experiments.recipes import imagenet_data
+from experiments.recipes import generator, get_preset, imagenet_data
 from ibq.config import TrainConfig
-from ibq.generator_config import GeneratorConfig, parse_generator_config
+from ibq.generator_config import GeneratorConfig
 from ibq.imagenet import imagenet_steps
 from ibq.models.transformer import SIZES
 
 BATCH = 768
 
 
-def _generator(
-    size: str, epochs: int, tokenizer: TrainConfig, *, final_factor: float = 0.1, accumulate: int = 1, **transformer: Any
-) -> GeneratorConfig:
-    optim = {"lr": 1e-4 * BATCH / 256, "warmup": 0.02, "plateau": 0.05, "final_factor": final_factor}
-    fields = {"optim": optim, "steps": imagenet_steps(epochs, BATCH), "batch_size": BATCH, "accumulate": accumulate, "precision": "bf16"}
-    parts = {"tokenizer": tokenizer, "data": imagenet_data(), "transformer": {"depth": SIZES[size], **transformer}}
-    return parse_generator_config({**parts, **fields, "classes": 1000})
+def _generator(size: str, epochs: int, tokenizer: TrainConfig, **changes: Any) -> GeneratorConfig:
+    data = {f"data.{name}": value for name, value in imagenet_data().items()}
+    sizes = {"transformer.depth": SIZES[size], "steps": imagenet_steps(epochs, BATCH), "batch_size": BATCH}
+    return generator(get_preset("paper"), tokenizer, data | sizes | changes)
 
 
 def imagenet256_generator_b(tokenizer: TrainConfig | None = None) -> GeneratorConfig:
@@ -68,7 +65,7 @@ def imagenet256_generator_xl(tokenizer: TrainConfig | None = None) -> GeneratorC
     Expected: gFID 2.14, IS 278.99 at temperature 1.15, guidance 2.35.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_generator_xl --tokenizer TOKENIZER --data IMAGENET
     """
-    return _generator("XL", 400, tokenizer or imagenet256_ibq_16384(), final_factor=0.01, accumulate=2)
+    return _generator("XL", 400, tokenizer or imagenet256_ibq_16384(), **{"optim.final_factor": 0.01, "accumulate": 2})
 
 
 def imagenet256_generator_xxl(tokenizer: TrainConfig | None = None) -> GeneratorConfig:
@@ -79,7 +76,7 @@ def imagenet256_generator_xxl(tokenizer: TrainConfig | None = None) -> Generator
     Expected: gFID 2.05, IS 286.73 at temperature 1.20, guidance 2.85.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_generator_xxl --tokenizer TOKENIZER --data IMAGENET
     """
-    return _generator("XXL", 450, tokenizer or imagenet256_ibq_16384(), final_factor=0.01, accumulate=4)
+    return _generator("XXL", 450, tokenizer or imagenet256_ibq_16384(), **{"optim.final_factor": 0.01, "accumulate": 4})
 
 
 def imagenet256_generator_b_lfq_16384(tokenizer: TrainConfig | None = None) -> GeneratorConfig:
@@ -99,11 +96,11 @@ def imagenet256_generator_b_lfq_262144(tokenizer: TrainConfig | None = None) -> 
     Not Open-MAGVIT2, whose tokenizer and transformer differ.
 
     Claim: sub-tokens make a transformer over 2^18 codes as small as one over 16,384.
-    Cost: 500,400 steps of 768 images (300 epochs), 0.0 M parameters.
+    Cost: 500,400 steps of 768 images (300 epochs), 358.4 M parameters.
     Expected: not reported; Open-MAGVIT2 itself, with 343 M parameters, gFID 3.08, IS 258.26.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_generator_b_lfq_262144 --tokenizer TOKENIZER --data IMAGENET
     """
-    return _generator("B", 300, tokenizer or imagenet256_lfq_262144(), subtoken_bits=(6, 12))
+    return _generator("B", 300, tokenizer or imagenet256_lfq_262144(), **{"transformer.subtoken_bits": [6, 12]})
 
 
 GENERATORS: dict[str, Callable[..., GeneratorConfig]] = {
