@@ -152,15 +152,15 @@ def measured(metric: Distances | LPIPS | None, absent: list[str]) -> tuple[dict[
         with sparing(absent):
             metric.finish()
     absent[:] = [reason for reasons in gather_objects(absent) for reason in reasons]
-    measured: tuple[dict[str, float], dict[str, Any]] = {}, {}
+    found: tuple[dict[str, float], dict[str, Any]] = {}, {}
     if absent or metric is None:
-        return measured
+        return found
     metric.reduce()
     if is_writer():  # FID's square root or KID's subsets on every process would only make all of them slower
         with sparing(absent):
-            measured = metric.compute()
-    measured, absent[:] = copy_of_first((measured, absent))
-    return measured
+            found = metric.compute()
+    found, absent[:] = copy_of_first((found, absent))
+    return found
 
 
 class PerceptualEvaluation:
@@ -203,6 +203,14 @@ class PerceptualEvaluation:
         if absent or not metrics:
             raise UnfitError(f"{self.name} is {f'absent: {absent[0]}' if absent else next(iter(protocol.values()))}")
         return metrics, protocol_of(images, n_images, weights) | protocol
+
+    def distances(self, references: Share) -> Distances:
+        """Ready to be fed with images of any origin; arguments and errors as on the call, of a network whose features make distances."""
+        self._require_fit(references.images, references.n_images)
+        with shared_errors(DataError):
+            distances = self._start(references)
+        assert isinstance(distances, Distances)
+        return distances
 
     def _require_fit(self, images: ImageSource, n_images: int) -> None:
         if self.name == "fashion-cnn":

@@ -6,6 +6,7 @@ Suffixes: N images of a split, B those of a batch, T tokens of an image in row-m
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +106,14 @@ def encode(tokenizer: Tokenizer, x_BCHW: torch.Tensor) -> torch.Tensor:
     """Tokens (B, T) of images, in batches that the images alone decide."""
     batches = x_BCHW.contiguous(memory_format=torch.channels_last).split(images_at_once(x_BCHW.shape[1:]))
     return torch.cat([tokenizer.encode(x_BCHW).flatten(1) for x_BCHW in batches])
+
+
+def decode(tokenizer: Tokenizer, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W), nominally in [-1, 1], of the tokens of square ones, on the tokenizer's device; in batches as of `encode`."""
+    grid, device = math.isqrt(tokens_BT.shape[1]), next(tokenizer.parameters()).device
+    side = grid * tokenizer.config.model.downsampling
+    batches = tokens_BT.to(device, torch.int64).view(-1, grid, grid).split(images_at_once(torch.Size((1, side, side))))
+    return torch.cat([tokenizer.decode(indices_BHW) for indices_BHW in batches])
 
 
 def images_at_once(shape: torch.Size) -> int:

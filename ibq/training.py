@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -59,6 +60,8 @@ class Runtime:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; choose {bound} or more")
+        if not all(0 <= g < math.inf for g in self.guidances) or len({f"{g:g}" for g in self.guidances}) < len(self.guidances):
+            raise ConfigError(f"guidances={self.guidances} must be finite numbers of at least 0, no two of them alike; 1 is no guidance")
 
 
 @dataclass(frozen=True)
