@@ -64,16 +64,22 @@ def plan(config: GeneratorConfig, gpus: int) -> list[tuple[str, str]]:
     images = images_at_a_time(config, gpus)
     costs = count(config, images)
     optim, bits = config.optim, config.transformer.subtoken_bits
-    epochs, billions = config.steps / (IMAGENET_IMAGES // config.batch_size), config.steps * config.batch_size * config.tokens_per_image / 1e9
+    epochs, billions = (
+        config.steps / (IMAGENET_IMAGES // config.batch_size),
+        config.steps * config.batch_size * config.tokens_per_image / 1e9,
+    )
     rising, resting = round(optim.warmup * config.steps), round(optim.plateau * config.steps)
     predicted = f", predicted in sub-tokens of {' and '.join(map(str, bits))} bits" if bits else ""
     return [
         ("parameters", f"{costs.transformer:,} of the transformer; {costs.tokenizer:,} of the tokenizer, which are not trained"),
-        ("tokens", f"{config.tokens_per_image} an image, of {config.quantizer.codebook_size:,} codes{predicted}; {billions:,.1f} billion in all"),
+        (
+            "tokens",
+            f"{config.tokens_per_image} an image, of {config.quantizer.codebook_size:,} codes{predicted}; {billions:,.1f} billion in all",
+        ),
         (
             "schedule",
-            f"{config.steps:,} steps of {config.batch_size} images: {epochs:.1f} epochs of ImageNet's {IMAGENET_IMAGES:,}; the rate rises to "
-            f"{optim.lr:g} over {rising:,} steps, rests for {resting:,} and falls to {optim.lr * optim.final_factor:g}",
+            f"{config.steps:,} steps of {config.batch_size} images: {epochs:.1f} epochs of ImageNet's {IMAGENET_IMAGES:,}; the rate rises "
+            f"to {optim.lr:g} over {rising:,} steps, rests for {resting:,} and falls to {optim.lr * optim.final_factor:g}",
         ),
         ("a step", f"{config.accumulate} micro-batches of {images} images on each of {gpus} GPUs, {config.precision}"),
         *_memory(config, costs, images, gpus),
@@ -170,3 +176,27 @@ def _memory(config: GeneratorConfig, costs: Costs, images: int, gpus: int) -> li
         total = ", ".join(f"{name} {gib:.2f}" for name, gib in sizes.items())
         lines.append((sharding, f"about {sum(sizes.values()):.1f} GiB a GPU ({total})"))
     return lines
+
+
+def _compute(config: GeneratorConfig, costs: Costs) -> str:
+    seen = config.steps * config.batch_size
+    once = config.tokens == "cached"
+    encoded = IMAGENET_IMAGES if once else seen
+    return (
+        f"{costs.flops / 1e9:,.1f} GFLOP an image, forward and backward (a multiply-add is two), {seen * costs.flops:.2e} FLOP in all; "
+        f"encoding {costs.encoding_flops / 1e9:,.1f} GFLOP an image, {'once for each' if once else 'at every step anew'}, in float32, "
+        f"{encoded * costs.encoding_flops:.2e} FLOP in all"
+    )
+
+
+def hours(config: GeneratorConfig, costs: Costs, gpus: int) -> str:
+    """Hours on so many GPUs if the assumed share of the stated peak were reached; that this is no measurement comes first."""
+    seen = config.steps * config.batch_size
+    encoded = IMAGENET_IMAGES if config.tokens == "cached" else seen
+    training = seen * costs.flops / (ASSUMED * PEAKS[config.precision] * gpus) / 3600
+    encoding = encoded * costs.encoding_flops / (ASSUMED * PEAKS["fp32"] * gpus) / 3600
+    stated = f"{PEAKS['bf16'] / 1e12:.0f} TFLOP/s in bfloat16, {PEAKS['fp32'] / 1e12:.0f} in float32 without TF32"
+    return (
+        f"not known: nothing is measured; at {ASSUMED:.0%} of what the maker of an {CARD} states ({stated}) it would be "
+        f"{training + encoding:,.0f} on {gpus}: {training:,.0f} for the transformer and {encoding:,.0f} for encoding"
+    )

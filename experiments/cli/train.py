@@ -35,7 +35,9 @@ def train(
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the networks")] = False,
     checkpoint_activations: Annotated[bool, typer.Option("--checkpoint-activations", help="less memory, about a third more time")] = False,
     samples: Annotated[int | None, typer.Option(help="of a generator: images that it is evaluated on, at each guidance")] = None,
-    sharding: Annotated[Literal["ddp", "fsdp"], typer.Option(help="of a generator: what each GPU holds, all or a part of every layer")] = "ddp",
+    sharding: Annotated[
+        Literal["ddp", "fsdp"], typer.Option(help="of a generator: what each GPU holds, all or a part of every layer")
+    ] = "ddp",
 ) -> None:
     """Train one recipe in the foreground; again: it goes on. Several GPUs: torchrun --nproc-per-node N -m experiments train RECIPE."""
     config = recipe_of(recipe)()
@@ -60,19 +62,26 @@ def train(
         network, config = None, config.with_fields(**overrides)
     if config.data.folder and not Path(config.data.folder).is_dir():
         raise ConfigError(f"there is no folder {config.data.folder}; name the folder of the images by --data PATH or in IBQ_IMAGENET")
-    runtime = replace(get_preset("paper").runtime, device=device, compile=compile, sharding=sharding)
-    numbers = {"workers": workers, "samples": samples}
-    runtime = replace(runtime, checkpoint_activations=checkpoint_activations, **{k: v for k, v in numbers.items() if v is not None})
+    runtime = get_preset("paper").runtime
+    runtime = replace(
+        runtime,
+        device=device,
+        compile=compile,
+        checkpoint_activations=checkpoint_activations,
+        workers=runtime.workers if workers is None else workers,
+        samples=runtime.samples if samples is None else samples,
+        sharding=sharding,
+    )
     foreground.train(config, runtime, out, say, network)
 
 
 def on_tokenizer(config: GeneratorConfig, tokenizer: Tokenizer, overrides: dict[str, Any]) -> GeneratorConfig:
     """A generator's config on another tokenizer, tied to its weights, with fields set by dotted path; validated once all is in its place.
 
-    The tokenizer may be any, also of another method, K or grid than the recipe's: K and the grid of tokens are no choice of the recipe's but
-    the tokenizer's, which whoever names one by its path has chosen, and what a recipe says of batch, schedule and transformer serves every
-    tokenizer. That the recipe's numbers are then not to be expected is said in a line; what cannot go together (sub-tokens that do not make
-    K, channels, a grid that does not divide the images) is refused by the config.
+    The tokenizer may be any, also of another method, K or grid than the recipe's: they are the tokenizer's choice and not the recipe's, and
+    who names one by its path has chosen it, while batch, schedule and transformer of the recipe serve every tokenizer. That the recipe's
+    expected numbers are then of something else is said in a line. What cannot go together (sub-tokens that do not make K, another number of
+    channels, a grid that does not divide the images) the config refuses.
 
     Raises:
         ConfigError: a path names no field, or one of the tokenizer, which is trained already; or the result contradicts itself.
