@@ -24,8 +24,8 @@ from ibq.models.transformer import Transformer
 from ibq.next_token import LARGEST_LOGITS, cross_entropy
 from ibq.training import AUTOCAST
 
-CARD, PEAKS, ASSUMED = "H100", {"bf16": 989e12, "fp32": 67e12}, 0.4
-"""FLOP/s that its maker states of an H100 SXM, dense, in float32 without TF32; and the share of them that hours are given for."""
+CARD, PEAKS, ASSUMED = "H100 SXM", {"bf16": 989e12, "fp32": 67e12}, 0.4
+"""FLOP/s that its maker states, dense, in float32 without TF32; and the share of them that hours are given for."""
 BASIS = "counted, not measured: the allocator's own, workspaces and images come on top, and while it encodes what the tokenizer needs"
 
 
@@ -63,26 +63,19 @@ def plan(config: GeneratorConfig, gpus: int) -> list[tuple[str, str]]:
     """
     images = images_at_a_time(config, gpus)
     costs = count(config, images)
-    optim, bits = config.optim, config.transformer.subtoken_bits
-    epochs, billions = (
-        config.steps / (IMAGENET_IMAGES // config.batch_size),
-        config.steps * config.batch_size * config.tokens_per_image / 1e9,
-    )
-    rising, resting = round(optim.warmup * config.steps), round(optim.plateau * config.steps)
+    tokens, bits = config.tokens_per_image, config.transformer.subtoken_bits
     predicted = f", predicted in sub-tokens of {' and '.join(map(str, bits))} bits" if bits else ""
+    in_all = f"{config.steps * config.batch_size * tokens / 1e9:,.1f} billion in all"
     return [
         ("parameters", f"{costs.transformer:,} of the transformer; {costs.tokenizer:,} of the tokenizer, which are not trained"),
-        (
-            "tokens",
-            f"{config.tokens_per_image} an image, of {config.quantizer.codebook_size:,} codes{predicted}; {billions:,.1f} billion in all",
-        ),
-        (
-            "schedule",
-            f"{config.steps:,} steps of {config.batch_size} images: {epochs:.1f} epochs of ImageNet's {IMAGENET_IMAGES:,}; the rate rises "
-            f"to {optim.lr:g} over {rising:,} steps, rests for {resting:,} and falls to {optim.lr * optim.final_factor:g}",
-        ),
+        ("tokens", f"{tokens} an image, of {config.quantizer.codebook_size:,} codes{predicted}; {in_all}"),
+        ("schedule", _schedule(config)),
         ("a step", f"{config.accumulate} micro-batches of {images} images on each of {gpus} GPUs, {config.precision}"),
-        *_memory(config, costs, images, gpus),
+        ("memory", _memory(config, costs, images, gpus)),
+        *(
+            (sharding, _total(memory_gib(config, costs, images, gpus, sharding)))
+            for sharding in (("ddp", "fsdp") if gpus > 1 else ("ddp",))
+        ),
         ("compute", _compute(config, costs)),
         ("hours", hours(config, costs, gpus)),
     ]
@@ -93,8 +86,13 @@ def plan(config: GeneratorConfig, gpus: int) -> list[tuple[str, str]]:
 
 def count(config: GeneratorConfig, images: int) -> Costs:
     """Costs with micro-batches of so many images."""
-    with FakeTensorMode():  # nothing is computed, no memory is needed
-        transformer, tokenizer = Transformer(config.transformer_config), Tokenizer(config.tokenizer)
+    side = config.data.resolution
+    with torch.device("meta"), torch.no_grad():
+        tokenizer = Tokenizer(config.tokenizer)
+        with FlopCounterMode(display=False) as encoding:
+            tokenizer.features(torch.empty(1, config.data.channels, side, side))
+    with FakeTensorMode():  # nothing is computed, no memory is needed; other than meta tensors these know autocast
+        transformer = Transformer(config.transformer_config)
         block, rotation_2SP = transformer.blocks[0], rotation_table(config.grid, torch.empty(0))[:, :-1]
 
         def inputs(B: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -113,9 +111,6 @@ def count(config: GeneratorConfig, images: int) -> Costs:
 
         of_block, of_rest = ([kept_bytes(part, config.precision, *inputs(B)) for B in (1, 2)] for part in (through_block, after_blocks))
         depth = config.transformer.depth
-        with torch.no_grad(), FlopCounterMode(display=False) as encoding:
-            side = config.data.resolution
-            tokenizer.features(torch.empty(1, config.data.channels, side, side))
         return Costs(
             transformer=_size(transformer),
             block=_size(block),
@@ -141,41 +136,47 @@ def _flops(config: GeneratorConfig, loss: Callable[..., torch.Tensor], inputs: t
     return counter.get_total_flops()
 
 
-# --- In words ----------------------------------------------------------------------------------------------------------------------------
-
-
 def memory_gib(config: GeneratorConfig, costs: Costs, images: int, gpus: int, sharding: str) -> dict[str, float]:
-    """Estimated GiB of a GPU by what needs them, by the rules that `plan` shows."""
-    a_parameter = 20 if config.optim.ema_decay else 16
+    """Estimated GiB of a GPU by what needs them, with micro-batches of so many images; the plan's line on memory has the rules."""
+    state, depth = (20 if config.optim.ema_decay else 16) * costs.transformer, config.transformer.depth
+    sizes = {"state": state + (4 * costs.transformer if gpus > 1 else 0)}
     if sharding == "fsdp":
-        outside = costs.transformer - config.transformer.depth * costs.block
-        sizes = {"state": a_parameter * costs.transformer / gpus, "gathered": 8.0 * (outside + 2 * costs.block)}
-    else:
-        sizes = {"state": float((a_parameter + (4 if gpus > 1 else 0)) * costs.transformer)}
-    kept = images * (config.transformer.depth * costs.kept_a_block + costs.kept_after)
+        outside = costs.transformer - depth * costs.block
+        sizes = {"state": state // gpus, "gathered": 8 * (outside + 2 * costs.block)}
     logits = min(LARGEST_LOGITS, images * config.tokens_per_image * max(config.transformer_config.symbols))
-    sizes |= {"activations": kept, "copies": costs.copies, "logits": 8 * logits, "tokenizer": 4 * costs.tokenizer}
+    sizes |= {"activations": images * (depth * costs.kept_a_block + costs.kept_after)}
+    sizes |= {"copies": costs.copies} if config.precision != "fp32" else {}
+    sizes |= {"logits": 8 * logits, "tokenizer": 4 * costs.tokenizer}
     return {name: size / 2**30 for name, size in sizes.items()}
 
 
-def _memory(config: GeneratorConfig, costs: Costs, images: int, gpus: int) -> list[tuple[str, str]]:
-    """What is counted, and what that comes to on each GPU."""
-    S, depth = config.tokens_per_image, config.transformer.depth
-    rules = [
-        f"state {20 if config.optim.ema_decay else 16} bytes a parameter: float32 weight, gradient, both moments of AdamW"
-        + (", average" if config.optim.ema_decay else "")
-        + ("; ddp 4 more, to send gradients; fsdp shares them out and gathers two blocks and what is outside blocks" if gpus > 1 else ""),
-        f"activations: {images} images × ({S} positions × {depth} blocks × {costs.kept_a_block / S / 1024:.1f} KiB + "
-        f"{costs.kept_after / 2**20:.1f} MiB)",
-        f"copies: the weights in {config.precision}",
-        f"logits: 8 bytes of at most {LARGEST_LOGITS:,}",
-    ]
-    lines = [("memory", f"{'; '.join(rules)}; {BASIS}")]
-    for sharding in ("ddp", "fsdp") if gpus > 1 else ("one GPU",):
-        sizes = memory_gib(config, costs, images, gpus, sharding)
-        total = ", ".join(f"{name} {gib:.2f}" for name, gib in sizes.items())
-        lines.append((sharding, f"about {sum(sizes.values()):.1f} GiB a GPU ({total})"))
-    return lines
+def _total(sizes: dict[str, float]) -> str:
+    return f"about {sum(sizes.values()):.1f} GiB a GPU ({', '.join(f'{name} {gib:.2f}' for name, gib in sizes.items())})"
+
+
+# --- In words ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _schedule(config: GeneratorConfig) -> str:
+    optim, steps = config.optim, config.steps
+    epochs = steps / (IMAGENET_IMAGES // config.batch_size)
+    rising, resting = round(optim.warmup * steps), round(optim.plateau * steps)
+    rate = f"rises to {optim.lr:g} over {rising:,} steps, rests for {resting:,} and falls to {optim.lr * optim.final_factor:g}"
+    return f"{steps:,} steps of {config.batch_size} images: {epochs:.1f} epochs of ImageNet's {IMAGENET_IMAGES:,}; the rate {rate}"
+
+
+def _memory(config: GeneratorConfig, costs: Costs, images: int, gpus: int) -> str:
+    """The rules."""
+    held, average = (20, ", average") if config.optim.ema_decay else (16, "")
+    copies = f"copies: the weights in {config.precision}; " if config.precision != "fp32" else ""
+    several = "; ddp 4 more, to send gradients, fsdp a share, and two blocks and what is outside blocks gathered" if gpus > 1 else ""
+    a_block, after = f"{costs.kept_a_block / config.tokens_per_image / 1024:.1f} KiB", f"{costs.kept_after / 2**20:.1f} MiB"
+    positions = f"{config.tokens_per_image} positions × {config.transformer.depth} blocks × {a_block}"
+    return (
+        f"state: {held} bytes a parameter (float32 weight, gradient, both moments of AdamW{average}){several}; "
+        f"activations: {images} images × ({positions} + {after}); {copies}"
+        f"logits: 8 bytes each, at most {LARGEST_LOGITS:,}; {BASIS}"
+    )
 
 
 def _compute(config: GeneratorConfig, costs: Costs) -> str:

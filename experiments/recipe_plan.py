@@ -106,7 +106,7 @@ def kept_bytes(network: Callable[..., object], precision: str, *inputs: torch.Te
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
+        if not (isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)):  # or a view of one
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
