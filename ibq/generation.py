@@ -72,7 +72,6 @@ def evaluate_generator(
 
     Raises:
         NonFiniteError: the transformer's predictions have NaN or infinite values.
-        DataError: images of this or another process cannot be read.
         StopRequested: finished parts are kept.
     """
     n_images = min(runtime.eval_images, len(images))
@@ -140,7 +139,7 @@ def _likelihood(
 ) -> Metrics:
     loss, device = NextTokenLoss(transformer), next(transformer.parameters()).device
     sums: list[float] = []
-    with shared_errors(StopRequested), measuring(loss):
+    with shared_errors(StopRequested), measuring(transformer):
         for numbers_B in own_batches(n_images, batch_size):
             tokens_BT, classes_B = tokens.tokens_NT[numbers_B].to(device, torch.int64), tokens.labels_N[numbers_B].to(device)
             sums.append(float(loss(tokens_BT, classes_B)) * len(numbers_B))

@@ -1,6 +1,6 @@
 """What a generator learns from: the tokens of a split's images, encoded once and kept, or those of fresh squares at each step.
 
-Suffixes: N images of a split, B those of a batch, T tokens of an image in row-major order, C channels, H W pixels.
+Suffixes: N images of a split, M those that are wanted, B those of a batch, T tokens of an image in row-major order, C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from ibq.data import DataError, ImageSource, cache_folder
 from ibq.data.batches import TrainingBatches, shares
-from ibq.distributed import any_rank, is_writer
+from ibq.distributed import any_rank, is_writer, shared_errors
 from ibq.errors import ConfigError
 from ibq.evaluation import measuring
 from ibq.generator_config import GeneratorConfig
@@ -66,8 +66,15 @@ def labels_of(images: ImageSource, classes: int) -> torch.Tensor:
     return labels_N
 
 
-def encode_split(tokenizer: Tokenizer, images: ImageSource, *, classes: int, beat: Callable[[], bool] = lambda: False) -> Tokens:
-    """The tokens of all images of a split (centre squares), in whole float32; with several processes a collective that shares the work.
+def encode_split(
+    tokenizer: Tokenizer,
+    images: ImageSource,
+    *,
+    classes: int,
+    wanted: torch.Tensor | None = None,
+    beat: Callable[[], bool] = lambda: False,
+) -> Tokens:
+    """The tokens of the images of a split (centre squares), in whole float32; with several processes a collective that shares the work.
 
     They are kept under what they follow from, the tokenizer's digest and the content of the split, in the folder `tokens` where fetched
     data lie too (IBQ_CACHE), in files of 4,096 images. What is there is not encoded again, but for damaged files; a folder that cannot be
@@ -77,6 +84,7 @@ def encode_split(tokenizer: Tokenizer, images: ImageSource, *, classes: int, bea
         tokenizer: on the device to compute on.
         images: the split.
         classes: of the labels; 1 where there are none.
+        wanted: int64, the images whose tokens are needed, ascending, where a short run needs few; the tokens of all others are then -1.
         beat: called after every batch and while waiting, as a sign of life, so that it may do no collective; True on any process stops all.
 
     Raises:
@@ -86,20 +94,30 @@ def encode_split(tokenizer: Tokenizer, images: ImageSource, *, classes: int, bea
         StopRequested: what is finished is kept.
     """
     labels_N = labels_of(images, classes)
-    shape = images.pixels(torch.arange(1)).shape[1:]
-    key = hashlib.sha256(f"{ENCODING} {tokenizer.digest()} {images.content_hash} {tuple(shape)}".encode()).hexdigest()
+    wanted_M = torch.arange(len(images)) if wanted is None or len(wanted) == len(images) else wanted
+    with shared_errors(DataError):
+        shape = images.pixels(wanted_M[:1]).shape[1:]
+    key = _key(tokenizer, images, shape, wanted_M)
     folder = _cache(key)
-    tokens = shape[1] * shape[2] // tokenizer.config.model.downsampling**2
-    parts = Parts(
-        folder, key, len(images), SHARD, tokens, tokenizer.config.quantizer.codebook_size, f"encoding {images.name} {images.split}"
-    )
-    device = next(tokenizer.parameters()).device
+    T = shape[1] * shape[2] // tokenizer.config.model.downsampling**2
+    doing, device = f"encoding {images.name} {images.split}", next(tokenizer.parameters()).device
+    parts = Parts(folder, key, len(wanted_M), SHARD, T, tokenizer.config.quantizer.codebook_size, doing)
 
     def encoded(numbers_B: torch.Tensor) -> torch.Tensor:
-        return encode(tokenizer, images.batch(numbers_B, device))
+        return encode(tokenizer, images.batch(wanted_M[numbers_B], device))
 
+    tokens_NT = torch.full((len(images), T), -1, dtype=torch.int32)
     with _claim(folder, beat), measuring(tokenizer):
-        return Tokens(parts.collect(encoded, images_at_once(shape), beat), labels_N)
+        tokens_NT[wanted_M] = parts.collect(encoded, images_at_once(shape), beat)
+    return Tokens(tokens_NT, labels_N)
+
+
+def _key(tokenizer: Tokenizer, images: ImageSource, shape: torch.Size, wanted_M: torch.Tensor) -> str:
+    """What stands for the tokens of images of shape (C, H, W); that of a whole split does not hang on how it was asked for."""
+    digest = hashlib.sha256(f"{ENCODING} {tokenizer.digest()} {images.content_hash} {tuple(shape)}".encode())
+    if len(wanted_M) < len(images):
+        digest.update(wanted_M.numpy().data)
+    return digest.hexdigest()
 
 
 def encode(tokenizer: Tokenizer, x_BCHW: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ibq.data import DataError, data_hash, data_hash_of, load_images
+from ibq.data.batches import images_seen
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
 from ibq.generation import evaluate_generator
@@ -95,9 +97,11 @@ def train_generator(
     # ---------------------------------------------------------------- tokens; those of fresh squares come step by step
     started = time.perf_counter()
     with _encoding(config):
-        cached = config.tokens == "cached"
-        train_tokens = encode_split(tokenizer, train_images, classes=config.classes, beat=should_stop) if cached else None
-        test_tokens = encode_split(tokenizer, test_images, classes=config.classes, beat=should_stop)
+        seen = images_seen(config.seed, config.steps, n_images, config.batch_size)
+        judged = torch.arange(min(runtime.eval_images, len(test_images)))
+        encode = partial(encode_split, tokenizer, classes=config.classes, beat=should_stop)
+        train_tokens = encode(train_images, wanted=seen) if config.tokens == "cached" else None
+        test_tokens = encode(test_images, wanted=judged)
     encode_seconds = time.perf_counter() - started
 
     # ---------------------------------------------------------------- transformer and average: fresh, or as the checkpoint has them

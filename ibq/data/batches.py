@@ -25,6 +25,13 @@ def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch
     return _permutation(seed * 1_000_003 + epoch, n_images)[batch * batch_size : (batch + 1) * batch_size]
 
 
+def images_seen(seed: int, steps: int, n_images: int, batch_size: int) -> torch.Tensor | None:
+    """Which images the first steps of a run show, ascending; None where they are all, or nearly."""
+    if steps * batch_size >= n_images:
+        return None
+    return torch.cat([batch_indices(seed, step, n_images, batch_size) for step in range(steps)]).sort().values
+
+
 def _epoch_and_batch(step: int, n_images: int, batch_size: int) -> tuple[int, int]:
     return divmod(step, max(1, n_images // batch_size))
 
