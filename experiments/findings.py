@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments import anatomy
+from experiments import anatomy, generators
 from experiments.ablations import Ablation
 from experiments.ablations.grid import BASE, numbers, varied
 from experiments.effects import OUTCOMES, Verdict, main_effects, verdict
@@ -23,11 +23,11 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         states = ", ".join(f"{n} {state}" for state, n in counts.items())
         sentences.append(f"{counts.sum()} of {len(known)} runs have no result ({states}); what follows rests on the others.")
     waiting = rows[rows["status"] == "waiting"]
-    generators = int(waiting["stage"].eq("generator").sum()) if "stage" in waiting else 0
-    if searching := len(waiting) - generators:
+    untokenized = int(waiting["stage"].eq("generator").sum()) if "stage" in waiting else 0
+    if searching := len(waiting) - untokenized:
         sentences.append(f"{searching} runs wait for the search of their learning rate.")
-    if generators:
-        sentences.append(f"{generators} generators wait for their tokenizers.")
+    if untokenized:
+        sentences.append(f"{untokenized} generators wait for their tokenizers.")
     sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
     if "main_effects" in ablation.tables and not (table := main_effects(ablation, rows)).empty:
         sentences += _of_effects(table)
@@ -35,7 +35,7 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         sentences += _of_grid(ablation, rows)
     if "search" in ablation.tables:
         sentences += _of_searches(rows)
-    return sentences + anatomy.sentences(ablation, rows)
+    return sentences + anatomy.sentences(ablation, rows) + generators.sentences(ablation, rows)
 
 
 def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:

@@ -66,7 +66,7 @@ PRESETS = {
             ),
             projection="pca",
             discriminator={"loss.adversarial.channels": 8, "loss.adversarial.layers": 2},
-            generator={"transformer": {"depth": 1}, "steps": 4, "batch_size": 8},
+            generator={"transformer": {"depth": 2}, "steps": 4, "batch_size": 8},
             seconds_per_step=0.05,
             max_seeds=1,
             max_codebook_size=128,

@@ -290,7 +290,7 @@ class Study:
         """
         assert ablation.generator
         assert isinstance(of.config, TrainConfig)
-        changes = ablation.generator(arm.levels)
+        changes = ablation.generator(arm.levels, generator(self.preset, of.config, {}))
         for path in self._of_generators:
             if path == "seed":
                 raise ConfigError("--set generator.seed would give every arm one seed; use --seeds, which says how many")

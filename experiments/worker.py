@@ -23,6 +23,7 @@ from ibq.generator_config import GeneratorConfig, RunConfig, parse_run_config
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.processes import exit_with_parent
 from ibq.run_directory import RunDirectory, append_line, write_json
+from ibq.train_generator import train_generator
 from ibq.train_tokenizer import train_tokenizer
 from ibq.training import LogEvent, Runtime, StopRequested, row_of, write_lost
 
@@ -107,8 +108,6 @@ def trained(
     """The events of the trainer that the config is for; a generator's wants its tokenizer, or the finished run that it is of."""
     if isinstance(config, TrainConfig):
         return train_tokenizer(config, run.path, runtime, should_stop)
-    from ibq.train_generator import train_generator
-
     if isinstance(tokenizer, RunDirectory):
         tokenizer = _tokenizer_of(tokenizer, config, run, runtime)
     assert tokenizer is not None

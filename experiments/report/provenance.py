@@ -11,6 +11,7 @@ import pandas as pd
 from experiments import tuning
 from experiments.ablations import Ablation
 from experiments.ablations.grid import text
+from experiments.rows import of_arms
 from experiments.study import Study
 
 FACTS = {
@@ -25,6 +26,8 @@ FACTS = {
 MIXED = {"commit": "commits", "results_version": "results versions", "device": "devices", "torch": "versions of torch"}
 """What should be one value in all rows that are compared, in the plural."""
 PROTOCOL = "protocol."
+HASHES = ("protocol.tokenizer_sha256",)
+"""Parts of a protocol that say nothing to a reader."""
 
 
 def facts(rows: pd.DataFrame) -> dict[str, str]:
@@ -33,7 +36,8 @@ def facts(rows: pd.DataFrame) -> dict[str, str]:
     if finished.empty:
         return {}
     shown = {label: _values(finished[name]) for name, label in FACTS.items() if name in finished}
-    shown |= {name.removeprefix(PROTOCOL): _values(finished[name]) for name in sorted(finished) if name.startswith(PROTOCOL)}
+    arms = of_arms(finished)  # the protocol of generators' tokenizers stands with the table
+    shown |= {name.removeprefix(PROTOCOL): _values(arms[name]) for name in sorted(arms) if name.startswith(PROTOCOL) and name not in HASHES}
     runs = finished.drop_duplicates("run")
     shown["runs"] = f"{len(runs)} finished, {minutes(rows):.1f} minutes of training in all"
     shown["parameters a run"] = _values(runs["parameters"].sort_values().map(lambda n: f"{int(n):,}"))
@@ -102,6 +106,20 @@ def protocol(ablation: Ablation, rows: pd.DataFrame) -> str:
     finished = rows[rows["status"] == "ok"]
     if finished.empty:
         return ""
+    sentences = _of_samples(finished[finished["stage"] == "generator"]) if ablation.generator else []
+    if "tokens" in finished:
+        sentences += _of_tokens(finished, "Protocol of the tokenizers" if ablation.generator else "Protocol")
+    if ablation.tuning:
+        times = ", ".join(f"{factor:g}" for factor in ablation.tuning.factors)
+        sentences.append(
+            f"Tuning: {ablation.tuning.field} at {times} times the recipe's value, in runs of {100 * ablation.tuning.step_share:.0f}% "
+            f"of the steps with the whole schedule, seed 0; {tuning.RULE}."
+        )
+    return " ".join(sentences)
+
+
+def _of_tokens(finished: pd.DataFrame, heading: str) -> list[str]:
+    """What rows of tokenizers are measured on."""
     sentences = []
     for (split, n_images, weights, tokens), group in finished.groupby(
         ["protocol.split", "protocol.n_images", "protocol.weights", "tokens"], sort=False
@@ -112,16 +130,23 @@ def protocol(ablation: Ablation, rows: pd.DataFrame) -> str:
             for K, usage, perplexity in zip(sizes["codebook_size"], sizes["uniform_usage"], sizes["uniform_perplexity"], strict=True)
         ]
         sentences.append(
-            f"Protocol: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} weights; as many tokens "
-            f"drawn uniformly would use {', '.join(uniform)}."
+            f"{heading}: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} weights; as many "
+            f"tokens drawn uniformly would use {', '.join(uniform)}."
         )
-    if ablation.tuning:
-        times = ", ".join(f"{factor:g}" for factor in ablation.tuning.factors)
+    return sentences
+
+
+def _of_samples(generators: pd.DataFrame) -> list[str]:
+    """What rows of generators are measured on."""
+    sentences = []
+    for (split, n_images, weights), group in generators.groupby(["protocol.split", "protocol.n_images", "protocol.weights"], sort=False):
+        samples, guidances = (_values(group[f"protocol.{name}"]) for name in ("samples", "guidances"))
+        sampling = _values(group["protocol.sampling"].str.replace(r"seed \d+", "the run's seed", regex=True))
         sentences.append(
-            f"Tuning: {ablation.tuning.field} at {times} times the recipe's value, in runs of {100 * ablation.tuning.step_share:.0f}% "
-            f"of the steps with the whole schedule, seed 0; {tuning.RULE}."
+            f"Protocol: cross-entropy on the first {int(n_images):,} images of the {split} split, {weights} weights; distances to them of "
+            f"{samples} samples at each guidance ({guidances}); {sampling}."
         )
-    return " ".join(sentences)
+    return sentences
 
 
 def missing(rows: pd.DataFrame) -> list[dict[str, Any]]:
