@@ -9,7 +9,6 @@ from PIL import Image
 
 from experiments.cli.base import changes
 from experiments.imagenet256.tokenizers import TOKENIZERS
-from ibq.config import TrainConfig
 from ibq.models.tokenizer import Tokenizer
 
 FIELDS = {
@@ -52,11 +51,11 @@ def write_pictures(folder: Path, classes: int = 0, side: int = 32) -> Path:
     return folder
 
 
-def tiny_tokenizer(**fields: str) -> Tokenizer:
-    """With weights as they begin; fields by dotted path."""
-    config: TrainConfig = TOKENIZERS["imagenet256_ibq_1024"]().with_fields(**changes([f"{k}={v}" for k, v in (FIELDS | fields).items()]))
+def tiny_tokenizer() -> Tokenizer:
+    """Such a one, with weights as they begin."""
+    fields = changes([f"{name}={value}" for name, value in FIELDS.items()])
     torch.manual_seed(0)
-    return Tokenizer(config)
+    return Tokenizer(TOKENIZERS["imagenet256_ibq_1024"]().with_fields(**fields))
 
 
 def command(pictures: Path, out: Path, steps: int, **fields: str) -> list[str]:
@@ -64,10 +63,10 @@ def command(pictures: Path, out: Path, steps: int, **fields: str) -> list[str]:
     return ["train", "imagenet256_ibq_1024", "--data", str(pictures), "--out", str(out), "--device", "cpu", *_set(FIELDS, steps, fields)]
 
 
-def generator_command(pictures: Path, tokenizer: Path, out: Path, steps: int, **fields: str) -> list[str]:
+def generator_command(pictures: Path, tokenizer: Path, out: Path, steps: int, samples: int = 2, **fields: str) -> list[str]:
     """The same of a generator; the recipe is B's."""
     places = ["--data", str(pictures), "--tokenizer", str(tokenizer), "--out", str(out)]
-    runtime = ["--device", "cpu", "--samples", "4", "--workers", "0"]
+    runtime = ["--device", "cpu", "--samples", str(samples), "--workers", "0"]
     return ["train", "imagenet256_generator_b", *places, *runtime, *_set(GENERATOR_FIELDS, steps, fields)]
 
 
