@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from tqdm import tqdm
@@ -112,32 +112,45 @@ def open_model(given: argparse.Namespace) -> tuple[Model, PictureFolder]:
         ConfigError, DataError: one of them cannot be used.
     """
     device = resolve_device(given.device)
-    path = Path(given.model).expanduser()
-    if path.is_dir():
-        tokenizer = load_tokenizer(path)
-        weights = "averaged (EMA)" if RunDirectory(path).finished else "as saved"
-        if given.weights == "raw":
-            raise ConfigError(f"--weights raw is for released checkpoints; {quoted(path)} holds one set of weights ({weights})")
-    elif path.is_file() and path.suffix == ".ckpt":
-        from ibq.released import load_released
-
-        released = load_released(path, given.weights)
-        if isinstance(released, Tokenizer):
-            tokenizer, averaged, as_they_are = released, given.weights == "ema", "as trained, not averaged"
-        else:
-            tokenizer, averaged, as_they_are = released.tokenizer, released.averaged, "as in the transformer's checkpoint"
-        weights = "averaged (EMA), as released" if averaged else as_they_are
-    else:
-        wrong = "is neither a folder nor a .ckpt file" if path.exists() else "does not exist"
-        raise ConfigError(
-            f"{quoted(path)} {wrong}; pass the folder of a finished run or of Tokenizer.save, or a released checkpoint file (.ckpt)"
-        )
+    tokenizer, weights = read_tokenizer(given.model, given.weights)
+    if given.weights == "raw" and Path(given.model).expanduser().is_dir():
+        raise ConfigError(f"--weights raw is for released checkpoints; {quoted(given.model)} holds one set of weights ({weights})")
     config = tokenizer.config
     framing = Framing(config.model.downsampling, config.data.channels, given.fit, given.resize)
     pictures = PictureFolder(given.pictures, framing, given.limit)
     if framing.channels == 1:
         print("the tokenizer has one channel, so it is shown every picture in grey", file=sys.stderr)
     return Model(tokenizer.to(device).eval(), given.model, weights), pictures
+
+
+def read_tokenizer(given: str | Path, weights: Literal["ema", "raw"] = "ema") -> tuple[Tokenizer, str]:
+    """A tokenizer in eval mode on the CPU, and which weights it has, for people.
+
+    Args:
+        given: the folder of a finished run or of Tokenizer.save, or a released checkpoint; of a generator's the tokenizer in it.
+        weights: of a released checkpoint, as `load_released`.
+
+    Raises:
+        ConfigError, DataError: there is none, or it cannot be used.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        if (copy := path / "tokenizer").is_dir():  # in the folder of a generator's run
+            return load_tokenizer(copy), "as the generator was trained on"
+        return load_tokenizer(path), "averaged (EMA)" if RunDirectory(path).finished else "as saved"
+    if path.is_file() and path.suffix == ".ckpt":
+        from ibq.released import load_released
+
+        released = load_released(path, weights)
+        if isinstance(released, Tokenizer):
+            tokenizer, averaged, as_they_are = released, weights == "ema", "as trained, not averaged"
+        else:
+            tokenizer, averaged, as_they_are = released.tokenizer, released.averaged, "as in the transformer's checkpoint"
+        return tokenizer, "averaged (EMA), as released" if averaged else as_they_are
+    wrong = "is neither a folder nor a .ckpt file" if path.exists() else "does not exist"
+    raise ConfigError(
+        f"{quoted(path)} {wrong}; pass the folder of a finished run or of Tokenizer.save, or a released checkpoint file (.ckpt)"
+    )
 
 
 def reconstructed(model: Model, pictures: PictureFolder, names: Iterable[str], batch_size: int) -> Iterator[Batch]:
