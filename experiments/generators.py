@@ -64,7 +64,7 @@ def _of_agreement(agreement: pd.Series) -> str:
     sentence = (
         f"fashion-cnn sees the class that was asked for in {100 * agreement[most]:.1f}% of the samples of {most} at its best guidance"
     )
-    return sentence + (f", the most, and in {100 * agreement[least]:.1f}% of {least}'s, the least." if most != least else ".")
+    return sentence + (f", the most, and in {100 * agreement[least]:.1f}% of those of {least}, the least." if most != least else ".")
 
 
 def _of_bits(known: pd.DataFrame) -> list[str]:

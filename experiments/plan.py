@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import pandas as pd
 
 from experiments.ablations import Ablation
+from experiments.ablations.grid import text
 from experiments.pace import StepCost, step_cost, work
 from experiments.study import STAGES, Cell, Stage, Study, unique_runs
 from experiments.sweep import default_slots
@@ -75,3 +79,16 @@ def _steps_left(stage: Stage, cost: StepCost, left: list[Cell], waiting: list[Ce
         return phrase
     size = "" if stage == "tokenizer" else " of the preset's size, encoding and evaluation included"
     return f"{phrase} at {cost.seconds:.3f} s a step{size} (measured on {cost.basis})"
+
+
+def command(study: Study, *names: str) -> str:
+    """The command that trains these ablations of a study."""
+    words = ["python", "-m", "experiments", "run", *([] if study.grid else names), "--preset", study.preset_name]
+    words += [] if study.seeds is None else ["--seeds", str(study.seeds)]
+    for path, value in sorted(study.overrides.items()):
+        words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
+    for field, values in study.grid.items():
+        words += ["--grid", f"{field}={','.join(map(text, values))}"]
+    for base in study.bases:
+        words += ["--base", base]
+    return shlex.join(words)

@@ -113,6 +113,16 @@ class PaperRow:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """The other half of a question, which another ablation answers: its name, a title, and the arms and contrasts that belong to it."""
+
+    ablation: str
+    title: str
+    arms: tuple[str, ...]
+    contrasts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Ablation:
     """One study: see `experiments/ablations/`.
 
@@ -151,6 +161,7 @@ class Ablation:
     """The arms whose codes and features are projected at several moments of training."""
     tuning: Tuning | None = None
     anatomy: Anatomy | None = None
+    continued: Continuation | None = None
     core: bool = True
     """Whether it belongs to the core study, which is what a study without names is."""
 

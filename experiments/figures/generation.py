@@ -63,9 +63,9 @@ def _class_grid(cell: Cell) -> tuple[float, dict[str, list[torch.Tensor]]]:
     with safe_open(path, framework="pt") as file:
         if images not in file.keys():  # noqa: SIM118 (not a dict)
             return guidance, grid
-        images_BCHW, classes_B = file.get_tensor(images), file.get_tensor("classes_N")
+        images_BCHW, classes_B = file.get_tensor(images), file.get_tensor("classes_N")[file.get_tensor("shown_N")]
     names = CLASS_NAMES.get(cell.config.data.kind, ())
-    for image_CHW, number in zip(images_BCHW, classes_B.tolist(), strict=False):
+    for image_CHW, number in zip(images_BCHW, classes_B.tolist(), strict=True):
         row = grid.setdefault(names[number] if number < len(names) else f"class {number}", [])
         if len(row) < MOST_COLUMNS:
             row.append(image_CHW)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from experiments import claims, figures, notebooks, pages, tables
+from experiments import claims, continuation, figures, notebooks, pages, plan, tables
 from experiments import rows as rows_module
 from experiments.ablations import ABLATIONS, Ablation
 from experiments.findings import findings
@@ -87,6 +87,7 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
         "page": page_name(ablation),
         "claims": claims.claims_of(study, ablation, rows),
         "findings": findings(ablation, rows),
+        "continued": _continued(study, ablation, folder),
         "verdicts": next((item for item in items if item.name == "verdicts"), None),
         "parts": layout.arrange(items),
         "thumbnail": next((item for item in items if item.html is None), None),
@@ -99,10 +100,23 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
         "minutes": provenance.minutes(mine),
         "facts": provenance.facts(mine),
         "warnings": provenance.warnings(mine, by="arm"),
-        "command": provenance.command(study, ablation.name),
+        "command": plan.command(study, ablation.name),
         "notebook": notebook,
         "notebook_is_current": current,
     }
+
+
+def _continued(study: Study, ablation: Ablation, folder: Path) -> dict[str, Any] | None:
+    """The half of the question that another ablation answers: its note, claims and table; None where there is no other half."""
+    other = continuation.other_half(study, ablation)
+    if other is None:
+        return None
+    shown: dict[str, Any] = {"title": other.title, "ablation": other.ablation, "note": other.note, "claims": []}
+    if other.has_result:
+        stem = f"{file_name(ablation.name)}_{file_name(other.ablation.name)}"
+        shown["table"] = _written(other.arms_table(), folder, stem, tables.TABLES["arms"][1])
+        shown["claims"] = claims.claims_of(study, other.ablation, other.rows)
+    return shown
 
 
 def _figures(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path) -> list[layout.Item]:
@@ -148,7 +162,7 @@ def _first_page(study: Study, sections: list[dict[str, Any]], rows: pd.DataFrame
         facts=provenance.facts(rows),
         warnings=provenance.warnings(rows, by="ablation"),
         sessions=read_lines(folder / "sessions.jsonl"),
-        command=provenance.command(study, *(section["ablation"].name for section in sections)),
+        command=plan.command(study, *(section["ablation"].name for section in sections)),
         mechanism=mechanism if (folder / mechanism).is_file() else None,
     )
 
