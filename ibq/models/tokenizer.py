@@ -101,15 +101,6 @@ def digest_of(network: nn.Module, architecture: Any) -> str:
     return digest.hexdigest()
 
 
-def digest_of(network: nn.Module, architecture: Any) -> str:
-    """SHA-256 (hex) of an architecture, as JSON has it, and of a network's weights."""
-    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote or that a finished run directory holds (its averaged weights), in eval mode on the CPU.
 
