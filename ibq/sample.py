@@ -142,7 +142,8 @@ def _folder(given: argparse.Namespace, generator: Generator) -> SampleFolder:
     transformer, tokenizer = generator.transformer.config, generator.tokenizer.config
     if _sampling(given).guided and not transformer.class_dropout:
         raise ConfigError(
-            f"--guidance {given.guidance:g}: the transformer was trained with class_dropout=0, so without a class for none; leave it at 1"
+            f"--guidance {given.guidance:g} needs an unconditional class, and the transformer (class_dropout=0) was trained without; "
+            "leave it at 1"
         )
     out = Path(given.out).expanduser().absolute()
     for model in (Path(path).expanduser() for path in (given.model, given.tokenizer) if path):

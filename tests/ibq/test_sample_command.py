@@ -359,7 +359,11 @@ def test_every_wrong_argument_is_one_sentence(model: Path, tmp_path: Path, capsy
         "tokenizer holds a tokenizer and no transformer": (tmp_path / "tokenizer",),
         r"the tokenizer in .* \(sha256 .*\) is not the one": (model, "--tokenizer", tmp_path / "tokenizer"),
         "there is no class 10; the model has 10, 0 to 9": (model, "--classes", "8-10"),
-        "--guidance 2: the transformer was trained with class_dropout=0": (unguided, "--guidance", 2),
+        r"--guidance 2 needs an unconditional class, and the transformer \(class_dropout=0\) was trained without; leave": (
+            unguided,
+            "--guidance",
+            2,
+        ),
         "argument --count: '0' is not a whole number of at least 1": (model, "--count", 0),
         "argument --batch-size: 'x' is not a whole number of at least 1": (model, "--batch-size", "x"),
         r"argument --seed: '-1' is not a whole number of at least 0 and below 2\*\*64": (model, "--seed=-1"),
