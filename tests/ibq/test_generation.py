@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from generators import CONFIG, build, fashion
+from tiny_generator import CONFIG, build, fashion
 from training_runs import stop_after
 
 import ibq.generation as module
