@@ -60,7 +60,7 @@ def cross_entropy(hidden_NW: torch.Tensor, weight_KW: torch.Tensor, targets_N: t
     with torch.autocast(kind, enabled=False):
         if len(weight_KW) <= k:
             return F.cross_entropy(_logits(hidden_NW, weight_KW), targets_N)
-        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_NW, weight_KW, targets_N, k)  # type: ignore[no-untyped-call]
+        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_NW, weight_KW, targets_N, k)
         return loss
 
 

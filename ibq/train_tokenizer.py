@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ibq.checkpoint import remove_checkpoint
 from ibq.config import TrainConfig
 from ibq.data import DataError, ImageSource, data_hash, load_images
 from ibq.data.batches import TrainingBatches
@@ -48,6 +47,7 @@ from ibq.training import (
     newest_checkpoint,
     peak_memory_gib,
     row_of,
+    tidy,
     write_lost,
 )
 from ibq.training_state import TrainingState
@@ -234,7 +234,7 @@ def train_tokenizer(
             metrics |= gaps
             protocol |= {"gap": GAP_PROTOCOL} if gaps else {}
         write_json(run.row, _row(state, "ok", peak | metrics, protocol, data))
-        remove_checkpoint(run.checkpoint)
+        tidy(run)
     barrier()  # the run is finished for every process
 
 

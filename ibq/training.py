@@ -37,7 +37,7 @@ class Runtime:
     """Processes that decode pictures, where images are read from a folder while training."""
     compile: bool = False
     checkpoint_activations: bool = False
-    """Recompute the autoencoder's activations in the backward pass: less memory, about a third more time, the same numbers."""
+    """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
     eval_images: int = 2000
     eval_batch_size: int = 100
     sharding: Literal["ddp", "fsdp"] = "ddp"
@@ -113,10 +113,15 @@ def check_config(run: RunDirectory, config: RunConfig) -> None:
             theirs = parse_run_config(json.loads(run.config.read_text())).identity()
         except ValueError as error:
             raise ConfigError(f"{run.config} cannot be read ({' '.join(str(error).split())}); forget the run") from None
-        if theirs != config.identity():
-            mine, other = flatten(config.identity()), flatten(theirs)
-            field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
-            raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
+        if differing := first_difference(theirs, config.identity()):
+            raise ConfigError(f"{run.path} holds a run with {differing}; pass another directory")
+
+
+def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first field, in the order of their names, in which two configs' identities differ, and both values; None where none does."""
+    theirs, mine = flatten(found), flatten(wanted)
+    differing = (name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name))
+    return next((f"{name}={theirs.get(name)!r}, not {mine.get(name)!r}" for name in differing), None)
 
 
 def already_finished(run: RunDirectory, config: RunConfig) -> bool:
@@ -132,9 +137,14 @@ def already_finished(run: RunDirectory, config: RunConfig) -> bool:
     with shared_errors(ConfigError):
         status = run.read_row()["status"]
     if is_writer() and status == "ok":  # a kill may have come between the row and this; of a run that was lost the last state is kept
-        remove_checkpoint(run.checkpoint)
-        shutil.rmtree(run.samples, ignore_errors=True)
+        tidy(run)
     return True
+
+
+def tidy(run: RunDirectory) -> None:
+    """Remove what a run needs as long as it has no row: its checkpoint, and parts of its evaluation."""
+    remove_checkpoint(run.checkpoint)
+    shutil.rmtree(run.samples, ignore_errors=True)
 
 
 def newest_checkpoint(run: RunDirectory, belongs_to: dict[str, str]) -> tuple[Checkpoint | None, list[str]]:
