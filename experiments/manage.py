@@ -15,11 +15,13 @@ from filelock import FileLock, Timeout
 from experiments.rows import OF_THE_ROWS_IMAGES
 from experiments.study import Cell, Study, unique_runs
 from experiments.sweep import train_study
-from ibq.config import TrainConfig, flatten, parse_train_config
+from experiments.worker import TOKENIZER_ROW
+from ibq.config import flatten
 from ibq.data import DataError, load_images
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, nearest
 from ibq.evaluation import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
+from ibq.generator_config import RunConfig, parse_run_config
 from ibq.models.tokenizer import load_tokenizer
 from ibq.run_directory import RunDirectory, write_json
 
@@ -54,20 +56,23 @@ def find_run(study: Study, name: str) -> RunDirectory:
     return RunDirectory(study.runs_folder / matches[0])
 
 
-def read_config(run: RunDirectory) -> TrainConfig:
+def read_config(run: RunDirectory) -> RunConfig:
     """The config of a run directory, checked.
 
     Raises:
         ConfigError: config.json is not JSON or not a valid config.
     """
     try:
-        return parse_train_config(json.loads(run.config.read_text()))
+        return parse_run_config(json.loads(run.config.read_text()))
     except ValueError as error:
         raise ConfigError(f"{run.config} cannot be read: {' '.join(str(error).split())}; forget the run and train it again") from None
 
 
 def forget(run: RunDirectory) -> None:
     """Remove a run for good. It leaves the runs folder in one step, so that a kill leaves no half of it behind.
+
+    Generators that were trained on a tokenizer outlive it: each has a copy of it and of its row. The study's next run trains the tokenizer
+    again, since it is one of its runs, and no finished generator.
 
     Raises:
         ConfigError: the run is being trained.
@@ -82,8 +87,16 @@ def forget(run: RunDirectory) -> None:
     shutil.rmtree(doomed)
 
 
+def generators_on(tokenizer: RunDirectory) -> list[RunDirectory]:
+    """The runs of generators that have a copy of a tokenizer's run."""
+    copies = sorted(tokenizer.path.parent.glob(f"gen-*/{TOKENIZER_ROW}"))
+    return [RunDirectory(path.parents[1]) for path in copies if json.loads(path.read_text())["run"] == tokenizer.path.name]
+
+
 def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Train a run's config again, beside it; once the new row is there, it takes the old one's place.
+
+    A generator is trained on the tokenizer as it now is. Generators whose tokenizer is trained again stay as they are, each with its copy.
 
     Returns:
         The former row and the new one, each None where there is none.
@@ -93,6 +106,10 @@ def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, An
     if not cells:
         known_by = "--preset, --seeds, --set and --grid it was trained with"
         raise ConfigError(f"run {run.path.name} is of no arm of study {study.name}; give the {known_by}")
+    if (tokenizer := cells[0].tokenizer) and not tokenizer.run.finished:
+        raise ConfigError(
+            f"run {run.path.name} needs its tokenizer, run {tokenizer.run.path.name}, which is not finished; train that one first"
+        )
     fresh = RunDirectory(run.path.with_name(f".rerun-{run.path.name}"))
     train_study(study.only([replace(cells[0], run=fresh)]), **options)
     if not fresh.finished:
@@ -116,7 +133,8 @@ def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]
 def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = print) -> int:
     """Add an evaluation to every finished run of a study that lacks it, as eval/<name>.json; returns how many were added.
 
-    Runs of a search are passed by, since no table shows them but for what decided. So are, with a word, runs that the metric does not fit.
+    Runs of a search are passed by, since no table shows them but for what decided. So are, with a word, generators, whose tokenizers are
+    evaluated, and runs that the metric does not fit.
 
     Raises:
         ConfigError: an unknown evaluation (the nearest is named).
@@ -127,6 +145,9 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
     compared = unique_runs(cell for cell in study.cells if not cell.search)
     rows = [(cell, cell.run.read_row()) for cell in compared if cell.run.finished and not evaluation_file(cell, name).is_file()]
     todo = [(cell, row) for cell, row in rows if row["status"] == "ok" and f"kid[{name}]" not in row]  # a row may have it from training
+    if passed_by := [cell for cell, _ in todo if cell.tokenizer]:
+        todo = [(cell, row) for cell, row in todo if not cell.tokenizer]
+        say(f"{name} is of tokenizers: {len(passed_by)} generators are passed by, whose own metrics came with their training")
     device, batch_size = resolve_device("auto"), study.preset.runtime.eval_batch_size
     measure: Callable[..., Any] = PerceptualEvaluation(name, device) if name in PERCEPTUAL else evaluate
     split_of = lru_cache(maxsize=1)(load_images)  # the runs of a study mostly share their images
