@@ -33,7 +33,7 @@ IMAGES_AT_ONCE, PIXELS_AT_ONCE = 64, 2**21
 """What is encoded or decoded together at most: of images of 256×256 pixels 32. The images alone decide it, not the caller, so that the same
 tokens come out wherever they are encoded."""
 ENCODING = "tokens 1: center squares, fp32"
-"""Raised when the code changes what an image is encoded to; part of the name of the cache."""
+"""Part of the cache's name; the number is raised when a change of the code changes what an image is encoded to."""
 POLL_S = 0.5
 
 

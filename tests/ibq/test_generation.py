@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from generators import CONFIG, build, fashion
+from tiny_generator import CONFIG, build, fashion
 from training_runs import stop_after
 
 import ibq.generation as module
+import ibq.metrics.distances as distances_module
 from ibq.data import DataError, Images
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.evaluation import PerceptualEvaluation, UnfitError
@@ -25,7 +26,7 @@ from ibq.sampling import Guidance, Sampler, Sampling, sample_uncached
 from ibq.tokens import Tokens, encode_split
 from ibq.training import Runtime, StopRequested
 
-N_IMAGES, SAMPLES, PART, T, K = 130, 115, 50, 16, 16
+N_IMAGES, SAMPLES, PART, T, K = 130, 115, 50, 16, 32
 RUNTIME = Runtime(device="cpu", eval_images=N_IMAGES, eval_batch_size=40, samples=SAMPLES, guidances=(1.0, 2.5))
 OF_SAMPLES = (*NAMES, "label_agreement")
 
@@ -101,7 +102,7 @@ def test_the_cross_entropy_is_that_of_all_logits(whole: Evaluated, networks: tup
     assert metrics["cross_entropy"] == pytest.approx(nats, rel=1e-6)
     assert nats > 1.1 * math.log(K), "of a transformer that is wrong with confidence"
     assert metrics["bits_per_image"] == pytest.approx(T * nats / math.log(2), rel=1e-6)
-    assert metrics["uniform_bits_per_image"] == T * 4
+    assert metrics["uniform_bits_per_image"] == T * 5
     assert protocol["cross_entropy"] == f"nats a token given those before it, over the first {N_IMAGES} images"
 
 
@@ -314,7 +315,10 @@ def test_samples_of_a_finished_run_are_measured_with_any_network(
     whole: Evaluated, networks: tuple[Transformer, Tokenizer], images: Images, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     perceptual = PerceptualEvaluation("fashion-cnn", torch.device("cpu"))
+    features, calls = distances_module.reference_features, []
+    monkeypatch.setattr(distances_module, "reference_features", lambda *arguments: calls.append(arguments) or features(*arguments))
     metrics, protocol = evaluate_samples(perceptual, networks[1], whole[2], images, N_IMAGES, 40)
+    assert len(calls) == 1, "for all guidances"
     named = {name for name in whole[0] if "[fashion-cnn]" in name and "label" not in name} | {"guidance"}
     assert metrics == {name: whole[0][name] for name in named}
     assert protocol == {name: whole[1][name] for name in ("distances[fashion-cnn]", "guidance")}

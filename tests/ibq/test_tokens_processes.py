@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from generators import CONFIG, build, fashion
 from processes import run_processes
+from tiny_generator import CONFIG, build, fashion
 from training_runs import stop_after
 
 import ibq.generation
