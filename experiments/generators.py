@@ -8,7 +8,6 @@ import re
 import pandas as pd
 
 from experiments.ablations import Ablation
-from experiments.rows import of_arms
 
 FID = "fid[fashion-cnn]"
 AGREEMENT = "label_agreement[fashion-cnn]"
@@ -18,11 +17,6 @@ def guidances(rows: pd.DataFrame) -> list[float]:
     """Those that rows have a FID[fashion-cnn] at, ascending."""
     found = [re.fullmatch(re.escape(FID) + "@(.+)", column) for column in rows]
     return sorted(float(match[1]) for match in found if match and rows[match[0]].notna().any())
-
-
-def finished(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of generators that have a result, without those of their tokenizers."""
-    return of_arms(rows[rows["status"] == "ok"])
 
 
 def _means(ablation: Ablation, done: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -41,7 +35,7 @@ def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     """The best guidances, how often samples are what was asked for, what bits say of quality, and what depth does."""
     if ablation.generator is None:
         return []
-    done = finished(rows)
+    done = rows[rows["status"] == "ok"]
     known = _means(ablation, done, FID, AGREEMENT, "bits_per_image", "tokenizer.l1", "parameters").dropna(subset=[FID, "bits_per_image"])
     if known.empty:
         return []

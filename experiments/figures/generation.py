@@ -78,7 +78,7 @@ def guidance_sweep(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
     guidances = generators.guidances(rows)
     if not guidances:
         return None
-    finished = generators.finished(rows).dropna(subset=["guidance"])
+    finished = rows[rows["status"] == "ok"].dropna(subset=["guidance"])
     panels = {
         (IS, FID): ("IS[fashion-cnn] (right is better)", "FID[fashion-cnn] (lower is better)"),
         ("recall[fashion-cnn]", "precision[fashion-cnn]"): ("recall (right is better)", "precision (higher is better)"),
@@ -114,7 +114,7 @@ def _name_guidances(axis: Axes, ablation: Ablation, finished: pd.DataFrame, of_x
 
 def bits_and_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """The generator's bits against what its tokenizer loses and against what it generates; letters name the arms."""
-    finished = generators.finished(rows)
+    finished = rows[rows["status"] == "ok"]
     panels = {"tokenizer.l1": "tokenizer: L1 on the test split, [-1, 1]", FID: "generated: FID[fashion-cnn]"}
     shown = {name: label for name, label in panels.items() if name in finished and finished[name].notna().any()}
     if not shown or "bits_per_image" not in finished:
@@ -133,7 +133,7 @@ def bits_and_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) ->
 
 def depth_scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """Likelihood and quality against parameters: a point a seed, lines through the means of arms that differ in depth alone."""
-    finished = generators.finished(rows)
+    finished = rows[rows["status"] == "ok"]
     panels = {
         "bits_per_image": ("bits an image", 1),
         FID: ("FID[fashion-cnn]", 1),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.axes import Axes
 
-OFFSETS = ((5, 3), (5, -9), (-4, 3), (-4, -9), (5, 12), (5, -18), (-4, 12), (-4, -18))
+OFFSETS = ((5, 2), (5, -10), (-4, 2), (-4, -10), (5, 11), (5, -19), (-4, 11), (-4, -19))
 """Where a text may stand, in points from what it is of, in the order in which places are tried; to the left it ends there."""
-WIDTH, HEIGHT = 0.62, 1.05
+WIDTH, HEIGHT = 0.66, 1.15
 """Of a character, in its font size."""
 
 
@@ -30,7 +32,8 @@ class Labels:
         offset = free[0] if free else OFFSETS[0]
         self._taken.append(boxes[offset])
         side = "left" if offset[0] > 0 else "right"
-        self._axis.annotate(text, (x, y), xytext=offset, textcoords="offset points", fontsize=self._size, ha=side, zorder=5)
+        style: dict[str, Any] = {"fontsize": self._size, "ha": side, "va": "bottom", "zorder": 5}
+        self._axis.annotate(text, (x, y), xytext=offset, textcoords="offset points", **style)
 
     def _box(self, text: str, x: float, y: float, offset: tuple[float, float]) -> tuple[float, float, float, float]:
         width, height = WIDTH * self._size * len(text), HEIGHT * self._size

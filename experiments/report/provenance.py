@@ -116,13 +116,14 @@ def _of_tokenizers(finished: pd.DataFrame) -> list[str]:
 
 def _of_generators(finished: pd.DataFrame) -> list[str]:
     sentences = []
-    for (split, n_images, weights, samples, guidances), _ in _groups(
+    for (split, n_images, weights, samples, guidances), group in _groups(
         finished, "protocol.split", "protocol.n_images", "protocol.weights", "protocol.samples", "protocol.guidances"
     ):
+        sampling = _values(group["protocol.sampling"].str.replace(r"seed \d+", "the run's seed", regex=True))
         sentences.append(
             f"Protocol of generators: {weights} weights; bits of the first {int(n_images):,} images of the {split} split; {int(samples):,} "
-            f"samples at each guidance ({guidances}), classes in turn, temperature 1, no truncation, against the same images. Metrics of "
-            "samples are those at the guidance with the lowest FID[fashion-cnn], which is chosen on these very samples."
+            f"samples at each guidance ({guidances}), against the same images; {sampling}. Metrics of samples are those at "
+            "the guidance with the lowest FID[fashion-cnn], which is chosen on these very samples."
         )
     return sentences
 
