@@ -20,6 +20,7 @@ from ibq.observation import LossWindow
 from ibq.player import Player, draw_apart, not_finite
 from ibq.run_directory import source_commit
 from ibq.sharding import gather_for_writer, part_like, shard, whole
+from ibq.training import peak_memory_gib
 
 COUNTED = ("step", "seconds", "encode_seconds", "peak_memory_gib")
 """Of a state, by their names in a checkpoint's meta."""
@@ -97,6 +98,10 @@ class GeneratorState:
     def not_finite(self) -> str | None:
         """The name of a weight that is not finite, if a process has one; a collective."""
         return not_finite([self.player])
+
+    def see_peak(self) -> None:
+        """Take up how much memory this process has needed; once an evaluation has begun it is no longer training's."""
+        self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib(self.device))
 
     def save(self, folder: Path, belongs_to: dict[str, str]) -> None:
         """Write the checkpoint, which is rank 0's state but for the window, which is everyone's; a collective.

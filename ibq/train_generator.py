@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ibq.data import DataError, data_hash, data_hash_of, load_images
-from ibq.data.batches import images_seen
+from ibq.data.batches import images_seen, require_even_shares
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
 from ibq.generation import evaluate_generator
@@ -35,7 +35,6 @@ from ibq.training import (
     already_finished,
     first_difference,
     newest_checkpoint,
-    peak_memory_gib,
     row_of,
     tidy,
     write_lost,
@@ -79,6 +78,7 @@ def train_generator(
     with shared_errors(ConfigError, DataError):
         device = resolve_device(runtime.device)
         require_tokenizer(config, tokenizer)
+        require_even_shares(config, world_size())
         train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
         if (n_images := len(train_images)) < config.batch_size:
             raise ConfigError(f"batch_size={config.batch_size} exceeds the {n_images} training images of {config.data.kind}; lower it")
@@ -124,9 +124,9 @@ def train_generator(
     autocast = torch.autocast(device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32")
     last_checkpoint, saved_step = time.perf_counter(), state.step
     pace = Pace(state, config.batch_size)
-    share = {"rank": rank(), "world": world_size()}
-    tokens = {"first_step": state.step, "workers": runtime.workers} | share
-    with TokenBatches(config, tokenizer, train_images, train_tokens, device, **tokens) as batches:
+    place = {"first_step": state.step, "rank": rank(), "world": world_size()}
+    workers = runtime.workers if state.step < config.steps else 0  # where the evaluation alone is left, none shall begin to decode
+    with TokenBatches(config, tokenizer, train_images, train_tokens, device, **place, workers=workers) as batches:
         while state.step < config.steps:
             # ---------------------------- before a step, all processes agreeing: stop, checkpoint; none of it counts as training time
             due = writer and state.step != saved_step and time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s
@@ -155,6 +155,7 @@ def train_generator(
                 player.require_finite()
                 player.update()
             except NonFiniteError as error:
+                state.see_peak()
                 raise _lost(run, state, f"step {state.step}: {error}", belongs_to) from None
             state.update_average()
             state.step += 1
@@ -179,7 +180,8 @@ def train_generator(
     except (NonFiniteError, NonFiniteInputError) as error:  # the last update was one too many
         raise _lost(run, state, f"step {state.step}: in the evaluation {error}", belongs_to) from None
     if writer:
-        write_tensors(run.generated, tensors)
+        if tensors:
+            write_tensors(run.generated, tensors)
         write_tensors(run.model, transformer.state_dict())
     if unusable := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise _lost(run, state, f"step {state.step}: evaluation gave {', '.join(unusable)} that are not finite", belongs_to)
@@ -200,6 +202,7 @@ def require_tokenizer(config: GeneratorConfig, tokenizer: Tokenizer) -> None:
 
 @contextmanager
 def _encoding(config: GeneratorConfig) -> Iterator[None]:
+    """Says in one sentence that a tokenizer is of no use (ConfigError)."""
     try:
         yield
     except NonFiniteInputError as error:
@@ -207,8 +210,8 @@ def _encoding(config: GeneratorConfig) -> Iterator[None]:
 
 
 def _save(run: RunDirectory, state: GeneratorState, belongs_to: dict[str, str]) -> None:
-    """Write the checkpoint, if there is any use in it; a collective. NonFiniteError: there is none."""
-    state.peak_memory_gib = max(state.peak_memory_gib, peak_memory_gib(state.device))
+    """Write the checkpoint, if it would be of use; a collective. NonFiniteError: it would not."""
+    state.see_peak()
     if name := state.not_finite():
         raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", belongs_to)
     state.save(run.checkpoint, belongs_to)
@@ -216,7 +219,6 @@ def _save(run: RunDirectory, state: GeneratorState, belongs_to: dict[str, str]) 
 
 def _lost(run: RunDirectory, state: GeneratorState, reason: str, belongs_to: dict[str, str]) -> NonFiniteError:
     """Write the row of a run that did not stay finite; returns what to raise. A collective, as all processes raise it."""
-    state.peak_memory_gib = max(state.peak_memory_gib, peak_memory_gib(state.device))
     return write_lost(run, _row(state, "nan", {"reason": reason}, {}, belongs_to))
 
 

@@ -121,17 +121,22 @@ class TrainingBatches:
         self.close()
 
 
-def shares(config: Batching, n_images: int, first_step: int, rank: int, world: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Epoch and images (B,) of one process's share of each step, from the first on, without end.
-
-    Raises:
-        ConfigError: batch_size cannot be shared out evenly.
-    """
+def require_even_shares(config: Batching, world: int) -> None:
+    """ConfigError: batch_size cannot be shared out evenly over so many processes."""
     if config.batch_size % (world * config.accumulate):
         raise ConfigError(
             f"batch_size={config.batch_size} cannot be shared out evenly over {world} processes with accumulate={config.accumulate}; "
             f"choose a multiple of {world * config.accumulate}"
         )
+
+
+def shares(config: Batching, n_images: int, first_step: int, rank: int, world: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Epoch and images (B,) of one process's share of each step, from the first on, without end.
+
+    Raises:
+        ConfigError: as `require_even_shares`.
+    """
+    require_even_shares(config, world)
     return _shares(config, n_images, first_step, rank, world)
 
 

@@ -24,7 +24,7 @@ from ibq.run_directory import RunDirectory
 from ibq.sharding import local
 from ibq.training import Runtime
 
-RUNTIME = Runtime(device="cpu", log_every=2, eval_images=10, eval_batch_size=4, samples=6, guidances=(1.0, 2.0))
+RUNTIME = Runtime(device="cpu", log_every=2, eval_images=10, eval_batch_size=4, samples=4, guidances=(1.0, 2.0))
 AUTOENCODER = {"base_channels": 4, "channel_multipliers": (1, 1, 2, 2), "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
 DROPOUTS = ("token_dropout", "attention_dropout", "ffn_dropout", "class_dropout")
 WITHOUT_DROPOUT = {f"transformer.{name}": 0.0 for name in DROPOUTS}

@@ -7,9 +7,11 @@ import functools
 import itertools
 import json
 import math
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,8 +290,8 @@ def test_a_damaged_checkpoint_is_noted_and_the_one_before_taken(finished: Any, t
 def test_a_run_that_ends_between_parts_of_its_evaluation_repeats_none(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Parts of 3 samples, two at each guidance: three are on disk when the run ends, and the next run draws the fourth."""
-    monkeypatch.setattr(ibq.generation, "PART", 3)
+    """Parts of 2 samples, two at each guidance: three are on disk when the run ends, and the next run draws the fourth."""
+    monkeypatch.setattr(ibq.generation, "PART", 2)
     run, drawn, patient = RunDirectory(tmp_path), [], False
 
     def is_time() -> bool:
@@ -311,7 +313,7 @@ def test_a_run_that_ends_between_parts_of_its_evaluation_repeats_none(
     assert checkpoint.meta["step"] == 8
     drawn, patient = [], True
     assert train(generator_config(), tmp_path) == [], "nothing is trained again"
-    assert drawn == [[3, 4, 5]]
+    assert drawn == [[2, 3]]
     assert not run.samples.exists()
     assert not run.checkpoint.exists()
     samples, expected = load_file(run.generated), load_file(finished("plain")[0].generated)
@@ -380,6 +382,16 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path: Path)
     assert checkpoint is not None
     assert checkpoint.meta["step"] == 3
     assert all(tensor.isfinite().all() for name, tensor in checkpoint.tensors.items() if not name.startswith("rng"))
+
+
+def test_the_peak_of_memory_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def costly(*arguments: Any) -> Any:
+        monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=2**40))
+        return ibq.generation.evaluate_generator(*arguments)
+
+    monkeypatch.setattr(trainer, "evaluate_generator", costly)
+    train(generator_config(steps=2), tmp_path)
+    assert 0 < RunDirectory(tmp_path).read_row()["peak_memory_gib"] < 2**10
 
 
 @pytest.mark.parametrize("what", ["raised", "returned"])
@@ -454,6 +466,11 @@ def test_labels_that_do_not_fit_the_classes_are_refused(tmp_path: Path, monkeypa
 
 def test_more_images_a_step_than_there_are_are_refused(tmp_path: Path) -> None:
     refused(generator_config(batch_size=41), tmp_path, f"^batch_size=41 exceeds the {N_IMAGES} training images of fashion-mnist; lower it$")
+
+
+def test_a_batch_that_is_not_shared_out_evenly_is_refused_before_anything_is_encoded(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(trainer, "world_size", lambda: 3)
+    refused(generator_config(), tmp_path, "^batch_size=8 cannot be shared out evenly over 3 processes with accumulate=1; choose a mult")
 
 
 def test_the_directory_of_another_config_is_refused_by_the_field(tmp_path: Path) -> None:

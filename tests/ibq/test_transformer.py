@@ -241,6 +241,27 @@ def test_the_imported_grid_is_that_of_the_tokenizer(transformer: Transformer, w:
     assert_same(transformer(tokens_BT, classes_B), whole(w, tokens_BT, classes_B, GRID))
 
 
+# --- Step by step ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_with_a_cache_are_the_full_pass(on_a_small_grid: Transformer) -> None:
+    cache = on_a_small_grid.cache(3)
+    for classes in ([0, 2, CLASSES], [1, 1, 0]):  # the same cache again, for other sequences
+        tokens_BN, classes_B = torch.randint(0, CODES, (3, 9)), torch.tensor(classes)
+        on_a_small_grid.begin(classes_B, cache)
+        hidden_BSW = on_a_small_grid.hidden(tokens_BN[:, :-1], classes_B)
+        for position in range(9):
+            before_B = tokens_BN[:, position - 1]  # at the class position any
+            assert_same(on_a_small_grid.step(before_B, torch.tensor(position), cache), hidden_BSW[:, position])
+
+
+def test_a_cache_is_of_the_transformers_precision_and_no_part_of_a_state(on_a_small_grid: Transformer) -> None:
+    cache = on_a_small_grid.cache(2)
+    assert cache.state_dict() == {}
+    assert {part.k_BHSE.dtype for part in cache.parts} == {torch.float64}
+    assert cache.parts[0].v_BHSE.shape == (2, DEPTH, 9, 64)
+
+
 # --- Behaviour ---------------------------------------------------------------------------------------------------------------------------
 
 
