@@ -25,7 +25,7 @@ from ibq.run_directory import RunDirectory
 STEPS = 200
 REPEATABLE = {"averages": "global", "loss.adversarial.norm": "group", "model.norm_groups": "2", "optim.lr": "1e-5"}
 """What one process and two train alike, at a rate at which what Adam makes of rounding stays small."""
-GENERATOR_STEPS = 1000
+GENERATOR_STEPS = 400
 WITHOUT_DROPOUT = {f"transformer.{name}_dropout": "0" for name in ("token", "attention", "ffn", "class")} | {"optim.lr": "1e-5"}
 """The same of a generator: every process draws what it drops."""
 PATIENCE_S = 240
