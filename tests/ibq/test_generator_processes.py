@@ -67,7 +67,7 @@ def train(
     at_step: Callable[[int], None] = lambda _: None,
 ) -> str:
     """Returns what the run was ended with, '' if it came to its end."""
-    runtime = dataclasses.replace(RUNTIME, sharding=sharding)
+    runtime = dataclasses.replace(RUNTIME, sharding=sharding, samples=2)
     try:
         for event in train_generator(config, untrained_tokenizer(config), folder, runtime, should_stop):
             at_step(event.step)
