@@ -201,7 +201,7 @@ def sample_uncached(
     _require_seed(seed)
     _require_fitting(transformer, numbers_B, classes_B)
     device, N, J = transformer.head_nm.rmsnorm.weight.device, transformer.config.tokens, len(transformer.symbols)
-    uniforms_BNJ = random_numbers(seed, numbers_B.tolist(), N * J).view(-1, N, J).to(device)
+    uniforms_BNJ = random_numbers(seed, numbers_B.tolist(), N * J).view(len(numbers_B), N, J).to(device)
     tokens_BT = torch.zeros(len(numbers_B), 0, dtype=torch.int64, device=device)
     conditions = [classes_B.to(device)]
     if sampling.guided:
