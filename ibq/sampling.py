@@ -231,9 +231,10 @@ def draw_tokens(
     """
     B, J = uniforms_BJ.shape
     symbols_BJ, finite_B = uniforms_BJ.new_zeros(B, 0, dtype=torch.int64), uniforms_BJ.new_ones(B, dtype=torch.bool)
+    guided = len(hidden_RW) > B  # asked of the sampling's scale, every scale would have a graph of its own
     for j in range(J):
-        logits_BK = transformer.symbol_logits(hidden_RW, symbols_BJ.repeat(len(hidden_RW) // B, 1)).double()
-        if len(logits_BK) > B:
+        logits_BK = transformer.symbol_logits(hidden_RW, symbols_BJ.repeat(1 + guided, 1)).double()
+        if guided:
             conditional_BK, unconditional_BK = logits_BK.chunk(2)
             logits_BK = unconditional_BK + scale_1 * (conditional_BK - unconditional_BK)
         finite_B = finite_B & logits_BK.isfinite().all(1)
