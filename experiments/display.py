@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from IPython.display import Markdown, display
 
-from experiments import figures, tables
+from experiments import continuation, figures, tables
 from experiments.ablations import Ablation
 from experiments.findings import findings
 from experiments.plan import expected_cost, plan_table
@@ -36,3 +36,15 @@ def show_finding(ablation: Ablation, rows: pd.DataFrame) -> None:
     """The verdicts, and the finding in words."""
     show_table("verdicts", ablation, rows)
     display(Markdown("\n".join(f"- {sentence}" for sentence in findings(ablation, rows))))
+
+
+def show_continuation(study: Study, ablation: Ablation) -> None:
+    """The half of the question that another ablation answers, from its rows; where it is not trained, the command that trains it."""
+    other = continuation.other_half(study, ablation)
+    if other is None:
+        return
+    if other.note:
+        display(Markdown(other.note))
+    if other.has_result:
+        display(Markdown(f"*{tables.TABLES['arms'][1]}*\n\n{tables.markdown(other.arms_table())}"))
+        show_finding(other.ablation, other.rows)

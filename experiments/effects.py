@@ -47,6 +47,7 @@ OUTCOMES = {
     "l1": Outcome("Δ L1", "L1", 4, entry("l1")),
     "usage": Outcome("Δ usage, points", "points of usage", 1, entry("usage", 100), least=0, most=100),
     "fid": Outcome("Δ log2 FID[fashion-cnn]", "doublings of FID[fashion-cnn]", 3, _log2("fid[fashion-cnn]")),
+    "bits_per_image": Outcome("Δ log2 bits an image", "doublings of the bits an image", 3, _log2("bits_per_image")),
     "gap": Outcome("Δ log2 gap", "doublings of the gap between features and codes", 2, _log2("gap")),
 }
 RATE_AND_DISTORTION = ("bits", "l1")

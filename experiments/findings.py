@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments import anatomy
+from experiments import anatomy, generators
 from experiments.ablations import Ablation
 from experiments.ablations.grid import BASE, numbers, varied
 from experiments.effects import OUTCOMES, Verdict, main_effects, verdict
+from experiments.rows import of_arms
 from experiments.tables import COLUMNS, chosen_value, searches
 
 
 def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     """Sentences for the report and the notebook; with missing rows it says so first."""
-    rows = rows[rows["ablation"] == ablation.name]
+    rows = of_arms(rows[rows["ablation"] == ablation.name])
     sentences = []
     lost_search = rows["status"].eq("nan") & (rows["search.arm"].notna() if "search.arm" in rows else False)  # a result of a search
     known = rows[~lost_search & rows["status"].ne("waiting")]
@@ -21,8 +22,12 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     if len(counts):
         states = ", ".join(f"{n} {state}" for state, n in counts.items())
         sentences.append(f"{counts.sum()} of {len(known)} runs have no result ({states}); what follows rests on the others.")
-    if waiting := int(rows["status"].eq("waiting").sum()):
-        sentences.append(f"{waiting} runs wait for the search of their learning rate.")
+    waiting = rows[rows["status"] == "waiting"]
+    untokenized = int(waiting["stage"].eq("generator").sum()) if "stage" in waiting else 0
+    if searching := len(waiting) - untokenized:
+        sentences.append(f"{searching} runs wait for the search of their learning rate.")
+    if untokenized:
+        sentences.append(f"{untokenized} generators wait for their tokenizers.")
     sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
     if "main_effects" in ablation.tables and not (table := main_effects(ablation, rows)).empty:
         sentences += _of_effects(table)
@@ -30,7 +35,7 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         sentences += _of_grid(ablation, rows)
     if "search" in ablation.tables:
         sentences += _of_searches(rows)
-    return sentences + anatomy.sentences(ablation, rows)
+    return sentences + anatomy.sentences(ablation, rows) + generators.sentences(ablation, rows)
 
 
 def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:

@@ -17,7 +17,7 @@ import pandas as pd
 import papermill
 from nbconvert import HTMLExporter
 
-from experiments import pages
+from experiments import continuation, pages
 from experiments import rows as rows_module
 from experiments.ablations import Ablation
 from experiments.benchmarks import index_backprop
@@ -41,7 +41,7 @@ def execute_changed(study: Study, say: Callable[[str], None] = print) -> None:
         return
     rows = rows_module.load(study)
     shown = {MECHANISM: index_backprop.known_rows().to_csv(index=False)}
-    shown |= {ablation.notebook: _data(rows, ablation) for ablation in study.ablations if ablation.notebook}
+    shown |= {ablation.notebook: _data(study, rows, ablation) for ablation in study.ablations if ablation.notebook}
     parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": dict(study.overrides)}
     for name, data in shown.items():
         source = SOURCES / f"{name}.ipynb"
@@ -58,12 +58,15 @@ def page_of(study: Study, ablation: Ablation, rows: pd.DataFrame) -> tuple[str |
     """The address of an ablation's executed notebook within the report, None while there is none, and whether it shows these rows."""
     if ablation.notebook is None or not (study.report_folder / "notebooks" / f"{ablation.notebook}.html").is_file():
         return None, False
-    return f"notebooks/{ablation.notebook}.html", _is_current(study, ablation.notebook, _data(rows, ablation))
+    return f"notebooks/{ablation.notebook}.html", _is_current(study, ablation.notebook, _data(study, rows, ablation))
 
 
-def _data(rows: pd.DataFrame, ablation: Ablation) -> str:
-    """The rows of an ablation, whatever other rows stand beside them."""
-    return rows[rows["ablation"] == ablation.name].dropna(axis=1, how="all").sort_index(axis=1).to_csv(index=False)
+def _data(study: Study, rows: pd.DataFrame, ablation: Ablation) -> str:
+    """The rows of an ablation and of its other half, whatever other rows stand beside them."""
+    shown = [rows[rows["ablation"] == ablation.name]]
+    if other := continuation.other_half(study, ablation):
+        shown.append(other.rows)
+    return "".join(mine.dropna(axis=1, how="all").sort_index(axis=1).to_csv(index=False) for mine in shown)
 
 
 def _is_current(study: Study, name: str, data: str) -> bool:

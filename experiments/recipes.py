@@ -1,4 +1,4 @@
-"""Recipes: functions that return a complete TrainConfig, and the presets that scale them. A preset changes scale, never the method."""
+"""Recipes: functions that return a complete config, and the presets that scale them. A preset changes scale, never the method."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ibq.config import TrainConfig, flatten, parse_train_config
 from ibq.errors import ConfigError, nearest
+from ibq.generator_config import GeneratorConfig, parse_generator_config
 from ibq.imagenet import imagenet_steps
 from ibq.training import Runtime
 
@@ -35,8 +36,12 @@ class Preset:
     """Fields of the DataConfig, read when a config is made, since a folder may come from the environment."""
     discriminator: Mapping[str, Any] = field(default_factory=dict)
     """The size of a discriminator, by dotted path, for arms that have one."""
+    generator: Mapping[str, Any] = field(default_factory=dict)
+    """The GeneratorConfig of arms that have a generator, without its tokenizer, data and seed."""
     seconds_per_step: float | None = 0.2
     """None: no step of this scale has been measured, so that nothing is said of its time."""
+    generator_seconds_per_step: float | None = None
+    """Of a generator: its whole run, encoding and evaluation included, over its steps."""
     measured_on: str = "2 cores of a server CPU, two runs at a time"
     max_seeds: int = 1_000_000
     max_codebook_size: int = 4096
@@ -56,9 +61,12 @@ PRESETS = {
             },
             codebook_size=32,
             code_dim=8,
-            runtime=Runtime(log_every=2, snapshots=3, checkpoint_every_s=0.5, eval_images=16, eval_batch_size=16),
+            runtime=Runtime(
+                log_every=2, snapshots=3, checkpoint_every_s=0.5, eval_images=16, eval_batch_size=16, samples=16, guidances=(1.0, 2.0)
+            ),
             projection="pca",
             discriminator={"loss.adversarial.channels": 8, "loss.adversarial.layers": 2},
+            generator={"transformer": {"depth": 2}, "steps": 4, "batch_size": 8},
             seconds_per_step=0.05,
             max_seeds=1,
             max_codebook_size=128,
@@ -75,6 +83,12 @@ PRESETS = {
             code_dim=64,
             runtime=Runtime(),
             discriminator={"loss.adversarial.channels": 16, "loss.adversarial.layers": 2},
+            generator={
+                "transformer": {"depth": 2, "token_dropout": 0.0, "attention_dropout": 0.0, "ffn_dropout": 0.0},
+                "optim": {"lr": 4e-3},
+                "steps": 1000,
+                "batch_size": 32,
+            },
             seconds_per_step=0.2,
         ),
         Preset(
@@ -89,15 +103,22 @@ PRESETS = {
             },
             codebook_size=16384,
             code_dim=256,
-            runtime=Runtime(log_every=50, eval_images=10_000, eval_batch_size=500),
+            runtime=Runtime(log_every=50, eval_images=10_000, eval_batch_size=500, samples=10_000),
             discriminator={"loss.adversarial.channels": 32, "loss.adversarial.layers": 2},
+            generator={
+                "transformer": {"depth": 12},
+                "optim": {"lr": 4e-4},
+                "steps": 20_000,
+                "batch_size": 512,
+                "precision": "bf16",
+            },
             seconds_per_step=0.1,
             measured_on="nothing yet: an estimate",
             max_codebook_size=2**18,
         ),
         Preset(
             name="paper",
-            purpose="the paper (PAPER sections 4 and 5): ImageNet 256×256 from the folder IBQ_IMAGENET, 330 epochs; many GPUs",
+            purpose="the paper (PAPER sections 4 to 6): ImageNet 256×256 from the folder IBQ_IMAGENET, 330 epochs; many GPUs",
             fields={
                 "model": {
                     "base_channels": 128,
@@ -118,7 +139,15 @@ PRESETS = {
             codebook_size=16384,
             code_dim=256,
             data=imagenet_data,
-            runtime=Runtime(log_every=100, checkpoint_every_s=600.0, workers=8, eval_images=50_000, eval_batch_size=32),
+            runtime=Runtime(log_every=100, checkpoint_every_s=600.0, workers=8, eval_images=50_000, eval_batch_size=32, samples=50_000),
+            generator={
+                "transformer": {"depth": 16},
+                "classes": 1000,
+                "optim": {"lr": 3e-4},
+                "steps": imagenet_steps(300, 768),
+                "batch_size": 768,
+                "precision": "bf16",
+            },
             seconds_per_step=None,
             max_codebook_size=2**18,
         ),
@@ -152,6 +181,19 @@ def tokenizer(preset: Preset, quantizer: dict[str, Any], seed: int = 0) -> Train
     if micro_batches == 1 or config.quantizer.changes_in_forward:  # what moves or draws in the forward pass takes the batch whole
         return config
     return config.with_fields(accumulate=micro_batches)
+
+
+def generator(preset: Preset, of: TrainConfig, changes: Mapping[str, Any], seed: int = 0) -> GeneratorConfig:
+    """The preset's generator on the tokens of a tokenizer, trained on the tokenizer's data.
+
+    Args:
+        preset: the scale.
+        of: the tokenizer's config.
+        changes: what is set otherwise, by dotted path.
+        seed: of weights, data order and dropout.
+    """
+    config = parse_generator_config({**preset.generator, "tokenizer": of.to_json_dict(), "data": of.data.model_dump(), "seed": seed})
+    return config.with_fields(**changes) if changes else config
 
 
 def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:

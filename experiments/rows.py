@@ -9,7 +9,8 @@ from filelock import FileLock, Timeout
 
 from experiments import tuning
 from experiments.study import Cell, Study
-from experiments.sweep import failure_reason, last_step
+from experiments.sweep import failure_reason, last_step, result_of
+from experiments.worker import TOKENIZER_ROW
 from ibq.config import flatten
 from ibq.errors import ConfigError
 
@@ -26,10 +27,12 @@ def load(study: Study | None = None) -> pd.DataFrame:
 
     Returns:
         Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "oom", "failed", "interrupted", "running",
-        "pending", "waiting" for a search), then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`,
-        evaluations added later as `<evaluation>.<metric>` (of the row's own images: as `<metric>`), and `reason` where there is no result.
+        "pending", "waiting" for a search or a tokenizer), `stage` ("tokenizer" or "generator"), then the facts and metrics of finished
+        runs, the levels of the arm's factors as `factor.<name>`, evaluations added later as `<evaluation>.<metric>` (of the row's own
+        images: as `<metric>`), and `reason` where there is no result.
         Runs of a search have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what
-        decides.
+        decides. So have tokenizers of generators; `tokenizer_of` names the generator's arm. A generator's line has `tokenizer.<name>` for
+        what its tokenizer's row has, config fields left out.
 
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
@@ -42,10 +45,19 @@ def load(study: Study | None = None) -> pd.DataFrame:
     return frame[FIRST_COLUMNS + [column for column in frame.columns if column not in FIRST_COLUMNS]]
 
 
+def of_arms(frame: pd.DataFrame) -> pd.DataFrame:
+    """The lines without those of generators' tokenizers, which no table and no figure shows as arms."""
+    return frame[frame["tokenizer_of"].isna()] if "tokenizer_of" in frame else frame
+
+
 def _line(cell: Cell) -> dict[str, Any]:
     line = _arm_line(cell)
     if cell.search:
         line |= {"search.arm": cell.search.arm, "search.value": cell.search.value}
+    if cell.tokenizer_of:
+        line["tokenizer_of"] = cell.tokenizer_of
+    if cell.tokenizer:
+        line |= _of_tokenizer(cell, cell.tokenizer)
     if cell.run.finished:
         decides = {"search.loss": tuning.search_loss(cell.run)} if cell.search else {}
         return line | checked_row(cell) | _evaluations(cell) | decides
@@ -55,7 +67,7 @@ def _line(cell: Cell) -> dict[str, Any]:
 def _arm_line(cell: Cell) -> dict[str, Any]:
     quantizer = cell.config.quantizer
     line: dict[str, Any] = {"ablation": cell.ablation.name, "arm": cell.arm.name, "method": quantizer.method}
-    line |= {"codebook_size": quantizer.codebook_size, "code_dim": quantizer.code_dim, "seed": cell.seed}
+    line |= {"codebook_size": quantizer.codebook_size, "code_dim": quantizer.code_dim, "seed": cell.seed, "stage": cell.stage}
     line |= {f"config.{name}": value for name, value in flatten(cell.config.identity()).items()}
     return line | {f"factor.{name}": level for name, level in cell.arm.levels.items()}
 
@@ -64,9 +76,22 @@ def _waiting_line(study: Study, cell: Cell) -> dict[str, Any]:
     return _arm_line(cell) | {"status": "waiting", "reason": waits_for(study, cell)}
 
 
+def _of_tokenizer(cell: Cell, tokenizer: Cell) -> dict[str, Any]:
+    """What is known of the tokenizer that a generator was trained on: the copy of its row, and what was evaluated since of that one."""
+    copy = cell.run.path / TOKENIZER_ROW
+    if not copy.is_file():
+        return {}
+    row: dict[str, Any] = json.loads(copy.read_text())
+    added = _evaluations(tokenizer) if tokenizer.run.finished and tokenizer.run.read_row() == row else {}
+    return {f"tokenizer.{name}": value for name, value in (row | added).items() if not name.startswith("config.")}
+
+
 def waits_for(study: Study, cell: Cell) -> str:
     """What a waiting cell waits for, in a phrase."""
-    of = cell.arm.tuned_as or cell.arm.name
+    if cell.tokenizer and not any(each is cell.tokenizer for each in study.waiting):
+        return f"waits for its tokenizer {cell.tokenizer.run.path.name}"
+    arm = cell.ablation.arm(cell.tokenizer_of) if cell.tokenizer_of else cell.arm
+    of = arm.tuned_as or arm.name
     runs = [each.run for each in study.cells if each.ablation is cell.ablation and each.search and each.search.arm == of]
     return f"waits for the search of {of}, {sum(run.finished for run in runs)} of {len(runs)} runs finished"
 
@@ -124,7 +149,7 @@ def status_lines(study: Study) -> list[dict[str, Any]]:
         row = checked_row(cell) if cell.run.finished else {}
         phrase, kind = "", row.get("status") or state(cell)
         if kind == "ok":
-            phrase = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}, {row['train_seconds']:.0f} s"
+            phrase = result_of(row)
         elif kind == "nan":
             phrase = str(row["reason"])
         elif history := cell.run.read_history():

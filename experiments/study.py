@@ -11,21 +11,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from experiments import tuning
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
 from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
-from experiments.recipes import Preset, get_preset, scaled, tokenizer
+from experiments.recipes import Preset, generator, get_preset, scaled, tokenizer
 from ibq.config import TrainConfig, flatten
 from ibq.data import data_hash_of
 from ibq.errors import ConfigError, nearest
+from ibq.generator_config import RunConfig
 from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
 CODEBOOK_SIZE = "quantizer.codebook_size"
 GAN_WEIGHT = "loss.adversarial.weight"
+GENERATOR = "generator."
+"""What the path of a changed field of generators begins with."""
+Stage = Literal["tokenizer", "generator"]
+STAGES: tuple[Stage, ...] = ("tokenizer", "generator")
 
 
 class Search(NamedTuple):
@@ -37,18 +42,35 @@ class Search(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm at one seed, or one run of an arm's search. Cells may share a run: the run's id hangs on its config alone."""
+    """One arm at one seed; or a run that such a cell needs first, whose arm is none of the ablation's: of its search, or its tokenizer.
+
+    Cells may share a run: the run's id hangs on its config alone.
+    """
 
     ablation: Ablation
     arm: Arm
     seed: int
-    config: TrainConfig
+    config: RunConfig
     run: RunDirectory
     search: Search | None = None
+    tokenizer: Cell | None = None
+    """Of a generator: the cell of its tokenizer, whose run has to be finished first."""
+    tokenizer_of: str | None = None
+    """Of a generator's tokenizer: the generator's arm."""
 
     @property
     def name(self) -> str:
         return f"{self.ablation.name}/{self.arm.name} seed {self.seed}"
+
+    @property
+    def is_arm(self) -> bool:
+        """Whether it is an arm of the ablation itself: what tables and figures show."""
+        return self.search is None and self.tokenizer_of is None
+
+    @property
+    def stage(self) -> Stage:
+        """What its run trains."""
+        return "generator" if self.tokenizer else "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -59,7 +81,7 @@ class Study:
         preset: name of the scale.
         ablations: names; none means the core study.
         seeds: seeds of every arm (0 to seeds - 1); None leaves each arm its own number.
-        overrides: fields changed in every arm, by dotted path.
+        overrides: fields changed in every arm, by dotted path: of its tokenizer, or those of its generator after `generator.`.
         grid: values by dotted path; in place of ablations, every combination of them is an arm.
         bases: arms that the grid starts from, as "ablation/arm", or the arm alone where one ablation has it; none: the published pair.
 
@@ -90,6 +112,12 @@ class Study:
         if both := [path for path in self.grid if path in self.overrides]:
             raise ConfigError(f"{both[0]} is in --grid and in --set; leave one out")
         _ = self.ablations  # a grid that cannot be is refused at once
+        if self._of_generators and not any(ablation.generator for ablation in self.ablations):
+            path, value = next(iter(self._of_generators.items()))
+            named = ", ".join(ablation.name for ablation in self.ablations)
+            having = ", ".join(ablation.name for ablation in ABLATIONS.values() if ablation.generator)
+            remedy = f"leave it out, or study {having}" if having and not self.grid else "leave it out"
+            raise ConfigError(f"generator.{path}={value} is of a generator, and no arm of {named} has one; {remedy}")
 
     @property
     def preset(self) -> Preset:
@@ -100,6 +128,16 @@ class Study:
         if self.grid:
             return [grid_ablation(self.grid, self.bases)]
         return [ABLATIONS[name] for name in dict.fromkeys(self.ablation_names or CORE)]
+
+    @property
+    def _of_tokenizers(self) -> dict[str, Any]:
+        """The overrides of tokenizers."""
+        return {path: value for path, value in self.overrides.items() if not path.startswith(GENERATOR)}
+
+    @property
+    def _of_generators(self) -> dict[str, Any]:
+        """The overrides of generators, by their own paths."""
+        return {path.removeprefix(GENERATOR): value for path, value in self.overrides.items() if path.startswith(GENERATOR)}
 
     @property
     def name(self) -> str:
@@ -128,7 +166,7 @@ class Study:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Every arm and seed that can be trained now, and the runs of searches.
+        """Every arm and seed that can be trained now, the runs of searches and the tokenizers of generators.
 
         Seed 0 of everything comes first, so that a study that is cut short has one row of each arm.
         """
@@ -136,7 +174,8 @@ class Study:
 
     @cached_property
     def waiting(self) -> list[Cell]:
-        """Arms and seeds whose search is not finished; their config is the one before the choice, and none of it is ever trained."""
+        """What cannot be trained yet: arms and seeds whose search is not finished, with the config before the choice, none of which is ever
+        trained; and generators whose tokenizer is not."""
         return self._stages[1]
 
     @property
@@ -147,7 +186,7 @@ class Study:
         return [f"{ablation}/{arm}" for ablation, arm in every if (ablation, arm) not in shown]
 
     def advance(self) -> list[Cell]:
-        """Let cells whose search has finished in the meantime join `cells`; returns those that are new there."""
+        """Let cells whose search or tokenizer has finished in the meantime join `cells`; returns those that are new there."""
         if not self.waiting:
             return []
         now, before = replace(self), {cell.run.path for cell in self.cells}
@@ -178,7 +217,16 @@ class Study:
                     search = searches[arm.tuned_as or arm.name]
                     chosen = tuning.best({cell.search.value: tuning.search_loss(cell.run) for cell in search if cell.search})
                     config, stage = (config, waiting) if chosen is None else (config.with_fields(**{ablation.tuning.field: chosen}), ready)
-                stage += [self._cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, self.preset, self.seeds)]
+                cells = [self._cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, self.preset, self.seeds)]
+                if ablation.generator is None:
+                    stage += cells
+                    continue
+                for cell in cells:
+                    tokenizer = replace(cell, arm=Arm(f"tokenizer of {arm.name}", {}), tokenizer_of=arm.name)
+                    generator = self._generator_cell(ablation, arm, tokenizer)
+                    stage.append(tokenizer)
+                    can_be_trained = stage is ready and (tokenizer.run.finished or generator.run.finished)
+                    (ready if can_be_trained else waiting).append(generator)
         return sorted(ready, key=lambda cell: cell.seed), sorted(waiting, key=lambda cell: cell.seed)
 
     def _search(self, ablation: Ablation, arm: Arm, config: TrainConfig) -> list[Cell]:
@@ -207,12 +255,12 @@ class Study:
             raise ConfigError(f"{arm.name}: {error}") from None  # of many points one is wrong: say which
 
     def _build_config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
-        settings = ablation.settings(arm.levels)
-        if settings.get(GAN_WEIGHT, self.overrides.get(GAN_WEIGHT)):
-            settings = {path: value for path, value in self.preset.discriminator.items() if path not in self.overrides} | settings
-        codebook_size = self._codebook_size({**self.overrides, **settings})  # from which an arm derives its own, and more
+        settings, overrides = ablation.settings(arm.levels), self._of_tokenizers
+        if settings.get(GAN_WEIGHT, overrides.get(GAN_WEIGHT)):
+            settings = {path: value for path, value in self.preset.discriminator.items() if path not in overrides} | settings
+        codebook_size = self._codebook_size({**overrides, **settings})  # from which an arm derives its own, and more
         fields = ablation.quantizer(arm.levels, codebook_size)
-        overrides = {path: value for path, value in self.overrides.items() if path != CODEBOOK_SIZE}
+        overrides.pop(CODEBOOK_SIZE, None)
         changes = {**overrides, **settings}
         config = tokenizer(self.preset, {"codebook_size": codebook_size} | fields)
         config = config.with_fields(**changes) if changes else config
@@ -230,9 +278,33 @@ class Study:
         wanted = changes.get(CODEBOOK_SIZE, self.preset.codebook_size)
         return tokenizer(self.preset, {"method": "vq", "codebook_size": wanted}).quantizer.codebook_size
 
-    def _cell(self, ablation: Ablation, arm: Arm, config: TrainConfig, seed: int) -> Cell:
+    def _cell(self, ablation: Ablation, arm: Arm, config: RunConfig, seed: int) -> Cell:
         config = config.model_copy(update={"seed": seed})
         return Cell(ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data))))
+
+    def _generator_cell(self, ablation: Ablation, arm: Arm, of: Cell) -> Cell:
+        """An arm's generator on the tokens of a tokenizer.
+
+        Raises:
+            ConfigError: its config contradicts itself, or what arms differ in was set for all of them.
+        """
+        assert ablation.generator
+        assert isinstance(of.config, TrainConfig)
+        changes = ablation.generator(arm.levels, generator(self.preset, of.config, {}))
+        for path in self._of_generators:
+            if path == "seed":
+                raise ConfigError("--set generator.seed would give every arm one seed; use --seeds, which says how many")
+            if path.partition(".")[0] in ("tokenizer", "tokenizer_sha256"):
+                raise ConfigError(
+                    f"generator.{path} is of a tokenizer, which the study trains; set its fields without generator.tokenizer."
+                )
+            if path in changes:
+                raise ConfigError(f"generator.{path} is what the arms of {ablation.name} differ in; set another field, or add an arm")
+        try:
+            config = generator(self.preset, of.config, {**self._of_generators, **changes})
+        except ConfigError as error:
+            raise ConfigError(f"generator of {arm.name}: {error}") from None
+        return replace(self._cell(ablation, arm, config, of.seed), tokenizer=of)
 
 
 def file_name(text: str) -> str:

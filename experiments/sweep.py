@@ -13,7 +13,8 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from experiments import worker
-from experiments.study import Cell, Study, unique_runs
+from experiments.pace import step_cost, work
+from experiments.study import STAGES, Cell, Study, unique_runs
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory, append_line
@@ -23,7 +24,7 @@ HEARTBEAT_S = 30.0
 GRACE_S = 8.0
 """How long trainers have to write a checkpoint when asked to stop."""
 HANG_S = 600.0
-"""Without a sign of life for so long, a trainer counts as hung. Evaluation, which gives none, must end within it."""
+"""Without a sign of life for so long, a trainer counts as hung. A tokenizer's evaluation, which gives none, must end within it."""
 
 
 @dataclass
@@ -57,7 +58,7 @@ def train_study(
     hang_s: float = HANG_S,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Train every run of a study that has no row yet; runs that wait for a search join as soon as it is finished.
+    """Train every run of a study that has no row yet; runs that wait for a search or for their tokenizer join as soon as it is finished.
 
     Args:
         study: what.
@@ -118,9 +119,9 @@ def train_study(
                     outcome.finished.append(cell)
                     progress.finished(cell)
                     known = {each.run.path for each in todo}
-                    chosen = [each for each in unique_runs(study.advance()) if not each.run.finished and each.run.path not in known]
-                    todo += chosen
-                    queue += [] if stopping else chosen
+                    joined = [each for each in unique_runs(study.advance()) if not each.run.finished and each.run.path not in known]
+                    todo += joined
+                    queue = [] if stopping else sorted(queue + joined, key=lambda cell: cell.seed)
                 elif code == worker.BUSY:
                     queue += [] if stopping else [cell]  # another driver trains it: look again after the others
                 elif code == worker.DISK_FULL:
@@ -134,7 +135,7 @@ def train_study(
             progress.heartbeat()
             time.sleep(POLL_S)
     done = {cell.run.path for cell in outcome.finished + outcome.failed}
-    outcome.unfinished = [cell for cell in todo if cell.run.path not in done] + study.waiting
+    outcome.unfinished = [cell for cell in todo if cell.run.path not in done] + unique_runs(study.waiting)
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -168,7 +169,8 @@ class _Pool:
         self._hung: dict[ForkServerProcess, str] = {}
 
     def start(self, cell: Cell) -> None:
-        arguments = (cell.config.to_json_dict(), str(cell.run.path), self._runtime, self._threads)
+        tokenizer = str(cell.tokenizer.run.path) if cell.tokenizer else None
+        arguments = (cell.config.to_json_dict(), str(cell.run.path), self._runtime, self._threads, tokenizer)
         process = self._context.Process(target=worker.train, args=arguments, daemon=False)
         process.start()
         self.running[process], self._started[process] = cell, time.time()
@@ -228,38 +230,59 @@ def time_left(seconds: float) -> str:
 
 
 class _Progress:
-    """Lines, not a bar: they read the same in a terminal, a log and a notebook. Time left is steps left over the speed so far."""
+    """Lines, not a bar: they read the same in a terminal, a log and a notebook. Time left is what is left to do over the speed so far, with
+    steps of the two stages weighed by what they take."""
 
     def __init__(self, study: Study, cells: list[Cell], say: Callable[[str], None]) -> None:
-        self._cells, self._say, self._count = cells, say, 0
-        self._runs = len(cells) + len(study.waiting)
+        waiting = unique_runs(study.waiting)
+        self._preset, self._cells, self._say, self._count = study.preset, cells, say, 0
+        self._runs = len(cells) + len(waiting)
         self._start, self._last = time.monotonic(), time.monotonic()
-        self._total = sum(cell.config.steps for cell in cells + study.waiting)
-        self._at_start = self._steps()
+        known = {stage: cost for stage in STAGES if (cost := step_cost(study, stage).seconds)}
+        self._weights = {stage: known.get(stage) or next(iter(known.values()), 1.0) for stage in STAGES}
+        self._steps = sum(cell.config.steps for cell in cells + waiting)
+        self._total = sum(self._weight(cell) for cell in cells + waiting)
+        self._at_start = self._done()
 
-    def _steps(self) -> int:
-        return sum(cell.config.steps if cell.run.finished else last_step(cell) for cell in self._cells)
+    def _weight(self, cell: Cell) -> float:
+        return self._weights[cell.stage] * work(cell, self._preset)
+
+    def _done(self) -> float:
+        return sum(self._weight(cell) * _share_done(cell) for cell in self._cells)
 
     def _left(self) -> str:
-        steps = self._steps()
-        if steps == self._at_start:
+        done = self._done()
+        if done == self._at_start:
             return "time left not known yet"
-        return time_left((time.monotonic() - self._start) * (self._total - steps) / (steps - self._at_start))
+        return time_left((time.monotonic() - self._start) * (self._total - done) / (done - self._at_start))
 
     def finished(self, cell: Cell) -> None:
         row = cell.run.read_row()
         self._count += 1
-        result = (
-            f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}" if row["status"] == "ok" else row["reason"]
-        )
-        line = f"[{self._count}/{self._runs}] {row['status']} {cell.name}: {result}, {row['train_seconds']:.0f} s"
-        self._say(f"{line}; {self._left()}")
+        self._say(f"[{self._count}/{self._runs}] {row['status']} {cell.name}: {result_of(row)}; {self._left()}")
         self._last = time.monotonic()
 
     def heartbeat(self) -> None:
         if time.monotonic() - self._last > HEARTBEAT_S:
             self._last = time.monotonic()
-            self._say(f"step {self._steps()} of {self._total} over all runs; {self._left()}")
+            steps = round(sum(cell.config.steps * _share_done(cell) for cell in self._cells))
+            self._say(f"step {steps} of {self._steps} over all runs; {self._left()}")
+
+
+def _share_done(cell: Cell) -> float:
+    return 1.0 if cell.run.finished else last_step(cell) / cell.config.steps
+
+
+def result_of(row: dict[str, Any]) -> str:
+    """What a run gave, in a phrase; why it gave nothing."""
+    if row["status"] != "ok":
+        result = row["reason"]
+    elif "bits_per_image" in row:
+        fid = f", FID[fashion-cnn] {row['fid[fashion-cnn]']:.3g} at guidance {row['guidance']:g}" if "fid[fashion-cnn]" in row else ""
+        result = f"bits/image {row['bits_per_image']:.0f}{fid}"
+    else:
+        result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}"
+    return f"{result}, {row['train_seconds']:.0f} s"
 
 
 def last_step(cell: Cell) -> int:

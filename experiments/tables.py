@@ -14,10 +14,11 @@ from typing import NamedTuple
 import pandas as pd
 
 from experiments import tuning
-from experiments.ablations import Ablation
+from experiments.ablations import Ablation, PaperRow
 from experiments.ablations.grid import BASE, GRID_COLUMNS, strips, varied
 from experiments.anatomy import parts_table
 from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, entry, main_effects, verdict
+from experiments.rows import of_arms
 
 NOT_REPORTED, NOT_MEASURED = "not reported", "not measured"
 
@@ -49,7 +50,23 @@ COLUMNS = {
     "code_dim": Column("D", 0, entry("code_dim")),
     "fid": Column("FID[fashion-cnn]", 2, entry("fid[fashion-cnn]")),
     "gap": Column("gap", 2, entry("gap")),
+    "depth": Column("blocks", 0, entry("depth")),
+    "cross_entropy": Column("nats/token", 3, entry("cross_entropy")),
+    "bits_per_image": Column("bits an image", 0, entry("bits_per_image")),
+    "uniform_bits_per_image": Column("of uniform tokens", 0, entry("uniform_bits_per_image")),
+    "tokenizer_perplexity": Column("tokenizer's perplexity", 0, entry("tokenizer.perplexity")),
+    "tokenizer_l1": Column("tokenizer's L1", 4, entry("tokenizer.l1")),
+    "tokenizer_fid": Column("tokenizer's FID[fashion-cnn]", 2, entry("tokenizer.fid[fashion-cnn]")),
+    "guidance": Column("guidance", 1, entry("guidance")),
+    "is": Column("IS[fashion-cnn]", 2, entry("is[fashion-cnn]")),
+    "precision": Column("precision", 3, entry("precision[fashion-cnn]")),
+    "recall": Column("recall", 3, entry("recall[fashion-cnn]")),
+    "label_agreement": Column("label agreement %", 1, entry("label_agreement[fashion-cnn]", 100)),
+    "samples_per_s": Column("images/s", 1, entry("sample_images_per_s")),
 }
+
+PAPER_COLUMNS = {"rFID": ".2f", "usage %": "g", "gFID": ".2f", "IS": ".2f"}
+"""How the numbers of the paper's rows are written."""
 
 
 def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -118,26 +135,25 @@ def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 
 def paper_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's rows as reported, each beside the arm that comes closest; other data, size and metrics, so only directions compare."""
+    columns = [COLUMNS[name] for name in ablation.beside_paper]
     lines = []
     for row in ablation.paper_rows:
-        rfid = NOT_REPORTED if row.rfid is None else f"{row.rfid:.2f}"
-        usage = NOT_REPORTED if row.usage_pct is None else f"{row.usage_pct:g}"
-        line = {"paper": row.method, "rFID (paper)": rfid, "usage % (paper)": usage}
-        finished = rows[(rows["arm"] == row.arm) & (rows["status"] == "ok")]
+        line = {"paper": row.method} | {f"{name} (paper)": _reported(row, name) for name in ablation.paper_columns}
+        mine = rows[rows["arm"] == row.arm]
+        finished = mine[mine["status"] == "ok"]
         if row.arm is None:
-            ours = {"closest arm": "none"}
-        elif finished.empty:
-            ours = {"closest arm": f"{ablation.letter(row.arm)} {row.arm}", "usage %": _state(rows[rows["arm"] == row.arm])}
+            line["closest arm"] = "none"
         else:
-            ours = {
-                "closest arm": f"{ablation.letter(row.arm)} {row.arm}",
-                "seeds": str(len(finished)),
-                "usage %": mean_and_spread(finished["usage"].astype(float) * 100, 1),
-                "perplexity / K %": mean_and_spread(finished["perplexity_share"].astype(float) * 100, 1),
-                "L1": mean_and_spread(finished["l1"].astype(float), 4),
-            }
-        lines.append(line | ours)
+            line["closest arm"] = f"{ablation.letter(row.arm)} {row.arm}"
+            line |= {columns[0].label: _state(mine)} if finished.empty else {"seeds": str(len(finished))}
+        if not finished.empty:
+            line |= {column.label: mean_and_spread(column.value(finished), column.digits) for column in columns}
+        lines.append(line)
     return pd.DataFrame(lines).fillna("")
+
+
+def _reported(row: PaperRow, column: str) -> str:
+    return f"{row.reported[column]:{PAPER_COLUMNS[column]}}" if column in row.reported else NOT_REPORTED
 
 
 def search_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -194,7 +210,7 @@ TABLES = {
     "paper": (
         paper_table,
         "The paper's rows, each beside the arm that comes closest. Data, size and metrics differ, so only directions can be compared; "
-        "rFID is not measured here.",
+        "rFID and gFID are not measured here.",
     ),
     "search": (search_table, f"The search before the comparison, the same for every arm. Rule: {tuning.RULE}."),
     "grid": (grid_table, "The grid outcome by outcome: mean over seeds, or the state of an arm that has no result."),
@@ -204,7 +220,7 @@ TABLES = {
 
 def build(name: str, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """One table by name, from the rows of this ablation; empty while it has nothing to say."""
-    return TABLES[name][0](ablation, rows[rows["ablation"] == ablation.name])
+    return TABLES[name][0](ablation, of_arms(rows[rows["ablation"] == ablation.name]))
 
 
 def write(table: pd.DataFrame, folder: Path, name: str, caption: str) -> None:

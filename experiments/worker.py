@@ -9,30 +9,36 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from ibq.config import parse_train_config
-from ibq.data import DataError
-from ibq.distributed import PeerLostError, peers
+from ibq.config import TrainConfig
+from ibq.data import DataError, data_hash_of
+from ibq.distributed import PeerLostError, peers, resolve_device
 from ibq.errors import ConfigError, NonFiniteError
+from ibq.generator_config import GeneratorConfig, RunConfig, parse_run_config
+from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.processes import exit_with_parent
-from ibq.run_directory import RunDirectory, append_line
+from ibq.run_directory import RunDirectory, append_line, write_json
+from ibq.train_generator import train_generator
 from ibq.train_tokenizer import train_tokenizer
-from ibq.training import LogEvent, Runtime, StopRequested
+from ibq.training import LogEvent, Runtime, StopRequested, row_of, write_lost
 
 UNFIT, DISK_FULL, BUSY = 2, 74, 75
 """Exit codes: the run cannot be trained as given, nothing more can be written, or another process holds this run. 0 is finished or stopped,
 1 any other recorded failure."""
 
 HEARTBEAT_S = 1.0
+TOKENIZER_ROW = "tokenizer/row.json"
+"""In a generator's run, beside the copy of its tokenizer: that one's row, which stays right whatever becomes of the tokenizer's run."""
 
 
-def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int) -> None:
-    """Train one run to its row; record the attempt and how it ended in attempts.jsonl.
+def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, tokenizer: str | None = None) -> None:
+    """Train one run to its row, a generator's on the tokens of the finished run in the folder `tokenizer`; record the attempt and how it
+    ended in attempts.jsonl.
 
     The claim on the run is a lock of the operating system, which dies with this process; this process dies with its parent. SIGTERM asks it
     to stop; nothing is shared with other trainers, so that killing one can block no other.
@@ -46,7 +52,8 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int) -
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):  # another driver may have finished it while this process started
-            raise SystemExit(0 if run.finished else attempt(run, config, runtime, stop))
+            of = None if tokenizer is None else RunDirectory(tokenizer)
+            raise SystemExit(0 if run.finished else attempt(run, config, runtime, stop, tokenizer=of))
     except Timeout:
         raise SystemExit(BUSY) from None
     except OSError as error:  # even the attempt could not be noted
@@ -59,15 +66,17 @@ def attempt(
     runtime: Runtime,
     stop: threading.Event,
     seen: Callable[[LogEvent], None] = lambda event: None,
+    tokenizer: Tokenizer | RunDirectory | None = None,
 ) -> int:
     """Train a run whose lock is held, and record the attempt and how it ended in attempts.jsonl.
 
     Args:
         run: its directory.
-        config: a TrainConfig as a dict.
+        config: a RunConfig as a dict.
         runtime: device and cadences.
         stop: once set, the run ends resumably at its next step.
         seen: receives every log event.
+        tokenizer: that of a generator's run, or the finished run that it is of.
 
     Returns:
         the exit code: 0 is finished (a row may say "nan") or stopped, UNFIT, DISK_FULL, 1 any other failure.
@@ -77,7 +86,7 @@ def attempt(
     code, reason = 0, None
     try:
         with peers():
-            for logged in train_tokenizer(parse_train_config(config), run.path, runtime, _beating(run, stop)):
+            for logged in trained(parse_run_config(config), tokenizer, run, runtime, _beating(run, stop)):
                 seen(logged)
         event = "finished"
     except StopRequested as stopped:
@@ -91,6 +100,39 @@ def attempt(
             (run.path / "traceback.txt").write_text(traceback.format_exc())
     append_line(run.attempts, {"event": event, "time": time.time(), "seconds": time.time() - started, "reason": reason})
     return code
+
+
+def trained(
+    config: RunConfig, tokenizer: Tokenizer | RunDirectory | None, run: RunDirectory, runtime: Runtime, should_stop: Callable[[], bool]
+) -> Iterator[LogEvent]:
+    """The events of the trainer that the config is for; a generator's wants its tokenizer, or the finished run that it is of."""
+    if isinstance(config, TrainConfig):
+        return train_tokenizer(config, run.path, runtime, should_stop)
+    if isinstance(tokenizer, RunDirectory):
+        tokenizer = _tokenizer_of(tokenizer, config, run, runtime)
+    assert tokenizer is not None
+    return train_generator(config, tokenizer, run.path, runtime, should_stop)
+
+
+def _tokenizer_of(source: RunDirectory, config: GeneratorConfig, run: RunDirectory, runtime: Runtime) -> Tokenizer:
+    """A finished run's tokenizer; its row is copied into the generator's run.
+
+    Raises:
+        NonFiniteError: it did not stay finite, so that there is no tokenizer, and the generator's row has been written, which says so.
+        ConfigError: the run is not finished, or damaged.
+    """
+    if not source.finished:
+        raise ConfigError(
+            f"the tokenizer of run {run.path.name} is that of run {source.path.name}, which is not finished; train that one first"
+        )
+    row = source.read_row()
+    write_json(run.path / TOKENIZER_ROW, row)
+    if row["status"] == "ok":
+        return load_tokenizer(source.path)
+    write_json(run.config, config.to_json_dict())
+    facts = {"data_hash": data_hash_of(config.data), "train_seconds": 0.0}
+    facts |= {"reason": f"its tokenizer, run {source.path.name}, did not stay finite: {row['reason']}"}
+    raise write_lost(run, row_of(config, "nan", facts, {}, resolve_device(runtime.device)))
 
 
 def classify(error: Exception) -> tuple[str, str]:

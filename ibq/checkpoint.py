@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ibq.errors import ConfigError
 from ibq.run_directory import write_json, write_tensors
+from ibq.sharding import part_like
 
 
 class Checkpoint(NamedTuple):
@@ -83,7 +85,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     """Put `flatten_optimizer`'s tensors back; every slot of every parameter must be there.
 
     A slot takes the memory layout of its parameter: fused Adam walks both in storage order, so contiguous moments beside a channels-last
-    weight would be paired with the wrong elements, in silence.
+    weight would be paired with the wrong elements, in silence. Of a sharded parameter it takes this process's part.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     state: dict[int, dict[str, torch.Tensor]] = {}
@@ -91,9 +93,35 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         start = f"{prefix}.{names[parameter]}."
         slots = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
         state[i] = {
-            slot: torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach() if value.shape == parameter.shape else value
+            slot: torch.empty_like(parameter, dtype=value.dtype).copy_(part_like(value, parameter)).detach()
+            if value.shape == parameter.shape
+            else value
             for slot, value in slots.items()
         }
         if not state[i]:
             raise KeyError(f"the checkpoint lacks {start}*")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """What stands under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def require_version(meta: dict[str, Any], name: str, version: int) -> None:
+    """ConfigError: the checkpoint is of another version of the code."""
+    if meta[name] != version:
+        found = f"{name}={meta[name]}, this code has {version}"
+        raise ConfigError(f"the checkpoint was written with {found}; forget the run and train it again")
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """What the next random numbers of this process follow from, by its names in a checkpoint."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    return states | ({"rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_random_states(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(tensors["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in tensors:  # a run begun on a CPU may go on on a GPU
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)

@@ -40,26 +40,26 @@ class UnfitError(DataError):
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; the mode before is restored."""
-    mode = module.training
-    module.eval()
+    mode = network.training
+    network.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(mode)
+        network.train(mode)
 
 
 @contextmanager
-def measuring(tokenizer: Tokenizer) -> Iterator[None]:
+def measuring(network: nn.Module) -> Iterator[None]:
     """`evaluating` in whole float32, neither autocast nor TF32: what is reported must not hang on how training was made fast."""
-    with evaluating(tokenizer), full_float32(next(tokenizer.parameters()).device, convolutions=True):
+    with evaluating(network), full_float32(next(network.parameters()).device, convolutions=True):
         yield
 
 
 @contextmanager
-def _sparing(reasons: list[str]) -> Iterator[None]:
+def sparing(reasons: list[str]) -> Iterator[None]:
     """Whatever goes wrong in a metric that can be done without is noted, so that it costs the metric alone and no trained run."""
     try:
         yield
@@ -67,8 +67,14 @@ def _sparing(reasons: list[str]) -> Iterator[None]:
         reasons.append(one_line(error))
 
 
+def own_batches(n: int, batch_size: int) -> list[torch.Tensor]:
+    """This process's batches of the numbers below n, ascending; those of all ranks one after the other are all of them."""
+    of_all = torch.arange(n).split(batch_size)
+    return [of_all[b] for b in torch.arange(len(of_all)).tensor_split(world_size())[rank()]]
+
+
 @dataclass(frozen=True, eq=False)
-class _Share:
+class Share:
     """The batches of this process among all of the first `n_images`; gone through, it gives their pixels."""
 
     images: ImageSource
@@ -78,8 +84,7 @@ class _Share:
     @property
     def batches(self) -> list[torch.Tensor]:
         """Indices of the images of each batch, ascending."""
-        of_all = torch.arange(self.n_images).split(self.batch_size)
-        return [of_all[b] for b in torch.arange(len(of_all)).tensor_split(world_size())[rank()]]
+        return own_batches(self.n_images, self.batch_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for indices_B in torch.cat([torch.arange(0), *self.batches]).split(EXTRACTED_AT_ONCE):
@@ -113,18 +118,18 @@ def evaluate(
     counts_K = torch.zeros(tokenizer.config.quantizer.codebook_size, dtype=torch.int64, device=device)
     quality, error = ImageQuality(), QuantizationError()
     shown: dict[str, torch.Tensor] = {}
-    share = _Share(images, n_images, batch_size)
+    share = Share(images, n_images, batch_size)
     distances: Distances | None = None
     absent: list[str] = []
-    with _sparing(absent):
-        distances = _fashion_cnn_distances(share, device)
+    with sparing(absent):
+        distances = fashion_cnn_distances(share, device)
     with shared_errors(NonFiniteInputError, DataError), measuring(tokenizer):
         for indices_B in share.batches:
             x_BCHW = images.batch(indices_B, device)
             y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
             quality.update(x_BCHW, y_BCHW)
             if distances and not absent:
-                with _sparing(absent):
+                with sparing(absent):
                     distances.update(y_BCHW)
             error.update(tokenizer.quantize.to_code_space(z_BDHW), quantized.z_q)
             counts_K += torch.bincount(quantized.indices.flatten(), minlength=len(counts_K))
@@ -133,29 +138,29 @@ def evaluate(
     sum_over_ranks(counts_K)
     quality.reduce()
     error.reduce()
-    perceptual, perceptual_protocol = _measured(distances, absent)
+    perceptual, perceptual_protocol = measured(distances, absent)
     metrics = usage_metrics(counts_K) | quality.compute() | {"quantization_error": error.compute()} | perceptual
-    protocol = _protocol(images, n_images, weights) | perceptual_protocol
+    protocol = protocol_of(images, n_images, weights) | perceptual_protocol
     if absent:
         protocol["distances[fashion-cnn]"] = f"absent: {absent[0]}"
     return metrics, protocol, {"counts_K": counts_K} | shown
 
 
-def _measured(metric: Distances | LPIPS | None, absent: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
+def measured(metric: Distances | LPIPS | None, absent: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics and protocol over the images of all processes, a collective; where one process fails, all note in `absent` why."""
     if isinstance(metric, Distances) and not absent:
-        with _sparing(absent):
+        with sparing(absent):
             metric.finish()
     absent[:] = [reason for reasons in gather_objects(absent) for reason in reasons]
-    measured: tuple[dict[str, float], dict[str, Any]] = {}, {}
+    found: tuple[dict[str, float], dict[str, Any]] = {}, {}
     if absent or metric is None:
-        return measured
+        return found
     metric.reduce()
     if is_writer():  # FID's square root or KID's subsets on every process would only make all of them slower
-        with _sparing(absent):
-            measured = metric.compute()
-    measured, absent[:] = copy_of_first((measured, absent))
-    return measured
+        with sparing(absent):
+            found = metric.compute()
+    found, absent[:] = copy_of_first((found, absent))
+    return found
 
 
 class PerceptualEvaluation:
@@ -182,10 +187,10 @@ class PerceptualEvaluation:
         self._require_fit(images, n_images)
         with shared_errors(DataError):
             start = self._start
-        share = _Share(images, n_images, batch_size)
+        share = Share(images, n_images, batch_size)
         metric: Distances | LPIPS | None = None
         absent: list[str] = []
-        with _sparing(absent), measuring(tokenizer):
+        with sparing(absent), measuring(tokenizer):
             metric = start(share)
             for indices_B in share.batches:
                 x_BCHW = images.batch(indices_B, next(tokenizer.parameters()).device)
@@ -194,10 +199,18 @@ class PerceptualEvaluation:
                     metric.update(x_BCHW, y_BCHW)
                 else:
                     metric.update(y_BCHW)
-        metrics, protocol = _measured(metric, absent)
+        metrics, protocol = measured(metric, absent)
         if absent or not metrics:
             raise UnfitError(f"{self.name} is {f'absent: {absent[0]}' if absent else next(iter(protocol.values()))}")
-        return metrics, _protocol(images, n_images, weights) | protocol
+        return metrics, protocol_of(images, n_images, weights) | protocol
+
+    def distances(self, references: Share) -> Distances:
+        """Ready to be fed with images of any origin; arguments and errors as on the call, of a network whose features make distances."""
+        self._require_fit(references.images, references.n_images)
+        with shared_errors(DataError):
+            distances = self._start(references)
+        assert isinstance(distances, Distances)
+        return distances
 
     def _require_fit(self, images: ImageSource, n_images: int) -> None:
         if self.name == "fashion-cnn":
@@ -230,7 +243,7 @@ class PerceptualEvaluation:
             raise DataError(f"{self.name} needs a package that cannot be imported ({one_line(error)}); install ibq again") from None
 
 
-def _fashion_cnn_distances(share: _Share, device: torch.device) -> Distances:
+def fashion_cnn_distances(share: Share, device: torch.device) -> Distances:
     """Ready to be fed. DataError: they would mean nothing here, or the weights are absent; ImportError: torch-fidelity is."""
     _require_fashion_mnist(share.images)
     if reason := too_few(share.n_images):  # said before seconds are spent on importing
@@ -245,6 +258,6 @@ def _require_fashion_mnist(images: ImageSource) -> None:
         raise UnfitError(f"fashion-cnn knows Fashion-MNIST, not {images.name}")
 
 
-def _protocol(images: ImageSource, n_images: int, weights: str) -> dict[str, Any]:
+def protocol_of(images: ImageSource, n_images: int, weights: str) -> dict[str, Any]:
     protocol = {"split": images.split, "n_images": n_images, "weights": weights, "precision": "fp32", "images": "float in [-1, 1], clamped"}
     return protocol | ({"unusable_files": len(images.skipped)} if images.skipped else {})

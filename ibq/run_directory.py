@@ -35,12 +35,14 @@ class _Member:
 class RunDirectory:
     """Paths and files of one run (DESIGN, contract 'Run directory').
 
-    config.json       the TrainConfig
+    config.json       the TrainConfig or GeneratorConfig
     history.jsonl     a line per log step
-    snapshots/        tensors at up to 8 points of training
+    snapshots/        of a tokenizer: tensors at up to 8 points of training
+    tokenizer/        of a generator: its tokenizer, as `Tokenizer.save` writes one
     checkpoint/       for resuming; removed when the run is finished
-    model.safetensors the averaged weights of a finished run
-    eval/             what the evaluation saw: code counts, pictures
+    samples/          of a generator: parts of an evaluation that is not whole; removed as well
+    model.safetensors the averaged weights of a finished run; a generator's as they are where it averages none
+    eval/             what the evaluation saw: code counts and pictures, or samples
     attempts.jsonl    every start, how it ended, what was damaged
     heartbeat         touched as long as the trainer gets on
     row.json          written last; its presence means that the run is finished
@@ -49,9 +51,12 @@ class RunDirectory:
     config = _Member("config.json")
     history = _Member("history.jsonl")
     snapshots = _Member("snapshots")
+    tokenizer = _Member("tokenizer")
     checkpoint = _Member("checkpoint")
     model = _Member("model.safetensors")
     evaluation = _Member("eval/reconstruction.safetensors")
+    generated = _Member("eval/samples.safetensors")
+    samples = _Member("samples")
     attempts = _Member("attempts.jsonl")
     heartbeat = _Member("heartbeat")
     row = _Member("row.json")
@@ -124,13 +129,13 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: it is either the old one or the new one, whole and on disk."""
-    with _replacing(path) as temporary, open(temporary, "w") as file:
+    with replacing(path) as temporary, open(temporary, "w") as file:
         file.write(text)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`."""
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
 
 
@@ -140,13 +145,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A safetensors file, replaced in one step; tensors are moved to the CPU."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what was written under it takes the place of `path` when the block ends without an error."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; what was written under it takes the place of `path` when the block ends without an error.
+
+    A kill leaves a hidden file, whose name begins with a dot and that of `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ibq.checkpoint import load_checkpoint, remove_checkpoint
 from ibq.config import TrainConfig
 from ibq.data import DataError, ImageSource, data_hash, load_images
 from ibq.data.batches import TrainingBatches
@@ -36,8 +35,22 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.observation import GAP_PROTOCOL, GAPS, geometry, take_snapshot
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
-from ibq.training import AUTOCAST, LogEvent, Runtime, StopRequested, agreed, cause, check_config, peak_memory_gib, row_of, write_lost
-from ibq.training_state import Pace, TrainingState
+from ibq.training import (
+    AUTOCAST,
+    LogEvent,
+    Pace,
+    Runtime,
+    StopRequested,
+    agreed,
+    already_finished,
+    cause,
+    newest_checkpoint,
+    peak_memory_gib,
+    row_of,
+    tidy,
+    write_lost,
+)
+from ibq.training_state import TrainingState
 
 
 def train_tokenizer(
@@ -68,13 +81,7 @@ def train_tokenizer(
     """
     # ---------------------------------------------------------------- data, device, directory
     run, writer = RunDirectory(run_directory), is_writer()
-    with shared_errors(ConfigError):
-        check_config(run, config)
-    if agreed(run, "row", "there" if run.finished else "absent") == "there":
-        with shared_errors(ConfigError):
-            status = run.read_row()["status"]
-        if writer and status == "ok":  # a kill may have come between the row and this; of a run that was lost the last state is kept
-            remove_checkpoint(run.checkpoint)
+    if already_finished(run, config):
         return
     with shared_errors(ConfigError, DataError):
         device = resolve_device(runtime.device)
@@ -89,15 +96,11 @@ def train_tokenizer(
 
     # ---------------------------------------------------------------- players and averages: fresh, or as the checkpoint has them
     tokenizer, generator = state.tokenizer, state.generator
-    checkpoint, damaged = load_checkpoint(run.checkpoint)
-    agreed(run, "checkpoint", f"of step {checkpoint.meta['step']} ({checkpoint.meta['sha256'][:8]})" if checkpoint else "absent")
+    checkpoint, damaged = newest_checkpoint(run, {"data_hash": data})
     if checkpoint is None:
         initialize_codebook(tokenizer, config, train_images, device)
     state.start_average()
     if checkpoint is not None:
-        if checkpoint.meta["data_hash"] != data:
-            trained_on, given = checkpoint.meta["data_hash"][:12], data[:12]
-            raise ConfigError(f"{run.path} was trained on data {trained_on}, not {given}; give it that data or another directory")
         state.restore(checkpoint)
         if writer and (note := _other_means(config, checkpoint.meta.get("processes", 1))):
             append_line(run.attempts, {"event": "other processes", "reason": f"{note} from step {state.step}"})
@@ -231,7 +234,7 @@ def train_tokenizer(
             metrics |= gaps
             protocol |= {"gap": GAP_PROTOCOL} if gaps else {}
         write_json(run.row, _row(state, "ok", peak | metrics, protocol, data))
-        remove_checkpoint(run.checkpoint)
+        tidy(run)
     barrier()  # the run is finished for every process
 
 

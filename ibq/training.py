@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
+import shutil
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
+from ibq.checkpoint import Checkpoint, load_checkpoint, remove_checkpoint
 from ibq.config import RESULTS_VERSION, flatten
-from ibq.distributed import barrier, gather_objects, is_writer, world_size
+from ibq.distributed import barrier, device_name, gather_objects, is_writer, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError
 from ibq.generator_config import RunConfig, parse_run_config
 from ibq.run_directory import RunDirectory, source_commit, write_json
@@ -34,7 +37,7 @@ class Runtime:
     """Processes that decode pictures, where images are read from a folder while training."""
     compile: bool = False
     checkpoint_activations: bool = False
-    """Recompute the autoencoder's activations in the backward pass: less memory, about a third more time, the same numbers."""
+    """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
     eval_images: int = 2000
     eval_batch_size: int = 100
     sharding: Literal["ddp", "fsdp"] = "ddp"
@@ -57,6 +60,8 @@ class Runtime:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; choose {bound} or more")
+        if not all(0 <= g < math.inf for g in self.guidances) or len({f"{g:g}" for g in self.guidances}) < len(self.guidances):
+            raise ConfigError(f"guidances={self.guidances} must be finite numbers of at least 0, no two of them alike; 1 is no guidance")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,32 @@ class StopRequested(Exception):  # noqa: N818 (not an error)
     """The run was asked to stop; its checkpoint is on disk."""
 
 
+class Progress(Protocol):
+    """How far a training state has come: finished updates, and the seconds that they took."""
+
+    step: int
+    seconds: float
+
+
+class Pace:
+    """How fast a run goes since the last report."""
+
+    def __init__(self, state: Progress, batch_size: int) -> None:
+        self.state, self.batch_size = state, batch_size
+        self.step, self.seconds, self.waited_s = state.step, state.seconds, 0.0
+
+    def report(self, waited_s: float) -> dict[str, float]:
+        """images_per_s, over all processes, and data_wait_pct, the share of that time in which this process waited for pixels.
+
+        Args:
+            waited_s: seconds of waiting since the start.
+        """
+        images, seconds = (self.state.step - self.step) * self.batch_size, self.state.seconds - self.seconds
+        waited, self.waited_s = waited_s - self.waited_s, waited_s
+        self.step, self.seconds = self.state.step, self.state.seconds
+        return {"images_per_s": images / seconds, "data_wait_pct": 100 * waited / seconds}
+
+
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,10 +113,57 @@ def check_config(run: RunDirectory, config: RunConfig) -> None:
             theirs = parse_run_config(json.loads(run.config.read_text())).identity()
         except ValueError as error:
             raise ConfigError(f"{run.config} cannot be read ({' '.join(str(error).split())}); forget the run") from None
-        if theirs != config.identity():
-            mine, other = flatten(config.identity()), flatten(theirs)
-            field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
-            raise ConfigError(f"{run.path} holds a run with {field}={other.get(field)!r}, not {mine.get(field)!r}; pass another directory")
+        if differing := first_difference(theirs, config.identity()):
+            raise ConfigError(f"{run.path} holds a run with {differing}; pass another directory")
+
+
+def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first field, in the order of their names, in which two configs' identities differ, and both values; None where none does."""
+    theirs, mine = flatten(found), flatten(wanted)
+    differing = (name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name))
+    return next((f"{name}={theirs.get(name)!r}, not {mine.get(name)!r}" for name in differing), None)
+
+
+def already_finished(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether the directory, which must not hold another config, has its row; a collective.
+
+    Raises:
+        ConfigError: on all processes, where one sees another config, other files, or a row that is damaged.
+    """
+    with shared_errors(ConfigError):
+        check_config(run, config)
+    if agreed(run, "row", "there" if run.finished else "absent") == "absent":
+        return False
+    with shared_errors(ConfigError):
+        status = run.read_row()["status"]
+    if is_writer() and status == "ok":  # a kill may have come between the row and this; of a run that was lost the last state is kept
+        tidy(run)
+    return True
+
+
+def tidy(run: RunDirectory) -> None:
+    """Remove what a run needs as long as it has no row: its checkpoint, and parts of its evaluation."""
+    remove_checkpoint(run.checkpoint)
+    shutil.rmtree(run.samples, ignore_errors=True)
+
+
+def newest_checkpoint(run: RunDirectory, belongs_to: dict[str, str]) -> tuple[Checkpoint | None, list[str]]:
+    """`load_checkpoint`, with what all processes agree on; a collective.
+
+    Args:
+        belongs_to: hashes of what the run learns from, by their names in the checkpoint's meta: `data_hash`, `tokenizer_sha256`.
+
+    Raises:
+        ConfigError: on all processes, where they see different checkpoints, or theirs belongs to something else.
+    """
+    checkpoint, damaged = load_checkpoint(run.checkpoint)
+    agreed(run, "checkpoint", f"of step {checkpoint.meta['step']} ({checkpoint.meta['sha256'][:8]})" if checkpoint else "absent")
+    meta = checkpoint.meta if checkpoint else belongs_to
+    for name, given in belongs_to.items():
+        if (trained_on := meta[name]) != given:
+            what, remedy = name.partition("_")[0], "pass the one of before, or another directory"
+            raise ConfigError(f"{run.path} was trained on {what} {trained_on[:12]}, not {given[:12]}; {remedy}")
+    return checkpoint, damaged
 
 
 def agreed(run: RunDirectory, what: str, seen: str) -> str:
@@ -141,7 +219,7 @@ def row_of(config: RunConfig, status: str, facts: dict[str, Any], protocol: dict
         "codebook_size": config.quantizer.codebook_size,
         "code_dim": config.quantizer.code_dim,
         "seed": config.seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "device": device_name(device),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

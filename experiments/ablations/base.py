@@ -9,6 +9,7 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from experiments.recipes import Preset
+from ibq.generator_config import GeneratorConfig
 
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
 
@@ -48,7 +49,7 @@ class Contrast:
     without: str
     with_: str
     claim: str
-    outcome: Literal["bits", "l1", "usage", "fid", "gap"]
+    outcome: Literal["bits", "l1", "usage", "fid", "gap", "bits_per_image"]
     effect: float
     paper: str = ""
     keeps: bool = False
@@ -103,12 +104,22 @@ class Axis:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of a table of the paper, None where it reports no number; `arm` is the arm that comes closest to it, if there is one."""
+    """A row of a table of the paper: its numbers by column, those that it does not report left out; `arm` is the arm that comes closest to
+    it, if there is one."""
 
     method: str
-    rfid: float | None
-    usage_pct: float | None
+    reported: Mapping[str, float]
     arm: str | None = None
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The other half of a question, which another ablation answers: its name, a title, and the arms and contrasts that belong to it."""
+
+    ablation: str
+    title: str
+    arms: tuple[str, ...]
+    contrasts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -116,8 +127,9 @@ class Ablation:
     """One study: see `experiments/ablations/`.
 
     An arm's config is the preset's recipe around `quantizer(levels, K)`, with the numbers that `scales(levels)` names multiplied and the
-    fields of `settings(levels)` set. Figures choose colours by the first factor; `figures`, `tables` and `columns` name what the report
-    shows, in the registries of those modules.
+    fields of `settings(levels)` set. With `generator` an arm is a generator on the tokens of that tokenizer, which is trained first: the
+    preset's one, given as the second argument, with the fields of `generator(levels, of_preset)` set, by dotted path. Figures choose
+    colours by the first factor; `figures`, `tables` and `columns` name what the report shows, in the registries of those modules.
     """
 
     name: str
@@ -133,8 +145,13 @@ class Ablation:
     tables: tuple[str, ...]
     contrasts: tuple[Contrast, ...] = ()
     columns: tuple[str, ...] = COLUMNS
+    paper_columns: tuple[str, ...] = ("rFID", "usage %")
+    """What the paper's rows report, in the registry of the tables."""
+    beside_paper: tuple[str, ...] = ("usage", "share", "l1")
+    """The columns that the closest arms show beside them."""
     scales: Callable[[Mapping[str, str]], dict[str, float]] = lambda levels: {}
     settings: Callable[[Mapping[str, str]], dict[str, Any]] = lambda levels: {}
+    generator: Callable[[Mapping[str, str], GeneratorConfig], dict[str, Any]] | None = None
     marker: str | None = None
     """The factor that rate against distortion shows by the shape of a point."""
     fill: str | None = None
@@ -144,6 +161,7 @@ class Ablation:
     """The arms whose codes and features are projected at several moments of training."""
     tuning: Tuning | None = None
     anatomy: Anatomy | None = None
+    continued: Continuation | None = None
     core: bool = True
     """Whether it belongs to the core study, which is what a study without names is."""
 
@@ -159,6 +177,14 @@ class Ablation:
 
     def factor(self, name: str) -> Factor:
         return next(factor for factor in self.factors if factor.name == name)
+
+    def sizes(self) -> list[tuple[Arm, ...]]:
+        """Sets of arms that differ in the factor of the axis alone; an arm that has no other is a set by itself."""
+        sets: dict[tuple[str, ...], list[Arm]] = {}
+        for arm in self.arms:
+            others = tuple(level for name, level in arm.levels.items() if not self.axis or name != self.axis.factor)
+            sets.setdefault(others, []).append(arm)
+        return [tuple(arms) for arms in sets.values()]
 
     def letter(self, name: str) -> str:
         """The key under which figures name an arm, A to Z, then AA to ZZ; the table spells it out."""

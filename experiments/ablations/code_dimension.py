@@ -134,9 +134,9 @@ ABLATION = Ablation(
     columns=("perplexity", "usage", "bits", "l1", "psnr_db", "ssim", "fid", "quantization_error", "gap", "parameters", "step_ms"),
     paper_source="Table 1 (ImageNet 256x256, 50k validation images, K = 16,384)",
     paper_rows=(
-        PaperRow("LlamaGen, D = 8", 2.19, 97.0, "cosine_8"),
-        PaperRow("LlamaGen, D = 256", 9.21, 0.29, "cosine_256"),
-        PaperRow("VQGAN, D = 256", 4.98, 5.9, "vq_256"),
-        PaperRow("IBQ, D = 256", 1.37, 96.0, "ibq_256"),
+        PaperRow("LlamaGen, D = 8", {"rFID": 2.19, "usage %": 97.0}, "cosine_8"),
+        PaperRow("LlamaGen, D = 256", {"rFID": 9.21, "usage %": 0.29}, "cosine_256"),
+        PaperRow("VQGAN, D = 256", {"rFID": 4.98, "usage %": 5.9}, "vq_256"),
+        PaperRow("IBQ, D = 256", {"rFID": 1.37, "usage %": 96.0}, "ibq_256"),
     ),
 )

@@ -108,7 +108,7 @@ def find_base(name: str) -> Base:
     """An arm of any ablation, by "ablation/arm" or by its own name.
 
     Raises:
-        ConfigError: no arm has that name (the nearest is named), or several have.
+        ConfigError: no arm has that name (the nearest is named), several have, or it is a generator's.
     """
     bases = [Base(ablation, arm) for ablation in ABLATIONS.values() for arm in ablation.arms]
     found = [base for base in bases if name in (base.reference, base.arm.name)]
@@ -117,6 +117,8 @@ def find_base(name: str) -> Base:
         raise ConfigError(f"base {name!r} is no arm of any ablation; {nearest(name, known)}")
     if len(found) > 1:
         raise ConfigError(f"base {name!r} is an arm of several ablations; write {' or '.join(base.reference for base in found)}")
+    if found[0].ablation.generator:
+        raise ConfigError(f"base {name!r} is a generator, and a grid is of tokenizers; name an arm of another ablation")
     return found[0]
 
 
@@ -163,6 +165,10 @@ def _check_field(field: str, bases: Sequence[Base]) -> None:
     """Refuse a field that cannot be swept, or that a base does not have."""
     if field == "seed":
         raise ConfigError("the grid cannot have the field seed, since seeds are averaged; use --seeds, which says how many")
+    if field.startswith("generator."):
+        raise ConfigError(
+            f"the grid cannot have the field {field}, since it is of a generator and a grid is of tokenizers; use --set {field}=VALUE"
+        )
     if field == "quantizer.method":
         raise ConfigError(
             "the grid cannot have the field quantizer.method, since methods have different fields; name arms by --base instead"

@@ -77,8 +77,8 @@ ABLATION = Ablation(
     columns=("parameters", "perplexity", "usage", "bits", "l1", "psnr_db", "ssim", "fid", "step_ms", "peak_memory"),
     paper_source="Table 2 (ImageNet 256x256, 50k validation images); of Table 6 no number is known here",
     paper_rows=(
-        PaperRow("before the deeper model", None, None, "ibq_base"),
-        PaperRow("+ deeper model", 1.37, None, "ibq_fourfold"),
+        PaperRow("before the deeper model", {}, "ibq_base"),
+        PaperRow("+ deeper model", {"rFID": 1.37}, "ibq_fourfold"),
     ),
     core=False,
 )

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from experiments import figures
 from experiments.benchmarks import cells
-from ibq.checkpoint import load_checkpoint
+from ibq.checkpoint import load_checkpoint, part_of
 from ibq.config import DataConfig, TrainConfig, parse_train_config
 from ibq.data import load_images
 from ibq.distributed import resolve_device
@@ -33,7 +33,6 @@ from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, append_line, read_lines, write_tensors
 from ibq.train_tokenizer import train_tokenizer
 from ibq.training import Runtime, StopRequested
-from ibq.training_state import part_of
 
 NAME = "overfit"
 CROPS, SIDE = 16, 64

@@ -31,8 +31,10 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as s
 def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
     """Remove a run for good."""
     run = manage.find_run(Study(preset), run_id)
+    generators = manage.generators_on(run)
     manage.forget(run)
-    print(f"forgot {run.path.name}")
+    kept = f"; {len(generators)} generators trained on it keep their copy of it: forget them to train them anew" if generators else ""
+    print(f"forgot {run.path.name}{kept}")
 
 
 @app.command()

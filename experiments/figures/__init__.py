@@ -15,6 +15,7 @@ from PIL import Image
 from experiments.ablations import Ablation
 from experiments.figures.codebooks import code_frequency, code_map, map_over_training, reconstructions
 from experiments.figures.comparisons import main_effects, rate_distortion, scaling, search
+from experiments.figures.generation import bits_and_distortion, depth_scaling, guidance_sweep, samples
 from experiments.figures.heat_map import heat_map
 from experiments.figures.theme import COLORS, LINE_COLORS, theme
 from experiments.figures.training import (
@@ -23,9 +24,11 @@ from experiments.figures.training import (
     geometry,
     gradient_reach,
     logits_over_training,
+    loss_over_training,
     usage_of_each,
     usage_over_training,
 )
+from experiments.rows import of_arms
 from experiments.study import Study
 
 __all__ = ["COLORS", "FIGURES", "LINE_COLORS", "caption", "compact", "draw", "plt", "save", "theme"]
@@ -104,6 +107,30 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
         "The grid: mean over seeds on the test split, one scale an outcome; brighter is more codes in use, or a lower error. Hatched or ×: "
         "no result, and why; n of m: seeds that have one.",
     ),
+    "samples": (
+        samples,
+        "Generated images, seed 0: a row a class, the first samples of each, at the guidance where the arm's FID[fashion-cnn] is lowest.",
+    ),
+    "guidance_sweep": (
+        guidance_sweep,
+        "Guidance, which stands at the points: FID[fashion-cnn] against IS[fashion-cnn], and precision against recall in the same "
+        "features; a line an arm and seed, a ring where its FID is lowest.",
+    ),
+    "bits_and_distortion": (
+        bits_and_distortion,
+        "Why bits alone compare nothing: bits that the generator needs for an image of the test split, against the error of its "
+        "tokenizer's reconstructions and against FID[fashion-cnn] of what it generates; a point an arm and seed.",
+    ),
+    "depth_scaling": (
+        depth_scaling,
+        "The size of the transformer: bits for an image of the test split, FID[fashion-cnn] and label agreement against its parameters; a "
+        "point an arm and seed, lines through the means of arms that differ in depth alone.",
+    ),
+    "loss_over_training": (
+        loss_over_training,
+        "Cross-entropy of the training tokens over the generator's training (dashed: tokens drawn uniformly); a line a seed. Arms compare "
+        "only where they have the same tokenizer.",
+    ),
     "reconstructions": (reconstructions, "Test images and their reconstructions, seed 0."),
 }
 
@@ -111,7 +138,7 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
 def draw(name: str, study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """One figure by name, in the theme."""
     theme()
-    return FIGURES[name][0](study, ablation, rows[rows["ablation"] == ablation.name])
+    return FIGURES[name][0](study, ablation, of_arms(rows[rows["ablation"] == ablation.name]))
 
 
 def caption(name: str, study: Study, ablation: Ablation) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,7 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.ablations import Ablation, Axis
 from experiments.effects import effects
-from experiments.figures.theme import BOTH, MARKERS, method_colors, panel_grid
+from experiments.figures.points import Points
+from experiments.figures.theme import BOTH, method_colors, panel_grid
 from experiments.study import Study
 from experiments.tables import chosen_value, searches
 
@@ -24,30 +23,15 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
     if finished.empty:
         return None
     figure, axis = plt.subplots(figsize=(7.2, 3.8))
-    method, colors = ablation.factors[0], method_colors(ablation)
-    shapes = _levels_of(finished, ablation, ablation.marker) if ablation.marker else [""]
-    fills = ablation.factor(ablation.fill).levels[::-1] if ablation.fill else ("",)
+    points = Points(ablation, finished)
     limit = float(np.log2(finished["codebook_size"].astype(float).max()))
     for row in finished.to_dict("records"):
-        color = colors[row[f"factor.{method.name}"]]
-        marker = MARKERS[shapes.index(row[f"factor.{ablation.marker}"])] if ablation.marker else "o"
-        face = color if not ablation.fill or row[f"factor.{ablation.fill}"] == fills[0] else "white"
-        axis.scatter(row["bits"], row["l1"], marker=marker, edgecolor=color, facecolor=face, s=34, linewidth=1.2, zorder=3)
         beside = (-11, -3) if limit - row["bits"] < 0.3 else (5, 3)  # clear of the dashed line
-        axis.annotate(ablation.letter(row["arm"]), (row["bits"], row["l1"]), xytext=beside, textcoords="offset points", fontsize=7.5)
+        points.draw(axis, row["arm"], row["bits"], row["l1"], beside)
     axis.axvline(limit, color="0.3", ls="--", lw=1)
     of_largest = "log2 K" if finished["codebook_size"].nunique() == 1 else "log2 of the largest K"
     axis.set(xlabel=f"rate: bits a token (dashed: {of_largest} = {limit:g})", ylabel="distortion: L1 on the test split, [-1, 1]")
-    style: dict[str, Any] = {"ls": "", "mew": 1.2, "ms": 6}
-    handles = [Line2D([], [], marker="o", color=colors[name], label=name, **style) for name in _levels_of(finished, ablation, method.name)]
-    if ablation.marker:
-        shown = zip(MARKERS, shapes, strict=False)
-        handles += [Line2D([], [], marker=marker, color="0.4", label=f"{ablation.marker} {name}", **style) for marker, name in shown]
-    if ablation.fill:
-        faces = ["0.4", *["white"] * (len(fills) - 1)]
-        shades = zip(fills, faces, strict=True)
-        handles += [Line2D([], [], marker="o", color="0.4", mfc=face, label=f"{ablation.fill} {name}", **style) for name, face in shades]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    figure.legend(handles=points.handles(), loc="outside right upper", frameon=False)
     return figure
 
 
@@ -58,11 +42,6 @@ SCALING = {
     "fid[fashion-cnn]": ("FID[fashion-cnn]", 1.0),
 }
 """What a figure of scaling shows: labels and factors by the rows' columns."""
-
-
-def _levels_of(rows: pd.DataFrame, ablation: Ablation, factor: str) -> list[str]:
-    """The levels of a factor that rows have, in its order."""
-    return [level for level in ablation.factor(factor).levels if level in set(rows[f"factor.{factor}"])]
 
 
 def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
@@ -103,10 +82,8 @@ def _measured(rows: pd.DataFrame) -> list[str]:
 
 def _by_size(ablation: Ablation, axis: Axis, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Method and rows of each set of arms that differ in size alone; x is the size, a little apart, so that no set hides another."""
-    sets: dict[tuple[str, ...], list[str]] = {}
-    for arm in ablation.arms:
-        sets.setdefault(tuple(level for name, level in arm.levels.items() if name != axis.factor), []).append(arm.name)
-    known = [(levels[0], rows[rows["arm"].isin(names)]) for levels, names in sets.items()]
+    method = ablation.factors[0].name
+    known = [(arms[0].levels[method], rows[rows["arm"].isin([arm.name for arm in arms])]) for arms in ablation.sizes()]
     known = [(method, mine) for method, mine in known if mine["arm"].nunique() > 1]
     apart = [1.04 ** (i - (len(known) - 1) / 2) for i in range(len(known))]
     sizes = [mine[axis.column].astype(int) for _, mine in known]

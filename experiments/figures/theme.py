@@ -27,7 +27,7 @@ def theme() -> None:
 
 
 def finished_cells(study: Study, ablation: Ablation) -> list[Cell]:
-    cells = [cell for cell in study.cells if cell.ablation.name == ablation.name and cell.run.finished and not cell.search]
+    cells = [cell for cell in study.cells if cell.ablation.name == ablation.name and cell.run.finished and cell.is_arm]
     return [cell for cell in cells if cell.run.read_row()["status"] == "ok"]
 
 

@@ -119,6 +119,18 @@ def discriminator_over_training(study: Study, ablation: Ablation, rows: pd.DataF
     return _curves(study, ablation, panels, log=False, signed=True)
 
 
+def loss_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """Of generators."""
+    panels: dict[str, Panel] = {
+        "Next token": (
+            "cross-entropy, nats a token",
+            lambda line, cell: line.get("loss", math.nan),
+            lambda line, cell: math.log(cell.config.quantizer.codebook_size),
+        )
+    }
+    return _curves(study, ablation, panels, log=False, dashed="log K: uniform tokens")
+
+
 def _curves(
     study: Study,
     ablation: Ablation,

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from experiments import claims, figures, notebooks, pages, tables
+from experiments import claims, continuation, figures, notebooks, pages, plan, tables
 from experiments import rows as rows_module
 from experiments.ablations import ABLATIONS, Ablation
 from experiments.findings import findings
@@ -29,7 +29,8 @@ PAPER_CLAIMS, OWN_CLAIMS = "claims_of_the_paper", "claims_of_this_study"
 def widened(study: Study) -> Study:
     """The study with what other ablations have finished under the same fields, so that a report shows all there is. A grid is alone.
 
-    An ablation joins if a run of its own is finished, one that none of the named ablations has; of it, only what is finished is shown.
+    An ablation joins if a run of an arm of its own is finished, one that none of the named ablations has; of it, only what is finished is
+    shown.
     """
     if study.grid:
         return study
@@ -40,7 +41,7 @@ def widened(study: Study) -> Study:
             finished = [cell for cell in replace(study, ablation_names=(name,)).cells if cell.run.finished]
         except ConfigError:  # a changed field that this ablation's arms differ in
             continue
-        if any(cell.run.path not in own for cell in finished):
+        if any(cell.run.path not in own and not cell.tokenizer_of for cell in finished):
             joining.append(name)
             cells += finished
     names = {ablation.name for ablation in study.ablations} | set(joining)
@@ -77,6 +78,7 @@ def page_name(ablation: Ablation) -> str:
 def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path) -> dict[str, Any]:
     """Write an ablation's files; returns what its page and its line on the first page show."""
     mine = rows[rows["ablation"] == ablation.name]
+    of_arms = rows_module.of_arms(mine)
     differing, common = differing_fields(study, ablation)
     items = [*_figures(study, ablation, mine, folder), *_tables(ablation, mine, folder)]
     notebook, current = notebooks.page_of(study, ablation, rows)
@@ -85,6 +87,7 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
         "page": page_name(ablation),
         "claims": claims.claims_of(study, ablation, rows),
         "findings": findings(ablation, rows),
+        "continued": _continued(study, ablation, folder),
         "verdicts": next((item for item in items if item.name == "verdicts"), None),
         "parts": layout.arrange(items),
         "thumbnail": next((item for item in items if item.html is None), None),
@@ -92,15 +95,28 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
         "common": common,
         "curves": curves.write(study, ablation, folder),
         "missing": provenance.missing(mine),
-        "finished": int((mine["status"] == "ok").sum()),
-        "lost": int((mine["status"] != "ok").sum()),
+        "finished": int((of_arms["status"] == "ok").sum()),
+        "lost": int((of_arms["status"] != "ok").sum()),
         "minutes": provenance.minutes(mine),
         "facts": provenance.facts(mine),
         "warnings": provenance.warnings(mine, by="arm"),
-        "command": provenance.command(study, ablation.name),
+        "command": plan.command(study, ablation.name),
         "notebook": notebook,
         "notebook_is_current": current,
     }
+
+
+def _continued(study: Study, ablation: Ablation, folder: Path) -> dict[str, Any] | None:
+    """The half of the question that another ablation answers: its note, claims and table; None where there is no other half."""
+    other = continuation.other_half(study, ablation)
+    if other is None:
+        return None
+    shown: dict[str, Any] = {"title": other.title, "ablation": other.ablation, "note": other.note, "claims": []}
+    if other.has_result:
+        stem = f"{file_name(ablation.name)}_{file_name(other.ablation.name)}"
+        shown["table"] = _written(other.arms_table(), folder, stem, tables.TABLES["arms"][1])
+        shown["claims"] = claims.claims_of(study, other.ablation, other.rows)
+    return shown
 
 
 def _figures(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path) -> list[layout.Item]:
@@ -146,7 +162,7 @@ def _first_page(study: Study, sections: list[dict[str, Any]], rows: pd.DataFrame
         facts=provenance.facts(rows),
         warnings=provenance.warnings(rows, by="ablation"),
         sessions=read_lines(folder / "sessions.jsonl"),
-        command=provenance.command(study, *(section["ablation"].name for section in sections)),
+        command=plan.command(study, *(section["ablation"].name for section in sections)),
         mechanism=mechanism if (folder / mechanism).is_file() else None,
     )
 

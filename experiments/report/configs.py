@@ -9,7 +9,8 @@ import pandas as pd
 
 from experiments.ablations import Ablation
 from experiments.study import Study
-from ibq.config import AdversarialConfig, TrainConfig, flatten
+from ibq.config import AdversarialConfig, flatten
+from ibq.generator_config import GeneratorConfig, RunConfig
 
 ABSENT = "–"
 
@@ -33,20 +34,26 @@ def differing_fields(study: Study, ablation: Ablation) -> tuple[pd.DataFrame, di
 
 def _configs(study: Study, ablation: Ablation) -> dict[str, dict[str, str]]:
     """Fields and values, as texts, of every arm that the study has."""
-    chosen = {cell.arm.name: cell.config for cell in study.cells if cell.ablation.name == ablation.name and not cell.search}
-    waiting = {cell.arm.name: cell.config for cell in study.waiting if cell.ablation.name == ablation.name}
+    ready, waiting = ([cell for cell in cells if cell.ablation.name == ablation.name] for cells in (study.cells, study.waiting))
+    of_arm = {cell.arm.name: cell.config for cell in waiting} | {cell.arm.name: cell.config for cell in ready if not cell.search}
+    searching = {cell.tokenizer_of or cell.arm.name for cell in waiting if cell.stage == "tokenizer"}
     configs = {}
     for arm in ablation.arms:
-        if config := chosen.get(arm.name) or waiting.get(arm.name):
+        if config := of_arm.get(arm.name):
             fields = {name: _text(value) for name, value in active_fields(config).items()}
-            if arm.name not in chosen and ablation.tuning:
-                fields[ablation.tuning.field] = "not chosen yet"
+            if ablation.tuning and arm.name in searching:
+                fields[f"tokenizer.{ablation.tuning.field}" if ablation.generator else ablation.tuning.field] = "not chosen yet"
             configs[arm.name] = fields
     return configs
 
 
-def active_fields(config: TrainConfig) -> dict[str, Any]:
-    """All fields by dotted path but the seed and those that are idle: of a discriminator, perceptual term or schedule that is not there."""
+def active_fields(config: RunConfig) -> dict[str, Any]:
+    """All fields by dotted path but the seed and those that are idle: of a discriminator, perceptual term or schedule that is not there.
+    Those of a generator's tokenizer begin with `tokenizer.`."""
+    if isinstance(config, GeneratorConfig):
+        own = flatten(config.to_json_dict() | {"tokenizer": active_fields(config.tokenizer)})
+        idle = ["seed", *([] if config.tokenizer_sha256 else ["tokenizer_sha256"])]
+        return {name: value for name, value in own.items() if name not in idle}
     idle = ["seed"]
     if not config.loss.adversarial.weight:
         idle += [f"loss.adversarial.{name}" for name in AdversarialConfig.model_fields if name != "weight"]

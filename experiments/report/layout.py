@@ -26,8 +26,12 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("The grid", ("heat_map", "grid")),
-    Section("Over size", ("scaling",)),
+    Section("What the generators draw", ("samples",)),
+    Section("Guidance", ("guidance_sweep",)),
+    Section("Bits and quality", ("bits_and_distortion",)),
+    Section("Over size", ("scaling", "depth_scaling")),
     Section("Usage over training", ("usage_over_training", "usage_of_each")),
+    Section("Loss over training", ("loss_over_training",)),
     Section("The search before it", ("search",)),
     Section("Necessary and sufficient", ("parts",)),
     Section("Which part does it", ("main_effects",)),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from typing import Any
 
 import pandas as pd
 
 from experiments import tuning
 from experiments.ablations import Ablation
-from experiments.ablations.grid import text
-from experiments.study import Study
+from experiments.rows import of_arms
 
 FACTS = {
     "device": "device",
@@ -25,6 +22,8 @@ FACTS = {
 MIXED = {"commit": "commits", "results_version": "results versions", "device": "devices", "torch": "versions of torch"}
 """What should be one value in all rows that are compared, in the plural."""
 PROTOCOL = "protocol."
+HASHES = ("protocol.tokenizer_sha256",)
+"""Parts of a protocol that say nothing to a reader."""
 
 
 def facts(rows: pd.DataFrame) -> dict[str, str]:
@@ -33,7 +32,8 @@ def facts(rows: pd.DataFrame) -> dict[str, str]:
     if finished.empty:
         return {}
     shown = {label: _values(finished[name]) for name, label in FACTS.items() if name in finished}
-    shown |= {name.removeprefix(PROTOCOL): _values(finished[name]) for name in sorted(finished) if name.startswith(PROTOCOL)}
+    arms = of_arms(finished)  # the protocol of generators' tokenizers stands with the table
+    shown |= {name.removeprefix(PROTOCOL): _values(arms[name]) for name in sorted(arms) if name.startswith(PROTOCOL) and name not in HASHES}
     runs = finished.drop_duplicates("run")
     shown["runs"] = f"{len(runs)} finished, {minutes(rows):.1f} minutes of training in all"
     shown["parameters a run"] = _values(runs["parameters"].sort_values().map(lambda n: f"{int(n):,}"))
@@ -84,28 +84,24 @@ def _runs(rows: pd.DataFrame) -> str:
     return f"{n} run{'' if n == 1 else 's'}"
 
 
-def command(study: Study, *names: str) -> str:
-    """The command that trains these ablations of a study."""
-    words = ["python", "-m", "experiments", "run", *([] if study.grid else names), "--preset", study.preset_name]
-    words += [] if study.seeds is None else ["--seeds", str(study.seeds)]
-    for path, value in sorted(study.overrides.items()):
-        words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
-    for field, values in study.grid.items():
-        words += ["--grid", f"{field}={','.join(map(text, values))}"]
-    for base in study.bases:
-        words += ["--base", base]
-    return shlex.join(words)
-
-
 def protocol(ablation: Ablation, rows: pd.DataFrame) -> str:
     """Without this a number means nothing: split, images, tokens, weights, what uniform sampling would give, and how a field was tuned."""
     finished = rows[rows["status"] == "ok"]
     if finished.empty:
         return ""
+    sentences = _of_tokenizers(finished[finished["stage"] == "tokenizer"]) + _of_generators(finished[finished["stage"] == "generator"])
+    if ablation.tuning:
+        times = ", ".join(f"{factor:g}" for factor in ablation.tuning.factors)
+        sentences.append(
+            f"Tuning: {ablation.tuning.field} at {times} times the recipe's value, in runs of {100 * ablation.tuning.step_share:.0f}% "
+            f"of the steps with the whole schedule, seed 0; {tuning.RULE}."
+        )
+    return " ".join(sentences)
+
+
+def _of_tokenizers(finished: pd.DataFrame) -> list[str]:
     sentences = []
-    for (split, n_images, weights, tokens), group in finished.groupby(
-        ["protocol.split", "protocol.n_images", "protocol.weights", "tokens"], sort=False
-    ):
+    for (split, n_images, weights, tokens), group in _groups(finished, "protocol.split", "protocol.n_images", "protocol.weights", "tokens"):
         sizes = group.drop_duplicates("codebook_size").sort_values("codebook_size")
         uniform = [
             f"{100 * usage:.1f}% of {int(K):,} codes at a perplexity of {perplexity:,.0f}"
@@ -115,13 +111,26 @@ def protocol(ablation: Ablation, rows: pd.DataFrame) -> str:
             f"Protocol: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} weights; as many tokens "
             f"drawn uniformly would use {', '.join(uniform)}."
         )
-    if ablation.tuning:
-        times = ", ".join(f"{factor:g}" for factor in ablation.tuning.factors)
+    return sentences
+
+
+def _of_generators(finished: pd.DataFrame) -> list[str]:
+    sentences = []
+    for (split, n_images, weights, samples, guidances), group in _groups(
+        finished, "protocol.split", "protocol.n_images", "protocol.weights", "protocol.samples", "protocol.guidances"
+    ):
+        sampling = _values(group["protocol.sampling"].str.replace(r"seed \d+", "the run's seed", regex=True))
         sentences.append(
-            f"Tuning: {ablation.tuning.field} at {times} times the recipe's value, in runs of {100 * ablation.tuning.step_share:.0f}% "
-            f"of the steps with the whole schedule, seed 0; {tuning.RULE}."
+            f"Protocol of generators: {weights} weights; bits of the first {int(n_images):,} images of the {split} split; {int(samples):,} "
+            f"samples at each guidance ({guidances}), against the same images; {sampling}. Metrics of samples are those at "
+            "the guidance with the lowest FID[fashion-cnn], which is chosen on these very samples."
         )
-    return " ".join(sentences)
+    return sentences
+
+
+def _groups(rows: pd.DataFrame, *columns: str) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """Rows by what they have in these columns; none where there are no rows, and so perhaps no such columns."""
+    return [] if rows.empty else list(rows.groupby(list(columns), sort=False))
 
 
 def missing(rows: pd.DataFrame) -> list[dict[str, Any]]:

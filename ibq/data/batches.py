@@ -9,10 +9,11 @@ import itertools
 import time
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
-from ibq.config import TrainConfig
+from ibq.config import DataConfig
 from ibq.data.images import ImageSource, to_float
 from ibq.data.stream import StreamedImages, random_squares
 from ibq.errors import ConfigError
@@ -24,6 +25,13 @@ def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch
     return _permutation(seed * 1_000_003 + epoch, n_images)[batch * batch_size : (batch + 1) * batch_size]
 
 
+def images_seen(seed: int, steps: int, n_images: int, batch_size: int) -> torch.Tensor | None:
+    """Which images the first steps of a run show, ascending; None where they are all, or nearly."""
+    if steps * batch_size >= n_images:
+        return None
+    return torch.cat([batch_indices(seed, step, n_images, batch_size) for step in range(steps)]).sort().values
+
+
 def _epoch_and_batch(step: int, n_images: int, batch_size: int) -> tuple[int, int]:
     return divmod(step, max(1, n_images // batch_size))
 
@@ -31,6 +39,22 @@ def _epoch_and_batch(step: int, n_images: int, batch_size: int) -> tuple[int, in
 @lru_cache(maxsize=2)
 def _permutation(seed: int, n: int) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+class Batching(Protocol):
+    """What the config of either stage says of its batches."""
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def accumulate(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 class TrainingBatches:
@@ -55,7 +79,7 @@ class TrainingBatches:
     def __init__(
         self,
         images: ImageSource,
-        config: TrainConfig,
+        config: Batching,
         device: torch.device,
         *,
         first_step: int,
@@ -63,22 +87,16 @@ class TrainingBatches:
         world: int = 1,
         workers: int = 4,
     ) -> None:
-        B = config.batch_size
-        if B % (world * config.accumulate):
-            raise ConfigError(
-                f"batch_size={B} cannot be shared out evenly over {world} processes with accumulate={config.accumulate}; "
-                f"choose a multiple of {world * config.accumulate}"
-            )
         self.waited_s = 0.0
         """Seconds spent waiting for pixels so far."""
         self._device = device
-        shares = _shares(config, len(images), first_step, rank, world)
+        drawn = shares(config, len(images), first_step, rank, world)
         self._pixels: Iterator[torch.Tensor]
         if isinstance(images, StreamedImages):
-            draws = (images.draws(indices_B, config.seed, epoch) for epoch, indices_B in shares)
+            draws = (images.draws(indices_B, config.seed, epoch) for epoch, indices_B in drawn)
             self._pixels = random_squares(images, draws, flip=config.data.flip, workers=workers, device=device)
         else:
-            self._pixels = (images.pixels(indices_B) for _, indices_B in shares)
+            self._pixels = (images.pixels(indices_B) for _, indices_B in drawn)
 
     def next(self) -> torch.Tensor:
         """The share of the next step: float32 (B, C, H, W) in [-1, 1] on the device, in channels_last.
@@ -103,8 +121,26 @@ class TrainingBatches:
         self.close()
 
 
-def _shares(config: TrainConfig, n_images: int, first_step: int, rank: int, world: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Epoch and images (B,) of each step from the first on, without end."""
+def require_even_shares(config: Batching, world: int) -> None:
+    """ConfigError: batch_size cannot be shared out evenly over so many processes."""
+    if config.batch_size % (world * config.accumulate):
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be shared out evenly over {world} processes with accumulate={config.accumulate}; "
+            f"choose a multiple of {world * config.accumulate}"
+        )
+
+
+def shares(config: Batching, n_images: int, first_step: int, rank: int, world: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Epoch and images (B,) of one process's share of each step, from the first on, without end.
+
+    Raises:
+        ConfigError: as `require_even_shares`.
+    """
+    require_even_shares(config, world)
+    return _shares(config, n_images, first_step, rank, world)
+
+
+def _shares(config: Batching, n_images: int, first_step: int, rank: int, world: int) -> Iterator[tuple[int, torch.Tensor]]:
     for step in itertools.count(first_step):
         epoch, _ = _epoch_and_batch(step, n_images, config.batch_size)
         indices_B = batch_indices(config.seed, step, n_images, config.batch_size)

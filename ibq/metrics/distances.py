@@ -75,7 +75,19 @@ class Distances:
         self.extractor = extractor
         self.references = references
         self._stream = _FeatureStream(extractor)
+        self._own_reference_features_NF: torch.Tensor | None = None
         self._rows: tuple[torch.Tensor, ...] = ()
+
+    def another(self) -> Distances:
+        """For another set of images against the same references, whose features are extracted once for all sets."""
+        distances = Distances(self.extractor, self.references)
+        distances._own_reference_features_NF = self._own_reference_features_NF
+        return distances
+
+    @property
+    def logits_NL(self) -> torch.Tensor:  # noqa: N802 (a shape suffix)
+        """What the network takes the images for, after `finish`; after `reduce` those of all processes."""
+        return self._rows[1]
 
     def update(self, images_BCHW: torch.Tensor) -> None:
         """Add a batch: float in [-1, 1], clamped to it."""
@@ -83,8 +95,10 @@ class Distances:
 
     def finish(self) -> None:
         """Extract what is left to extract, after the last update; no collective, since this may fail on one process alone."""
+        if self._own_reference_features_NF is None:
+            self._own_reference_features_NF = reference_features(self.extractor, self.references)
         if not self._rows:
-            self._rows = (*self._stream.finish(), reference_features(self.extractor, self.references))
+            self._rows = (*self._stream.finish(), self._own_reference_features_NF)
 
     def reduce(self) -> None:
         """Take in what the other processes have extracted; a collective, once, after `finish`."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ibq.models.cache import Past
 from ibq.models.transformer_config import HEAD_DIM, TransformerDials
@@ -75,8 +76,16 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.ffn_norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.ada_lin = Modulation(config.width, 6)
+        self.checkpointed = False
+        """Recompute the activations in the backward pass instead of keeping them."""
 
     def forward(self, x_BSW: torch.Tensor, condition_BW: torch.Tensor, rotation_2SP: torch.Tensor) -> torch.Tensor:
+        if self.checkpointed and torch.is_grad_enabled():
+            out_BSW: torch.Tensor = checkpoint(self._forward, x_BSW, condition_BW, rotation_2SP, use_reentrant=False)
+            return out_BSW
+        return self._forward(x_BSW, condition_BW, rotation_2SP)
+
+    def _forward(self, x_BSW: torch.Tensor, condition_BW: torch.Tensor, rotation_2SP: torch.Tensor) -> torch.Tensor:
         return self.modulated(x_BSW, self.ada_lin(condition_BW), rotation_2SP)
 
     def modulated(

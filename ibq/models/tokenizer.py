@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ibq.config import TrainConfig, parse_train_config
 from ibq.errors import ConfigError
 from ibq.models.autoencoder import Decoder, Encoder
 from ibq.quantizers import Quantized, build_quantizer
+from ibq.run_directory import write_json, write_tensors
 
 
 class Reconstruction(NamedTuple):
@@ -83,25 +84,28 @@ class Tokenizer(nn.Module):
     def digest(self) -> str:
         """SHA-256 (hex) of architecture and weights, wherever they were read from."""
         shape = [self.config.model.model_dump(mode="json"), self.config.quantizer.model_dump(mode="json"), self.config.data.channels]
-        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        for name, tensor in self.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return digest_of(self, shape)
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, made if absent."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config.to_json_dict(), indent=2) + "\n")
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors")
+        """Write `config.json` and `model.safetensors` into a folder, made if absent; each replaced in one step."""
+        write_json(Path(folder) / "config.json", self.config.to_json_dict())
+        write_tensors(Path(folder) / "model.safetensors", self.state_dict())
+
+
+def digest_of(network: nn.Module, architecture: Any) -> str:
+    """SHA-256 (hex) of an architecture, as JSON has it, and of a network's weights."""
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote or that a finished run directory holds (its averaged weights), in eval mode on the CPU.
 
     Raises:
-        ConfigError: the folder lacks a file, its config is not valid, or the weights do not fit the config.
+        ConfigError: the folder lacks a file or is a generator's, its config is not valid, or the weights do not fit the config.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -111,6 +115,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ConfigError(f"{folder / 'config.json'} is not JSON ({error}); pass the folder of another run or save it again") from None
+    if isinstance(config, dict) and "transformer" in config:
+        raise ConfigError(f"{folder} is a generator's run, not a tokenizer's; pass its tokenizer, {folder / 'tokenizer'}")
     tokenizer = Tokenizer(parse_train_config(config))
     try:
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))

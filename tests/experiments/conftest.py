@@ -19,7 +19,7 @@ from ibq.data import fashion_mnist
 
 @pytest.fixture(scope="session", autouse=True)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """IBQ_RUNS, IBQ_REPORTS and IBQ_DATA point into a temporary folder, for this process and those it starts.
+    """IBQ_RUNS, IBQ_REPORTS, IBQ_CACHE and IBQ_DATA point into a temporary folder, for this process and those it starts.
 
     The images lie there decompressed: a smoke run would spend more time on decompressing them than on its steps.
     """
@@ -29,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         content = path.read_bytes()
         (root / "data" / name).write_bytes(gzip.decompress(content) if path.suffix == ".gz" else content)
     with pytest.MonkeyPatch.context() as patch:
-        for variable, folder in (("IBQ_RUNS", "runs"), ("IBQ_REPORTS", "reports"), ("IBQ_DATA", "data")):
+        for variable, folder in (("IBQ_RUNS", "runs"), ("IBQ_REPORTS", "reports"), ("IBQ_CACHE", "cache"), ("IBQ_DATA", "data")):
             patch.setenv(variable, str(root / folder))
         yield root
     shutil.rmtree(root / "data")

@@ -48,8 +48,9 @@ def test_names_in_an_ablation_name_something(ablation: Ablation) -> None:
     assert {row.arm for row in ablation.paper_rows} - {None} <= arms
     assert set(ablation.figures) <= figures.FIGURES.keys()
     assert set(ablation.tables) <= tables.TABLES.keys()
-    assert set(ablation.columns) <= tables.COLUMNS.keys()
-    assert {ablation.marker, ablation.fill} - {None} <= levels.keys()
+    assert {*ablation.columns, *ablation.beside_paper} <= tables.COLUMNS.keys()
+    assert {name for row in ablation.paper_rows for name in row.reported} <= set(ablation.paper_columns) <= tables.PAPER_COLUMNS.keys()
+    assert {ablation.marker, ablation.fill, ablation.axis and ablation.axis.factor} - {None} <= levels.keys()
     searched = {arm.name for arm in ablation.arms if arm.tuned_as is None}
     assert {arm.tuned_as for arm in ablation.arms} - {None} <= searched
     assert ablation.tuning is None or list(ablation.tuning.factors) == sorted(ablation.tuning.factors)

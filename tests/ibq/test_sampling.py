@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from generators import all_images, exact_probabilities, network, reference_probabilities
+from sampling_oracles import all_images, exact_probabilities, network, reference_probabilities
 
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.models.transformer import Transformer

@@ -1,0 +1,350 @@
+"""The ablation of generators: what its arms differ in, and what tables, claims, figures and findings make of rows that are known."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from generator_rows import ABLATION, GUIDANCES, QUALITY, arms, finish, lose, study
+from matplotlib.figure import Figure
+
+from experiments import claims, continuation, figures, notebooks, report, rows, tables
+from experiments.ablations import ABLATIONS
+from experiments.figures.labels import Labels
+from experiments.findings import findings
+from experiments.report import provenance
+from experiments.report.configs import active_fields
+from experiments.study import Study, unique_runs
+from ibq.config import TrainConfig
+from ibq.generator_config import GeneratorConfig
+
+FID = "fid[fashion-cnn]"
+
+
+def configs(preset: str, **overrides: object) -> dict[str, GeneratorConfig]:
+    return {cell.arm.name: cell.config for cell in arms(Study(preset, (ABLATION.name,), overrides=overrides))}  # type: ignore[misc]
+
+
+@pytest.fixture(autouse=True)
+def _own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
+
+
+def known(lost: tuple[str, ...] = (), pending: tuple[str, ...] = (), seeds: int | None = None, best: float = 2.0) -> Study:
+    """A study all of whose arms are finished but for the named ones."""
+    for cell in arms(study(seeds)):
+        if cell.arm.name not in pending:
+            lose(cell) if cell.arm.name in lost else finish(cell, best)
+    return study(seeds)
+
+
+# --- What is compared --------------------------------------------------------------------------------------------------------------------
+
+
+def changed(one: GeneratorConfig, other: GeneratorConfig) -> set[str]:
+    fields = [active_fields(config) for config in (one, other)]
+    return {name for name in {*fields[0], *fields[1]} if fields[0].get(name) != fields[1].get(name)}
+
+
+@pytest.mark.parametrize("preset", ["smoke", "quick", "gpu"])
+def test_arms_have_the_same_k_and_differ_in_what_they_are_named_for(preset: str) -> None:
+    of = configs(preset)
+    assert len({config.quantizer.codebook_size for config in of.values()}) == 1
+    for one, other, field in (
+        ("lfq_tokens", "lfq_halves", "transformer.subtoken_bits"),
+        ("ibq_tokens", "ibq_shallow", "transformer.depth"),
+        ("ibq_tokens", "ibq_deep", "transformer.depth"),
+    ):
+        assert changed(of[one], of[other]) == {field}
+    for name in ("vq_tokens", "vq_strong_tokens", "lfq_tokens"):
+        assert all(field.startswith("tokenizer.quantizer.") for field in changed(of["ibq_tokens"], of[name])), name
+
+
+def test_tokenizers_are_those_of_notebooks_01_and_05_trained_four_times_as_long() -> None:
+    published = {
+        f"{cell.ablation.name}/{cell.arm.name}": cell.config for cell in Study("quick", ("vq_vs_ibq", "lfq_comparison"), seeds=1).cells
+    }
+    for name, reference in (
+        ("vq_tokens", "vq_vs_ibq/vq_published"),
+        ("vq_strong_tokens", "vq_vs_ibq/vq_fair"),
+        ("ibq_tokens", "vq_vs_ibq/ibq_published"),
+        ("lfq_tokens", "lfq_comparison/lfq_base"),
+    ):
+        config, tokenizer = published[reference], configs("quick")[name].tokenizer
+        assert isinstance(config, TrainConfig)
+        assert tokenizer.quantizer == config.quantizer
+        assert tokenizer.steps == 4 * config.steps == 1200
+    cells = study().cells
+    assert len(unique_runs(cells)) == len(unique_runs(cell for cell in cells if cell.seed == 0)) == 4
+
+
+@pytest.mark.parametrize(("depth", "depths"), [(1, (1, 1, 2)), (2, (1, 2, 4)), (3, (2, 3, 6)), (12, (6, 12, 24))])
+def test_depths_are_multiples_of_the_presets_and_at_least_one(depth: int, depths: tuple[int, ...]) -> None:
+    base = configs("quick")["ibq_tokens"].with_fields(**{"transformer.depth": depth})
+    levels = [ABLATION.arm(name).levels for name in ("ibq_shallow", "ibq_tokens", "ibq_deep")]
+    assert ABLATION.generator is not None
+    assert tuple(ABLATION.generator(of, base)["transformer.depth"] for of in levels) == depths
+
+
+@pytest.mark.parametrize(("preset", "bits"), [("smoke", (2, 3)), ("quick", (5, 5)), ("gpu", (7, 7))])
+def test_halves_are_halves_of_the_bits(preset: str, bits: tuple[int, int]) -> None:
+    of = configs(preset)
+    assert of["lfq_halves"].transformer.subtoken_bits == bits
+    assert all(config.transformer.subtoken_bits == () for name, config in of.items() if name != "lfq_halves")
+    assert of["lfq_halves"].quantizer.codebook_size == 2 ** sum(bits)
+
+
+# --- Claims and tables -------------------------------------------------------------------------------------------------------------------
+
+
+def test_claims_are_judged_by_the_rows_and_say_their_scale() -> None:
+    of = known(seeds=3)
+    judged = {claim.sentence: claim for claim in claims.claims_of(of, ABLATION, rows.load(of))}
+    of_contrast = {contrast.name: judged[contrast.claim] for contrast in ABLATION.contrasts}
+    assert {claim.word for claim in judged.values()} == {"confirmed"}
+    assert of_contrast["IBQ against LFQ"].seen == ("-0.907",) * 3  # log2(8 / 15)
+    assert of_contrast["collapse: bits"].seen == ("+1.766",) * 3
+    assert of_contrast["factorized: likelihood"].required == "Δ log2 bits an image < +0.07"
+    scale = "quick: fashion-mnist 32×32, K = 1,024, D = 64, tokenizers of 1,200 steps, depth 1 and 4, 1,000 steps"
+    assert of_contrast["scaling: quality"].scale == scale
+    assert "D = 10 and 64, tokenizers of 1,200 steps, depth 2," in of_contrast["IBQ against LFQ"].scale
+
+
+def test_a_claim_of_the_paper_that_is_tested_here_is_not_among_the_untested() -> None:
+    assert not [claim for claim in claims.UNTESTED if claim.reason == "needs a generator"]
+    assert [contrast.paper[:7] for contrast in ABLATION.contrasts if contrast.paper] == ["Table 5", "Table 7", "Table 7"]
+
+
+def test_a_lost_arm_leaves_its_claims_undecided_and_shows_its_state() -> None:
+    frame = rows.load(known(lost=("lfq_tokens",), pending=("ibq_deep",)))
+    table = tables.build("arms", ABLATION, frame).set_index("arm")
+    columns = [tables.COLUMNS[name].label for name in ABLATION.columns]
+    assert set(table.loc["lfq_tokens", columns]) == {"nan"}
+    assert set(table.loc["ibq_deep", columns]) == {"waiting"}
+    values = {"blocks": "2", "bits an image": "340", "guidance": "2.0", "FID[fashion-cnn]": "8.00", "label agreement %": "70.0"}
+    assert dict(table.loc["ibq_tokens", list(values)]) == values
+    assert table.loc["ibq_tokens", "tokenizer's L1"] == "0.0950"
+    verdicts = tables.build("verdicts", ABLATION, frame)["verdict"]
+    assert verdicts[0] == "undecided: no result of lfq_tokens seed 0 (nan)"
+    assert (verdicts == "undecided: no finished pair: ibq_deep seed 0 waiting").sum() == 2
+
+
+def test_the_papers_table_has_table_7_and_says_what_is_not_reported() -> None:
+    table = tables.build("paper", ABLATION, rows.load(known())).set_index("paper")
+    reported = table[table["gFID (paper)"] != "not reported"]
+    assert dict(zip(reported["gFID (paper)"], reported["IS (paper)"], strict=True)) == {
+        "2.88": "254.73",
+        "2.45": "267.48",
+        "2.14": "278.99",
+        "2.05": "286.73",
+        "3.08": "258.26",
+        "2.51": "271.70",
+        "2.33": "271.77",
+    }
+    assert {"DiT", "LlamaGen", "VAR", "MAR"} < set(table.index[table["IS (paper)"] == "not reported"])
+    assert table.loc["IBQ XXL, 2.1B", FID.replace("fid", "FID")] == "6.00"
+    assert table.loc["DiT", "closest arm"] == "none"
+
+
+def test_the_protocol_says_how_samples_were_drawn_and_chosen() -> None:
+    said = provenance.protocol(ABLATION, rows.load(known(seeds=2)))
+    assert said.count("Protocol") == 1
+    assert "1,000 samples at each guidance (1, 2, 3), against the same images; temperature 1, no truncation, the run's seed." in said
+    assert "chosen on these very samples" in said
+
+
+# --- Findings ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_findings_say_where_guidance_is_best_and_what_bits_do_not_say() -> None:
+    of = known(seeds=2)
+    said = " ".join(findings(ABLATION, rows.load(of)))
+    assert f"FID[fashion-cnn] is lowest at guidance 2 for {', '.join(QUALITY)}; it was chosen on the very samples" in said
+    assert "The lowest of all is 6.00, of ibq_deep." in said
+    assert "Bits alone compare nothing: vq_tokens has the fewest an image (100, behind a tokenizer of L1 0.200)" in said
+    assert "From ibq_shallow to ibq_deep parameters go from 0.25 to 4.00 million, bits an image from 350.0 to 325.0" in said
+    assert "the largest that was tried" not in said
+
+
+def test_findings_flag_a_best_guidance_that_is_the_largest() -> None:
+    said = " ".join(findings(ABLATION, rows.load(known(best=GUIDANCES[-1], pending=("vq_tokens",)))))
+    assert "At the largest that was tried, so perhaps not the best: vq_strong_tokens, " in said
+    assert "Here the fewest bits an image (325) and the lowest FID[fashion-cnn] are of one arm, ibq_deep." in said
+    assert "1 generators wait for their tokenizers." in said
+
+
+def test_nothing_trained_no_findings_of_generators() -> None:
+    assert not [sentence for sentence in findings(ABLATION, rows.load(study())) if "guidance" in sentence]
+
+
+# --- Figures -----------------------------------------------------------------------------------------------------------------------------
+
+
+def draw(name: str, of: Study) -> Figure:
+    figure = figures.draw(name, of, ABLATION, rows.load(of))
+    assert figure is not None
+    figure.canvas.draw()  # with the layout, so that places are final
+    return figure
+
+
+def foot(figure: Figure) -> str:
+    return re.sub(r"\s+", " ", figure.get_supxlabel())
+
+
+def assert_within(figure: Figure) -> None:
+    """No text reaches beyond the figure's edge."""
+    whole = figure.bbox
+    texts = [text for axis in figure.axes for text in (axis.xaxis.label, axis.yaxis.label, axis.title, *axis.texts)]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    for text in texts:
+        box = text.get_window_extent()
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= whole.x1 + 1 and box.y1 <= whole.y1 + 1
+        assert inside or not text.get_text(), text.get_text()
+
+
+@pytest.mark.parametrize("name", ABLATION.figures)
+def test_every_figure_is_drawn_within_its_edges(name: str) -> None:
+    figure = draw(name, known(seeds=2))
+    assert_within(figure)
+    assert foot(figure) == ""
+    figures.plt.close(figure)
+
+
+@pytest.mark.parametrize("name", ABLATION.figures)
+def test_every_figure_of_points_and_samples_names_what_is_missing(name: str) -> None:
+    figure = draw(name, known(lost=("vq_strong_tokens",), pending=("ibq_deep", "lfq_halves")))
+    assert_within(figure)
+    said = "No result: B vq_strong_tokens (nan), D lfq_halves (waiting), G ibq_deep (waiting)"
+    assert (said in foot(figure)) == (name != "loss_over_training")  # whose legend has those that are there
+    figures.plt.close(figure)
+
+
+@pytest.mark.parametrize("name", ABLATION.figures)
+def test_without_rows_there_is_no_figure(name: str) -> None:
+    assert figures.draw(name, study(), ABLATION, rows.load(study())) is None
+
+
+def test_samples_are_those_of_the_best_guidance_a_row_a_class() -> None:
+    figure = draw("samples", known(best=3.0))
+    assert [axis.get_title() for axis in figure.axes] == [f"{ABLATION.letter(name)}  {name}\nguidance 3" for name in QUALITY]
+    panel = figure.axes[0]
+    names = [label.get_text() for label in panel.get_yticklabels()]
+    classes = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+    assert sorted(names) == sorted(classes)
+    picture = np.asarray(panel.images[0].get_array())
+    for i, name in enumerate(names):
+        row = picture[32 * i : 32 * (i + 1), :, 0]
+        assert set(np.unique(row[:, :64])) == {10 * classes.index(name) + 3}  # each class has two samples or three
+        assert set(np.unique(row[:, 64:])) <= {0, 10 * classes.index(name) + 3}
+    figures.plt.close(figure)
+
+
+def test_the_sweep_has_a_line_a_run_along_guidance_and_a_ring_at_the_lowest_fid() -> None:
+    figure = draw("guidance_sweep", known(seeds=2))
+    for axis in figure.axes:
+        assert len(axis.lines) == len(axis.collections) == 2 * len(QUALITY)
+    sweep = figure.axes[0]
+    line, ring = sweep.lines[0], sweep.collections[0]
+    assert list(line.get_xdata()) == [6.0, 7.0, 8.0]
+    assert list(line.get_ydata()) == [80.0, 40.0, 80.0]
+    assert ring.get_offsets().tolist() == [[7.0, 40.0]]
+    named = {text.get_text() for text in sweep.texts}
+    assert {f"{ABLATION.letter(name)}: 1" for name in QUALITY} <= named
+    assert {"2", "3"} <= named
+    figures.plt.close(figure)
+
+
+def test_depths_of_one_method_are_joined_and_fewer_than_two_are_said() -> None:
+    figure = draw("depth_scaling", known())
+    joined = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
+    assert [list(line.get_xdata()) for line in joined] == [[250_000, 1_000_000, 4_000_000]]
+    assert foot(figure) == ""
+    figures.plt.close(figure)
+    for cell in arms(study()):
+        if cell.arm.name in ("ibq_shallow", "ibq_deep"):
+            cell.run.row.unlink()
+    alone = draw("depth_scaling", study())
+    assert foot(alone).startswith("Fewer than two depths of one method have a result, so there is no line yet. No result: F")
+    figures.plt.close(alone)
+
+
+def test_bits_stand_against_the_tokenizers_error_and_against_what_is_generated() -> None:
+    figure = draw("bits_and_distortion", known())
+    for axis, of_arm in zip(figure.axes, (2, 1), strict=True):
+        drawn = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if len(line.get_xdata()) == 1}
+        assert drawn == {(bits_fid_l1[0], bits_fid_l1[of_arm]) for bits_fid_l1 in QUALITY.values()}
+    figures.plt.close(figure)
+
+
+def test_labels_keep_apart_while_there_is_room() -> None:
+    figure, axis = figures.plt.subplots(figsize=(4, 4))
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    labels = Labels(axis, 7)
+    for x, y in np.random.default_rng(0).uniform(0.1, 0.9, (60, 2)):
+        labels.put("abc", x, y, must=False)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent().padded(-0.5) for text in axis.texts]  # which are rounded to pixels
+    assert len(boxes) > 30
+    assert not [(one, other) for i, one in enumerate(boxes) for other in boxes[:i] if one.overlaps(other)]
+    labels.put("must", 0.5, 0.5)
+    assert axis.texts[-1].get_text() == "must"
+    figures.plt.close(figure)
+
+
+# --- The other half of the comparison with LFQ --------------------------------------------------------------------------------------------
+
+LFQ = ABLATIONS["lfq_comparison"]
+
+
+def test_names_of_the_other_half_name_something() -> None:
+    for ablation in ABLATIONS.values():
+        if link := ablation.continued:
+            other = ABLATIONS[link.ablation]
+            assert set(link.arms) <= {arm.name for arm in other.arms}
+            contrasts = [contrast for contrast in other.contrasts if contrast.name in link.contrasts]
+            assert len(contrasts) == len(link.contrasts)
+            assert {name for contrast in contrasts for name in (contrast.without, contrast.with_)} <= set(link.arms)
+
+
+def test_where_the_other_half_is_not_trained_its_command_is_said() -> None:
+    other = continuation.other_half(Study("quick", (LFQ.name,), seeds=2), LFQ)
+    assert other is not None
+    assert not other.has_result
+    assert other.note == "Generation is trained by the ablation generation: python -m experiments run generation --preset quick --seeds 2"
+
+
+def test_where_it_is_trained_its_arms_and_claims_are_shown_on_the_page() -> None:
+    known()
+    of = Study("quick", (LFQ.name,))
+    other = continuation.other_half(of, LFQ)
+    assert other is not None
+    assert other.note == ""
+    assert list(other.arms_table()["arm"]) == ["lfq_tokens", "lfq_halves", "ibq_tokens"]
+    page = (report.write(of).parent / f"{LFQ.name}.html").read_text()
+    assert re.search(r'<h2 id="continued">Generation</h2>.*?consistent.*?Table 5, K = 16,384: IBQ better in generation', page, re.DOTALL)
+    assert "<td>lfq_halves</td>" in page
+    table = pd.read_csv(of.report_folder / "tables" / "lfq_comparison_generation.csv")
+    assert list(table["FID[fashion-cnn]"]) == [15.0, 12.0, 8.0]
+
+
+def test_a_field_that_the_other_half_cannot_have_is_said() -> None:
+    of = Study("quick", (LFQ.name,), overrides={"quantizer.beta": 0.5})
+    other = continuation.other_half(of, LFQ)
+    assert other is not None
+    assert other.note.startswith("Generation: none, since ")
+
+
+def test_notebook_05_is_executed_again_once_the_other_half_is_trained() -> None:
+    of = Study("quick", (LFQ.name,))
+    before = notebooks._data(of, rows.load(of), LFQ)
+    assert before == notebooks._data(of, rows.load(of), LFQ)
+    known()
+    assert before != notebooks._data(of, rows.load(of), LFQ)
+
+
+def test_an_ablation_without_another_half_has_none() -> None:
+    assert continuation.other_half(study(), ABLATION) is None

@@ -1,0 +1,539 @@
+"""Stage two's trainer at a tiny size: repeatable, resumable bit for bit at every point, honest about what it logs and refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import resource
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from generator_runs import (
+    N_IMAGES,
+    RUNTIME,
+    WITHOUT_DROPOUT,
+    assert_same_generator,
+    few_images,
+    generator_config,
+    poison_gradient,
+    poison_weights,
+    state_of_last_run,
+    stop_at,
+    untrained_tokenizer,
+    watch_images,
+    watch_state,
+)
+from picture_files import draw
+from safetensors.torch import load_file
+
+import ibq.generation
+import ibq.train_generator as trainer
+import ibq.training
+from ibq import load_tokenizer
+from ibq.checkpoint import load_checkpoint
+from ibq.config import RESULTS_VERSION
+from ibq.data import load_images
+from ibq.errors import ConfigError, NonFiniteError
+from ibq.generator_config import GENERATOR_VERSION, GeneratorConfig
+from ibq.generator_state import GeneratorState, decaying_adamw
+from ibq.models.transformer import Transformer
+from ibq.next_token import NextTokenLoss
+from ibq.run_directory import RunDirectory
+from ibq.train_generator import train_generator
+from ibq.training import LogEvent, Runtime, StopRequested
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "averaged, two micro-batches": {"optim.ema_decay": 0.7, "accumulate": 2},
+    "sub-tokens in bf16": {"transformer.subtoken_bits": (2, 3), "precision": "bf16"},
+}
+every_arm = pytest.mark.parametrize("arm", ARMS)
+GOLDEN = Path(__file__).with_name("golden_generator_curve.json")
+EVERY_STEP = dataclasses.replace(RUNTIME, log_every=1, checkpoint_every_s=0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        watch_images(patch, tmp_path_factory.mktemp("cache"))
+        watch_state(patch)
+        yield
+
+
+def train(
+    config: GeneratorConfig, folder: Path, runtime: Runtime = RUNTIME, should_stop: Callable[[], bool] = lambda: False
+) -> list[LogEvent]:
+    return list(train_generator(config, untrained_tokenizer(config), folder, runtime, should_stop))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[RunDirectory, list[LogEvent]]]:
+    """An uninterrupted run of each arm, trained once."""
+
+    @functools.cache
+    def train_once(arm: str) -> tuple[RunDirectory, list[LogEvent]]:
+        folder = tmp_path_factory.mktemp("finished")
+        return RunDirectory(folder), train(generator_config(**ARMS[arm]), folder)
+
+    return train_once
+
+
+# --- A whole run -------------------------------------------------------------------------------------------------------------------------
+
+
+@every_arm
+def test_one_seed_gives_one_run(finished: Any, tmp_path: Path, arm: str) -> None:
+    train(generator_config(**ARMS[arm]), tmp_path)
+    assert_same_generator(RunDirectory(tmp_path), finished(arm)[0])
+
+
+def test_another_seed_gives_another_run(finished: Any, tmp_path: Path) -> None:
+    run, _ = finished("plain")
+    train(generator_config(seed=1), tmp_path)
+    other = RunDirectory(tmp_path)
+    assert other.read_history()[0]["gradient_norm"] != run.read_history()[0]["gradient_norm"]
+    assert other.read_row()["run"] != run.read_row()["run"]
+
+
+@every_arm
+def test_the_directory_of_a_finished_run(finished: Any, arm: str) -> None:
+    run, events = finished(arm)
+    config, row = generator_config(**ARMS[arm]), run.read_row()
+    names = {"config.json", "tokenizer", "history.jsonl", "model.safetensors", "eval", "row.json"}
+    assert {path.name for path in run.path.iterdir()} == names
+    assert json.loads(run.config.read_text()) == config.to_json_dict()
+    assert [event.record for event in events] == run.read_history()
+    assert [(event.step, event.steps) for event in events] == [(2, 8), (4, 8), (6, 8), (8, 8)]
+    content_hash, tokenizer = few_images(config.data, "train").content_hash, load_tokenizer(run.tokenizer)
+    assert tokenizer.digest() == untrained_tokenizer(config).digest()
+    assert run.generated.is_file()
+    facts = {
+        "run": config.run_id(content_hash),
+        "status": "ok",
+        "data_hash": content_hash,
+        "tokenizer_run": config.tokenizer.run_id(content_hash),
+        "tokenizer_sha256": tokenizer.digest(),
+        "generator_version": GENERATOR_VERSION,
+        "depth": 1,
+        "tokens_per_image": 16,
+        "token_source": "cached",
+        "train_seconds": events[-1].record["seconds"],
+        "config.transformer.depth": 1,
+        "protocol.weights": "ema" if config.optim.ema_decay else "raw",
+    }
+    assert {name: row[name] for name in facts} == facts
+    assert row["encode_seconds"] > 0
+    assert row["peak_memory_gib"] > 0
+
+
+@every_arm
+def test_the_files_of_a_finished_run_are_the_generator_that_its_row_measures(finished: Any, arm: str) -> None:
+    run, _ = finished(arm)
+    config, row = generator_config(**ARMS[arm]), run.read_row()
+    transformer = Transformer(config.transformer_config)
+    transformer.load_state_dict(load_file(run.model))
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == row["parameters"]
+    tokenizer, images = load_tokenizer(run.tokenizer), few_images(config.data, "test")
+    with torch.no_grad():
+        tokens_BT = tokenizer.encode(images.batch(torch.arange(10), "cpu")).flatten(1)
+        loss = NextTokenLoss(transformer.eval())(tokens_BT, images.labels_N[:10])
+    assert loss.item() == pytest.approx(row["cross_entropy"], rel=1e-5)
+
+
+def test_the_history_says_what_was_trained_and_how_fast(finished: Any, tmp_path: Path) -> None:
+    config = generator_config()
+    each = [event.record for event in train(config, tmp_path, dataclasses.replace(RUNTIME, log_every=1))]
+    lines = finished("plain")[0].read_history()
+    assert lines[0].keys() == {
+        "step", "seconds", "lr", "loss", "loss_mean", "gradient_norm", "images_per_s", "data_wait_pct", "tokens_per_s",
+    }  # fmt: skip
+    assert each[0]["loss"] == pytest.approx(math.log(32)), "a new transformer knows nothing"
+    assert [line["lr"] for line in each] == [config.lr_at(step) for step in range(8)]
+    for line in lines:
+        assert line["loss"] == each[line["step"] - 1]["loss"]
+        assert line["loss_mean"] == pytest.approx((each[line["step"] - 2]["loss"] + line["loss"]) / 2, rel=1e-6)
+        assert line["tokens_per_s"] == pytest.approx(16 * line["images_per_s"])
+
+
+def test_log_cadence_and_checkpoints_do_not_change_the_numbers(finished: Any, tmp_path: Path) -> None:
+    train(generator_config(), tmp_path, dataclasses.replace(RUNTIME, log_every=3, checkpoint_every_s=0))
+    assert [line["step"] for line in RunDirectory(tmp_path).read_history()] == [3, 6, 8]
+    expected = load_file(finished("plain")[0].model)
+    assert all(torch.equal(weight, expected[name]) for name, weight in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_training_learns_the_tokens_and_their_classes(tmp_path: Path) -> None:
+    config = generator_config(**WITHOUT_DROPOUT | {"steps": 80, "batch_size": 20})
+    train(config, tmp_path, dataclasses.replace(RUNTIME, samples=0))
+    run = RunDirectory(tmp_path)
+    assert run.read_history()[-1]["loss_mean"] < 0.7 * math.log(32)
+    assert run.read_row()["cross_entropy"] < 0.9 * math.log(32)
+    state = state_of_last_run()
+    tokens_BT = torch.randint(32, (10, 16))
+    assert not torch.allclose(*(state.transformer.hidden(tokens_BT[:, :-1], torch.full((10,), label)) for label in (0, 1)))
+
+
+def test_micro_batches_train_what_a_whole_batch_does(tmp_path: Path) -> None:
+    fields = WITHOUT_DROPOUT | {"optim.lr": 1e-5, "steps": 4}
+    for accumulate in (1, 4):
+        train(generator_config(**fields, accumulate=accumulate), tmp_path / str(accumulate))
+    runs = [RunDirectory(tmp_path / str(accumulate)) for accumulate in (1, 4)]
+    torch.testing.assert_close(load_file(runs[0].model), load_file(runs[1].model), rtol=1e-5, atol=1e-7)
+    for whole, cut in zip(*(run.read_history() for run in runs), strict=True):
+        assert {name: cut[name] for name in ("loss", "loss_mean", "gradient_norm")} == pytest.approx(
+            {name: whole[name] for name in ("loss", "loss_mean", "gradient_norm")}, rel=1e-5
+        )
+
+
+def test_activations_that_are_computed_again_train_the_same(finished: Any, tmp_path: Path) -> None:
+    train(generator_config(), tmp_path, dataclasses.replace(RUNTIME, checkpoint_activations=True))
+    assert all(block.checkpointed for block in state_of_last_run().transformer.blocks)
+    run = finished("plain")[0]
+    torch.testing.assert_close(load_file(tmp_path / "model.safetensors"), load_file(run.model), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bfloat16_run_is_the_same_but_for_rounding(finished: Any, tmp_path: Path) -> None:
+    train(generator_config(precision="bf16"), tmp_path)
+    lines, expected = RunDirectory(tmp_path).read_history(), finished("plain")[0].read_history()
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=5e-3)
+    assert lines[-1]["loss"] != expected[-1]["loss"]
+
+
+def test_weight_decay_is_for_matrices_alone() -> None:
+    config = generator_config(**{"transformer.subtoken_bits": (2, 3)})
+    network = Transformer(config.transformer_config)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    decaying, others = decaying_adamw(config, network).param_groups
+    assert (decaying["weight_decay"], others["weight_decay"], decaying["betas"]) == (0.05, 0.0, (0.9, 0.95))
+    assert {names[parameter].rsplit(".", 1)[-1] for parameter in decaying["params"]} == {"weight"}
+    assert all("norm" in names[parameter] or names[parameter].endswith("bias") for parameter in others["params"])
+    assert len(decaying["params"]) + len(others["params"]) == len(names)
+
+
+def test_the_averaged_weights_are_an_exponential_moving_average(tmp_path: Path) -> None:
+    """Each checkpoint, written at every step, holds weights and average; the event of a step finds that of the step before on disk."""
+    config = generator_config(**{"optim.ema_decay": 0.7, "steps": 4})
+    untrained, found = untrained_tokenizer(config), []
+    for _ in train_generator(config, untrained, tmp_path, EVERY_STEP):
+        found.append(load_checkpoint(tmp_path / "checkpoint")[0])
+    states = [checkpoint for checkpoint in found if checkpoint is not None]
+    assert [meta["step"] for _, meta in states] == [1, 2, 3]
+    names = [name.removeprefix("average.") for name in states[0].tensors if name.startswith("average.")]
+    assert len(names) == len(list(Transformer(config.transformer_config).parameters()))
+    for (before, _), (after, _) in itertools.pairwise(states):
+        for name in names:
+            expected = 0.7 * before[f"average.{name}"] + 0.3 * after[f"model.transformer.{name}"]
+            torch.testing.assert_close(after[f"average.{name}"], expected, rtol=1e-5, atol=1e-7)
+    last = dict(state_of_last_run().transformer.named_parameters())
+    expected = 0.7 * states[-1].tensors["average.head.weight"] + 0.3 * last["head.weight"]
+    torch.testing.assert_close(load_file(tmp_path / "model.safetensors")["head.weight"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_without_an_average_the_result_is_the_last_weights(finished: Any, tmp_path: Path) -> None:
+    train(generator_config(), tmp_path)
+    result, last = load_file(tmp_path / "model.safetensors"), dict(state_of_last_run().transformer.named_parameters())
+    assert all(torch.equal(result[name], parameter) for name, parameter in last.items())
+
+
+# --- Stopping, dying, resuming -----------------------------------------------------------------------------------------------------------
+
+
+@every_arm
+@pytest.mark.parametrize("steps", [0, 1, 4, 7])
+def test_stop_and_resume_equals_the_uninterrupted_run(finished: Any, tmp_path: Path, arm: str, steps: int) -> None:
+    config = generator_config(**ARMS[arm])
+    with pytest.raises(StopRequested, match=f"step {steps} of 8"):
+        train(config, tmp_path, should_stop=stop_at(steps))
+    run = RunDirectory(tmp_path)
+    assert not run.finished
+    torch.manual_seed(99)  # another process would not share this one's random state
+    assert [event.step for event in train(config, tmp_path)] == [step for step in (2, 4, 6, 8) if step > steps]
+    assert_same_generator(run, finished(arm)[0])
+
+
+@pytest.mark.parametrize("runtime", [RUNTIME, EVERY_STEP], ids=["no checkpoint yet", "checkpoint every step"])
+def test_a_killed_run_resumes_to_the_same_end(finished: Any, tmp_path: Path, runtime: Runtime) -> None:
+    """Killed while its third event is looked at: lines beyond the last checkpoint are on disk and are redone."""
+    config = generator_config()
+    abandoned = train_generator(config, untrained_tokenizer(config), tmp_path, dataclasses.replace(runtime, log_every=2))
+    for _ in range(3):
+        next(abandoned)
+    abandoned.close()
+    checkpoint, _ = load_checkpoint(tmp_path / "checkpoint")
+    assert (checkpoint is None) == (runtime is RUNTIME)
+    assert [event.step for event in train(config, tmp_path)] == ([2, 4, 6, 8] if checkpoint is None else [6, 8])
+    assert_same_generator(RunDirectory(tmp_path), finished("plain")[0])
+
+
+def test_a_damaged_checkpoint_is_noted_and_the_one_before_taken(finished: Any, tmp_path: Path) -> None:
+    config = generator_config()
+    with pytest.raises(StopRequested):
+        train(config, tmp_path, EVERY_STEP, stop_at(5))
+    (tmp_path / "checkpoint" / "state.safetensors").write_bytes(b"torn")
+    train(config, tmp_path)
+    run = RunDirectory(tmp_path)
+    assert run.read_attempts()[0]["reason"].startswith("checkpoint is damaged (its tensors are not those that were written); going on from")
+    assert [line["step"] for line in run.read_history()] == [1, 2, 3, 4, 6, 8]
+    expected = load_file(finished("plain")[0].model)
+    assert all(torch.equal(weight, expected[name]) for name, weight in load_file(run.model).items())
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_run_that_ends_between_parts_of_its_evaluation_repeats_none(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Parts of 2 samples, two at each guidance: three are on disk when the run ends, and the next run draws the fourth."""
+    monkeypatch.setattr(ibq.generation, "PART", 2)
+    run, drawn, patient = RunDirectory(tmp_path), [], False
+
+    def is_time() -> bool:
+        return not patient and len(list(run.samples.rglob("*.safetensors"))) == 3
+
+    class Counted(ibq.generation.Sampler):
+        def __call__(self, numbers_B: torch.Tensor, classes_B: torch.Tensor) -> torch.Tensor:
+            if how == "killed" and is_time():
+                raise KeyboardInterrupt
+            drawn.append(numbers_B.tolist())
+            return super().__call__(numbers_B, classes_B)
+
+    monkeypatch.setattr(ibq.generation, "Sampler", Counted)
+    with pytest.raises(KeyboardInterrupt if how == "killed" else StopRequested):
+        train(generator_config(), tmp_path, should_stop=lambda: how == "stopped" and is_time())
+    assert not run.finished
+    checkpoint, _ = load_checkpoint(run.checkpoint)
+    assert checkpoint is not None
+    assert checkpoint.meta["step"] == 8
+    drawn, patient = [], True
+    assert train(generator_config(), tmp_path) == [], "nothing is trained again"
+    assert drawn == [[2, 3]]
+    assert not run.samples.exists()
+    assert not run.checkpoint.exists()
+    samples, expected = load_file(run.generated), load_file(finished("plain")[0].generated)
+    assert torch.equal(samples["tokens@2"], expected["tokens@2"])
+    assert run.read_row()["train_seconds"] == run.read_history()[-1]["seconds"]
+
+
+def test_a_stop_while_encoding_keeps_what_is_encoded(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ibq.tokens, "SHARD", 16)
+    with pytest.raises(StopRequested):
+        train(generator_config(), tmp_path / "run", should_stop=lambda: any((tmp_path / "cache").rglob("*.safetensors")))
+    encoded = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert encoded
+    train(generator_config(), tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in encoded} == encoded
+    assert_same_generator(RunDirectory(tmp_path / "run"), finished("plain")[0])
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    config = generator_config(steps=2)
+    train(config, tmp_path)
+    (tmp_path / "samples").mkdir()  # as a kill right after the row leaves it
+    (tmp_path / "checkpoint").mkdir()
+    contents = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert train(config, tmp_path) == []
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == contents
+    assert not (tmp_path / "samples").exists()
+    assert not (tmp_path / "checkpoint").exists()
+
+
+# --- What is not finite ------------------------------------------------------------------------------------------------------------------
+
+
+def train_and_poison(folder: Path, poison: Callable[[GeneratorState], None], after: int, runtime: Runtime = RUNTIME) -> None:
+    config = generator_config()
+    for event in train_generator(config, untrained_tokenizer(config), folder, runtime):
+        if event.step == after:
+            poison(state_of_last_run())
+
+
+@pytest.mark.parametrize(
+    ("poison", "after", "reason"),
+    [
+        (poison_weights, 4, "^step 4: loss term 'cross_entropy' is nan$"),
+        (poison_gradient, 4, r"^step 4: the gradient of '[\w.]+' is not finite$"),
+        (poison_weights, 8, r"^step 8: 'transformer\.tok_emb\.weight' is not finite after the update$"),
+    ],
+    ids=["weights", "gradient", "weights after the last step"],
+)
+def test_a_run_that_does_not_stay_finite_ends_with_a_row_that_says_where(tmp_path: Path, poison: Any, after: int, reason: str) -> None:
+    with pytest.raises(NonFiniteError, match=reason) as caught:
+        train_and_poison(tmp_path, poison, after)
+    run = RunDirectory(tmp_path)
+    row = run.read_row()
+    assert (row["status"], row["reason"], row["depth"]) == ("nan", str(caught.value), 1)
+    assert "cross_entropy" not in row
+    assert not run.model.exists()
+    assert train(generator_config(), tmp_path) == [], "nan is a final state"
+
+
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"^step 4: 'transformer\.tok_emb\.weight' is not finite after the update$"):
+        train_and_poison(tmp_path, poison_weights, 4, EVERY_STEP)
+    checkpoint, _ = load_checkpoint(tmp_path / "checkpoint")
+    assert checkpoint is not None
+    assert checkpoint.meta["step"] == 3
+    assert all(tensor.isfinite().all() for name, tensor in checkpoint.tensors.items() if not name.startswith("rng"))
+
+
+def test_the_peak_of_memory_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def costly(*arguments: Any) -> Any:
+        monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=2**40))
+        return ibq.generation.evaluate_generator(*arguments)
+
+    monkeypatch.setattr(trainer, "evaluate_generator", costly)
+    train(generator_config(steps=2), tmp_path)
+    assert 0 < RunDirectory(tmp_path).read_row()["peak_memory_gib"] < 2**10
+
+
+@pytest.mark.parametrize("what", ["raised", "returned"])
+def test_an_evaluation_that_is_not_finite_is_a_lost_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    def evaluate(*_: Any) -> Any:
+        if what == "raised":
+            raise NonFiniteError("logits of sample 3 are not finite")
+        return {"cross_entropy": math.inf}, {}, {"classes_N": torch.zeros(1)}
+
+    monkeypatch.setattr(trainer, "evaluate_generator", evaluate)
+    reason = {"raised": "in the evaluation logits of sample 3", "returned": "evaluation gave cross_entropy that"}[what]
+    with pytest.raises(NonFiniteError, match=f"^step 2: {reason} are not finite$"):
+        train(generator_config(steps=2), tmp_path)
+    assert RunDirectory(tmp_path).read_row()["status"] == "nan"
+
+
+# --- Refusals ----------------------------------------------------------------------------------------------------------------------------
+
+
+def refused(config: GeneratorConfig, folder: Path, words: str, tokenizer: Any = None) -> None:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ConfigError, match=words):
+        list(train_generator(config, tokenizer or untrained_tokenizer(config), folder, RUNTIME))
+    assert sorted(folder.rglob("*")) == before, "a refusal leaves nothing"
+
+
+def test_the_tokenizer_of_another_config_is_refused_by_the_field(tmp_path: Path) -> None:
+    other = untrained_tokenizer(generator_config(**{"tokenizer.quantizer.codebook_size": 64}))
+    refused(generator_config(), tmp_path, r"^the tokenizer has quantizer\.codebook_size=64, not 32; pass the one", other)
+
+
+def test_other_weights_than_those_that_the_config_names_are_refused(tmp_path: Path) -> None:
+    config = generator_config()
+    digest = untrained_tokenizer(config).digest()
+    refused(
+        generator_config(tokenizer_sha256="0" * 64), tmp_path, rf"^the tokenizer has the digest {digest[:12]}, not tokenizer_sha256=0000"
+    )
+    named = generator_config(tokenizer_sha256=digest, steps=1)
+    train(named, tmp_path)
+    assert "tokenizer_run" not in RunDirectory(tmp_path).read_row(), "weights from elsewhere have no run"
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_alone(finished: Any, tmp_path: Path) -> None:
+    config = generator_config()
+    with pytest.raises(StopRequested):
+        train(config, tmp_path, should_stop=stop_at(4))
+    copy = {path: path.read_bytes() for path in RunDirectory(tmp_path).tokenizer.iterdir()}
+    other = trainer.Tokenizer(config.tokenizer)
+    first, second = untrained_tokenizer(config).digest()[:12], other.digest()[:12]
+    refused(config, tmp_path, f"was trained on tokenizer {first}, not {second}; pass the one of before, or another directory$", other)
+    assert {path: path.read_bytes() for path in copy} == copy
+    train(config, tmp_path)
+    assert_same_generator(RunDirectory(tmp_path), finished("plain")[0])
+
+
+def test_a_tokenizer_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    config = generator_config()
+    tokenizer = trainer.Tokenizer(config.tokenizer)
+    torch.nn.init.constant_(tokenizer.quant_conv.weight, math.nan)
+    with pytest.raises(
+        ConfigError, match=r"^the tokenizer cannot encode fashion-mnist, as \d+ of \d+ values of .* whose run did not end as nan$"
+    ):
+        list(train_generator(config, tokenizer, tmp_path, RUNTIME))
+
+
+def test_labels_that_do_not_fit_the_classes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(generator_config(classes=3), tmp_path, r"^labels of fashion-mnist train go up to 9 and classes=3; set classes=10 or more$")
+    monkeypatch.setattr(trainer, "load_images", lambda config, split: dataclasses.replace(few_images(config, split), labels_N=None))
+    refused(generator_config(), tmp_path, r"^fashion-mnist has no labels and classes=10; set classes=1, or")
+    train(generator_config(classes=1, steps=1), tmp_path)
+
+
+def test_more_images_a_step_than_there_are_are_refused(tmp_path: Path) -> None:
+    refused(generator_config(batch_size=41), tmp_path, f"^batch_size=41 exceeds the {N_IMAGES} training images of fashion-mnist; lower it$")
+
+
+def test_a_batch_that_is_not_shared_out_evenly_is_refused_before_anything_is_encoded(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(trainer, "world_size", lambda: 3)
+    refused(generator_config(), tmp_path, "^batch_size=8 cannot be shared out evenly over 3 processes with accumulate=1; choose a mult")
+
+
+def test_the_directory_of_another_config_is_refused_by_the_field(tmp_path: Path) -> None:
+    with pytest.raises(StopRequested):
+        train(generator_config(), tmp_path, should_stop=stop_at(2))
+    refused(
+        generator_config(**{"transformer.depth": 2}), tmp_path, r"holds a run with transformer\.depth=1, not 2; pass another directory$"
+    )
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StopRequested):
+        train(generator_config(), tmp_path, should_stop=stop_at(2))
+    monkeypatch.setattr("ibq.generator_state.GENERATOR_VERSION", 99)
+    refused(generator_config(), tmp_path, r"generator_version=1, this code has 99; forget the run and train it again$")
+
+
+# --- Fresh squares -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_fresh_squares_are_encoded_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(12):
+        draw(tmp_path / "pictures" / ("train" if i < 8 else "val") / "ab"[i % 2] / f"{i}.png", 40 + i, 40, seed=i)
+    folder = {"data.name": f"imagefolder:{tmp_path / 'pictures'}", "data.crop": "random"}
+    config = generator_config(classes=2, batch_size=4, **{"tokenizer.data.name": "photos"} | folder)
+    monkeypatch.setattr(trainer, "load_images", load_images)
+    runtime = dataclasses.replace(RUNTIME, workers=0)
+    train(config, tmp_path / "whole", runtime)
+    with pytest.raises(StopRequested):
+        train(config, tmp_path / "stopped", runtime, stop_at(3))
+    train(config, tmp_path / "stopped", runtime)
+    whole = RunDirectory(tmp_path / "whole")
+    assert_same_generator(RunDirectory(tmp_path / "stopped"), whole)
+    assert whole.read_row()["token_source"] == "fresh"
+    assert whole.read_history()[-1]["data_wait_pct"] > 0
+
+
+# --- The golden curve --------------------------------------------------------------------------------------------------------------------
+
+
+def golden_config() -> GeneratorConfig:
+    return generator_config(**{"steps": 20, "optim.warmup": 0.1, "optim.ema_decay": 0.9, "transformer.depth": 2, "accumulate": 2})
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    runtime = dataclasses.replace(RUNTIME, log_every=1, samples=0)
+    return [{name: event.record[name] for name in ("loss", "gradient_norm", "lr")} for event in train(golden_config(), folder, runtime)]
+
+
+def test_the_curve_is_the_golden_one(tmp_path: Path) -> None:
+    """What proves that a change of the code has changed no number. One that is meant to raises GENERATOR_VERSION and writes the curve anew:
+    python tests/ibq/test_train_generator.py"""
+    golden = json.loads(GOLDEN.read_text())
+    assert (golden["generator_version"], golden["results_version"]) == (GENERATOR_VERSION, RESULTS_VERSION)
+    actual = curve(tmp_path)
+    assert len(actual) == len(golden["curve"]) == 20
+    for step, (mine, theirs) in enumerate(zip(actual, golden["curve"], strict=True), start=1):
+        assert mine == pytest.approx(theirs, rel=1e-4), f"step {step}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+        watch_images(patch, Path(temporary) / "cache")
+        versions = {"generator_version": GENERATOR_VERSION, "results_version": RESULTS_VERSION}
+        GOLDEN.write_text(json.dumps(versions | {"curve": curve(Path(temporary) / "run")}, indent=1) + "\n")
