@@ -5,6 +5,7 @@ The first process holds the claim on the run, records the attempt as the trainer
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -14,18 +15,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from experiments import worker
 from experiments.study import ROOT
 from experiments.sweep import HEARTBEAT_S, failure_reason, time_left
-from ibq.config import TrainConfig
 from ibq.data import DataError, data_hash_of
 from ibq.distributed import copy_of_first, is_first_here, is_writer, peers, process_group, rank, shared_errors
 from ibq.errors import ConfigError, NonFiniteError
+from ibq.generator_config import RunConfig
+from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import train_tokenizer
 from ibq.training import LogEvent, Runtime, StopRequested, check_config
 
 STOPPED = 130
@@ -36,7 +38,9 @@ BOOKKEEPING = {".lock", "attempts.jsonl", "heartbeat"}
 """Files that a run's folder holds before anything is trained."""
 
 
-def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: Callable[[str], None] = print) -> None:
+def train(
+    config: RunConfig, runtime: Runtime, out: Path | None = None, say: Callable[[str], None] = print, tokenizer: Tokenizer | None = None
+) -> None:
     """Train a run to its row, or go on with it; SIGTERM and Ctrl-C stop it resumably at its next step.
 
     Args:
@@ -44,6 +48,7 @@ def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: C
         runtime: device and cadences; under torchrun each process has the GPU of its local rank.
         out: the run's directory; None: its id in the runs folder (IBQ_RUNS, else runs/ in the repository).
         say: receives one line at a time: of the first process, and of another one what befell that one alone.
+        tokenizer: that of a generator's config.
 
     Raises:
         SystemExit: the run has no row of status "ok": STOPPED, `worker.DISK_FULL`, 1 any other failure. The reason has been said and
@@ -59,7 +64,7 @@ def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: C
                 say(f"{run.path} is finished already: {_result(run)}")
             return
         try:
-            code = (_lead if is_writer() else _follow)(config, run, runtime, stop, say)
+            code = (_lead if is_writer() else _follow)(config, tokenizer, run, runtime, stop, say)
         except (ConfigError, DataError):
             if made and {path.name for path in run.path.iterdir()} <= BOOKKEEPING:
                 shutil.rmtree(run.path)
@@ -68,7 +73,7 @@ def train(config: TrainConfig, runtime: Runtime, out: Path | None = None, say: C
             raise SystemExit(code)  # which leaves the group without waiting for the others
 
 
-def _claim(config: TrainConfig, out: Path | None, claims: ExitStack) -> tuple[RunDirectory, bool]:
+def _claim(config: RunConfig, out: Path | None, claims: ExitStack) -> tuple[RunDirectory, bool]:
     """The run's directory, which the first process holds the lock of until `claims` is closed, and whether this process has made it."""
     path, made = out, False
     with shared_errors(ConfigError, DataError):
@@ -86,7 +91,7 @@ def _claim(config: TrainConfig, out: Path | None, claims: ExitStack) -> tuple[Ru
     return RunDirectory(copy_of_first(path) or ""), made
 
 
-def _require_own_folder(out: Path, config: TrainConfig) -> None:
+def _require_own_folder(out: Path, config: RunConfig) -> None:
     """ConfigError: `out` is a file, lies among the pictures, or holds something else than a run."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a new folder, or that of a run")
@@ -96,10 +101,17 @@ def _require_own_folder(out: Path, config: TrainConfig) -> None:
         raise ConfigError(f"--out {out} holds other files than a run's; name a new folder, or that of a run")
 
 
-def _lead(config: TrainConfig, run: RunDirectory, runtime: Runtime, stop: threading.Event, say: Callable[[str], None]) -> int:
+def _lead(
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    run: RunDirectory,
+    runtime: Runtime,
+    stop: threading.Event,
+    say: Callable[[str], None],
+) -> int:
     """Train as the process that records and prints. Returns the exit code. ConfigError, DataError: it cannot be trained as given."""
     say(f"training {config.steps:,} steps of {config.batch_size} images into {run.path}")
-    code = worker.attempt(run, config.to_json_dict(), runtime, stop, _Progress(say))
+    code = worker.attempt(run, config.to_json_dict(), runtime, stop, _Progress(say), tokenizer)
     if code == worker.UNFIT:
         raise ConfigError(run.read_attempts()[-1]["reason"])
     if run.finished:
@@ -110,11 +122,18 @@ def _lead(config: TrainConfig, run: RunDirectory, runtime: Runtime, stop: thread
     return code or STOPPED
 
 
-def _follow(config: TrainConfig, run: RunDirectory, runtime: Runtime, stop: threading.Event, say: Callable[[str], None]) -> int:
+def _follow(
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    run: RunDirectory,
+    runtime: Runtime,
+    stop: threading.Event,
+    say: Callable[[str], None],
+) -> int:
     """Train along with the first process, which records how it ends; what fails here alone is said here. Returns the exit code."""
     try:
         with peers():
-            for _ in train_tokenizer(config, run.path, runtime, stop.is_set):
+            for _ in worker.trained(config, tokenizer, run, runtime, stop.is_set):
                 pass
     except StopRequested:
         return STOPPED
@@ -163,12 +182,22 @@ class _Progress:
         self._last = now
         steps, seconds = event.step - self._first[0], now - self._first[1]
         left = time_left((event.steps - event.step) * seconds / steps) if steps else "time left not known yet"
-        numbers = f"loss {event.record['loss']:.4f}, perplexity {event.record['perplexity']:.0f}"
+        numbers = _numbers(event.record)
         self._say(f"step {event.step:,} of {event.steps:,}: {numbers}" + (f"; {left}" if event.step < event.steps else ""))
+
+
+def _numbers(record: dict[str, Any]) -> str:
+    """Loss and perplexity of a log step: a tokenizer's of its codes, a generator's of its predictions, exp(loss)."""
+    if "perplexity" in record:
+        return f"loss {record['loss']:.4f}, perplexity {record['perplexity']:.0f}"
+    return f"loss {record['loss']:.4f} nats a token, perplexity {math.exp(record['loss']):.0f}"
 
 
 def _result(run: RunDirectory) -> str:
     row = run.read_row()
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
+    if "cross_entropy" in row:
+        bits = f"{row['bits_per_image']:.0f} bits an image, where drawing any code has {row['uniform_bits_per_image']:.0f}"
+        return f"cross-entropy {row['cross_entropy']:.4f} nats a token, {bits}, {row['train_seconds']:.0f} s of training"
     return f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}, {row['train_seconds']:.0f} s of training"

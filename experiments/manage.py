@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file
 
 from experiments.rows import OF_THE_ROWS_IMAGES
 from experiments.study import Cell, Study, unique_runs
@@ -21,6 +22,7 @@ from ibq.data import DataError, load_images
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, nearest
 from ibq.evaluation import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
+from ibq.generation import evaluate_samples
 from ibq.generator_config import RunConfig, parse_run_config
 from ibq.models.tokenizer import load_tokenizer
 from ibq.run_directory import RunDirectory, write_json
@@ -29,7 +31,8 @@ EVALUATIONS: dict[str, str] = {
     "full_test": "the whole test split, where the row has its first images only",
     "train_split": "as many images of the train split: what the tokenizer has seen",
     "fashion-cnn": "FID[fashion-cnn] and its kin, on the row's own images",
-    "inception": "FID, KID, inception score, precision and recall on the whole test split, as FID needs; needs weights of Inception-v3",
+    "inception": "FID, KID, inception score, precision and recall on the whole test split, as FID needs, and of what generators sampled; "
+    "needs weights of Inception-v3",
     "lpips-alex": "LPIPS, on the row's own images; needs weights of AlexNet",
     "lpips-vgg": "LPIPS, likewise; needs weights of VGG-16",
 }
@@ -133,8 +136,8 @@ def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]
 def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = print) -> int:
     """Add an evaluation to every finished run of a study that lacks it, as eval/<name>.json; returns how many were added.
 
-    Runs of a search are passed by, since no table shows them but for what decided. So are, with a word, generators, whose tokenizers are
-    evaluated, and runs that the metric does not fit.
+    Runs of a search are passed by, since no table shows them but for what decided. So are, with a word, runs that the metric does not fit,
+    and generators: their tokenizers are evaluated, and but for `inception` their samples were when they were trained.
 
     Raises:
         ConfigError: an unknown evaluation (the nearest is named).
@@ -145,11 +148,11 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
     compared = unique_runs(cell for cell in study.cells if not cell.search)
     rows = [(cell, cell.run.read_row()) for cell in compared if cell.run.finished and not evaluation_file(cell, name).is_file()]
     todo = [(cell, row) for cell, row in rows if row["status"] == "ok" and f"kid[{name}]" not in row]  # a row may have it from training
-    if passed_by := [cell for cell, _ in todo if cell.tokenizer]:
+    if name != "inception" and (passed_by := [cell for cell, _ in todo if cell.tokenizer]):
         todo = [(cell, row) for cell, row in todo if not cell.tokenizer]
         say(f"{name} is of tokenizers: {len(passed_by)} generators are passed by, whose own metrics came with their training")
     device, batch_size = resolve_device("auto"), study.preset.runtime.eval_batch_size
-    measure: Callable[..., Any] = PerceptualEvaluation(name, device) if name in PERCEPTUAL else evaluate
+    perceptual = PerceptualEvaluation(name, device) if name in PERCEPTUAL else None
     split_of = lru_cache(maxsize=1)(load_images)  # the runs of a study mostly share their images
     reasons = []
     for i, (cell, row) in enumerate(todo, 1):
@@ -160,9 +163,12 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
         else:
             images = split_of(cell.config.data, "test")
             n_images = len(images)
-        tokenizer = load_tokenizer(cell.run.path).to(device)
+        tokenizer = load_tokenizer(cell.run.tokenizer if cell.tokenizer else cell.run.path).to(device)
         try:
-            metrics, protocol, *_ = measure(tokenizer, images, n_images, batch_size, weights="ema")
+            if perceptual and cell.tokenizer:
+                metrics, protocol = evaluate_samples(perceptual, tokenizer, load_file(cell.run.generated), images, n_images, batch_size)
+            else:
+                metrics, protocol, *_ = (perceptual or evaluate)(tokenizer, images, n_images, batch_size, weights="ema")
         except UnfitError as error:
             reasons.append(str(error))
             say(f"[{i}/{len(todo)}] {name} {cell.name}: {error}")

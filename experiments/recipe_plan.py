@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pandas as pd
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from experiments.benchmarks import tokenizer_training
 from experiments.benchmarks.training_cell import RECIPE_OF
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
+from ibq.generator_config import RunConfig
 from ibq.imagenet import IMAGENET_IMAGES
 from ibq.models.autoencoder import Decoder, Encoder
 from ibq.models.discriminator import PatchDiscriminator
@@ -34,15 +37,7 @@ def plan(config: TrainConfig, gpus: int) -> list[tuple[str, str]]:
     Raises:
         ConfigError: a step's images cannot be cut into equal micro-batches on so many GPUs, or are more than ImageNet has.
     """
-    parts = gpus * config.accumulate
-    if gpus < 1 or config.batch_size % parts:
-        raise ConfigError(
-            f"batch_size={config.batch_size} cannot be cut into {config.accumulate} micro-batches (accumulate) on each of {gpus} GPUs; "
-            f"choose GPUs and accumulate whose product divides it"
-        )
-    if config.batch_size > IMAGENET_IMAGES:
-        raise ConfigError(f"batch_size={config.batch_size} exceeds the {IMAGENET_IMAGES:,} training images of ImageNet; lower it")
-    images = config.batch_size // parts
+    images = images_at_a_time(config, gpus)
     memory = memory_gib(config, images)
     total = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
     quantizer, (generator, discriminator) = config.quantizer, parameters(config)
@@ -56,6 +51,19 @@ def plan(config: TrainConfig, gpus: int) -> list[tuple[str, str]]:
         ("memory", f"about {sum(memory.values()):.1f} GiB a GPU ({total}); {BASIS}"),
         ("hours", hours(config, gpus, tokenizer_training.known_rows())),
     ]
+
+
+def images_at_a_time(config: RunConfig, gpus: int) -> int:
+    """Images of a micro-batch on each of so many GPUs. Raises ConfigError as `plan`."""
+    parts = gpus * config.accumulate
+    if gpus < 1 or config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be cut into {config.accumulate} micro-batches (accumulate) on each of {gpus} GPUs; "
+            f"choose GPUs and accumulate whose product divides it"
+        )
+    if config.batch_size > IMAGENET_IMAGES:
+        raise ConfigError(f"batch_size={config.batch_size} exceeds the {IMAGENET_IMAGES:,} training images of ImageNet; lower it")
+    return config.batch_size // parts
 
 
 def parameters(config: TrainConfig) -> tuple[int, int]:
@@ -78,35 +86,35 @@ def memory_gib(config: TrainConfig, images: int) -> dict[str, float]:
     with FakeTensorMode():  # shapes alone: nothing is computed, no memory is needed
         encoder, decoder = (part(config.model, config.data.channels, config.data.resolution) for part in (Encoder, Decoder))
         autoencoder = nn.Sequential(encoder, decoder)
-        activations = _kept_bytes(autoencoder, torch.empty(shape), config)
+        activations = kept_bytes(autoencoder, config.precision, torch.empty(shape))
         judges = 0
         if config.loss.perceptual == "lpips-vgg":
             network = vgg16().features.requires_grad_(False)
-            judges = _kept_bytes(network, torch.empty(shape, requires_grad=True).expand(-1, 3, -1, -1), config)
+            judges = kept_bytes(network, config.precision, torch.empty(shape, requires_grad=True).expand(-1, 3, -1, -1))
         if discriminator:
             adversary = PatchDiscriminator(config.loss.adversarial, config.data.channels)
-            a_pass = _kept_bytes(adversary, torch.empty(shape, requires_grad=True), config)
+            a_pass = kept_bytes(adversary, config.precision, torch.empty(shape, requires_grad=True))
             judges = max(judges + a_pass, 2 * a_pass)
     sizes = {"weights, gradients, Adam and averages": 20 * generator + 16 * discriminator, "activations of the autoencoder": activations}
     sizes |= {"activations of perceptual network and discriminator": judges} if judges else {}
     return {name: size / 2**30 for name, size in sizes.items()}
 
 
-def _kept_bytes(network: nn.Module, inputs: torch.Tensor, config: TrainConfig) -> int:
-    """Bytes of the tensors that a pass keeps for its backward pass, in the config's precision, the network's own weights left out."""
+def kept_bytes(network: Callable[..., object], precision: str, *inputs: torch.Tensor) -> int:
+    """Bytes of the tensors that a pass keeps for its backward pass in a precision, the network's own weights left out."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
+        if not (isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)):  # or a view of one
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast("cpu", AUTOCAST[config.precision], enabled=config.precision != "fp32"),
+        torch.autocast("cpu", AUTOCAST[precision], enabled=precision != "fp32"),
     ):
-        network(inputs)
+        network(*inputs)
     return sum(kept.values())
 
 

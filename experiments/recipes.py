@@ -85,9 +85,9 @@ PRESETS = {
             discriminator={"loss.adversarial.channels": 16, "loss.adversarial.layers": 2},
             generator={
                 "transformer": {"depth": 2, "token_dropout": 0.0, "attention_dropout": 0.0, "ffn_dropout": 0.0},
-                "optim": {"lr": 2e-3},
+                "optim": {"lr": 4e-3},
                 "steps": 1000,
-                "batch_size": 64,
+                "batch_size": 32,
             },
             seconds_per_step=0.2,
         ),

@@ -1,5 +1,6 @@
 """Index Backpropagation Quantization and the quantizers it is compared with (arXiv 2412.02692)."""
 
+from ibq.generator import Generator, load_generator
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.ops import index_backprop
 from ibq.quantizers import (
@@ -29,6 +30,7 @@ __all__ = [
     "BinarySphericalQuantizer",
     "FSQConfig",
     "FiniteScalarQuantizer",
+    "Generator",
     "GumbelConfig",
     "GumbelQuantizer",
     "IBQConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "VectorQuantizer",
     "build_quantizer",
     "index_backprop",
+    "load_generator",
     "load_released",
     "load_tokenizer",
 ]

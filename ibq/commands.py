@@ -1,4 +1,4 @@
-"""What the commands on a folder of pictures share: arguments, the model, the loop over batches, errors of one sentence.
+"""What the commands share: arguments, a tokenizer and pictures, the loop over batches, a bar, errors of one sentence.
 
 Suffixes: B pictures, C channels, H W pixels or token grid, D code dimension.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from tqdm import tqdm
@@ -20,11 +20,10 @@ from tqdm import tqdm
 from ibq.data.folder import first_few
 from ibq.data.images import DataError, one_line, quoted
 from ibq.data.pictures import Fit, Framing, Picture, PictureFolder, to_float
-from ibq.distributed import resolve_device
+from ibq.distributed import PeerLostError, is_writer, last_words, resolve_device
 from ibq.errors import ConfigError, NonFiniteInputError
-from ibq.evaluation import evaluating
+from ibq.evaluation import measuring
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
-from ibq.ops.precision import full_float32
 from ibq.run_directory import RunDirectory
 from ibq.training import peak_memory_gib
 
@@ -87,10 +86,10 @@ def picture_parser(command: str, description: str | None) -> argparse.ArgumentPa
         default="whole",
         help="of a picture whose size the tokenizer does not divide: skip it (whole), or take the largest centre part (crop) (%(default)s)",
     )
-    size.add_argument("--resize", type=_positive, metavar="R", help="scale the shorter side to R, take the centre square; enlarges nothing")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N files of the sorted listing")
+    size.add_argument("--resize", type=positive, metavar="R", help="scale the shorter side to R, take the centre square; enlarges nothing")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N files of the sorted listing")
     parser.add_argument(
-        "--batch-size", type=_positive, default=16, metavar="N", help="pictures at a time; fewer above 256×256 pixels (%(default)s)"
+        "--batch-size", type=positive, default=16, metavar="N", help="pictures at a time; fewer above 256×256 pixels (%(default)s)"
     )
     parser.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="of a released checkpoint: averaged, or as trained (%(default)s)"
@@ -99,7 +98,8 @@ def picture_parser(command: str, description: str | None) -> argparse.ArgumentPa
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, of an argument."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
@@ -112,32 +112,45 @@ def open_model(given: argparse.Namespace) -> tuple[Model, PictureFolder]:
         ConfigError, DataError: one of them cannot be used.
     """
     device = resolve_device(given.device)
-    path = Path(given.model).expanduser()
-    if path.is_dir():
-        tokenizer = load_tokenizer(path)
-        weights = "averaged (EMA)" if RunDirectory(path).finished else "as saved"
-        if given.weights == "raw":
-            raise ConfigError(f"--weights raw is for released checkpoints; {quoted(path)} holds one set of weights ({weights})")
-    elif path.is_file() and path.suffix == ".ckpt":
-        from ibq.released import load_released
-
-        released = load_released(path, given.weights)
-        if isinstance(released, Tokenizer):
-            tokenizer, averaged, as_they_are = released, given.weights == "ema", "as trained, not averaged"
-        else:
-            tokenizer, averaged, as_they_are = released.tokenizer, released.averaged, "as in the transformer's checkpoint"
-        weights = "averaged (EMA), as released" if averaged else as_they_are
-    else:
-        wrong = "is neither a folder nor a .ckpt file" if path.exists() else "does not exist"
-        raise ConfigError(
-            f"{quoted(path)} {wrong}; pass the folder of a finished run or of Tokenizer.save, or a released checkpoint file (.ckpt)"
-        )
+    tokenizer, weights = read_tokenizer(given.model, given.weights)
+    if given.weights == "raw" and Path(given.model).expanduser().is_dir():
+        raise ConfigError(f"--weights raw is for released checkpoints; {quoted(given.model)} holds one set of weights ({weights})")
     config = tokenizer.config
     framing = Framing(config.model.downsampling, config.data.channels, given.fit, given.resize)
     pictures = PictureFolder(given.pictures, framing, given.limit)
     if framing.channels == 1:
         print("the tokenizer has one channel, so it is shown every picture in grey", file=sys.stderr)
     return Model(tokenizer.to(device).eval(), given.model, weights), pictures
+
+
+def read_tokenizer(given: str | Path, weights: Literal["ema", "raw"] = "ema") -> tuple[Tokenizer, str]:
+    """A tokenizer in eval mode on the CPU, and which weights it has, for people.
+
+    Args:
+        given: the folder of a finished run or of Tokenizer.save, or a released checkpoint; of a generator's the tokenizer in it.
+        weights: of a released checkpoint, as `load_released`.
+
+    Raises:
+        ConfigError, DataError: there is none, or it cannot be used.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        if (copy := path / "tokenizer").is_dir():  # in the folder of a generator's run
+            return load_tokenizer(copy), "as the generator was trained on"
+        return load_tokenizer(path), "averaged (EMA)" if RunDirectory(path).finished else "as saved"
+    if path.is_file() and path.suffix == ".ckpt":
+        from ibq.released import load_released
+
+        released = load_released(path, weights)
+        if isinstance(released, Tokenizer):
+            tokenizer, averaged, as_they_are = released, weights == "ema", "as trained, not averaged"
+        else:
+            tokenizer, averaged, as_they_are = released.tokenizer, released.averaged, "as in the transformer's checkpoint"
+        return tokenizer, "averaged (EMA), as released" if averaged else as_they_are
+    wrong = "is neither a folder nor a .ckpt file" if path.exists() else "does not exist"
+    raise ConfigError(
+        f"{quoted(path)} {wrong}; pass the folder of a finished run or of Tokenizer.save, or a released checkpoint file (.ckpt)"
+    )
 
 
 def reconstructed(model: Model, pictures: PictureFolder, names: Iterable[str], batch_size: int) -> Iterator[Batch]:
@@ -156,25 +169,33 @@ def reconstructed(model: Model, pictures: PictureFolder, names: Iterable[str], b
         height, width = batch[0].pixels_CHW.shape[1:]
         this = f"{quoted(batch[0].name)} ({width}×{height} pixels, {len(batch)} at a time)"
         try:
-            with evaluating(tokenizer), full_float32(device, convolutions=True):
+            with enough_memory(f"{this}; lower --batch-size, or use --resize or another --device"), measuring(tokenizer):
                 x_BCHW = to_float(batch, device)
                 y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
         except NonFiniteInputError as error:
             raise ConfigError(f"the model cannot reconstruct {this}: {one_line(error)}") from None
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-                raise
-            raise ConfigError(f"there is not enough memory for {this}; lower --batch-size, or use --resize or another --device") from None
         if not bool(y_BCHW.isfinite().all()):
             raise ConfigError(f"the model's reconstruction of {this} is not finite; its weights are damaged")
         yield Batch(batch, x_BCHW, y_BCHW, z_BDHW, quantized.z_q, quantized.indices)
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[tqdm[None]]:
-    """A bar on stderr with what is left; where no one watches, a line every half minute."""
+def enough_memory(what: str) -> Iterator[None]:
+    """ConfigError where memory, the CPU's or a GPU's, does not suffice for `what`, a noun and a remedy."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise ConfigError(f"there is not enough memory for {what}") from None
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str = "picture", done: int = 0) -> Iterator[tqdm[None]]:
+    """A bar on stderr with what is left; where no one watches, a line every half minute. Of several processes the first one has it."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    with tqdm(total=total, unit="picture", mininterval=interval, maxinterval=max(10.0, interval)) as bar:
+    pace = {"mininterval": interval, "maxinterval": max(10.0, interval)}
+    with tqdm(total=total, unit=unit, initial=done, disable=not is_writer(), **pace) as bar:
         yield bar
 
 
@@ -187,12 +208,15 @@ def closing_line(pictures: PictureFolder, used: int, device: torch.device) -> st
 def run_command(
     parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None], arguments: list[str] | None, when_stopped: str
 ) -> None:
-    """Run a command; what a user can mend becomes one sentence on stderr and exit code 2. `when_stopped` is said after Ctrl-C."""
+    """Run a command; what a user can mend becomes one sentence on stderr and exit code 2. `when_stopped` is said after Ctrl-C.
+
+    Of the processes that torchrun has started on a node, the first one says it.
+    """
     given = parser.parse_args(arguments)
     name = parser.prog.removeprefix("python -m ")
     try:
         command(given)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, PeerLostError) as error:
         _leave(f"{name}: {error}", USER_ERROR)
     except OSError as error:
         where = f"{quoted(error.filename)}: " if error.filename else ""
@@ -202,5 +226,5 @@ def run_command(
 
 
 def _leave(sentence: str, code: int) -> None:
-    print(sentence, file=sys.stderr)
+    last_words(sentence, interrupted=code == INTERRUPTED)
     sys.exit(code)

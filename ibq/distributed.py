@@ -8,7 +8,11 @@ Suffix: N rows of this process, M of all processes in the order of their ranks.
 from __future__ import annotations
 
 import os
+import platform
 import re
+import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +115,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is, for a record of where numbers come from."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
 def _own_device(name: str, local_rank: int) -> torch.device:
     device = resolve_device(name)
     if device.type != "cuda":
@@ -148,6 +157,21 @@ def peers() -> Iterator[None]:
         raise PeerLostError(
             f"another process of this run has ended or does not answer ({reason.group().strip()}); what it said last tells why"
         ) from None
+
+
+LAST_WORDS_S = 8.0
+"""How long the other processes of a node leave the first one to say how it ends."""
+
+
+def last_words(sentence: str, *, interrupted: bool) -> None:
+    """Say on stderr how a command ends, before its process does. Under torchrun the other processes of the node leave that to the first
+    one, and wait for it: torchrun ends all of them with the first that ends. `interrupted`: by Ctrl-C, which it has passed on to all.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
+    elif not interrupted:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(LAST_WORDS_S)
 
 
 # --- Who am I ----------------------------------------------------------------------------------------------------------------------------

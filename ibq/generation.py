@@ -61,7 +61,7 @@ def evaluate_generator(
         tokens: those of the same split, of which as many count.
         runtime: eval_images, eval_batch_size, samples, guidances and compile count.
         folder: where finished parts of samples lie, so that an evaluation that was killed repeats none.
-        beat: called after every batch, so that it may do no collective; True on any process asks all to stop.
+        beat: called before every batch, so that it may do no collective; True on any process asks all to stop.
 
     Returns:
         metrics: cross_entropy (nats a token), bits_per_image, uniform_bits_per_image (if nothing were known of any token),
@@ -141,10 +141,10 @@ def _likelihood(
     sums: list[float] = []
     with shared_errors(StopRequested), measuring(transformer):
         for numbers_B in own_batches(n_images, batch_size):
-            tokens_BT, classes_B = tokens.tokens_NT[numbers_B].to(device, torch.int64), tokens.labels_N[numbers_B].to(device)
-            sums.append(float(loss(tokens_BT, classes_B)) * len(numbers_B))
             if beat():
                 raise StopRequested("asked to stop while measuring the cross-entropy")
+            tokens_BT, classes_B = tokens.tokens_NT[numbers_B].to(device, torch.int64), tokens.labels_N[numbers_B].to(device)
+            sums.append(float(loss(tokens_BT, classes_B)) * len(numbers_B))
     nats = math.fsum(each for of_rank in gather_objects(sums) for each in of_rank) / n_images
     if not math.isfinite(nats):
         raise NonFiniteError(f"the cross-entropy on the test split is {nats}")
@@ -240,11 +240,11 @@ def _compare(
         distances, reasons = distances.another(), list[str]()
         with shared_errors(StopRequested), measuring(tokenizer):
             for numbers_B in own_batches(len(tokens_NT), DECODED_AT_ONCE):
+                if beat():
+                    raise StopRequested("asked to stop while measuring samples; they are kept")
                 if not reasons:
                     with sparing(reasons):
                         distances.update(decode(tokenizer, tokens_NT[numbers_B]))
-                if beat():
-                    raise StopRequested("asked to stop while measuring samples; they are kept")
         found, said = measured(distances, reasons)
         if reasons:
             protocol[f"distances{suffix}@{g:g}"] = f"absent: {reasons[0]}"

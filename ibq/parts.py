@@ -59,7 +59,7 @@ class Parts:
         Args:
             make: numbers of images, int64 (B,), to their tokens, integers (B, T). It may do no collective.
             at_once: B at most.
-            beat: called after every `make`, a sign of life, and neither may it do a collective; True on any process stops all.
+            beat: called before every `make`, a sign of life, and neither may it do a collective; True on any process stops all.
 
         Raises:
             StopRequested: what is finished lies in its files.
@@ -94,9 +94,9 @@ class Parts:
     def _made(self, numbers_P: torch.Tensor, make: Make, at_once: int, beat: Callable[[], bool]) -> torch.Tensor:
         made = []
         for numbers_B in numbers_P.split(at_once):
-            made.append(make(numbers_B).to("cpu", torch.int16 if self.codebook_size <= 2**15 else torch.int32))
             if beat():
                 raise StopRequested(f"asked to stop while {self.doing}; finished parts are kept")
+            made.append(make(numbers_B).to("cpu", torch.int16 if self.codebook_size <= 2**15 else torch.int32))
         return torch.cat(made)
 
     def _read(self, path: Path, number: int, images: int) -> torch.Tensor | None:

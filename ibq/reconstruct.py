@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import math
 import os
 import sys
@@ -23,17 +22,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_as_bytes
 
 from ibq.commands import PIXEL_PROTOCOL, Batch, Model, closing_line, open_model, picture_parser, progress, reconstructed, run_command
 from ibq.data.images import quoted
-from ibq.data.pictures import PictureFolder
+from ibq.data.pictures import PictureFolder, png
 from ibq.errors import ConfigError
 from ibq.metrics import usage_metrics
 from ibq.metrics.distances import to_uint8
@@ -102,7 +99,7 @@ class Output:
             x_CHW, y_CHW, indices_HW = picture.pixels_CHW, reconstructions_BCHW[i], batch.indices_BHW[i].cpu()
             difference_HW = (x_CHW.int() - y_CHW.int()).abs().amax(0).mul(AMPLIFICATION).clamp(max=255).to(torch.uint8)
             for kind, pixels_CHW in zip(KINDS, (x_CHW, y_CHW, difference_HW[None]), strict=True):
-                write_bytes(self.file(kind, picture.name), _png(pixels_CHW))
+                write_bytes(self.file(kind, picture.name), png(pixels_CHW))
             write_bytes(self.file("indices", picture.name), tensors_as_bytes({"indices_BHW": indices_HW[None].contiguous()}))
             record = {
                 "name": picture.name,
@@ -152,13 +149,6 @@ def _short(name: str) -> str:
         for part in name.split(os.sep)
     ]
     return os.path.join(*parts)
-
-
-def _png(pixels_CHW: torch.Tensor) -> bytes:
-    pixels = pixels_CHW.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 # --- Pages -------------------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -23,12 +23,11 @@ from pydantic import ValidationError
 from ibq.config import TrainConfig, parse_train_config
 from ibq.data.images import DataError, one_line, quoted
 from ibq.errors import ConfigError, one_sentence
+from ibq.generator import Generator, Weights
 from ibq.imagenet import imagenet_steps
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.models.transformer_config import HEAD_DIM, TransformerConfig
-
-Weights = Literal["ema", "raw"]
 
 RESOLUTION = 256
 NORM_GROUPS = 32
@@ -36,18 +35,7 @@ TRANSFORMER, TOKENIZER, AVERAGES = "transformer.", "first_stage_model.", "model_
 BATCHNORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class ReleasedGenerator(NamedTuple):
-    """What a transformer's checkpoint holds: the transformer, and the tokenizer that turns its tokens into images; both in eval mode.
-
-    `averaged` says whether the tokenizer's weights were taken from averages that stood beside its trained ones.
-    """
-
-    transformer: Transformer
-    tokenizer: Tokenizer
-    averaged: bool
-
-
-def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | ReleasedGenerator:
+def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | Generator:
     """A tokenizer or a generator from a checkpoint of the paper's authors, in eval mode, float32, on the CPU.
 
     Sizes come from the shapes of the tensors, but for three that leave no trace in them: 32 groups in GroupNorm, attention placed at a
@@ -62,7 +50,7 @@ def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | Rel
             weights there).
 
     Returns:
-        a Tokenizer, or a ReleasedGenerator if the file is a transformer's.
+        a Tokenizer, or a Generator if the file is a transformer's; its `averaged` is of the tokenizer.
 
     Raises:
         DataError: the file is absent, cut off, no checkpoint, or holds objects that could run code; a key is missing, unknown, of another
@@ -89,7 +77,7 @@ def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | Rel
     return _tokenizer(part, config, averaged=weights == "ema")
 
 
-def _generator(path: Path, tensors: dict[str, torch.Tensor], weights: Weights) -> ReleasedGenerator:
+def _generator(path: Path, tensors: dict[str, torch.Tensor], weights: Weights) -> Generator:
     embedded, part = _Part(path, tensors, TOKENIZER), _Part(path, tensors, TRANSFORMER)
     tokenizer_config = _tokenizer_config(embedded)
     config = _transformer_config(part, RESOLUTION // tokenizer_config.model.downsampling)
@@ -105,7 +93,7 @@ def _generator(path: Path, tensors: dict[str, torch.Tensor], weights: Weights) -
         )
     transformer.load_state_dict(part.weights({name: name for name in transformer.state_dict()}), assign=True)
     averaged = weights == "ema" and embedded.averaged
-    return ReleasedGenerator(transformer.eval(), _tokenizer(embedded, tokenizer_config, averaged=averaged), averaged)
+    return Generator(transformer.eval(), _tokenizer(embedded, tokenizer_config, averaged=averaged), averaged)
 
 
 # --- The file ----------------------------------------------------------------------------------------------------------------------------

@@ -129,13 +129,13 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: it is either the old one or the new one, whole and on disk."""
-    with _replacing(path) as temporary, open(temporary, "w") as file:
+    with replacing(path) as temporary, open(temporary, "w") as file:
         file.write(text)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`."""
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
 
 
@@ -145,13 +145,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A safetensors file, replaced in one step; tensors are moved to the CPU."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what was written under it takes the place of `path` when the block ends without an error."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; what was written under it takes the place of `path` when the block ends without an error.
+
+    A kill leaves a hidden file, whose name begins with a dot and that of `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

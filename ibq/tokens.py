@@ -33,7 +33,7 @@ IMAGES_AT_ONCE, PIXELS_AT_ONCE = 64, 2**21
 """What is encoded or decoded together at most: of images of 256×256 pixels 32. The images alone decide it, not the caller, so that the same
 tokens come out wherever they are encoded."""
 ENCODING = "tokens 1: center squares, fp32"
-"""Raised when the code changes what an image is encoded to; part of the name of the cache."""
+"""Part of the cache's name; the number is raised when a change of the code changes what an image is encoded to."""
 POLL_S = 0.5
 
 
@@ -85,7 +85,7 @@ def encode_split(
         images: the split.
         classes: of the labels; 1 where there are none.
         wanted: int64, the images whose tokens are needed, ascending, where a short run needs few; the tokens of all others are then -1.
-        beat: called after every batch and while waiting, as a sign of life, so that it may do no collective; True on any process stops all.
+        beat: called before every batch and while waiting, a sign of life; it may do no collective, and True on any process stops all.
 
     Raises:
         ConfigError: `classes` does not fit the labels.
@@ -106,10 +106,11 @@ def encode_split(
     def encoded(numbers_B: torch.Tensor) -> torch.Tensor:
         return encode(tokenizer, images.batch(wanted_M[numbers_B], device))
 
-    tokens_NT = torch.full((len(images), T), -1, dtype=torch.int32)
     with _claim(folder, beat), measuring(tokenizer):
-        tokens_NT[wanted_M] = parts.collect(encoded, images_at_once(shape), beat)
-    return Tokens(tokens_NT, labels_N)
+        tokens_MT = parts.collect(encoded, images_at_once(shape), beat)
+    if len(wanted_M) == len(images):
+        return Tokens(tokens_MT, labels_N)
+    return Tokens(tokens_MT.new_full((len(images), T), -1).index_copy_(0, wanted_M, tokens_MT), labels_N)
 
 
 def _key(tokenizer: Tokenizer, images: ImageSource, shape: torch.Size, wanted_M: torch.Tensor) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from ibq.checkpoint import Checkpoint, load_checkpoint, remove_checkpoint
 from ibq.config import RESULTS_VERSION, flatten
-from ibq.distributed import barrier, gather_objects, is_writer, shared_errors, world_size
+from ibq.distributed import barrier, device_name, gather_objects, is_writer, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError
 from ibq.generator_config import RunConfig, parse_run_config
 from ibq.run_directory import RunDirectory, source_commit, write_json
@@ -219,7 +219,7 @@ def row_of(config: RunConfig, status: str, facts: dict[str, Any], protocol: dict
         "codebook_size": config.quantizer.codebook_size,
         "code_dim": config.quantizer.code_dim,
         "seed": config.seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "device": device_name(device),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

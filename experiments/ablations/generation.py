@@ -26,7 +26,7 @@ from ibq.generator_config import GeneratorConfig
 TOKENIZER_STEPS = 4.0
 """Steps of these tokenizers, as a multiple of the preset's."""
 METHODS = ("VQ", "VQ, strongest", "LFQ", "IBQ")
-DEPTHS = ("×1/2", "×1", "×2")
+DEPTHS = ("×1/2", "×1", "×3/2")
 
 
 def levels(method: str, token: str = "whole", depth: str = "×1") -> Mapping[str, str]:
@@ -68,7 +68,7 @@ ABLATION = Ablation(
         Arm("lfq_halves", levels("LFQ", token="halves"), focal=True),
         Arm("ibq_tokens", levels("IBQ"), focal=True),
         Arm("ibq_shallow", levels("IBQ", depth="×1/2"), focal=True),
-        Arm("ibq_deep", levels("IBQ", depth="×2"), focal=True),
+        Arm("ibq_deep", levels("IBQ", depth="×3/2"), focal=True),
     ),
     contrasts=(
         Contrast(
@@ -94,7 +94,7 @@ ABLATION = Ablation(
             "scaling: quality",
             "ibq_shallow",
             "ibq_deep",
-            "On IBQ's tokens FID[fashion-cnn] is at least 10% lower with four times the depth.",
+            "On IBQ's tokens FID[fashion-cnn] is at least 10% lower with three times the depth.",
             "fid",
             -0.152,
             paper="Table 7: gFID 2.88 (B), 2.45 (L), 2.14 (XL), 2.05 (XXL)",
@@ -103,7 +103,7 @@ ABLATION = Ablation(
             "scaling: likelihood",
             "ibq_shallow",
             "ibq_deep",
-            "With four times the depth IBQ's tokens take at least 2% fewer bits an image.",
+            "With three times the depth IBQ's tokens take at least 2% fewer bits an image.",
             "bits_per_image",
             -0.029,
         ),

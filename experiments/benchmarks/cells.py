@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments import figures, tables
 from experiments.study import ROOT
+from ibq.distributed import device_name
 from ibq.errors import ConfigError
 from ibq.run_directory import source_commit, write_json, write_text
 
@@ -33,8 +34,7 @@ def folder(benchmark: str, device: torch.device, script: str, *packages: str) ->
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": source_commit()}
+    return {"machine": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": source_commit()}
 
 
 def cached(folder: Path, cell: dict[str, Any], module: str, name: str = "") -> dict[str, Any]:

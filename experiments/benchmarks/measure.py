@@ -78,12 +78,12 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     def step(z_ND: torch.Tensor, codebook_KD: torch.Tensor, g_ND: torch.Tensor) -> float:
         for tensor in (z_ND, codebook_KD, g_ND):
             tensor.data.normal_(0, 0.3)  # fresh, outside the clock
-        _wait_for(device)
+        wait_for(device)
         started = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             z_q_ND, penalty = method(z_ND, codebook_KD, temperature)
         torch.autograd.grad((z_q_ND.float() * g_ND).sum() + 0.05 * penalty, (z_ND, codebook_KD))
-        _wait_for(device)
+        wait_for(device)
         return time.perf_counter() - started
 
     def inputs(N: int, K: int) -> tuple[torch.Tensor, ...]:
@@ -114,12 +114,12 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(8):
         started = time.perf_counter()
         a @ b
-        _wait_for(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / statistics.median(seconds[1:]) / 1e12
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

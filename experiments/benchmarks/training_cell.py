@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.models import vgg16
 
 from experiments.benchmarks import measure
-from experiments.imagenet256 import RECIPES
+from experiments.imagenet256.tokenizers import TOKENIZERS
 from ibq import ops
 from ibq.config import TrainConfig
 from ibq.distributed import resolve_device
@@ -50,7 +50,7 @@ def config_of(cell: dict[str, Any], folder: Path) -> TrainConfig:
     fields |= SMALL if cell["small"] else {}
     if cell["method"] == "lfq":  # a code is its signs
         fields["quantizer.code_dim"] = (cell["K"] - 1).bit_length()
-    return RECIPES[RECIPE_OF[cell["method"]]]().with_fields(**fields)
+    return TOKENIZERS[RECIPE_OF[cell["method"]]]().with_fields(**fields)
 
 
 def measure_training(cell: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable
 from functools import wraps
 from inspect import Signature, signature
@@ -21,9 +19,9 @@ from experiments.ablations import ABLATIONS
 from experiments.imagenet256 import RECIPES
 from experiments.recipes import PRESETS
 from experiments.study import Study
-from experiments.sweep import GRACE_S, terminable
+from experiments.sweep import terminable
 from ibq.data import DataError
-from ibq.distributed import PeerLostError
+from ibq.distributed import PeerLostError, last_words
 from ibq.errors import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers.")
@@ -79,13 +77,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _ended(sentence: str, code: int) -> typer.Exit:
-    """Say how the command ended. Under torchrun the other processes of the node leave that to the first one, and wait for it: torchrun
-    ends all of them with the first that ends."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(sentence, file=sys.stderr, flush=True)
-    elif code != INTERRUPTED:  # which torchrun has passed on to all
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(GRACE_S)
+    last_words(sentence, interrupted=code == INTERRUPTED)
     return typer.Exit(code)
 
 

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "index-backprop": ("--tokens", "--codes", "--dim", "--dtype"),
     "tokenizer-training": ("--codes", "--method", "--batch", "--accumulate", "--dtype", "--small"),
     "overfit": ("--small",),
+    "sampling": ("--batch", "--small"),
 }
 """The options that each benchmark has beside --device and --publish."""
 
@@ -26,15 +27,15 @@ def bench(
     tokens: Annotated[str, typer.Option(help="N, e.g. 1024,4096; default: a grid for the device")] = "",
     codes: Annotated[str, typer.Option(help="K, likewise")] = "",
     dim: Annotated[int | None, typer.Option(help="D; default: 256")] = None,
-    batch: Annotated[int | None, typer.Option(help="images a step; default: 32")] = None,
+    batch: Annotated[int | None, typer.Option(help="images a step, default: 32; or sampled together, default: 16, on CUDA 64")] = None,
     method: Annotated[str, typer.Option(help="ibq, vq or lfq; default: ibq")] = "",
     accumulate: Annotated[int | None, typer.Option(help="micro-batches of a step; default: 8, as the recipes have it")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or, in training, float16; default: bfloat16 on CUDA")] = "",
     small: Annotated[bool, typer.Option("--small", help="a tiny network, to try the benchmark itself")] = False,
     publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
 ) -> None:
-    """Measure: an operator against its rivals, training at the paper's size, or whether the objective can overfit."""
-    from experiments.benchmarks import index_backprop, overfit, tokenizer_training
+    """Measure: an operator against its rivals, training at the paper's size, whether the objective can overfit, or sampling."""
+    from experiments.benchmarks import index_backprop, overfit, sampling, tokenizer_training
 
     given = {"--tokens": tokens, "--codes": codes, "--dim": dim, "--batch": batch, "--dtype": dtype, "--small": small}
     given |= {"--method": method, "--accumulate": accumulate}
@@ -49,6 +50,9 @@ def bench(
         images, parts = (default if value is None else value for value, default in ((batch, 32), (accumulate, 8)))
         rows = tokenizer_training.run(device, _sizes(codes), images, dtype, method or "ibq", parts, small, say)
         table, folder = tokenizer_training.table(rows), tokenizer_training.write(rows, publish)
+    elif name == "sampling":
+        rows = sampling.run(device, batch, small, say)
+        table, folder = sampling.table(rows), sampling.write(rows, publish)
     else:
         rows = overfit.run(device, small, say)
         table, folder = overfit.table(rows), overfit.write(rows, publish)

@@ -35,6 +35,7 @@ from experiments.recipes import PRESETS
 from experiments.study import Study
 from experiments.sweep import HANG_S, train_study
 from ibq.errors import ConfigError, nearest
+from ibq.generator_config import GeneratorConfig
 
 MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in manage.EVALUATIONS.items()))]
 SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")]
@@ -97,9 +98,10 @@ def _refuse_idle(context: typer.Context, what: str, options: tuple[str, ...], ot
 
 
 def _plan_of_recipe(name: str, overrides: dict[str, Any], gpus: int) -> str:
-    from experiments import recipe_plan
+    from experiments import generator_plan, recipe_plan
 
-    lines = recipe_plan.plan(RECIPES[name]().with_fields(**overrides), gpus)
+    config = RECIPES[name]().with_fields(**overrides)
+    lines = generator_plan.plan(config, gpus) if isinstance(config, GeneratorConfig) else recipe_plan.plan(config, gpus)
     heading = str(inspect.getdoc(RECIPES[name]))
     if overrides:
         changed = ", ".join(f"{field}={value}" for field, value in overrides.items())

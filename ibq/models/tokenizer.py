@@ -105,7 +105,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote or that a finished run directory holds (its averaged weights), in eval mode on the CPU.
 
     Raises:
-        ConfigError: the folder lacks a file, its config is not valid, or the weights do not fit the config.
+        ConfigError: the folder lacks a file or is a generator's, its config is not valid, or the weights do not fit the config.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -115,6 +115,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ConfigError(f"{folder / 'config.json'} is not JSON ({error}); pass the folder of another run or save it again") from None
+    if isinstance(config, dict) and "transformer" in config:
+        raise ConfigError(f"{folder} is a generator's run, not a tokenizer's; pass its tokenizer, {folder / 'tokenizer'}")
     tokenizer = Tokenizer(parse_train_config(config))
     try:
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from experiments import ablations, manage, pace, report, rows, tables, worker
@@ -23,10 +25,12 @@ from experiments.report.configs import differing_fields
 from experiments.report.curves import curves
 from experiments.study import Cell, Study, unique_runs
 from experiments.sweep import Outcome, train_study
+from ibq.data import Images, load_images
 from ibq.errors import ConfigError
 from ibq.generator_config import GeneratorConfig
+from ibq.metrics import extractors
 from ibq.models.tokenizer import load_tokenizer
-from ibq.run_directory import RunDirectory, append_line, write_json
+from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
 
 PAIR = ABLATIONS["vq_vs_ibq"]
 TIMING = {"train_seconds", "encode_seconds", "peak_memory_gib", "sample_images_per_s"}
@@ -302,14 +306,15 @@ def test_the_plan_counts_both_stages_and_weighs_their_steps(empty: Study, monkey
     assert list(table.index) == ["vq", "ibq", "ibq_deep"]
     assert table.loc["ibq", ["tokenizer", "steps", "seeds", "finished"]].tolist() == ["6 steps, 0 finished", 4, 1, 0]
     deep = pace.work(empty.waiting[2], preset)
-    assert pace.work(empty.waiting[1], preset) == 4
-    assert 4 * 4 < deep < 4 * 16
+    shallow = pace.work(empty.waiting[1], preset)
+    assert deep == 4  # the preset's own size
+    assert 4 / 16 < shallow < 4 / 4
     cost = expected_cost(empty, slots=1)
     assert cost.startswith(
         "5 runs, 0 finished; 12 steps of tokenizers left at 2.000 s a step (measured on 2 cores of a server CPU, two runs at a time) and "
         "12 of generators (3 runs wait for their tokenizers) at 3.000 s a step of the preset's size, encoding and evaluation included "
     )
-    assert cost.endswith(f"1 at a time: about {(12 * 2 + (8 + deep) * 3) / 60:.1f} minutes")
+    assert cost.endswith(f"1 at a time: about {(12 * 2 + (2 * shallow + deep) * 3) / 60:.1f} minutes")
     monkeypatch.setattr(Study, "preset", replace(preset, generator_seconds_per_step=None))
     assert "how long they take is not known: no step of a generator of preset smoke has been measured" in expected_cost(empty)
 
@@ -423,3 +428,27 @@ def test_evaluations_are_of_the_tokenizers(copied: Study) -> None:
     row = json.loads(source.row.read_text())
     write_json(source.row, row | {"train_seconds": 1e6})  # as if trained again
     assert rows.load(copied).set_index("arm")["tokenizer.train_split.l1"].notna().sum() == 1
+
+
+def test_inception_is_also_of_what_generators_sampled(copied: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in network, for which FID means nothing; few images stand for the split."""
+    study = copied.only([cell for cell in copied.cells if cell.arm.name in ("ibq", "tokenizer of ibq")])
+    split = load_images(study.cells[0].config.data, "test")
+
+    def network(images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels_BF = images_BCHW.float().flatten(1) / 255
+        return pixels_BF[:, 400:405], pixels_BF[:, 500:510]
+
+    monkeypatch.setattr(manage, "load_images", lambda config, name: Images(split.name, split.split, split.images_NCHW[:120]))
+    monkeypatch.setattr(extractors, "inception_extractor", lambda device: extractors.Extractor("stand-in", "", network, "none", device))
+    for cell in study.cells:
+        if cell.tokenizer:
+            samples = load_file(cell.run.generated)
+            many = {name: samples[name].repeat(8, 1) for name in samples if name.startswith("tokens@")}
+            write_tensors(cell.run.generated, samples | many)
+    said: list[str] = []
+    assert manage.evaluate_finished(study, "inception", said.append) == 2
+    frame = rows.load(study).set_index("arm")
+    assert frame.loc["ibq", ["inception.kid@1", "inception.kid@2"]].notna().all()
+    assert frame.loc["ibq", "tokenizer.inception.kid"] == frame.loc["tokenizer of ibq", "inception.kid"]
+    assert not {"kid", "kid@1"} & set(frame)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.imagenet256 import RECIPES
+from experiments.imagenet256.tokenizers import TOKENIZERS
 from experiments.plan import expected_cost
 from experiments.recipes import get_preset
 from experiments.study import Study
@@ -96,12 +96,12 @@ EXPECTED = {
 
 
 def test_there_are_the_recipes_of_the_paper() -> None:
-    assert RECIPES.keys() == OWN.keys()
+    assert TOKENIZERS.keys() == OWN.keys()
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_recipe_has_the_papers_numbers(name: str) -> None:
-    config = RECIPES[name]()
+    config = TOKENIZERS[name]()
     flat, wanted = flatten(config.to_json_dict()), SHARED | OWN[name]
     assert {field: flat[field] for field in wanted} == wanted
     assert config.data.kind == "imagefolder"
@@ -117,7 +117,7 @@ def test_a_recipe_has_the_papers_numbers(name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_heading_says_claim_cost_expected_number_and_command(name: str) -> None:
-    config, heading = RECIPES[name](), str(inspect.getdoc(RECIPES[name]))
+    config, heading = TOKENIZERS[name](), str(inspect.getdoc(TOKENIZERS[name]))
     parts = dict(re.findall(r"^(Claim|Cost|Expected|Command): (.+)$", heading, re.MULTILINE))
     assert parts.keys() == {"Claim", "Cost", "Expected", "Command"}
     with torch.device("meta"):
@@ -128,7 +128,7 @@ def test_a_heading_says_claim_cost_expected_number_and_command(name: str) -> Non
 
 
 def test_the_folder_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = RECIPES["imagenet256_ibq_16384"]
+    recipe = TOKENIZERS["imagenet256_ibq_16384"]
     monkeypatch.setenv("IBQ_IMAGENET", str(tmp_path))
     assert recipe().data.folder == str(tmp_path)
     monkeypatch.delenv("IBQ_IMAGENET")
@@ -141,8 +141,8 @@ def test_the_preset_is_that_of_the_recipes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("experiments.study._data_hash", lambda data: "0" * 64)
     study = Study("paper", ("vq_vs_ibq",), seeds=1)
     configs = {cell.arm.name: cell.config for cell in study.cells}
-    assert configs["ibq_published"] == RECIPES["imagenet256_ibq_16384"]()
-    assert configs["vq_published"] == RECIPES["imagenet256_vqgan_16384"]()
+    assert configs["ibq_published"] == TOKENIZERS["imagenet256_ibq_16384"]()
+    assert configs["vq_published"] == TOKENIZERS["imagenet256_vqgan_16384"]()
     assert get_preset("paper").seconds_per_step is None
     assert expected_cost(study).endswith("how long they take is not known: no step of preset paper has been measured")
 
@@ -150,7 +150,7 @@ def test_the_preset_is_that_of_the_recipes(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("codes", [1024, 8192, 16384, 262144])
 def test_the_importer_of_released_files_knows_the_same_recipes(codes: int) -> None:
     """What `load_released` gives as provenance; the folder of the images is nobody's."""
-    ours = RECIPES[f"imagenet256_ibq_{codes}"]().to_json_dict()
+    ours = TOKENIZERS[f"imagenet256_ibq_{codes}"]().to_json_dict()
     theirs = parse_train_config(_released_recipe(ours["model"], codes, 256)).to_json_dict()
     mine, other = flatten(ours), flatten(theirs)
     assert {name for name in mine | other if mine.get(name) != other.get(name)} == {"data.name"}

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from experiments import recipe_plan
 from experiments.benchmarks import tokenizer_training, training_cell
 from experiments.cli import app
-from experiments.imagenet256 import RECIPES
+from experiments.imagenet256.tokenizers import TOKENIZERS
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.models.discriminator import PatchDiscriminator
@@ -36,7 +36,7 @@ SMALL = {
 
 @pytest.fixture
 def small() -> TrainConfig:
-    return RECIPES["imagenet256_ibq_16384"]().with_fields(**SMALL)
+    return TOKENIZERS["imagenet256_ibq_16384"]().with_fields(**SMALL)
 
 
 def measured(config: TrainConfig, **changes: object) -> pd.DataFrame:
@@ -57,7 +57,7 @@ def test_activations_grow_with_the_images_and_weights_do_not(small: TrainConfig)
 
 
 def test_half_precision_keeps_about_half() -> None:
-    name, recipe = "activations of the autoencoder", RECIPES["imagenet256_ibq_16384"]()
+    name, recipe = "activations of the autoencoder", TOKENIZERS["imagenet256_ibq_16384"]()
     full, half = (recipe_plan.memory_gib(recipe.with_fields(precision=precision), 1)[name] for precision in ("fp32", "fp16"))
     assert 0.45 < half / full < 0.6
 
@@ -68,12 +68,12 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(small: TrainConfig) -> None:
 
     with FakeTensorMode():
         network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
-        kept = recipe_plan._kept_bytes(network, torch.empty(2, 3, 8, 8), small)
+        kept = recipe_plan.kept_bytes(network, small.precision, torch.empty(2, 3, 8, 8))
     assert kept == 4 * 2 * 8 * 8 * (3 + 5)
 
 
 def test_parameters_of_the_discriminator_are_counted_too() -> None:
-    config = RECIPES["imagenet256_ibq_16384"]()
+    config = TOKENIZERS["imagenet256_ibq_16384"]()
     by_hand = sum(p.numel() for p in PatchDiscriminator(config.loss.adversarial, 3).parameters())
     assert recipe_plan.parameters(config)[1] == by_hand
     assert recipe_plan.parameters(config.with_fields(**{"loss.adversarial.weight": 0}))[1] == 0
@@ -114,10 +114,10 @@ def test_rows_of_something_else_do_not_count(small: TrainConfig, change: dict[st
     assert not any(word in said for word in ("about", "estimate"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", TOKENIZERS)
 def test_without_a_measurement_it_says_how_to_make_the_one_that_counts(recipe: str) -> None:
     """The command is one that the benchmark takes, and trains the network and the step of the recipe."""
-    config = RECIPES[recipe]()
+    config = TOKENIZERS[recipe]()
     said = recipe_plan.hours(config, 8, pd.DataFrame())
     options = dict(re.findall(r"--(\w+) (\w+)", said))
     cell = {"method": options["method"], "K": int(options["codes"]), "small": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import command, write_pictures
+from recipe_runs import command, generator_command, tiny_tokenizer, write_pictures
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -24,6 +25,9 @@ from ibq.run_directory import RunDirectory
 STEPS = 200
 REPEATABLE = {"averages": "global", "loss.adversarial.norm": "group", "model.norm_groups": "2", "optim.lr": "1e-5"}
 """What one process and two train alike, at a rate at which what Adam makes of rounding stays small."""
+GENERATOR_STEPS = 400
+WITHOUT_DROPOUT = {f"transformer.{name}_dropout": "0" for name in ("token", "attention", "ffn", "class")} | {"optim.lr": "1e-5"}
+"""The same of a generator: every process draws what it drops."""
 PATIENCE_S = 240
 
 
@@ -74,6 +78,12 @@ def events(run: RunDirectory) -> list[str]:
     return [attempt["event"] for attempt in run.read_attempts()]
 
 
+def trains(run: RunDirectory, attempts: int) -> bool:
+    """So many attempts have been begun, and the last trains."""
+    begun = [attempt for attempt in run.read_attempts() if attempt["event"] == "started"]
+    return len(begun) == attempts and run.heartbeat.exists() and run.heartbeat.stat().st_mtime > begun[-1]["time"]
+
+
 def test_two_processes_train_one_run_with_one_writer(pictures: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     code, out, err = Torchrun(command(pictures, run.path, 3)).end()
@@ -108,14 +118,9 @@ def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_th
     run, whole = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "whole")
     arguments = command(pictures, run.path, STEPS, **REPEATABLE)
 
-    def started(attempts: int) -> bool:
-        """So many attempts have been begun, and the last trains."""
-        begun = [attempt for attempt in run.read_attempts() if attempt["event"] == "started"]
-        return len(begun) == attempts and run.heartbeat.exists() and run.heartbeat.stat().st_mtime > begun[-1]["time"]
-
     # ---- SIGTERM at torchrun: one checkpoint, at one step
     torchrun = Torchrun(arguments)
-    torchrun.wait_for(lambda: started(1))
+    torchrun.wait_for(lambda: trains(run, 1))
     torchrun.process.send_signal(signal.SIGTERM)
     code, out, err = torchrun.end()
     assert code != 0
@@ -126,7 +131,7 @@ def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_th
     # ---- SIGKILL of the second process, then of the first
     for attempt, victim in ((2, "second"), (3, "first")):
         torchrun = Torchrun(arguments)
-        torchrun.wait_for(lambda attempt=attempt: started(attempt))
+        torchrun.wait_for(lambda attempt=attempt: trains(run, attempt))
         workers, first = torchrun.workers, run.read_attempts()[-1]["pid"]
         assert len(workers) == 2
         assert first in workers
@@ -149,3 +154,47 @@ def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_th
     assert averaged.keys() == expected.keys()
     torch.testing.assert_close(averaged, expected, rtol=1e-5, atol=1e-5)
     assert [line["step"] for line in run.read_history()] == [line["step"] for line in whole.read_history()]
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_a_generator_whose_process_was_killed_goes_on_by_the_same_command_and_ends_the_same(tmp_path: Path, sharding: str) -> None:
+    pictures = write_pictures(tmp_path / "pictures", classes=2, side=64)
+    tiny_tokenizer().save(tmp_path / "tokenizer")
+    run, whole = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "whole")
+
+    def arguments(folder: RunDirectory) -> list[str]:
+        usual = generator_command(pictures, tmp_path / "tokenizer", folder.path, GENERATOR_STEPS, **WITHOUT_DROPOUT)
+        return [*usual, "--sharding", sharding]
+
+    # ---- SIGTERM once it has logged a step: a checkpoint, whole whatever the sharding
+    torchrun = Torchrun(arguments(run))
+    torchrun.wait_for(lambda: bool(run.read_history()))
+    torchrun.process.send_signal(signal.SIGTERM)
+    code, out, err = torchrun.end()
+    assert code != 0
+    assert out.count("the next run goes on from there") == 1, out + err
+    step = json.loads((run.checkpoint / "meta.json").read_text())["step"]
+    assert step >= 100
+
+    # ---- SIGKILL of the second process
+    torchrun = Torchrun(arguments(run))
+    torchrun.wait_for(lambda: trains(run, 2))
+    workers, first = torchrun.workers, run.read_attempts()[-1]["pid"]
+    os.kill(next(pid for pid in workers if pid != first), signal.SIGKILL)
+    code, out, err = torchrun.end()
+    assert code != 0
+    assert out.count("the same command goes on from the last checkpoint") == 1, out + err
+    assert not any("experiments" in _command_line(pid) for pid in workers), "a process is left"
+    assert not run.finished
+
+    # ---- the same command goes on from the checkpoint and ends as one process does that nothing befell
+    code, out, err = Torchrun(arguments(run)).end()
+    assert code == 0, out + err
+    assert [attempt["event"] for attempt in run.read_attempts()] == ["started", "stopped", "started", "lost", "started", "finished"]
+    assert CliRunner().invoke(app, arguments(whole)).exit_code == 0
+    weights, expected = load_file(run.model), load_file(whole.model)
+    assert weights.keys() == expected.keys()
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
+    assert [line["step"] for line in run.read_history()] == [line["step"] for line in whole.read_history()]
+    assert run.read_row()["cross_entropy"] == pytest.approx(whole.read_row()["cross_entropy"], abs=1e-5)

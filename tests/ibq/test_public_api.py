@@ -29,6 +29,7 @@ def test_the_public_names_are_frozen() -> None:
         "BinarySphericalQuantizer",
         "FSQConfig",
         "FiniteScalarQuantizer",
+        "Generator",
         "GumbelConfig",
         "GumbelQuantizer",
         "IBQConfig",
@@ -43,6 +44,7 @@ def test_the_public_names_are_frozen() -> None:
         "VectorQuantizer",
         "build_quantizer",
         "index_backprop",
+        "load_generator",
         "load_released",
         "load_tokenizer",
     }

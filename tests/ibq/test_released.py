@@ -24,10 +24,9 @@ from released_layout import (
     write,
 )
 
-from ibq import Tokenizer, load_released, load_tokenizer
+from ibq import Generator, Tokenizer, load_released, load_tokenizer
 from ibq.data import DataError
 from ibq.errors import ConfigError
-from ibq.released import ReleasedGenerator
 
 
 def imported(path: Path, **weights: Any) -> Tokenizer:
@@ -36,9 +35,9 @@ def imported(path: Path, **weights: Any) -> Tokenizer:
     return tokenizer
 
 
-def generator(path: Path, **weights: Any) -> ReleasedGenerator:
+def generator(path: Path, **weights: Any) -> Generator:
     loaded = load_released(path, **weights)
-    assert isinstance(loaded, ReleasedGenerator)
+    assert isinstance(loaded, Generator)
     return loaded
 
 

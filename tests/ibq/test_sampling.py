@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from generators import all_images, exact_probabilities, network, reference_probabilities
+from sampling_oracles import all_images, exact_probabilities, network, reference_probabilities
 
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.models.transformer import Transformer
@@ -60,7 +61,10 @@ def test_a_compiled_sampler_gives_the_same_in_one_graph(monkeypatch: pytest.Monk
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert torch.equal(sampler(NUMBERS, CLASSES), expected_BN)
         assert torch.equal(sampler(NUMBERS[:3], CLASSES[:3]), expected_BN[:3])
-    assert asked == [{"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}]
+        weaker = replace(CUT, guidance=Guidance(2.0, "linear"))
+        weaker_BN = sample_uncached(transformer, weaker, seed=2, numbers_B=NUMBERS, classes_B=CLASSES)
+        assert torch.equal(sample(transformer, weaker, seed=2, compile=True), weaker_BN), "another guidance needs no other graph"
+    assert asked == [{"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}] * 2
 
 
 def test_a_sampler_follows_the_weights(transformer: Transformer) -> None:
@@ -146,6 +150,7 @@ def test_a_sample_does_not_depend_on_its_batch(transformer: Transformer, samplin
     assert torch.equal(larger(NUMBERS[shuffled_B], CLASSES[shuffled_B]), together_BN[shuffled_B])
     assert torch.equal(larger(NUMBERS[:2], CLASSES[:2]), together_BN[:2])
     assert larger(NUMBERS[:0], CLASSES[:0]).shape == (0, 9)
+    assert sample_uncached(transformer, sampling, seed=0, numbers_B=NUMBERS[:0], classes_B=CLASSES[:0]).shape == (0, 9)
 
 
 def test_other_numbers_and_other_seeds_give_other_samples(transformer: Transformer) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from generators import network
 from hypothesis import given
 from hypothesis import strategies as st
+from sampling_oracles import network
 
 from ibq.models.subtokens import join, split
 from ibq.models.transformer import Transformer

@@ -11,11 +11,10 @@ import released_layout
 import torch
 from released_layout import CLASSES, CODES, DEPTH, Tensors
 
-from ibq import load_released
+from ibq import Generator, load_released
 from ibq.errors import ConfigError
 from ibq.models.transformer import Transformer, build_transformer
 from ibq.models.transformer_config import SIZES, TransformerConfig
-from ibq.released import ReleasedGenerator
 
 WIDTH = 64 * DEPTH
 GRID = 64  # 256 pixels at the small tokenizer's factor of 4
@@ -74,7 +73,7 @@ def test_a_new_transformer_gives_equal_logits() -> None:
 def transformer(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     path = released_layout.write(tmp_path_factory.mktemp("released") / "transformer.ckpt", released_layout.transformer_state())
     generator = load_released(path)
-    assert isinstance(generator, ReleasedGenerator)
+    assert isinstance(generator, Generator)
     return generator.transformer.double().requires_grad_(False)
 
 

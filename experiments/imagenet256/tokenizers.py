@@ -21,7 +21,6 @@ from typing import Any
 
 from experiments.recipes import get_preset, tokenizer
 from ibq.config import TrainConfig
-from ibq.errors import ConfigError, nearest
 from ibq.imagenet import imagenet_steps
 
 
@@ -112,7 +111,7 @@ def imagenet256_lfq_262144() -> TrainConfig:
     return _tokenizer("lfq", 262144, code_dim=18)
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
+TOKENIZERS: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
         imagenet256_ibq_1024,
@@ -124,15 +123,3 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         imagenet256_lfq_262144,
     )
 }
-"""What `train` and `plan` know by name."""
-
-
-def recipe_of(name: str) -> Callable[[], TrainConfig]:
-    """A recipe by name.
-
-    Raises:
-        ConfigError: no such recipe; the nearest is named.
-    """
-    if name not in RECIPES:
-        raise ConfigError(f"recipe {name!r} does not exist; {nearest(name, RECIPES)}")
-    return RECIPES[name]

@@ -1,0 +1,24 @@
+"""The paper's recipes on ImageNet 256×256: of its tokenizers, and of the generators that are trained on a tokenizer's indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from experiments.imagenet256.generators import GENERATORS
+from experiments.imagenet256.tokenizers import TOKENIZERS
+from ibq.errors import ConfigError, nearest
+from ibq.generator_config import RunConfig
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {**TOKENIZERS, **GENERATORS}
+"""What `train` and `plan` know by name."""
+
+
+def recipe_of(name: str) -> Callable[[], RunConfig]:
+    """A recipe by name.
+
+    Raises:
+        ConfigError: no such recipe; the nearest is named.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"recipe {name!r} does not exist; {nearest(name, RECIPES)}")
+    return RECIPES[name]
