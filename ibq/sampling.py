@@ -201,7 +201,7 @@ def sample_uncached(
     _require_seed(seed)
     _require_fitting(transformer, numbers_B, classes_B)
     device, N, J = transformer.head_nm.rmsnorm.weight.device, transformer.config.tokens, len(transformer.symbols)
-    uniforms_BNJ = random_numbers(seed, numbers_B.tolist(), N * J).view(-1, N, J).to(device)
+    uniforms_BNJ = random_numbers(seed, numbers_B.tolist(), N * J).view(len(numbers_B), N, J).to(device)
     tokens_BT = torch.zeros(len(numbers_B), 0, dtype=torch.int64, device=device)
     conditions = [classes_B.to(device)]
     if sampling.guided:
@@ -231,9 +231,10 @@ def draw_tokens(
     """
     B, J = uniforms_BJ.shape
     symbols_BJ, finite_B = uniforms_BJ.new_zeros(B, 0, dtype=torch.int64), uniforms_BJ.new_ones(B, dtype=torch.bool)
+    guided = len(hidden_RW) > B  # asked of the sampling's scale, every scale would have a graph of its own
     for j in range(J):
-        logits_BK = transformer.symbol_logits(hidden_RW, symbols_BJ.repeat(len(hidden_RW) // B, 1)).double()
-        if len(logits_BK) > B:
+        logits_BK = transformer.symbol_logits(hidden_RW, symbols_BJ.repeat(1 + guided, 1)).double()
+        if guided:
             conditional_BK, unconditional_BK = logits_BK.chunk(2)
             logits_BK = unconditional_BK + scale_1 * (conditional_BK - unconditional_BK)
         finite_B = finite_B & logits_BK.isfinite().all(1)

@@ -111,7 +111,7 @@ def _continued(study: Study, ablation: Ablation, folder: Path) -> dict[str, Any]
     other = continuation.other_half(study, ablation)
     if other is None:
         return None
-    shown: dict[str, Any] = {"title": other.title, "ablation": other.ablation, "note": other.note, "claims": []}
+    shown: dict[str, Any] = {"title": other.title, "ablation": other.ablation, "note": other.note, "claims": [], "table": None}
     if other.has_result:
         stem = f"{file_name(ablation.name)}_{file_name(other.ablation.name)}"
         shown["table"] = _written(other.arms_table(), folder, stem, tables.TABLES["arms"][1])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from ibq.generator_state import GeneratorState
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory
 from ibq.sharding import local
-from ibq.training import Runtime
+from ibq.train_generator import train_generator
+from ibq.training import LogEvent, Runtime
 
 RUNTIME = Runtime(device="cpu", log_every=2, eval_images=10, eval_batch_size=4, samples=4, guidances=(1.0, 2.0))
+EVERY_STEP = dataclasses.replace(RUNTIME, log_every=1, checkpoint_every_s=0)
 AUTOENCODER = {"base_channels": 4, "channel_multipliers": (1, 1, 2, 2), "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
 DROPOUTS = ("token_dropout", "attention_dropout", "ffn_dropout", "class_dropout")
 WITHOUT_DROPOUT = {f"transformer.{name}": 0.0 for name in DROPOUTS}
@@ -72,6 +75,21 @@ class Seen(GeneratorState):
 def watch_state(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Seen, "last", None)
     patch.setattr(trainer, "GeneratorState", Seen)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_images_and_states_seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Import it into a module of tests that train generators."""
+    with pytest.MonkeyPatch.context() as patch:
+        watch_images(patch, tmp_path_factory.mktemp("cache"))
+        watch_state(patch)
+        yield
+
+
+def train(
+    config: GeneratorConfig, folder: Path, runtime: Runtime = RUNTIME, should_stop: Callable[[], bool] = lambda: False
+) -> list[LogEvent]:
+    return list(train_generator(config, untrained_tokenizer(config), folder, runtime, should_stop))
 
 
 def state_of_last_run() -> GeneratorState:

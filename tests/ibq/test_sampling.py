@@ -150,6 +150,7 @@ def test_a_sample_does_not_depend_on_its_batch(transformer: Transformer, samplin
     assert torch.equal(larger(NUMBERS[shuffled_B], CLASSES[shuffled_B]), together_BN[shuffled_B])
     assert torch.equal(larger(NUMBERS[:2], CLASSES[:2]), together_BN[:2])
     assert larger(NUMBERS[:0], CLASSES[:0]).shape == (0, 9)
+    assert sample_uncached(transformer, sampling, seed=0, numbers_B=NUMBERS[:0], classes_B=CLASSES[:0]).shape == (0, 9)
 
 
 def test_other_numbers_and_other_seeds_give_other_samples(transformer: Transformer) -> None:
