@@ -24,8 +24,8 @@ from ibq.models.transformer import Transformer
 from ibq.next_token import LARGEST_LOGITS, cross_entropy
 from ibq.training import AUTOCAST
 
-CARD, PEAKS, ASSUMED = "H100 SXM", {"bf16": 989e12, "fp32": 67e12}, 0.4
-"""FLOP/s that its maker states, dense, in float32 without TF32; and the share of them that hours are given for."""
+CARD, PEAKS, ASSUMED = "H100 SXM", {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12}, 0.4
+"""FLOP/s that its maker states, dense, in float32 with TF32 and without; and the share of them that hours are given for."""
 BASIS = "counted, not measured: the allocator's own, workspaces and images come on top, and while it encodes what the tokenizer needs"
 
 
@@ -183,9 +183,10 @@ def _compute(config: GeneratorConfig, costs: Costs) -> str:
     seen = config.steps * config.batch_size
     once = config.tokens == "cached"
     encoded = IMAGENET_IMAGES if once else seen
+    when = "once for each, in float32" if once else "at every step anew, in TF32"
     return (
         f"{costs.flops / 1e9:,.1f} GFLOP an image, forward and backward (a multiply-add is two), {seen * costs.flops:.2e} FLOP in all; "
-        f"encoding {costs.encoding_flops / 1e9:,.1f} GFLOP an image, {'once for each' if once else 'at every step anew'}, in float32, "
+        f"encoding {costs.encoding_flops / 1e9:,.1f} GFLOP an image, {when}, "
         f"{encoded * costs.encoding_flops:.2e} FLOP in all"
     )
 
@@ -193,10 +194,10 @@ def _compute(config: GeneratorConfig, costs: Costs) -> str:
 def hours(config: GeneratorConfig, costs: Costs, gpus: int) -> str:
     """Hours on so many GPUs if the assumed share of the stated peak were reached; that this is no measurement comes first."""
     seen = config.steps * config.batch_size
-    encoded = IMAGENET_IMAGES if config.tokens == "cached" else seen
+    encoded, precision = (IMAGENET_IMAGES, "fp32") if config.tokens == "cached" else (seen, "tf32")
     training = seen * costs.flops / (ASSUMED * PEAKS[config.precision] * gpus) / 3600
-    encoding = encoded * costs.encoding_flops / (ASSUMED * PEAKS["fp32"] * gpus) / 3600
-    stated = f"{PEAKS['bf16'] / 1e12:.0f} TFLOP/s in bfloat16, {PEAKS['fp32'] / 1e12:.0f} in float32 without TF32"
+    encoding = encoded * costs.encoding_flops / (ASSUMED * PEAKS[precision] * gpus) / 3600
+    stated = f"{PEAKS['bf16'] / 1e12:.0f} TFLOP/s in bfloat16, {PEAKS['tf32'] / 1e12:.0f} in TF32, {PEAKS['fp32'] / 1e12:.0f} in float32"
     return (
         f"not known: nothing is measured; at {ASSUMED:.0%} of what the maker of an {CARD} states ({stated}) it would be "
         f"{training + encoding:,.0f} on {gpus}: {training:,.0f} for the transformer and {encoding:,.0f} for encoding"

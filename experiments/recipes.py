@@ -68,6 +68,7 @@ PRESETS = {
             discriminator={"loss.adversarial.channels": 8, "loss.adversarial.layers": 2},
             generator={"transformer": {"depth": 2}, "steps": 4, "batch_size": 8},
             seconds_per_step=0.05,
+            generator_seconds_per_step=0.5,
             max_seeds=1,
             max_codebook_size=128,
         ),
@@ -90,6 +91,7 @@ PRESETS = {
                 "batch_size": 32,
             },
             seconds_per_step=0.2,
+            generator_seconds_per_step=0.2,
         ),
         Preset(
             name="gpu",

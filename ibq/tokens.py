@@ -21,7 +21,7 @@ from ibq.data import DataError, ImageSource, cache_folder
 from ibq.data.batches import TrainingBatches, shares
 from ibq.distributed import any_rank, is_writer, shared_errors
 from ibq.errors import ConfigError
-from ibq.evaluation import measuring
+from ibq.evaluation import evaluating, measuring
 from ibq.generator_config import GeneratorConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.parts import Parts
@@ -190,7 +190,8 @@ class TokenBatches:
 
     Args:
         config: seed, batch_size, accumulate, data.flip and classes count.
-        tokenizer: what encodes fresh squares, on the device.
+        tokenizer: what encodes fresh squares, on the device; in float32 as torch has it, so on a GPU with TF32 in convolutions, which is
+            several times faster than what tokens that are kept are encoded in.
         images: the training split.
         tokens: those of the split, encoded once; None: each step's squares are encoded when it comes.
         device: where the batches are wanted.
@@ -240,7 +241,7 @@ class TokenBatches:
         else:
             assert self._squares is not None
             x_BCHW = self._squares.next()
-            with measuring(self._tokenizer):
+            with evaluating(self._tokenizer), torch.autocast(x_BCHW.device.type, enabled=False):
                 tokens_BT = encode(self._tokenizer, x_BCHW)
         return tokens_BT, self._labels_N[indices_B].to(self._device)
 

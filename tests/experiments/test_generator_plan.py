@@ -115,9 +115,9 @@ def test_hours_are_an_assumption_and_cached_tokens_are_encoded_once(small: Gener
     costs = generator_plan.count(small, 1)
     said = generator_plan.hours(small.with_fields(precision="bf16"), costs, 8)
     images = small.steps * 768
-    training, encoding = (images * flops / peak / 0.4 / 8 / 3600 for flops, peak in ((costs.flops, 989e12), (costs.encoding_flops, 67e12)))
+    training, encoding = (images * flops / peak / 0.4 / 8 / 3600 for flops, peak in ((costs.flops, 989e12), (costs.encoding_flops, 494e12)))
     assert said.startswith(
-        "not known: nothing is measured; at 40% of what the maker of an H100 SXM states (989 TFLOP/s in bfloat16, 67 in "
+        "not known: nothing is measured; at 40% of what the maker of an H100 SXM states (989 TFLOP/s in bfloat16, 494 in "
     )
     assert said.endswith(f"{training + encoding:,.0f} on 8: {training:,.0f} for the transformer and {encoding:,.0f} for encoding")
     assert generator_plan.hours(small.with_fields(**{"data.crop": "center"}), costs, 8).endswith(" and 0 for encoding")

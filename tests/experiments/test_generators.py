@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +250,39 @@ def test_a_generator_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(copi
     assert {k: v for k, v in cell.run.read_row().items() if k not in TIMING} == {k: v for k, v in whole.items() if k not in TIMING}
 
 
+@pytest.mark.kills
+def test_a_killed_generator_goes_on_from_its_checkpoint_and_its_tokenizer_stays(copied: Study) -> None:
+    """Killed as a whole process, in the middle of its steps."""
+    changed = {"overrides": {"generator.steps": 300}}
+    study = Study("smoke", ("toy",), **changed)  # type: ignore[arg-type]
+    cell = next(cell for cell in study.cells if cell.arm.name == "ibq")
+    assert cell.tokenizer
+    killer = threading.Thread(target=lambda: os.kill(pid_with_a_checkpoint(cell.run), signal.SIGKILL))
+    killer.start()
+    outcome = train_study(study.only([cell]), device="cpu", say=lambda _: None)
+    killer.join()
+    assert names(outcome.failed) == ["ibq 0"]
+    assert [attempt["event"] for attempt in cell.run.read_attempts()] == ["started", "killed"]
+    tokenizer_row = cell.tokenizer.run.row.stat().st_mtime_ns
+    assert names(train_study(study.only([cell]), device="cpu", say=lambda _: None).finished) == ["ibq 0"]
+    assert cell.tokenizer.run.row.stat().st_mtime_ns == tokenizer_row
+    steps = [line["step"] for line in cell.run.read_history()]
+    assert steps == list(range(2, 301, 2))
+    killed = cell.run.read_row()
+    manage.forget(cell.run)
+    train_study(study.only([cell]), device="cpu", say=lambda _: None)
+    assert {k: v for k, v in cell.run.read_row().items() if k not in TIMING} == {k: v for k, v in killed.items() if k not in TIMING}
+
+
+def pid_with_a_checkpoint(run: RunDirectory) -> int:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run.checkpoint / "meta.json").is_file():
+            return int(run.read_attempts()[-1]["pid"])
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint was written")
+
+
 def test_a_failed_tokenizer_leaves_its_generators_waiting_and_the_others_finish(copied: Study) -> None:
     broken = next(cell for cell in copied.cells if cell.arm.name == "tokenizer of ibq").run
     for cell in copied.cells:
@@ -331,8 +367,8 @@ def test_a_plan_of_what_is_finished_goes_by_what_it_took(trained_toy: tuple) -> 
 
 def test_time_spent_is_that_of_all_attempts(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    for event, time in (("started", 10.0), ("damaged", None), ("stopped", 14.0), ("started", 20.0), ("started", 50.0), ("finished", 51.5)):
-        append_line(run.attempts, {"event": event} | ({} if time is None else {"time": time}))
+    for event, at in (("started", 10.0), ("damaged", None), ("stopped", 14.0), ("started", 20.0), ("started", 50.0), ("finished", 51.5)):
+        append_line(run.attempts, {"event": event} | ({} if at is None else {"time": at}))
     assert pace.seconds_spent(run) == 5.5
 
 
