@@ -16,7 +16,7 @@ from training_runs import TIMED, assert_same_tensors, images_once, untimed
 
 import ibq.train_generator as trainer
 from ibq.config import DataConfig, parse_train_config
-from ibq.data import Images
+from ibq.data import Images, fashion_mnist
 from ibq.data.images import Split
 from ibq.generator_config import GeneratorConfig, parse_generator_config
 from ibq.generator_state import GeneratorState
@@ -56,8 +56,8 @@ def few_images(config: DataConfig, split: Split, count: int = N_IMAGES) -> Image
 
 def watch_images(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """Few of them, and their tokens in a cache of the tests' own."""
-    for split in ("train", "test"):
-        images_once(DataConfig(), split)  # before the cache, where fetched images may lie, is another
+    files, _ = fashion_mnist._find_fashion_mnist()  # before the cache, where fetched images may lie, is another
+    patch.setenv("IBQ_DATA", str(next(iter(files.values())).parent))
     patch.setenv("IBQ_CACHE", str(cache))
     patch.setattr(trainer, "load_images", few_images)
 
