@@ -75,7 +75,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
             "batch": f"{row['batch']} × {row['tokens']} tokens, {row['precision']}",
             "guidance": f"{row['guidance']:g}",
         }
-        line |= {f"{mode} images/s": _rate(row, mode) for mode in MODES}
+        line |= {f"{mode} images/s": _rate(row, mode) for mode in _modes(rows)}
         if row["status"] == "ok":
             fastest = max(row[f"{mode}_images_per_second"] for mode in MODES if _rate(row, mode))
             line["cache gains"] = f"{row['cached_images_per_second'] / row['uncached_images_per_second']:.1f} ×"
@@ -85,6 +85,11 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
             line["cache gains"] = row["status"]
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
+
+
+def _modes(rows: pd.DataFrame) -> list[str]:
+    """Those that were measured anywhere; on a CPU nothing is compiled."""
+    return [mode for mode in MODES if f"{mode}_images_per_second" in rows]
 
 
 def _rate(row: dict[str, Any], mode: str) -> str:
@@ -97,7 +102,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     """Images a second, a bar a mode, and the floor of memory as a line above them; no bar: not measured, or failed."""
     figures.theme()
     drawn, axis = plt.subplots(figsize=(6.5, 3.2))
-    modes = [mode for mode in MODES if f"{mode}_images_per_second" in rows]
+    modes = _modes(rows)
     for place, mode in enumerate(modes):
         at = [i + (place - (len(modes) - 1) / 2) * 0.27 for i in range(len(rows))]
         axis.bar(at, rows[f"{mode}_images_per_second"].fillna(0), 0.25, color=figures.LINE_COLORS[place], label=mode)
