@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from generator_rows import NOT_AT_SMOKE
+from matplotlib.figure import Figure
 
 from experiments import claims, figures, report, rows, tables
 from experiments.ablations import ABLATIONS, Ablation, Arm
