@@ -87,11 +87,11 @@ PRESETS = {
             generator={
                 "transformer": {"depth": 2, "token_dropout": 0.0, "attention_dropout": 0.0, "ffn_dropout": 0.0},
                 "optim": {"lr": 4e-3},
-                "steps": 1000,
+                "steps": 700,
                 "batch_size": 32,
             },
             seconds_per_step=0.2,
-            generator_seconds_per_step=0.2,
+            generator_seconds_per_step=0.3,
         ),
         Preset(
             name="gpu",

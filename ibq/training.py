@@ -45,7 +45,7 @@ class Runtime:
     computes."""
     samples: int = 1000
     """Images that a trained generator is evaluated on, at each of `guidances`."""
-    guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
+    guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0)
 
     def __post_init__(self) -> None:
         least = {

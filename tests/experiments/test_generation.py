@@ -109,9 +109,9 @@ def test_claims_are_judged_by_the_rows_and_say_their_scale() -> None:
     assert of_contrast["IBQ against LFQ"].seen == ("-0.907",) * 3  # log2(8 / 15)
     assert of_contrast["collapse: bits"].seen == ("+1.766",) * 3
     assert of_contrast["factorized: likelihood"].required == "Δ log2 bits an image < +0.07"
-    scale = "quick: fashion-mnist 32×32, K = 1,024, D = 64, tokenizers of 1,200 steps, depth 1 and 3, 1,000 steps"
+    scale = "quick: fashion-mnist 32×32, K = 1,024, D = 64, tokenizers of 900 steps, depth 1 and 3, 700 steps"
     assert of_contrast["scaling: quality"].scale == scale
-    assert "D = 10 and 64, tokenizers of 1,200 steps, depth 2," in of_contrast["IBQ against LFQ"].scale
+    assert "D = 10 and 64, tokenizers of 900 steps, depth 2," in of_contrast["IBQ against LFQ"].scale
 
 
 def test_a_claim_of_the_paper_that_is_tested_here_is_not_among_the_untested() -> None:
