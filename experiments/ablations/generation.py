@@ -4,9 +4,10 @@ Paper: Table 5, K = 16,384 and the same transformer without factorized tokens: I
 here). Table 7: gFID 2.88 of IBQ B down to 2.05 of XXL; Open-MAGVIT2, whose tokens are factorized, 3.08 to 2.33.
 Cost: 7 generators and the 4 tokenizers that they need.  Command: python -m experiments run generation
 
-The tokenizers train three times the preset's steps (900 at quick), since after 300 a classifier of Fashion-MNIST recognises 60% of what
-IBQ reconstructs, and no generator can be better than its tokenizer. So they share no run with other ablations. Every arm has the same K, data, and steps of tokenizer and transformer; depth alone sets the size of the transformer, but
-that factorized tokens bring a small one of their own (at quick half as many parameters again, instead of the wide head and embedding).
+The tokenizers train three times the preset's steps (900 at quick), since after 300 a classifier of Fashion-MNIST recognises 60% of what IBQ
+reconstructs, and no generator can be better than its tokenizer. So they share no run with other ablations. Every arm has the same K, data,
+and steps of tokenizer and transformer; depth alone sets the size of the transformer, but that factorized tokens bring a small one of their
+own (at quick half as many parameters again, instead of the wide head and embedding).
 FID[fashion-cnn] is that at the guidance where it is lowest, which is chosen on the very samples that it is of, in every arm alike.
 """
 
