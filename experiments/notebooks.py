@@ -40,16 +40,18 @@ def execute_changed(study: Study, say: Callable[[str], None] = print) -> None:
     if study.grid:
         return
     rows = rows_module.load(study)
-    shown = {MECHANISM: index_backprop.known_rows().to_csv(index=False)}
-    shown |= {ablation.notebook: _data(study, rows, ablation) for ablation in study.ablations if ablation.notebook}
-    parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": dict(study.overrides)}
-    for name, data in shown.items():
+    shown: dict[str, tuple[str, dict[str, Any]]] = {MECHANISM: (index_backprop.known_rows().to_csv(index=False), {})}
+    for ablation in study.ablations:
+        if ablation.notebook:
+            parameters = {"preset": study.preset_name, "seeds": study.seeds, "overrides": study.overrides_of(ablation)}
+            shown[ablation.notebook] = (_data(study, rows, ablation), parameters)
+    for name, (data, parameters) in shown.items():
         source = SOURCES / f"{name}.ipynb"
         target = study.report_folder / "notebooks" / source.name
         if target.is_file() and _is_current(study, name, data):
             continue
         say(f"executing notebook {name}")
-        execute(source, target, study, {} if name == MECHANISM else parameters)
+        execute(source, target, study, parameters)
         write_text(target.with_suffix(".html"), as_page(target))
         write_text(target.with_suffix(".stamp"), _fingerprint(source, data))
 

@@ -82,10 +82,11 @@ def _steps_left(stage: Stage, cost: StepCost, left: list[Cell], waiting: list[Ce
 
 
 def command(study: Study, *names: str) -> str:
-    """The command that trains these ablations of a study."""
+    """The command that trains these ablations of a study; without fields of generators where they have none, since it would be refused."""
+    named = [ablation for ablation in study.ablations if ablation.name in names]
     words = ["python", "-m", "experiments", "run", *([] if study.grid else names), "--preset", study.preset_name]
     words += [] if study.seeds is None else ["--seeds", str(study.seeds)]
-    for path, value in sorted(study.overrides.items()):
+    for path, value in sorted(study.overrides_of(*named).items()):
         words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
     for field, values in study.grid.items():
         words += ["--grid", f"{field}={','.join(map(text, values))}"]

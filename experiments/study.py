@@ -112,7 +112,7 @@ class Study:
         if both := [path for path in self.grid if path in self.overrides]:
             raise ConfigError(f"{both[0]} is in --grid and in --set; leave one out")
         _ = self.ablations  # a grid that cannot be is refused at once
-        if self._of_generators and not any(ablation.generator for ablation in self.ablations):
+        if self._of_generators and not any(has_generators(ablation) for ablation in self.ablations):
             path, value = next(iter(self._of_generators.items()))
             named = ", ".join(ablation.name for ablation in self.ablations)
             having = ", ".join(ablation.name for ablation in ABLATIONS.values() if ablation.generator)
@@ -138,6 +138,10 @@ class Study:
     def _of_generators(self) -> dict[str, Any]:
         """The overrides of generators, by their own paths."""
         return {path.removeprefix(GENERATOR): value for path, value in self.overrides.items() if path.startswith(GENERATOR)}
+
+    def overrides_of(self, *ablations: Ablation) -> dict[str, Any]:
+        """The overrides without those of generators, where none of these ablations has any: what a study of these alone accepts."""
+        return dict(self.overrides) if any(map(has_generators, ablations)) else self._of_tokenizers
 
     @property
     def name(self) -> str:
@@ -305,6 +309,12 @@ class Study:
         except ConfigError as error:
             raise ConfigError(f"generator of {arm.name}: {error}") from None
         return replace(self._cell(ablation, arm, config, of.seed), tokenizer=of)
+
+
+def has_generators(ablation: Ablation) -> bool:
+    """Whether generators are arms of an ablation, or of the one that has the other half of its question."""
+    others = [ABLATIONS[ablation.continued.ablation]] if ablation.continued else []
+    return any(each.generator for each in [ablation, *others])
 
 
 def file_name(text: str) -> str:

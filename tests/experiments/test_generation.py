@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from experiments import claims, continuation, figures, notebooks, report, rows, 
 from experiments.ablations import ABLATIONS
 from experiments.figures.labels import Labels
 from experiments.findings import findings
+from experiments.plan import command
 from experiments.report import provenance
 from experiments.report.configs import active_fields
 from experiments.study import Study, unique_runs
@@ -64,7 +66,7 @@ def test_arms_have_the_same_k_and_differ_in_what_they_are_named_for(preset: str)
         assert all(field.startswith("tokenizer.quantizer.") for field in changed(of["ibq_tokens"], of[name])), name
 
 
-def test_tokenizers_are_those_of_notebooks_01_and_05_trained_four_times_as_long() -> None:
+def test_tokenizers_are_those_of_notebooks_01_and_05_trained_three_times_as_long() -> None:
     published = {
         f"{cell.ablation.name}/{cell.arm.name}": cell.config for cell in Study("quick", ("vq_vs_ibq", "lfq_comparison"), seeds=1).cells
     }
@@ -77,7 +79,7 @@ def test_tokenizers_are_those_of_notebooks_01_and_05_trained_four_times_as_long(
         config, tokenizer = published[reference], configs("quick")[name].tokenizer
         assert isinstance(config, TrainConfig)
         assert tokenizer.quantizer == config.quantizer
-        assert tokenizer.steps == 4 * config.steps == 1200
+        assert tokenizer.steps == 3 * config.steps == 900
     cells = study().cells
     assert len(unique_runs(cells)) == len(unique_runs(cell for cell in cells if cell.seed == 0)) == 4
 
@@ -298,6 +300,22 @@ def test_labels_keep_apart_while_there_is_room() -> None:
 # --- The other half of the comparison with LFQ --------------------------------------------------------------------------------------------
 
 LFQ = ABLATIONS["lfq_comparison"]
+
+
+def test_a_field_of_generators_is_left_out_where_an_ablation_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"generator.steps": 500, "optim.lr": 1e-3}
+    of = Study("quick", ("vq_vs_ibq", LFQ.name, ABLATION.name), overrides=fields)
+    given = {}
+    monkeypatch.setattr(notebooks, "execute", lambda source, target, study, parameters: given.update({source.stem: parameters}))
+    monkeypatch.setattr(notebooks, "as_page", lambda notebook: "")
+    notebooks.execute_changed(of, lambda _: None)
+    overrides = {name: parameters["overrides"] for name, parameters in given.items() if parameters}
+    assert overrides == {"01_vq_vs_ibq": {"optim.lr": 1e-3}, "05_lfq_comparison": fields, "08_generation": fields}
+    for ablation in of.ablations:
+        assert Study("quick", (ablation.name,), overrides=of.overrides_of(ablation)).cells
+        words = shlex.split(command(of, ablation.name))
+        assert ("generator.steps=500" in words) == (ablation.name != "vq_vs_ibq")
+    assert "generator.steps=500" in command(of, "vq_vs_ibq", ABLATION.name)
 
 
 def test_names_of_the_other_half_name_something() -> None:
