@@ -27,9 +27,9 @@ def load(study: Study | None = None) -> pd.DataFrame:
 
     Returns:
         Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "oom", "failed", "interrupted", "running",
-        "pending", "waiting" for a search or a tokenizer), `stage` ("tokenizer" or "generator"), then the facts and metrics of finished
-        runs, the levels of the arm's factors as `factor.<name>`, evaluations added later as `<evaluation>.<metric>` (of the row's own
-        images: as `<metric>`), and `reason` where there is no result.
+        "pending", "waiting" for a search or a tokenizer; "oom" and "failed" also of a generator whose tokenizer is so), `stage`
+        ("tokenizer" or "generator"), then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`,
+        evaluations added later as `<evaluation>.<metric>` (of the row's own images: as `<metric>`), and `reason` where there is no result.
         Runs of a search have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what
         decides. So have tokenizers of generators; `tokenizer_of` names the generator's arm. A generator's line has `tokenizer.<name>` for
         what its tokenizer's row has, config fields left out.
@@ -73,7 +73,15 @@ def _arm_line(cell: Cell) -> dict[str, Any]:
 
 
 def _waiting_line(study: Study, cell: Cell) -> dict[str, Any]:
-    return _arm_line(cell) | {"status": "waiting", "reason": waits_for(study, cell)}
+    status, reason = _state_of_waiting(study, cell)
+    return _arm_line(cell) | {"status": status, "reason": reason}
+
+
+def _state_of_waiting(study: Study, cell: Cell) -> tuple[str, str]:
+    """A waiting cell's state and why: "waiting", or that of its tokenizer where it is lost, so that no verdict passes over it."""
+    if cell.tokenizer and (lost := state(cell.tokenizer)) in ("failed", "oom"):
+        return lost, f"its tokenizer {cell.tokenizer.run.path.name}: {failure_reason(cell.tokenizer.run)}"
+    return "waiting", waits_for(study, cell)
 
 
 def _of_tokenizer(cell: Cell, tokenizer: Cell) -> dict[str, Any]:
@@ -158,4 +166,7 @@ def status_lines(study: Study) -> list[dict[str, Any]]:
         if kind in ("failed", "oom"):
             phrase = failure_reason(cell.run) + (f" ({phrase})" if phrase else "")
         lines.append({"arm": cell.name, "state": kind, "detail": phrase, "run": cell.run.path.name})
-    return lines + [{"arm": cell.name, "state": "waiting", "detail": waits_for(study, cell), "run": ""} for cell in study.waiting]
+    for cell in study.waiting:
+        kind, phrase = _state_of_waiting(study, cell)
+        lines.append({"arm": cell.name, "state": kind, "detail": phrase, "run": ""})
+    return lines

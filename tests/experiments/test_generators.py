@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from experiments import ablations, manage, pace, report, rows, tables, worker
-from experiments.ablations import ABLATIONS, Arm, Factor, Tuning
+from experiments.ablations import ABLATIONS, Arm, Contrast, Factor, Tuning
 from experiments.cli import app
+from experiments.effects import verdict
 from experiments.figures.theme import finished_cells
 from experiments.findings import findings
 from experiments.plan import expected_cost, plan_table
@@ -27,7 +28,7 @@ from experiments.recipes import PRESETS, generator, get_preset, tokenizer
 from experiments.report.configs import differing_fields
 from experiments.report.curves import curves
 from experiments.study import Cell, Study, unique_runs
-from experiments.sweep import Outcome, train_study
+from experiments.sweep import Outcome, failure_reason, train_study
 from ibq.data import Images, load_images
 from ibq.errors import ConfigError
 from ibq.generator_config import GeneratorConfig
@@ -283,7 +284,7 @@ def pid_with_a_checkpoint(run: RunDirectory) -> int:
     raise AssertionError("no checkpoint was written")
 
 
-def test_a_failed_tokenizer_leaves_its_generators_waiting_and_the_others_finish(copied: Study) -> None:
+def test_generators_of_a_failed_tokenizer_have_no_result_and_the_others_finish(copied: Study) -> None:
     broken = next(cell for cell in copied.cells if cell.arm.name == "tokenizer of ibq").run
     for cell in copied.cells:
         if cell.arm.name != "tokenizer of vq":
@@ -297,8 +298,12 @@ def test_a_failed_tokenizer_leaves_its_generators_waiting_and_the_others_finish(
     assert names(outcome.unfinished) == ["ibq 0", "ibq_deep 0"]
     frame = rows.load(study).set_index("arm")
     assert frame.loc["tokenizer of ibq", "status"] == "failed"
-    assert frame.loc["ibq", ["status", "reason"]].tolist() == ["waiting", f"waits for its tokenizer {broken.path.name}"]
-    assert findings(TOY, frame.reset_index())[0] == "2 generators wait for their tokenizers."
+    reason = f"its tokenizer {broken.path.name}: {failure_reason(broken)}"
+    assert frame.loc["ibq", ["status", "reason"]].tolist() == ["failed", reason]
+    assert [(line["state"], line["detail"]) for line in rows.status_lines(study)[-2:]] == [("failed", reason)] * 2
+    assert findings(TOY, frame.reset_index())[0].startswith("2 of 3 runs have no result (2 failed)")
+    contrast = Contrast("claim", "vq", "ibq", "A claim.", "bits_per_image", 1.0)
+    assert verdict(contrast, frame.reset_index()).reason == "no result of ibq seed 0 (failed)"
     broken.config.unlink()
     assert sorted(names(train_study(study, device="cpu", say=lambda _: None).finished)) == ["ibq 0", "ibq_deep 0", "tokenizer of ibq 0"]
 
