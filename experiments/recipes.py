@@ -38,6 +38,8 @@ class Preset:
     """The size of a discriminator, by dotted path, for arms that have one."""
     generator: Mapping[str, Any] = field(default_factory=dict)
     """The GeneratorConfig of arms that have a generator, without its tokenizer, data and seed."""
+    generator_tokenizer_steps: float = 1.0
+    """Steps of the tokenizers of an ablation with `longer_tokenizers`, as a multiple of `steps`."""
     seconds_per_step: float | None = 0.2
     """None: no step of this scale has been measured, so that nothing is said of its time."""
     generator_seconds_per_step: float | None = None
@@ -67,6 +69,7 @@ PRESETS = {
             projection="pca",
             discriminator={"loss.adversarial.channels": 8, "loss.adversarial.layers": 2},
             generator={"transformer": {"depth": 2}, "steps": 4, "batch_size": 8},
+            generator_tokenizer_steps=3.0,
             seconds_per_step=0.05,
             generator_seconds_per_step=0.5,
             max_seeds=1,
@@ -90,6 +93,7 @@ PRESETS = {
                 "steps": 700,
                 "batch_size": 32,
             },
+            generator_tokenizer_steps=3.0,
             seconds_per_step=0.2,
             generator_seconds_per_step=0.3,
         ),

@@ -274,7 +274,8 @@ class Study:
             if path in {f"quantizer.{name}" for name in fields}:
                 remedy = f"give it as --grid {path}=VALUE" if self.grid else "set another field, or add an arm"
                 raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; {remedy}")
-        config = scaled(config, ablation.scales(arm.levels))
+        longer = {"steps": self.preset.generator_tokenizer_steps} if ablation.longer_tokenizers else {}
+        config = scaled(config, {**longer, **ablation.scales(arm.levels)})
         return config.with_fields(**settings) if settings else config  # once more: settings are not scaled
 
     def _codebook_size(self, changes: Mapping[str, Any]) -> int:

@@ -152,6 +152,8 @@ class Ablation:
     scales: Callable[[Mapping[str, str]], dict[str, float]] = lambda levels: {}
     settings: Callable[[Mapping[str, str]], dict[str, Any]] = lambda levels: {}
     generator: Callable[[Mapping[str, str], GeneratorConfig], dict[str, Any]] | None = None
+    longer_tokenizers: bool = False
+    """Whether the steps of its tokenizers are multiplied by the preset's `generator_tokenizer_steps`."""
     marker: str | None = None
     """The factor that rate against distortion shows by the shape of a point."""
     fill: str | None = None

@@ -4,8 +4,8 @@ Paper: Table 5, K = 16,384 and the same transformer without factorized tokens: I
 here). Table 7: gFID 2.88 of IBQ B down to 2.05 of XXL; Open-MAGVIT2, whose tokens are factorized, 3.08 to 2.33.
 Cost: 7 generators and the 4 tokenizers that they need.  Command: python -m experiments run generation
 
-The tokenizers train three times the preset's steps (900 at quick), since after 300 a classifier of Fashion-MNIST recognises 60% of what IBQ
-reconstructs, and no generator can be better than its tokenizer. So they share no run with other ablations. Every arm has the same K, data,
+At quick the tokenizers train three times the preset's steps (900), since after 300 a classifier of Fashion-MNIST recognises 60% of what IBQ
+reconstructs, and no generator can be better than its tokenizer; so there they share no run with other ablations. Every arm has the same K, data,
 and steps of tokenizer and transformer; depth alone sets the size of the transformer, but that factorized tokens bring a small one of their
 own (at quick half as many parameters again, instead of the wide head and embedding).
 FID[fashion-cnn] is that at the guidance where it is lowest, which is chosen on the very samples that it is of, in every arm alike.
@@ -24,8 +24,6 @@ from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, Pa
 from experiments.ablations.quantizers import bits_of
 from ibq.generator_config import GeneratorConfig
 
-TOKENIZER_STEPS = 3.0
-"""Steps of these tokenizers, as a multiple of the preset's."""
 METHODS = ("VQ", "VQ, strongest", "LFQ", "IBQ")
 DEPTHS = ("×1/2", "×1", "×3/2")
 
@@ -39,10 +37,6 @@ def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
     if levels["method"] == "LFQ":
         return lfq_comparison.quantizer(lfq_comparison.levels("LFQ"), codebook_size)
     return vq_vs_ibq.quantizer(sizes.METHODS[levels["method"]], codebook_size)
-
-
-def scales(levels: Mapping[str, str]) -> dict[str, float]:
-    return {"steps": TOKENIZER_STEPS}
 
 
 def generator(levels: Mapping[str, str], base: GeneratorConfig) -> dict[str, Any]:
@@ -155,8 +149,8 @@ ABLATION = Ablation(
         ),
     ),
     quantizer=quantizer,
-    scales=scales,
     generator=generator,
+    longer_tokenizers=True,
     axis=Axis("depth", "parameters", "parameters of the transformer"),
     marker="depth",
     fill="token",

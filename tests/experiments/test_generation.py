@@ -17,6 +17,7 @@ from experiments.ablations import ABLATIONS
 from experiments.figures.labels import Labels
 from experiments.findings import findings
 from experiments.plan import command
+from experiments.recipes import get_preset
 from experiments.report import provenance
 from experiments.report.configs import active_fields
 from experiments.study import Study, unique_runs
@@ -82,6 +83,13 @@ def test_tokenizers_are_those_of_notebooks_01_and_05_trained_three_times_as_long
         assert tokenizer.steps == 3 * config.steps == 900
     cells = study().cells
     assert len(unique_runs(cells)) == len(unique_runs(cell for cell in cells if cell.seed == 0)) == 4
+
+
+@pytest.mark.parametrize(("preset", "times"), [("smoke", 3), ("quick", 3), ("gpu", 1), ("paper", 1)])
+def test_the_preset_says_how_much_longer_its_tokenizers_train(preset: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.study._data_hash", lambda data: "0" * 64)  # of ImageNet, which is not here
+    steps = {config.tokenizer.steps for config in configs(preset).values()}
+    assert steps == {times * get_preset(preset).fields["steps"]}
 
 
 @pytest.mark.parametrize(("depth", "depths"), [(1, (1, 1, 2)), (2, (1, 2, 3)), (3, (2, 3, 5)), (12, (6, 12, 18))])
