@@ -5,9 +5,10 @@ here). Table 7: gFID 2.88 of IBQ B down to 2.05 of XXL; Open-MAGVIT2, whose toke
 Cost: 7 generators and the 4 tokenizers that they need.  Command: python -m experiments run generation
 
 At quick the tokenizers train three times the preset's steps (900), since after 300 a classifier of Fashion-MNIST recognises 60% of what IBQ
-reconstructs, and no generator can be better than its tokenizer; so there they share no run with other ablations. Every arm has the same K, data,
-and steps of tokenizer and transformer; depth alone sets the size of the transformer, but that factorized tokens bring a small one of their
-own (at quick half as many parameters again, instead of the wide head and embedding).
+reconstructs, and no generator can be better than its tokenizer; so there they share no run with other ablations. Every arm has the same K,
+data, and steps of tokenizer and transformer; depth alone sets the size of the transformer, but that factorized tokens bring a small one of
+their own (at quick half as many parameters again, instead of the wide head and embedding). The dropouts of 0.1 in the paper are 0 at quick,
+where 700 steps of 32 images see no image twice.
 FID[fashion-cnn] is that at the guidance where it is lowest, which is chosen on the very samples that it is of, in every arm alike.
 """
 
@@ -40,7 +41,7 @@ def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
 
 
 def generator(levels: Mapping[str, str], base: GeneratorConfig) -> dict[str, Any]:
-    """What an arm changes of the preset's generator; a broken depth is rounded up, so that a transformer has at least one block."""
+    """What an arm changes of the preset's generator; a fractional depth is rounded up, so that a transformer has at least one block."""
     depth = math.ceil(Fraction(levels["depth"].removeprefix("×")) * base.transformer.depth)
     bits = bits_of(base.quantizer.codebook_size) if levels["token"] == "halves" else 0
     return {"transformer.depth": depth, "transformer.subtoken_bits": [bits // 2, bits - bits // 2] if bits else []}
