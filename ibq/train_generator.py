@@ -23,6 +23,7 @@ from ibq.generation import evaluate_generator
 from ibq.generator_config import GENERATOR_VERSION, GeneratorConfig
 from ibq.generator_state import GeneratorState
 from ibq.models.tokenizer import Tokenizer
+from ibq.player import draw_apart
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
 from ibq.tokens import TokenBatches, encode_split, labels_of
 from ibq.training import (
@@ -143,6 +144,7 @@ def train_generator(
             with _encoding(config), shared_errors(DataError, NonFiniteInputError):
                 tokens_BT, classes_B = batches.next()
             lr, last = config.lr_at(state.step), config.accumulate - 1
+            draw_apart(config.seed, state.step)  # at each step, so that a run that goes on draws what it would have drawn
             try:
                 player.begin(lr, config.accumulate)
                 micro_batches = zip(tokens_BT.chunk(config.accumulate), classes_B.chunk(config.accumulate), strict=True)
