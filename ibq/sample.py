@@ -13,6 +13,7 @@ import argparse
 import platform
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -68,8 +69,8 @@ def parse_classes(text: str | None, classes: int) -> tuple[int, ...]:
         if begin > end:
             raise ConfigError(f"--classes {text}: the range {part.strip()} ends before it begins; write {end}-{begin}")
         named.extend(range(begin, end + 1))
-    if twice := next((label for label in named if named.count(label) > 1), None):
-        raise ConfigError(f"--classes {text}: class {twice} is named twice; name each once, and choose --count for more samples")
+    if twice := [label for label, times in Counter(named).items() if times > 1]:
+        raise ConfigError(f"--classes {text}: class {twice[0]} is named twice; name each once, and choose --count for more samples")
     return tuple(named)
 
 

@@ -340,6 +340,8 @@ def test_lists_of_classes() -> None:
         "-1": "'-1' is neither",
         "7-5": "the range 7-5 ends before it begins; write 5-7",
         "1-3,2": "class 2 is named twice",
+        "0,0": "class 0 is named twice",
+        "0-2,0": "class 0 is named twice",
     }
     for text, words in cases.items():
         with pytest.raises(ConfigError, match=words):
