@@ -324,6 +324,11 @@ def test_guidances_are_checked_before_a_run() -> None:
             Runtime(guidances=guidances)
 
 
+def test_a_way_of_sharding_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^sharding='fsdp2' is not known; .*fsdp"):
+        Runtime(sharding="fsdp2")  # type: ignore[arg-type]
+
+
 # --- Other networks ----------------------------------------------------------------------------------------------------------------------
 
 
