@@ -127,7 +127,7 @@ def test_subtokens_and_bfloat16(tmp_path: Path) -> None:
     run(model, tmp_path / "out", "--count", 4, "--temperature", 0)
     assert (written(tmp_path / "out") - plain(model, Sampling(temperature=0), 0, [0, 1, 2, 3])).abs().max() <= 1
     run(model, tmp_path / "bf16", "--count", 4, "--precision", "bf16")
-    assert "images" in json.loads((tmp_path / "bf16" / "samples.json").read_text())["protocol"]
+    assert json.loads((tmp_path / "bf16" / "samples.json").read_text())["settings"]["precision"] == "bf16"
 
 
 @pytest.mark.parametrize("changes", [{}, RGB], ids=["grey", "RGB"])
