@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from ibq.models.transformer import Transformer
 
 LARGEST_LOGITS, MOST_CODES = 2**26, 2**14
-"""Logits and codes of a chunk at most: 256 MiB in float32, of which up to three such matrices are alive at a time; and no chunk of the codes
-is all of many, however few the tokens are."""
+"""Logits and codes of a chunk at most: 256 MiB in float32, and up to three such matrices are alive at a time. Where codes are many, no chunk
+has all of them, however few the tokens are."""
 MULTIPLE = 128
 """Codes of a chunk are a multiple of it, as matrix units like them."""
 

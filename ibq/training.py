@@ -20,7 +20,6 @@ from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError, nea
 from ibq.generator_config import RunConfig, parse_run_config
 from ibq.run_directory import RunDirectory, source_commit, write_json
 
-
 Sharding = Literal["ddp", "fsdp"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from generator_runs import generator_config
 
@@ -29,7 +31,7 @@ def test_the_rate_rises_rests_and_falls() -> None:
     assert rates[0] == pytest.approx(2.0 / 6)
     assert rates[:6] == pytest.approx([2.0 * (step + 1) / 6 for step in range(6)])
     assert rates[5:15] == [2.0] * 10
-    falls = [before - after for before, after in zip(rates[14:-1], rates[15:], strict=True)]
+    falls = [before - after for before, after in itertools.pairwise(rates[14:])]
     assert falls == pytest.approx([1.5 / 35] * 35)
     assert rates[-1] == pytest.approx(2.0 * 0.25)
 
