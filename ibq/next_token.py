@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from ibq.models.transformer import Transformer
 
 LARGEST_LOGITS, MOST_CODES = 2**26, 2**14
-"""Logits and codes of a chunk at most: 256 MiB in float32, and up to three such matrices are alive at a time. Where codes are many, no chunk
+"""Logits and codes of a chunk at most: 256 MiB in float32, and up to three such matrices are alive at a time. Of many codes no chunk
 has all of them, however few the tokens are."""
 MULTIPLE = 128
 """Codes of a chunk are a multiple of it, as matrix units like them."""
