@@ -1,10 +1,11 @@
 """Train one generator on a tokenizer's tokens: a generator function that yields an event per log step, as `train_tokenizer` is.
 
-Suffixes: B images, T tokens of an image.
+Suffixes: B images, M those of both splits, T tokens of an image.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -83,11 +84,11 @@ def train_generator(
         train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
         if (n_images := len(train_images)) < config.batch_size:
             raise ConfigError(f"batch_size={config.batch_size} exceeds the {n_images} training images of {config.data.kind}; lower it")
-        for images in (train_images, test_images):
-            labels_of(images, config.classes)
+        labels_M = torch.cat([labels_of(images, config.classes) for images in (train_images, test_images)])
     tokenizer.to(device).eval()
     belongs_to = {
         "data_hash": agreed(run, "data", data_hash(train_images, test_images)),
+        "labels_sha256": agreed(run, "labels", hashlib.sha256(labels_M.numpy().data).hexdigest()),
         "tokenizer_sha256": agreed(run, "tokenizer", tokenizer.digest()),
     }
     checkpoint, damaged = newest_checkpoint(run, belongs_to)

@@ -164,7 +164,7 @@ def newest_checkpoint(run: RunDirectory, belongs_to: dict[str, str]) -> tuple[Ch
     agreed(run, "checkpoint", f"of step {checkpoint.meta['step']} ({checkpoint.meta['sha256'][:8]})" if checkpoint else "absent")
     meta = checkpoint.meta if checkpoint else belongs_to
     for name, given in belongs_to.items():
-        if (trained_on := meta[name]) != given:
+        if (trained_on := meta.get(name, given)) != given:
             what, remedy = name.partition("_")[0], "pass the one of before, or another directory"
             raise ConfigError(f"{run.path} was trained on {what} {trained_on[:12]}, not {given[:12]}; {remedy}")
     return checkpoint, damaged
