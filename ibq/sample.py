@@ -2,7 +2,8 @@
 
 What OUT holds then: `ibq.sample_folder`. A sample follows from the model, its number, the seed and the settings: neither from what else is
 drawn with it nor from who draws it, but for rounding. So that not even rounding differs after a kill, samples are drawn in blocks of the
-same numbers always, and a block of which one is missing is drawn whole.
+same numbers always, and a block of which one is missing is drawn whole. A --count below --batch-size makes the blocks smaller: what a
+greater count then adds is drawn in others.
 
 Suffixes: B samples of a block, N tokens of an image, C channels, H W pixels or token grid.
 """
