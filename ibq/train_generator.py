@@ -95,6 +95,7 @@ def train_generator(
     if writer:
         write_json(run.config, config.to_json_dict())
         tokenizer.save(run.tokenizer)
+        belongs_to |= _tokenizer_run(config, belongs_to["data_hash"])  # for the row, and before the training, as it may read a data set
 
     # ---------------------------------------------------------------- tokens; those of fresh squares come step by step
     started = time.perf_counter()
@@ -240,7 +241,7 @@ def _row(
         "encode_seconds": state.encode_seconds,
         "peak_memory_gib": state.peak_memory_gib,
     }
-    return row_of(config, status, facts | _tokenizer_run(config, belongs_to["data_hash"]) | metrics, protocol, state.device)
+    return row_of(config, status, facts | metrics, protocol, state.device)
 
 
 def _tokenizer_run(config: GeneratorConfig, data: str) -> dict[str, str]:
