@@ -5,6 +5,7 @@ Suffixes: N images or samples, B those of a batch, T tokens of an image, C chann
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import time
@@ -59,7 +60,8 @@ def evaluate_generator(
         tokenizer: on the same device.
         images: the test split, whose first `runtime.eval_images` are the references.
         tokens: those of the same split, of which as many count.
-        runtime: eval_images, eval_batch_size, samples, guidances and compile count.
+        runtime: eval_images, eval_batch_size, samples, guidances and compile count; without class_dropout, of the guidances 1 alone, as no
+            unconditional class was trained.
         folder: where finished parts of samples lie, so that an evaluation that was killed repeats none.
         beat: called before every batch, so that it may do no collective; True on any process asks all to stop.
 
@@ -74,13 +76,16 @@ def evaluate_generator(
         NonFiniteError: the transformer's predictions have NaN or infinite values.
         StopRequested: finished parts are kept.
     """
+    guidances = tuple(g for g in runtime.guidances if g == 1 or config.transformer.class_dropout)
+    listed = _listed(guidances) if guidances == runtime.guidances else "1 at most: class_dropout=0 trains no unconditional class"
+    runtime = dataclasses.replace(runtime, guidances=guidances)
     n_images = min(runtime.eval_images, len(images))
     metrics = _likelihood(config, transformer, tokens, n_images, runtime.eval_batch_size, beat)
     protocol = protocol_of(images, n_images, "raw" if config.optim.ema_decay is None else "ema") | {
         "cross_entropy": f"nats a token given those before it, over the first {n_images} images",
         "samples": runtime.samples,
         "sampling": f"temperature 1, no truncation, seed {config.seed}, class of sample i is i mod {config.classes}",
-        "guidances": _listed(runtime.guidances),
+        "guidances": listed,
         "tokenizer_sha256": tokenizer.digest(),
     }
     if not (runtime.samples and runtime.guidances):

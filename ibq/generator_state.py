@@ -17,7 +17,7 @@ from ibq.models.blocks import Block
 from ibq.models.transformer import Transformer
 from ibq.next_token import NextTokenLoss
 from ibq.observation import LossWindow
-from ibq.player import Player, draw_apart, not_finite
+from ibq.player import Player, not_finite
 from ibq.run_directory import source_commit
 from ibq.sharding import gather_for_writer, part_like, shard, whole
 from ibq.training import peak_memory_gib
@@ -86,14 +86,9 @@ class GeneratorState:
                     block.compile()
 
     def distribute(self) -> None:
-        """Share the work with the other processes, if there are any; to be called once all is as it shall begin or go on.
-
-        From here on they draw random numbers of their own, so that dropout differs between their images.
-        """
-        if initialized():
-            if not self.sharded:
-                self.player.distribute()
-            draw_apart(self.config.seed, self.step)
+        """Share the work with the other processes, if there are any; to be called once all is as it shall begin or go on."""
+        if initialized() and not self.sharded:
+            self.player.distribute()
 
     def not_finite(self) -> str | None:
         """The name of a weight that is not finite, if a process has one; a collective."""

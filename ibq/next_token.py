@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from ibq.models.transformer import Transformer
 
-LARGEST_LOGITS = 2**26
-"""Logits in memory at a time: 256 MiB in float32."""
+LARGEST_LOGITS, MOST_CODES = 2**26, 2**14
+"""Logits and codes of a chunk at most: 256 MiB in float32, and up to three such matrices are alive at a time. Of many codes no chunk
+has all of them, however few the tokens are."""
 MULTIPLE = 128
 """Codes of a chunk are a multiple of it, as matrix units like them."""
 
@@ -52,11 +53,11 @@ class NextTokenLoss(nn.Module):
 
 
 def cross_entropy(hidden_NW: torch.Tensor, weight_KW: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """`F.cross_entropy(hidden_NW @ weight_KW.T, targets_N)`, a mean over N; never more than LARGEST_LOGITS logits are held."""
+    """`F.cross_entropy(hidden_NW @ weight_KW.T, targets_N)`, a mean over N; never are more than LARGEST_LOGITS logits computed at once."""
     kind = hidden_NW.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NW.dtype
     hidden_NW, weight_KW = hidden_NW.to(dtype), weight_KW.to(dtype)
-    k = max(1, LARGEST_LOGITS // len(hidden_NW) // MULTIPLE) * MULTIPLE
+    k = min(MOST_CODES, max(1, LARGEST_LOGITS // len(hidden_NW) // MULTIPLE) * MULTIPLE)
     with torch.autocast(kind, enabled=False):
         if len(weight_KW) <= k:
             return F.cross_entropy(_logits(hidden_NW, weight_KW), targets_N)

@@ -2,7 +2,8 @@
 
 What OUT holds then: `ibq.sample_folder`. A sample follows from the model, its number, the seed and the settings: neither from what else is
 drawn with it nor from who draws it, but for rounding. So that not even rounding differs after a kill, samples are drawn in blocks of the
-same numbers always, and a block of which one is missing is drawn whole.
+same numbers always, and a block of which one is missing is drawn whole. A --count below --batch-size makes the blocks smaller: what a
+greater count then adds is drawn in others.
 
 Suffixes: B samples of a block, N tokens of an image, C channels, H W pixels or token grid.
 """
@@ -13,6 +14,7 @@ import argparse
 import platform
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -68,8 +70,8 @@ def parse_classes(text: str | None, classes: int) -> tuple[int, ...]:
         if begin > end:
             raise ConfigError(f"--classes {text}: the range {part.strip()} ends before it begins; write {end}-{begin}")
         named.extend(range(begin, end + 1))
-    if twice := next((label for label in named if named.count(label) > 1), None):
-        raise ConfigError(f"--classes {text}: class {twice} is named twice; name each once, and choose --count for more samples")
+    if twice := [label for label, times in Counter(named).items() if times > 1]:
+        raise ConfigError(f"--classes {text}: class {twice[0]} is named twice; name each once, and choose --count for more samples")
     return tuple(named)
 
 

@@ -81,7 +81,7 @@ class SampleFolder:
             raise ConfigError(f"{out} is a file; choose a folder for OUT")
         if self.path.is_dir() and not self.record.is_file() and any(not name.startswith(".") for name in os.listdir(self.path)):
             raise ConfigError(f"{out} holds other files than samples; choose an empty or a new folder for OUT")
-        self.samples.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 noted = self._noted(settings)
@@ -90,6 +90,7 @@ class SampleFolder:
                 grid = {"rows": self.classes[: self.rows], "columns": self.columns}
                 record = {"samples": self.count, "settings": settings, "protocol": protocol, "grid": grid, "made_on": noted}
                 write_json(self.record, record)
+                self.samples.mkdir(exist_ok=True)  # after the record, without which other files than these are taken to be someone else's
                 for torn in self._torn():
                     torn.unlink()
                 yield

@@ -85,6 +85,7 @@ def encode_split(
         images: the split.
         classes: of the labels; 1 where there are none.
         wanted: int64, the images whose tokens are needed, ascending, where a short run needs few; the tokens of all others are then -1.
+            They are kept for themselves: neither taken from those of the whole split nor added to them, nor to those of another choice.
         beat: called before every batch and while waiting, a sign of life; it may do no collective, and True on any process stops all.
 
     Raises:

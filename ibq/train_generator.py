@@ -1,10 +1,11 @@
 """Train one generator on a tokenizer's tokens: a generator function that yields an event per log step, as `train_tokenizer` is.
 
-Suffixes: B images, T tokens of an image.
+Suffixes: B images, M those of both splits, T tokens of an image.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from ibq.generation import evaluate_generator
 from ibq.generator_config import GENERATOR_VERSION, GeneratorConfig
 from ibq.generator_state import GeneratorState
 from ibq.models.tokenizer import Tokenizer
+from ibq.player import draw_apart
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
 from ibq.tokens import TokenBatches, encode_split, labels_of
 from ibq.training import (
@@ -82,17 +84,18 @@ def train_generator(
         train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
         if (n_images := len(train_images)) < config.batch_size:
             raise ConfigError(f"batch_size={config.batch_size} exceeds the {n_images} training images of {config.data.kind}; lower it")
-        for images in (train_images, test_images):
-            labels_of(images, config.classes)
+        labels_M = torch.cat([labels_of(images, config.classes) for images in (train_images, test_images)])
     tokenizer.to(device).eval()
     belongs_to = {
         "data_hash": agreed(run, "data", data_hash(train_images, test_images)),
+        "labels_sha256": agreed(run, "labels", hashlib.sha256(labels_M.numpy().data).hexdigest()),
         "tokenizer_sha256": agreed(run, "tokenizer", tokenizer.digest()),
     }
     checkpoint, damaged = newest_checkpoint(run, belongs_to)
     if writer:
         write_json(run.config, config.to_json_dict())
         tokenizer.save(run.tokenizer)
+        belongs_to |= _tokenizer_run(config, belongs_to["data_hash"])  # for the row, and before the training, as it may read a data set
 
     # ---------------------------------------------------------------- tokens; those of fresh squares come step by step
     started = time.perf_counter()
@@ -143,6 +146,7 @@ def train_generator(
             with _encoding(config), shared_errors(DataError, NonFiniteInputError):
                 tokens_BT, classes_B = batches.next()
             lr, last = config.lr_at(state.step), config.accumulate - 1
+            draw_apart(config.seed, state.step)  # at each step, so that a run that goes on draws what it would have drawn
             try:
                 player.begin(lr, config.accumulate)
                 micro_batches = zip(tokens_BT.chunk(config.accumulate), classes_B.chunk(config.accumulate), strict=True)
@@ -237,7 +241,7 @@ def _row(
         "encode_seconds": state.encode_seconds,
         "peak_memory_gib": state.peak_memory_gib,
     }
-    return row_of(config, status, facts | _tokenizer_run(config, belongs_to["data_hash"]) | metrics, protocol, state.device)
+    return row_of(config, status, facts | metrics, protocol, state.device)
 
 
 def _tokenizer_run(config: GeneratorConfig, data: str) -> dict[str, str]:

@@ -9,16 +9,18 @@ import platform
 import resource
 import shutil
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 from ibq.checkpoint import Checkpoint, load_checkpoint, remove_checkpoint
 from ibq.config import RESULTS_VERSION, flatten
 from ibq.distributed import barrier, device_name, gather_objects, is_writer, shared_errors, world_size
-from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError
+from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError, nearest
 from ibq.generator_config import RunConfig, parse_run_config
 from ibq.run_directory import RunDirectory, source_commit, write_json
+
+Sharding = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Runtime:
     """Where and how a run is watched; nothing here changes its numbers but by rounding, so nothing here enters its id.
 
     Raises:
-        ConfigError: a cadence or size is out of range.
+        ConfigError: a cadence or size is out of range, or a way of sharding is not known.
     """
 
     device: str = "auto"
@@ -40,7 +42,7 @@ class Runtime:
     """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
     eval_images: int = 2000
     eval_batch_size: int = 100
-    sharding: Literal["ddp", "fsdp"] = "ddp"
+    sharding: Sharding = "ddp"
     """What several processes that train a generator each hold: the whole of it, or a part of every layer (FSDP2), which is gathered when it
     computes."""
     samples: int = 1000
@@ -60,6 +62,8 @@ class Runtime:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; choose {bound} or more")
+        if self.sharding not in get_args(Sharding):
+            raise ConfigError(f"sharding={self.sharding!r} is not known; {nearest(str(self.sharding), get_args(Sharding))}")
         if not all(0 <= g < math.inf for g in self.guidances) or len({f"{g:g}" for g in self.guidances}) < len(self.guidances):
             raise ConfigError(f"guidances={self.guidances} must be finite numbers of at least 0, no two of them alike; 1 is no guidance")
 
@@ -160,7 +164,7 @@ def newest_checkpoint(run: RunDirectory, belongs_to: dict[str, str]) -> tuple[Ch
     agreed(run, "checkpoint", f"of step {checkpoint.meta['step']} ({checkpoint.meta['sha256'][:8]})" if checkpoint else "absent")
     meta = checkpoint.meta if checkpoint else belongs_to
     for name, given in belongs_to.items():
-        if (trained_on := meta[name]) != given:
+        if (trained_on := meta.get(name, given)) != given:
             what, remedy = name.partition("_")[0], "pass the one of before, or another directory"
             raise ConfigError(f"{run.path} was trained on {what} {trained_on[:12]}, not {given[:12]}; {remedy}")
     return checkpoint, damaged

@@ -67,22 +67,36 @@ class Unusable:
     images_read: int = 0
 
     def replacement(self, draw: Draw, reason: str, read: Read) -> Pixels:
-        """Another image of the split, drawn from what belongs to this one alone, so that the same always stands in.
+        """Another image of the split, and of its class where there are classes, drawn from what belongs to this one alone, so that the same
+        always stands in.
 
         Raises:
             DataError: too many files cannot be used, or none.
         """
         self._note(draw.file, reason)
-        tried = [self.sentences[draw.file]]
+        name = self._class_of(draw.file)
+        tried, files = [self.sentences[draw.file]], self._files[name]
         for attempt in range(1, TRIES):
             chance = draw.chance(attempt)
-            file = self.listing.files[chance.integers(len(self.listing.files))]
+            file = files[chance.integers(len(files))]
             square = read(file, chance)
             if not isinstance(square, str):
                 return square
             self._note(file, square)
             tried.append(self.sentences[file])
-        raise DataError(f"no image of {self.listing.source} can be used for {self.split}, it seems: {first_few(tried)}")
+        source = quoted(self.listing.folder / name) if name else self.listing.source
+        raise DataError(f"no image of {source} can be used for {self.split}, it seems: {first_few(tried)}")
+
+    def _class_of(self, file: str) -> str:
+        return file.split(os.sep)[0] if self.listing.classes else ""
+
+    @cached_property
+    def _files(self) -> dict[str, list[str]]:
+        """The files of each class, by its folder; where there are no classes all files, by ""."""
+        files: dict[str, list[str]] = {}
+        for file in self.listing.files:
+            files.setdefault(self._class_of(file), []).append(file)
+        return files
 
     def _note(self, file: str, reason: str) -> None:
         if file in self.sentences:
@@ -103,7 +117,7 @@ class Unusable:
 class StreamedImages:
     """One split of a folder, as `ibq.data.images.ImageSource` asks for it: centre squares, decoded when they are wanted by a few threads.
 
-    An image that cannot be decoded is replaced by another (and keeps its label); `skipped` tells of those met so far.
+    An image that cannot be decoded is replaced by another of its class; `skipped` tells of those met so far.
 
     Args:
         listing: the files.

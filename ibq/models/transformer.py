@@ -170,8 +170,11 @@ class Transformer(nn.Module):
         if torch.compiler.is_compiling():  # looking at values would break its graph
             return
         for what, indices, end in (("tokens", tokens_BT, K), ("classes", classes_B, classes + 1)):
-            if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= end):
-                raise ValueError(f"{what} reach from {int(indices.min())} to {int(indices.max())}; they must lie in [0, {end})")
+            if not indices.numel():
+                continue
+            first, last = torch.stack(indices.aminmax()).tolist()  # one wait for a GPU, not two
+            if first < 0 or last >= end:
+                raise ValueError(f"{what} reach from {first} to {last}; they must lie in [0, {end})")
 
 
 def build_transformer(size: str, *, codebook_size: int = 16384, classes: int = 1000, grid: int = 16) -> Transformer:

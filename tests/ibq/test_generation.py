@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,21 @@ def test_the_protocol_says_of_what_the_numbers_are(whole: Evaluated, networks: t
     assert protocol["sample_images_per_s"].startswith("of 230 images in batches of 25, at all guidances")
 
 
+def test_without_an_unconditional_class_nothing_is_guided(networks: tuple[Transformer, Tokenizer], tokens: Tokens, tmp_path: Path) -> None:
+    config, runtime = CONFIG.with_fields(**{"transformer.class_dropout": 0.0}), dataclasses.replace(RUNTIME, samples=3)
+
+    def evaluated(guidances: tuple[float, ...]) -> Evaluated:
+        given = dataclasses.replace(runtime, guidances=guidances)
+        return evaluate_generator(config, *networks, fashion(N_IMAGES), tokens, given, tmp_path, lambda: False)
+
+    metrics, protocol, tensors = evaluated((0.0, 1.0, 2.5))
+    assert {name.partition("@")[2] for name in [*metrics, *tensors]} == {"", "1"}
+    assert protocol["guidances"] == "1 at most: class_dropout=0 trains no unconditional class"
+    assert [folder.name for folder in tmp_path.iterdir()] == ["guidance-1"]
+    assert evaluated((1.0,))[1]["guidances"] == "1"
+    assert evaluated((2.5,))[1]["distances[fashion-cnn]"] == "absent: samples=3 at 0 guidances are asked for"
+
+
 def test_few_images_are_shown_of_each_of_many_classes() -> None:
     classes_N = torch.arange(260) % 25
     shown_N = module._shown(build()[1], {1.0: torch.zeros(260, T, dtype=torch.int32)}, classes_N)["shown_N"]
@@ -306,6 +322,11 @@ def test_guidances_are_checked_before_a_run() -> None:
     for guidances in ((1.0, -2.0), (1.0, math.inf), (2.0, 1.0, 2.0000001)):
         with pytest.raises(ConfigError, match=r"^guidances=\(.*\) must be finite numbers of at least 0, no two of them alike"):
             Runtime(guidances=guidances)
+
+
+def test_a_way_of_sharding_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^sharding='fsdp2' is not known; .*fsdp"):
+        Runtime(sharding="fsdp2")  # type: ignore[arg-type]
 
 
 # --- Other networks ----------------------------------------------------------------------------------------------------------------------

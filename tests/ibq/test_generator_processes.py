@@ -119,9 +119,13 @@ def go_on(second: bool, folder: Path, said: dict[str, str]) -> None:
 
 def draw(processes: Processes, folder: Path) -> None:
     for sharding in SHARDINGS:
-        config = generator_config(steps=2)
+        config = generator_config(steps=3)
         train(config, folder / f"with dropout, {sharding}", sharding)
         torch.save(torch.rand(4), folder / f"random {sharding} {processes.rank}.pt")
+        torch.save(weights(), folder / f"uninterrupted {sharding} {processes.rank}.pt")
+        train(config, folder / f"in two parts, {sharding}", sharding, stop_at(2))
+        train(config, folder / f"in two parts, {sharding}", sharding)
+        torch.save(weights(), folder / f"in two parts {sharding} {processes.rank}.pt")
 
 
 POISONED = {"weights": poison_weights, "gradient": poison_gradient}
@@ -238,6 +242,13 @@ def test_processes_draw_random_numbers_of_their_own(folder: Path, said: dict[str
     first, second = (torch.load(folder / f"random {sharding} {rank}.pt") for rank in range(2))
     assert not (first == second).any()
     assert RunDirectory(folder / f"with dropout, {sharding}").read_row()["status"] == "ok"
+
+
+@pytest.mark.parametrize("rank", range(2))
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_with_dropout_a_run_goes_on_as_if_it_had_not_been_stopped(folder: Path, said: dict[str, str], sharding: str, rank: int) -> None:
+    whole, resumed = (load_weights(folder, f"{name} {sharding} {rank}") for name in ("uninterrupted", "in two parts"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

@@ -28,6 +28,9 @@ from generator_runs import (  # noqa: F401
 
 import ibq.train_generator as trainer
 from ibq.checkpoint import load_checkpoint
+from ibq.config import DataConfig
+from ibq.data import Images
+from ibq.data.images import Split
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.generator_config import GeneratorConfig
 from ibq.generator_state import GeneratorState
@@ -126,6 +129,21 @@ def test_a_run_goes_on_with_its_own_tokenizer_alone(tmp_path: Path) -> None:
     for folder in (tmp_path, whole):
         train(config, folder)
     assert_same_generator(RunDirectory(tmp_path), RunDirectory(whole))
+
+
+def test_a_run_goes_on_with_the_labels_of_before_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = generator_config()
+    with pytest.raises(StopRequested):
+        train(config, tmp_path, should_stop=stop_at(2))
+
+    def shifted(data: DataConfig, split: Split) -> Images:
+        images = few_images(data, split)
+        assert images.labels_N is not None
+        return dataclasses.replace(images, labels_N=(images.labels_N + 1) % config.classes)
+
+    monkeypatch.setattr(trainer, "load_images", shifted)
+    with pytest.raises(ConfigError, match=r"was trained on (the )?labels \w+, not \w+; "):
+        train(config, tmp_path)
 
 
 def test_a_tokenizer_that_is_not_finite_is_refused(tmp_path: Path) -> None:

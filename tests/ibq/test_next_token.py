@@ -121,18 +121,22 @@ class Largest(TorchDispatchMode):
 
 
 def test_at_two_to_the_eighteenth_codes_the_logits_of_all_tokens_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(next_token, "LARGEST_LOGITS", 2**22)
-    K, W, N = 2**18, 8, 64
+    monkeypatch.setattr(next_token, "LARGEST_LOGITS", 2**20)
+    K, W, N = 2**18, 4, 128
     hidden_NW, weight_KW = torch.randn(N, W, requires_grad=True), torch.randn(K, W, requires_grad=True)
     targets_N = torch.randint(K, (N,))
     with Largest() as largest:
         loss = cross_entropy(hidden_NW, weight_KW, targets_N)
         loss.backward()
-    assert largest.numbers == next_token.LARGEST_LOGITS == N * K // 4
-    first = F.cross_entropy(hidden_NW[:8] @ weight_KW.T, targets_N[:8])
-    torch.testing.assert_close(cross_entropy(hidden_NW[:8], weight_KW, targets_N[:8]), first)
-    with Largest() as dense_form:
-        cross_entropy(hidden_NW[:8], weight_KW, targets_N[:8])
-    assert dense_form.numbers == 8 * K, "the witness sees logits where they are few"
+    assert largest.numbers == next_token.LARGEST_LOGITS == K * W == N * K // 32
+    few_NW = hidden_NW[:8].detach()
+    with torch.no_grad(), Largest() as of_few:
+        loss = cross_entropy(few_NW, weight_KW, targets_N[:8])
+    assert of_few.numbers == 8 * next_token.MOST_CODES, "of few tokens neither"
+    torch.testing.assert_close(loss, F.cross_entropy(few_NW @ weight_KW.T, targets_N[:8]))
+    weight_kW, targets_N = weight_KW[: next_token.MOST_CODES], targets_N % next_token.MOST_CODES
+    with torch.no_grad(), Largest() as dense_form:
+        cross_entropy(hidden_NW[:64], weight_kW, targets_N[:64])
+    assert dense_form.numbers == 64 * next_token.MOST_CODES, "the witness sees logits where they are few"
     assert weight_KW.grad is not None
     assert weight_KW.grad.abs().max() > 0

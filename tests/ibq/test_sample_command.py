@@ -127,7 +127,7 @@ def test_subtokens_and_bfloat16(tmp_path: Path) -> None:
     run(model, tmp_path / "out", "--count", 4, "--temperature", 0)
     assert (written(tmp_path / "out") - plain(model, Sampling(temperature=0), 0, [0, 1, 2, 3])).abs().max() <= 1
     run(model, tmp_path / "bf16", "--count", 4, "--precision", "bf16")
-    assert "images" in json.loads((tmp_path / "bf16" / "samples.json").read_text())["protocol"]
+    assert json.loads((tmp_path / "bf16" / "samples.json").read_text())["settings"]["precision"] == "bf16"
 
 
 @pytest.mark.parametrize("changes", [{}, RGB], ids=["grey", "RGB"])
@@ -340,6 +340,8 @@ def test_lists_of_classes() -> None:
         "-1": "'-1' is neither",
         "7-5": "the range 7-5 ends before it begins; write 5-7",
         "1-3,2": "class 2 is named twice",
+        "0,0": "class 0 is named twice",
+        "0-2,0": "class 0 is named twice",
     }
     for text, words in cases.items():
         with pytest.raises(ConfigError, match=words):

@@ -90,12 +90,12 @@ def test_sampling_is_in_eval_mode_without_gradients_and_leaves_the_mode(training
 
 
 def test_a_transformer_in_bfloat16_is_sampled_in_bfloat16() -> None:
-    transformer = network().bfloat16()
-    sampler = Sampler(transformer, Sampling(guidance=GUIDED), seed=0, batch_size=7)
-    tokens_BN = sampler(NUMBERS, CLASSES)
+    transformer, greedy = network().bfloat16(), Sampling(temperature=0, guidance=GUIDED)
+    tokens_BN = sample(transformer, greedy)
     assert transformer.cache(1).parts[0].k_BHSE.dtype == torch.bfloat16
-    assert tokens_BN.min() >= 0
-    assert tokens_BN.max() < 11
+    expected_BN = sample_uncached(transformer, greedy, seed=0, numbers_B=NUMBERS, classes_B=CLASSES)
+    assert (tokens_BN == expected_BN).double().mean() >= 0.9, "rounding may decide between codes that are as good as equal"
+    assert len(tokens_BN.unique()) > 4
 
 
 # --- Guidance ----------------------------------------------------------------------------------------------------------------------------

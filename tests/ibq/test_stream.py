@@ -255,6 +255,25 @@ def test_a_broken_image_is_replaced_counted_and_said_once(make: Make, tmp_path: 
     assert len(centre.skipped) == 2
 
 
+def test_an_image_of_the_same_class_stands_in(make: Make, tmp_path: Path) -> None:
+    for number in range(12):
+        save(tmp_path / "train" / f"class {number % 3}" / f"{number:02d}.png", np.full((R, R, 3), number % 3, np.uint8))
+    for name in ("class 0", "class 2"):
+        (tmp_path / "train" / name / "broken.png").write_text("I am no image")
+    save(tmp_path / "val" / "class 0" / "a.png", np.zeros((R, R, 3), np.uint8))
+    images = train_split(make(tmp_path, batch_size=14))
+    assert images.pixels(torch.arange(14))[:, 0, 0, 0].tolist() == images.labels_N.tolist()
+    assert len(images.skipped) == 2
+    x_BCHW = taken(make(tmp_path, batch_size=14), 3)
+    seen = ((x_BCHW[:, 0, 0, 0] + 1) * 127.5).round().long().unflatten(0, (3, 14))
+    for epoch in range(3):
+        assert torch.equal(seen[epoch], images.labels_N[batch_indices(0, epoch, 14, 14)])
+    for file in (tmp_path / "train" / "class 2").iterdir():
+        file.write_text("I am no image")
+    with pytest.raises(DataError, match=r"^no image of .*/train/class 2 can be used for train, it seems: "):
+        images.pixels(torch.arange(14))
+
+
 def test_too_many_broken_images_are_one_sentence(make: Make, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"^11 of the \d+ images read so far of .*/train cannot be used, over the limit of 1%: .*and 8 more"
