@@ -91,7 +91,7 @@ PRESETS = {
                 "batch_size": 32,
             },
             seconds_per_step=0.2,
-            generator_seconds_per_step=0.3,
+            generator_seconds_per_step=0.27,
         ),
         Preset(
             name="gpu",
