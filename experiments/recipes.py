@@ -95,7 +95,7 @@ PRESETS = {
             },
             generator_tokenizer_steps=3.0,
             seconds_per_step=0.2,
-            generator_seconds_per_step=0.3,
+            generator_seconds_per_step=0.27,
         ),
         Preset(
             name="gpu",
