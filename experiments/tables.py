@@ -59,9 +59,9 @@ COLUMNS = {
     "tokenizer_fid": Column("tokenizer's FID[fashion-cnn]", 2, entry("tokenizer.fid[fashion-cnn]")),
     "guidance": Column("guidance", 1, entry("guidance")),
     "is": Column("IS[fashion-cnn]", 2, entry("is[fashion-cnn]")),
-    "precision": Column("precision", 3, entry("precision[fashion-cnn]")),
-    "recall": Column("recall", 3, entry("recall[fashion-cnn]")),
-    "label_agreement": Column("label agreement %", 1, entry("label_agreement[fashion-cnn]", 100)),
+    "precision": Column("precision[fashion-cnn]", 3, entry("precision[fashion-cnn]")),
+    "recall": Column("recall[fashion-cnn]", 3, entry("recall[fashion-cnn]")),
+    "label_agreement": Column("label agreement[fashion-cnn] %", 1, entry("label_agreement[fashion-cnn]", 100)),
     "samples_per_s": Column("images/s", 1, entry("sample_images_per_s")),
 }
 

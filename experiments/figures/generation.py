@@ -81,7 +81,10 @@ def guidance_sweep(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
     finished = rows[rows["status"] == "ok"].dropna(subset=["guidance"])
     panels = {
         (IS, FID): ("IS[fashion-cnn] (right is better)", "FID[fashion-cnn] (lower is better)"),
-        ("recall[fashion-cnn]", "precision[fashion-cnn]"): ("recall (right is better)", "precision (higher is better)"),
+        ("recall[fashion-cnn]", "precision[fashion-cnn]"): (
+            "recall[fashion-cnn] (right is better)",
+            "precision[fashion-cnn] (higher is better)",
+        ),
     }
     points = Points(ablation, finished)
     figure, axes = plt.subplots(1, 2, figsize=(9.4, 4.2))
@@ -137,7 +140,7 @@ def depth_scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figur
     panels = {
         "bits_per_image": ("bits an image", 1),
         FID: ("FID[fashion-cnn]", 1),
-        AGREEMENT: ("label agreement, %", 100),
+        AGREEMENT: ("label agreement[fashion-cnn], %", 100),
     }
     shown = {name: panel for name, panel in panels.items() if name in finished and finished[name].notna().any()}
     if not shown:

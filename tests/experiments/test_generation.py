@@ -135,7 +135,7 @@ def test_a_lost_arm_leaves_its_claims_undecided_and_shows_its_state() -> None:
     columns = [tables.COLUMNS[name].label for name in ABLATION.columns]
     assert set(table.loc["lfq_tokens", columns]) == {"nan"}
     assert set(table.loc["ibq_deep", columns]) == {"waiting"}
-    values = {"blocks": "2", "bits an image": "340", "guidance": "2.0", "FID[fashion-cnn]": "8.00", "label agreement %": "70.0"}
+    values = {"blocks": "2", "bits an image": "340", "guidance": "2.0", "FID[fashion-cnn]": "8.00", "precision[fashion-cnn]": "0.700"}
     assert dict(table.loc["ibq_tokens", list(values)]) == values
     assert table.loc["ibq_tokens", "tokenizer's L1"] == "0.0950"
     verdicts = tables.build("verdicts", ABLATION, frame)["verdict"]
