@@ -65,10 +65,10 @@ ABLATION = Ablation(
         Arm("vq_tokens", levels("VQ"), focal=True),
         Arm("vq_strong_tokens", levels("VQ, strongest"), focal=True),
         Arm("ibq_deep", levels("IBQ", depth="×3/2"), focal=True),
-        Arm("ibq_tokens", levels("IBQ"), focal=True),
-        Arm("ibq_shallow", levels("IBQ", depth="×1/2"), focal=True),
-        Arm("lfq_tokens", levels("LFQ"), focal=True),
         Arm("lfq_halves", levels("LFQ", token="halves"), focal=True),
+        Arm("ibq_tokens", levels("IBQ"), focal=True),
+        Arm("lfq_tokens", levels("LFQ"), focal=True),
+        Arm("ibq_shallow", levels("IBQ", depth="×1/2"), focal=True),
     ),
     contrasts=(
         Contrast(

@@ -228,7 +228,7 @@ def test_every_figure_is_drawn_within_its_edges(name: str) -> None:
 def test_every_figure_of_points_and_samples_names_what_is_missing(name: str) -> None:
     figure = draw(name, known(lost=("vq_strong_tokens",), pending=("ibq_deep", "lfq_halves")))
     assert_within(figure)
-    said = "No result: B vq_strong_tokens (nan), C ibq_deep (waiting), G lfq_halves (waiting)"
+    said = "No result: B vq_strong_tokens (nan), C ibq_deep (waiting), D lfq_halves (waiting)"
     assert (said in foot(figure)) == (name != "loss_over_training")  # whose legend has those that are there
     figures.plt.close(figure)
 
@@ -349,7 +349,7 @@ def test_where_it_is_trained_its_arms_and_claims_are_shown_on_the_page() -> None
     other = continuation.other_half(of, LFQ)
     assert other is not None
     assert other.note == ""
-    assert list(other.arms_table()["arm"]) == ["ibq_tokens", "lfq_tokens", "lfq_halves"]
+    assert list(other.arms_table()["arm"]) == ["lfq_halves", "ibq_tokens", "lfq_tokens"]
     page = (report.write(of).parent / f"{LFQ.name}.html").read_text()
     assert re.search(r'<h2 id="continued">Generation</h2>.*?consistent.*?Table 5, K = 16,384: IBQ better in generation', page, re.DOTALL)
     assert "<td>lfq_halves</td>" in page
