@@ -165,7 +165,7 @@ def newest_checkpoint(run: RunDirectory, belongs_to: dict[str, str]) -> tuple[Ch
     meta = checkpoint.meta if checkpoint else belongs_to
     for name, given in belongs_to.items():
         if (trained_on := meta.get(name, given)) != given:
-            what, remedy = name.partition("_")[0], "pass the one of before, or another directory"
+            what, remedy = name.partition("_")[0], "pass the one of before, or forget the run and train it again"
             raise ConfigError(f"{run.path} was trained on {what} {trained_on[:12]}, not {given[:12]}; {remedy}")
     return checkpoint, damaged
 

@@ -12,7 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from safetensors.torch import load_file
 
 from experiments import generators
@@ -74,7 +74,7 @@ def _class_grid(cell: Cell) -> tuple[float, dict[str, list[torch.Tensor]]]:
 
 
 def guidance_sweep(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
-    """A line an arm and seed along guidance, whose values stand at the points of seed 0; a ring is the best one."""
+    """A line an arm and seed along guidance, whose values stand at the points of an arm's first finished seed; a ring is the best one."""
     guidances = generators.guidances(rows)
     if not guidances:
         return None
@@ -97,7 +97,7 @@ def guidance_sweep(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
         axis.margins(0.1)
         if of_y == FID:
             _plain_log(axis)
-        _name_guidances(axis, ablation, finished[finished["seed"] == finished["seed"].min()], of_x, of_y)
+        _name_guidances(axis, ablation, finished[finished["seed"] == finished.groupby("arm")["seed"].transform("min")], of_x, of_y)
     handles = [*points.handles(), Line2D([], [], ls="", marker="o", ms=8, mfc="none", color="0.2", label="lowest FID")]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     _foot(figure, ablation, rows)
@@ -106,11 +106,11 @@ def guidance_sweep(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
 
 def _name_guidances(axis: Axes, ablation: Ablation, finished: pd.DataFrame, of_x: str, of_y: str) -> None:
     """The arm's letter at the first point of a line, then guidances where there is room: the last, the first, those between."""
-    first, *between, last = guidances = generators.guidances(finished)
+    guidances = generators.guidances(finished)
     labels = Labels(axis, 6.5)
-    for guidance in (first, last, *between)[: len(guidances)]:
+    for guidance in dict.fromkeys([guidances[0], guidances[-1], *guidances]):
         for row in finished.to_dict("records"):
-            letter = f"{ablation.letter(row['arm'])}: " if guidance == first else ""
+            letter = f"{ablation.letter(row['arm'])}: " if guidance == guidances[0] else ""
             at = row[f"{of_x}@{guidance:g}"], row[f"{of_y}@{guidance:g}"]
             labels.put(f"{letter}{guidance:g}", *at, must=bool(letter))
 
@@ -123,10 +123,11 @@ def bits_and_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) ->
     if not shown or "bits_per_image" not in finished:
         return None
     points, uniform = Points(ablation, finished), finished["uniform_bits_per_image"].max()
+    most = max(uniform, finished["bits_per_image"].max())  # a bad transformer takes more than guessing does
     figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown) + 1.4, 3.7), squeeze=False)
     for axis, (name, label) in zip(axes[0], shown.items(), strict=True):
         axis.axvline(uniform, color="0.3", ls="--", lw=1)
-        axis.set(xlabel="bits an image, by the generator", ylabel=label, xlim=(0, 1.05 * uniform))
+        axis.set(xlabel="bits an image, by the generator", ylabel=label, xlim=(0, 1.05 * most))
         _draw(axis, ablation, points, finished, "bits_per_image", name)
     handles = [*points.handles(), Line2D([], [], color="0.3", ls="--", lw=1, label=f"uniform tokens: {uniform:g} bits")]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
@@ -181,9 +182,11 @@ def _draw(axis: Axes, ablation: Ablation, points: Points, finished: pd.DataFrame
 
 
 def _plain_log(axis: Axes) -> None:
-    """A logarithmic axis whose ticks are plain numbers, also where it spans less than a decade."""
+    """A logarithmic axis whose ticks are plain numbers: 1, 2, 5 times powers of ten where at least two of them lie within its limits."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.autoscale_view()
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.minorticks_off()
 

@@ -35,6 +35,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(root / "data")
 
 
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty folders of runs and reports, for one test alone."""
+    monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
+
+
 @pytest.fixture(scope="session")
 def loaded_server() -> None:
     """The server that forks trainers has loaded torch, so that a limit of a few seconds is spent on training."""

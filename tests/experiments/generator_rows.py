@@ -38,6 +38,14 @@ def arms(of: Study) -> list[Cell]:
     return [cell for cell in of.cells + of.waiting if cell.is_arm]
 
 
+def known(lost: tuple[str, ...] = (), pending: tuple[str, ...] = (), seeds: int | None = None, best: float = 2.0) -> Study:
+    """A study all of whose arms are finished but for the named ones."""
+    for cell in arms(study(seeds)):
+        if cell.arm.name not in pending:
+            lose(cell) if cell.arm.name in lost else finish(cell, best)
+    return study(seeds)
+
+
 def finish(cell: Cell, best: float = 2.0) -> None:
     """Write a finished run whose FID[fashion-cnn] is lowest at the guidance `best`; its kept samples are as bright as their class and
     their guidance say."""

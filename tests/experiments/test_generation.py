@@ -1,20 +1,16 @@
-"""The ablation of generators: what its arms differ in, and what tables, claims, figures and findings make of rows that are known."""
+"""The ablation of generators: what its arms differ in, and what tables, claims and findings make of rows that are known."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from generator_rows import ABLATION, GUIDANCES, QUALITY, arms, finish, lose, study
-from matplotlib.figure import Figure
+from generator_rows import ABLATION, GUIDANCES, QUALITY, arms, known, study
 
-from experiments import claims, continuation, figures, notebooks, report, rows, tables
+from experiments import claims, continuation, notebooks, report, rows, tables
 from experiments.ablations import ABLATIONS
-from experiments.figures.labels import Labels
 from experiments.findings import findings
 from experiments.plan import command
 from experiments.recipes import get_preset
@@ -25,24 +21,11 @@ from ibq.config import TrainConfig
 from ibq.generator_config import GeneratorConfig
 
 FID = "fid[fashion-cnn]"
+pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 def configs(preset: str, **overrides: object) -> dict[str, GeneratorConfig]:
     return {cell.arm.name: cell.config for cell in arms(Study(preset, (ABLATION.name,), overrides=overrides))}  # type: ignore[misc]
-
-
-@pytest.fixture(autouse=True)
-def _own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
-
-
-def known(lost: tuple[str, ...] = (), pending: tuple[str, ...] = (), seeds: int | None = None, best: float = 2.0) -> Study:
-    """A study all of whose arms are finished but for the named ones."""
-    for cell in arms(study(seeds)):
-        if cell.arm.name not in pending:
-            lose(cell) if cell.arm.name in lost else finish(cell, best)
-    return study(seeds)
 
 
 # --- What is compared --------------------------------------------------------------------------------------------------------------------
@@ -189,120 +172,6 @@ def test_findings_flag_a_best_guidance_that_is_the_largest() -> None:
 
 def test_nothing_trained_no_findings_of_generators() -> None:
     assert not [sentence for sentence in findings(ABLATION, rows.load(study())) if "guidance" in sentence]
-
-
-# --- Figures -----------------------------------------------------------------------------------------------------------------------------
-
-
-def draw(name: str, of: Study) -> Figure:
-    figure = figures.draw(name, of, ABLATION, rows.load(of))
-    assert figure is not None
-    figure.canvas.draw()  # with the layout, so that places are final
-    return figure
-
-
-def foot(figure: Figure) -> str:
-    return re.sub(r"\s+", " ", figure.get_supxlabel())
-
-
-def assert_within(figure: Figure) -> None:
-    """No text reaches beyond the figure's edge."""
-    whole = figure.bbox
-    texts = [text for axis in figure.axes for text in (axis.xaxis.label, axis.yaxis.label, axis.title, *axis.texts)]
-    texts += [text for legend in figure.legends for text in legend.get_texts()]
-    for text in texts:
-        box = text.get_window_extent()
-        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= whole.x1 + 1 and box.y1 <= whole.y1 + 1
-        assert inside or not text.get_text(), text.get_text()
-
-
-@pytest.mark.parametrize("name", ABLATION.figures)
-def test_every_figure_is_drawn_within_its_edges(name: str) -> None:
-    figure = draw(name, known(seeds=2))
-    assert_within(figure)
-    assert foot(figure) == ""
-    figures.plt.close(figure)
-
-
-@pytest.mark.parametrize("name", ABLATION.figures)
-def test_every_figure_of_points_and_samples_names_what_is_missing(name: str) -> None:
-    figure = draw(name, known(lost=("vq_strong_tokens",), pending=("ibq_deep", "lfq_halves")))
-    assert_within(figure)
-    said = "No result: B vq_strong_tokens (nan), C ibq_deep (waiting), D lfq_halves (waiting)"
-    assert (said in foot(figure)) == (name != "loss_over_training")  # whose legend has those that are there
-    figures.plt.close(figure)
-
-
-@pytest.mark.parametrize("name", ABLATION.figures)
-def test_without_rows_there_is_no_figure(name: str) -> None:
-    assert figures.draw(name, study(), ABLATION, rows.load(study())) is None
-
-
-def test_samples_are_those_of_the_best_guidance_a_row_a_class() -> None:
-    figure = draw("samples", known(best=3.0))
-    assert [axis.get_title() for axis in figure.axes] == [f"{ABLATION.letter(name)}  {name}\nguidance 3" for name in QUALITY]
-    panel = figure.axes[0]
-    names = [label.get_text() for label in panel.get_yticklabels()]
-    classes = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-    assert sorted(names) == sorted(classes)
-    picture = np.asarray(panel.images[0].get_array())
-    for i, name in enumerate(names):
-        row = picture[32 * i : 32 * (i + 1), :, 0]
-        assert set(np.unique(row[:, :64])) == {10 * classes.index(name) + 3}  # each class has two samples or three
-        assert set(np.unique(row[:, 64:])) <= {0, 10 * classes.index(name) + 3}
-    figures.plt.close(figure)
-
-
-def test_the_sweep_has_a_line_a_run_along_guidance_and_a_ring_at_the_lowest_fid() -> None:
-    figure = draw("guidance_sweep", known(seeds=2))
-    for axis in figure.axes:
-        assert len(axis.lines) == len(axis.collections) == 2 * len(QUALITY)
-    sweep = figure.axes[0]
-    line, ring = sweep.lines[0], sweep.collections[0]
-    assert list(line.get_xdata()) == [6.0, 7.0, 8.0]
-    assert list(line.get_ydata()) == [80.0, 40.0, 80.0]
-    assert ring.get_offsets().tolist() == [[7.0, 40.0]]
-    named = {text.get_text() for text in sweep.texts}
-    assert {f"{ABLATION.letter(name)}: 1" for name in QUALITY} <= named
-    assert {"2", "3"} <= named
-    figures.plt.close(figure)
-
-
-def test_depths_of_one_method_are_joined_and_fewer_than_two_are_said() -> None:
-    figure = draw("depth_scaling", known())
-    joined = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
-    assert [list(line.get_xdata()) for line in joined] == [[250_000, 1_000_000, 2_250_000]]
-    assert foot(figure) == ""
-    figures.plt.close(figure)
-    for cell in arms(study()):
-        if cell.arm.name in ("ibq_shallow", "ibq_deep"):
-            cell.run.row.unlink()
-    alone = draw("depth_scaling", study())
-    assert foot(alone).startswith("Fewer than two depths of one method have a result, so there is no line yet. No result: C")
-    figures.plt.close(alone)
-
-
-def test_bits_stand_against_the_tokenizers_error_and_against_what_is_generated() -> None:
-    figure = draw("bits_and_distortion", known())
-    for axis, of_arm in zip(figure.axes, (2, 1), strict=True):
-        drawn = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if len(line.get_xdata()) == 1}
-        assert drawn == {(bits_fid_l1[0], bits_fid_l1[of_arm]) for bits_fid_l1 in QUALITY.values()}
-    figures.plt.close(figure)
-
-
-def test_labels_keep_apart_while_there_is_room() -> None:
-    figure, axis = figures.plt.subplots(figsize=(4, 4))
-    axis.set(xlim=(0, 1), ylim=(0, 1))
-    labels = Labels(axis, 7)
-    for x, y in np.random.default_rng(0).uniform(0.1, 0.9, (60, 2)):
-        labels.put("abc", x, y, must=False)
-    figure.canvas.draw()
-    boxes = [text.get_window_extent().padded(-0.5) for text in axis.texts]  # which are rounded to pixels
-    assert len(boxes) > 30
-    assert not [(one, other) for i, one in enumerate(boxes) for other in boxes[:i] if one.overlaps(other)]
-    labels.put("must", 0.5, 0.5)
-    assert axis.texts[-1].get_text() == "must"
-    figures.plt.close(figure)
 
 
 # --- The other half of the comparison with LFQ --------------------------------------------------------------------------------------------

@@ -124,7 +124,8 @@ def test_a_run_goes_on_with_its_own_tokenizer_alone(tmp_path: Path) -> None:
     copy = {path: path.read_bytes() for path in RunDirectory(tmp_path).tokenizer.iterdir()}
     other = trainer.Tokenizer(config.tokenizer)
     first, second = untrained_tokenizer(config).digest()[:12], other.digest()[:12]
-    refused(config, tmp_path, f"was trained on tokenizer {first}, not {second}; pass the one of before, or another directory$", other)
+    remedy = "pass the one of before, or forget the run and train it again"
+    refused(config, tmp_path, f"was trained on tokenizer {first}, not {second}; {remedy}$", other)
     assert {path: path.read_bytes() for path in copy} == copy
     for folder in (tmp_path, whole):
         train(config, folder)
