@@ -83,7 +83,7 @@ class GeneratorState:
             if isinstance(block, Block):
                 block.checkpointed = checkpoint_activations
                 if compiled:
-                    block.compile()
+                    block.compile(options={"fallback_random": True})  # dropout draws what it draws uncompiled
 
     def distribute(self) -> None:
         """Share the work with the other processes, if there are any; to be called once all is as it shall begin or go on."""
