@@ -34,10 +34,12 @@ from processes import run_processes
 from safetensors.torch import load_file
 
 import ibq.train_generator as trainer
+from ibq import next_token
 from ibq.data import DataError, Images
 from ibq.distributed import Processes, barrier
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.generator_config import GeneratorConfig
+from ibq.models.transformer import Transformer
 from ibq.run_directory import RunDirectory
 from ibq.sharding import is_sharded, local
 from ibq.train_generator import train_generator
@@ -49,8 +51,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "sub-tokens": {"transformer.subtoken_bits": (2, 3)},
 }
 SHARDINGS = ("ddp", "fsdp")
+ROUNDED = "bfloat16"
+"""An arm with all that saves memory."""
 RESUMED = "two micro-batches"
-CLOSE, CLOSE_WEIGHTS = 1e-5, 1e-6
+CLOSE, CLOSE_WEIGHTS, CLOSE_ROUNDED = 1e-5, 1e-6, 0.2
 LEARNING_RATE = 1e-5
 """So that Adam makes little of rounding; five steps move a weight by fifty times CLOSE_WEIGHTS."""
 
@@ -65,15 +69,25 @@ def train(
     sharding: Any = "ddp",
     should_stop: Callable[[], bool] = lambda: False,
     at_step: Callable[[int], None] = lambda _: None,
+    checkpoint_activations: bool = False,
 ) -> str:
     """Returns what the run was ended with, '' if it came to its end."""
-    runtime = dataclasses.replace(RUNTIME, sharding=sharding, samples=2)
+    runtime = dataclasses.replace(RUNTIME, sharding=sharding, samples=2, checkpoint_activations=checkpoint_activations)
     try:
         for event in train_generator(config, untrained_tokenizer(config), folder, runtime, should_stop):
             at_step(event.step)
     except (StopRequested, NonFiniteError, ConfigError, DataError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def train_rounded(folder: Path, sharding: str) -> str:
+    """In bfloat16, with the codes in chunks of 8, and activations that are computed again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(next_token, "LARGEST_LOGITS", 1)
+        patch.setattr(next_token, "MULTIPLE", 8)
+        config = config_of("plain").with_fields(precision="bf16")
+        return train(config, folder, sharding, checkpoint_activations=True)
 
 
 def watch(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -99,6 +113,9 @@ def train_together(processes: Processes, folder: Path) -> None:
             torch.save(weights(), folder / f"{name} {processes.rank}.pt")
         parts = [local(weight).numel() for weight in state_of_last_run().transformer.parameters() if is_sharded(weight)]
         torch.save([len(parts), sum(parts)], folder / f"parts of {processes.rank}.pt")
+        for sharding in SHARDINGS:
+            said[f"{ROUNDED}, {sharding}"] = train_rounded(folder / f"{ROUNDED}, {sharding}", sharding)
+            torch.save(weights(), folder / f"{ROUNDED}, {sharding}.pt")
         go_on(second, folder, said)
         draw(processes, folder)
         lose(second, folder, said)
@@ -170,6 +187,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for arm in ARMS:
             assert train(config_of(arm), folder / "alone" / arm) == ""
             torch.save(weights(), folder / f"{arm} alone.pt")
+        assert train_rounded(folder / "alone" / ROUNDED, "ddp") == ""
+        torch.save(weights(), folder / f"{ROUNDED} alone.pt")
         assert "stopped at step 2" in train(config_of(RESUMED), folder / "begun", should_stop=stop_at(2))
         run_processes(train_together, folder, 2)
         yield folder
@@ -211,6 +230,23 @@ def test_two_processes_equal_one_with_the_same_global_batch(folder: Path, said: 
     assert all(torch.equal(both[0][weight], both[1][weight]) for weight in alone), "both hold the same weights to the bit"
     assert_equal_runs(RunDirectory(folder / "together" / name), RunDirectory(folder / "alone" / arm))
     assert not (folder / "nothing").exists(), "one process writes"
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_what_saves_memory_trains_the_same_on_two_processes(folder: Path, said: dict[str, str], sharding: str) -> None:
+    assert said[f"{ROUNDED}, {sharding}"] == ""
+    together, alone = (load_weights(folder, name) for name in (f"{ROUNDED}, {sharding}", f"{ROUNDED} alone"))
+    config = config_of("plain")
+    torch.manual_seed(config.seed)
+    begun = Transformer(config.transformer_config).state_dict()
+    moved, apart = (torch.cat([(alone[name] - other[name]).flatten() for name in alone]).norm() for other in (begun, together))
+    assert 0 < apart < CLOSE_ROUNDED * moved
+    losses = [
+        [line["loss"] for line in RunDirectory(folder / path).read_history()]
+        for path in (f"{ROUNDED}, {sharding}", f"alone/{ROUNDED}", "alone/plain")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[1] != losses[2], "rounded"
 
 
 def test_a_sharded_process_holds_half_of_every_weight(folder: Path, said: dict[str, str]) -> None:
