@@ -21,10 +21,10 @@ QUALITY: Mapping[str, tuple[float, float, float]] = {
     "vq_tokens": (100.0, 40.0, 0.2),
     "vq_strong_tokens": (330.0, 10.0, 0.1),
     "ibq_deep": (325.0, 6.0, 0.095),
-    "ibq_tokens": (340.0, 8.0, 0.095),
-    "ibq_shallow": (350.0, 11.0, 0.095),
-    "lfq_tokens": (360.0, 15.0, 0.11),
     "lfq_halves": (365.0, 12.0, 0.11),
+    "ibq_tokens": (340.0, 8.0, 0.095),
+    "lfq_tokens": (360.0, 15.0, 0.11),
+    "ibq_shallow": (350.0, 11.0, 0.095),
 }
 """Bits an image, lowest FID[fashion-cnn] and the tokenizer's L1 of each arm."""
 
