@@ -450,6 +450,25 @@ def test_a_generator_outlives_its_tokenizer(copied: Study) -> None:
     assert names(train_study(study, device="cpu", say=lambda _: None).finished) == ["tokenizer of ibq 0"]
 
 
+def test_an_unfinished_generator_without_its_tokenizer_is_an_arm_all_the_same(copied: Study) -> None:
+    cells = {cell.arm.name: cell for cell in copied.cells}
+    cells["ibq"].run.row.unlink()
+    manage.forget(cells["tokenizer of ibq"].run)
+    with pytest.raises(ConfigError, match=f"needs its tokenizer, run {cells['tokenizer of ibq'].run.path.name}, which is not finished"):
+        manage.rerun(Study("smoke", ("toy",)), cells["ibq"].run)
+
+
+def test_a_tokenizer_trained_again_says_what_generators_keep(copied: Study) -> None:
+    runs = {cell.arm.name: cell.run.path for cell in copied.cells}
+    for of, said in (
+        ("ibq", "2 generators trained on it keep their copy of it: forget them to train them anew\n"),
+        ("vq", "1 generator trained on it keeps its copy of it: forget it to train it anew\n"),
+    ):
+        result = runner.invoke(app, ["rerun", runs[f"tokenizer of {of}"].name, "--preset", "smoke"])
+        assert result.exit_code == 0, result.output
+        assert result.output.endswith(said)
+
+
 def test_a_generator_is_trained_again_by_rerun(copied: Study) -> None:
     one = next(cell for cell in copied.cells if cell.arm.name == "ibq").run
     before, after = manage.rerun(copied, manage.find_run(copied, one.path.name), say=lambda _: None, device="cpu")
