@@ -27,7 +27,9 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     if searching := len(waiting) - untokenized:
         sentences.append(f"{searching} runs wait for the search of their learning rate.")
     if untokenized:
-        sentences.append(f"{untokenized} generators wait for their tokenizers.")
+        sentences.append(
+            "1 generator waits for its tokenizer." if untokenized == 1 else f"{untokenized} generators wait for their tokenizers."
+        )
     sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
     if "main_effects" in ablation.tables and not (table := main_effects(ablation, rows)).empty:
         sentences += _of_effects(table)

@@ -96,6 +96,16 @@ def generators_on(tokenizer: RunDirectory) -> list[RunDirectory]:
     return [RunDirectory(path.parents[1]) for path in copies if json.loads(path.read_text())["run"] == tokenizer.path.name]
 
 
+def kept_copies(tokenizer: RunDirectory) -> str:
+    """What becomes of the generators on a tokenizer that is forgotten or trained again, in a phrase; empty where there are none."""
+    generators = generators_on(tokenizer)
+    if not generators:
+        return ""
+    if len(generators) == 1:
+        return "1 generator trained on it keeps its copy of it: forget it to train it anew"
+    return f"{len(generators)} generators trained on it keep their copy of it: forget them to train them anew"
+
+
 def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Train a run's config again, beside it; once the new row is there, it takes the old one's place.
 
@@ -103,9 +113,13 @@ def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, An
 
     Returns:
         The former row and the new one, each None where there is none.
+
+    Raises:
+        ConfigError: the run is of no arm of the study, or its tokenizer is not finished.
     """
     before = run.read_row() if run.finished else None
-    cells = [cell for cell in study.cells if cell.run.path == run.path]
+    waiting = [cell for cell in study.waiting if cell.tokenizer]  # whose tokenizer is not finished, which is said below
+    cells = [cell for cell in study.cells + waiting if cell.run.path == run.path]
     if not cells:
         known_by = "--preset, --seeds, --set and --grid it was trained with"
         raise ConfigError(f"run {run.path.name} is of no arm of study {study.name}; give the {known_by}")

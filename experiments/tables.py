@@ -49,11 +49,12 @@ COLUMNS = {
     "codebook_size": Column("K", 0, entry("codebook_size")),
     "code_dim": Column("D", 0, entry("code_dim")),
     "fid": Column("FID[fashion-cnn]", 2, entry("fid[fashion-cnn]")),
+    "fid_inception": Column("FID (Inception)", 2, entry("inception.fid")),
     "gap": Column("gap", 2, entry("gap")),
     "depth": Column("blocks", 0, entry("depth")),
     "cross_entropy": Column("nats/token", 3, entry("cross_entropy")),
     "bits_per_image": Column("bits an image", 0, entry("bits_per_image")),
-    "uniform_bits_per_image": Column("of uniform tokens", 0, entry("uniform_bits_per_image")),
+    "uniform_bits_per_image": Column("bits of uniform tokens", 0, entry("uniform_bits_per_image")),
     "tokenizer_perplexity": Column("tokenizer's perplexity", 0, entry("tokenizer.perplexity")),
     "tokenizer_l1": Column("tokenizer's L1", 4, entry("tokenizer.l1")),
     "tokenizer_fid": Column("tokenizer's FID[fashion-cnn]", 2, entry("tokenizer.fid[fashion-cnn]")),
@@ -64,6 +65,8 @@ COLUMNS = {
     "label_agreement": Column("label agreement[fashion-cnn] %", 1, entry("label_agreement[fashion-cnn]", 100)),
     "samples_per_s": Column("images/s", 1, entry("sample_images_per_s")),
 }
+OPTIONAL = ("fid_inception",)
+"""Columns that the table of arms leaves out where no row has them, as without pretrained weights."""
 
 PAPER_COLUMNS = {"rFID": ".2f", "usage %": "g", "gFID": ".2f", "IS": ".2f"}
 """How the numbers of the paper's rows are written."""
@@ -71,7 +74,8 @@ PAPER_COLUMNS = {"rFID": ".2f", "usage %": "g", "gFID": ".2f", "IS": ".2f"}
 
 def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """Every arm: letter, levels, seeds, and each column's mean over seeds (± sample standard deviation where there are several)."""
-    columns = [COLUMNS[name] for name in ablation.columns]
+    shown = [name for name in ablation.columns if name not in OPTIONAL or COLUMNS[name].value(rows).notna().any()]
+    columns = [COLUMNS[name] for name in shown]
     lines = []
     for arm in ablation.arms:
         mine = rows[rows["arm"] == arm.name]

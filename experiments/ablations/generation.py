@@ -168,6 +168,7 @@ ABLATION = Ablation(
         "tokenizer_fid",
         "guidance",
         "fid",
+        "fid_inception",
         "is",
         "precision",
         "recall",

@@ -31,10 +31,9 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as s
 def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
     """Remove a run for good."""
     run = manage.find_run(Study(preset), run_id)
-    generators = manage.generators_on(run)
+    kept = manage.kept_copies(run)
     manage.forget(run)
-    kept = f"; {len(generators)} generators trained on it keep their copy of it: forget them to train them anew" if generators else ""
-    print(f"forgot {run.path.name}{kept}")
+    print("; ".join(part for part in (f"forgot {run.path.name}", kept) if part))
 
 
 @app.command()
@@ -49,12 +48,15 @@ def rerun(
 ) -> None:
     """Train a run again, and say what changed."""
     study = study_of(None if grid else ["all"], preset, seeds, set_, grid, base)
-    before, after = manage.rerun(study, manage.find_run(study, run_id), say=say)
+    run = manage.find_run(study, run_id)
+    before, after = manage.rerun(study, run, say=say)
     if before and after:
         changed = [name for name in after if before.get(name) != after[name]]
         print(f"entries that differ from the former row: {', '.join(changed) or 'none'}")
     if not after:
         raise typer.Exit(1)
+    if kept := manage.kept_copies(run):
+        print(kept)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""One smoke study, trained once by the real sweep and shared by every test that reads rows."""
+"""Two smoke studies, each trained once by the real sweep and shared by the tests that read rows: all ablations, and toy generators."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from toy_generators import TOY
 
 from experiments import sweep
 from experiments.ablations import ABLATIONS
@@ -60,3 +61,36 @@ def trained(folders: Path) -> tuple[Study, Outcome, list[str]]:
         outcome = train_study(study, device="cpu", say=said.append)
     project_all(study.cells, study.preset.projection, said.append)
     return study, outcome, said
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy ablation of generators is among the ablations."""
+    monkeypatch.setitem(ABLATIONS, "toy", TOY)
+
+
+@pytest.fixture
+def empty(toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """The toy study without a run."""
+    monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
+    return Study("smoke", ("toy",))
+
+
+@pytest.fixture(scope="session")
+def trained_toy(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Outcome, list[str]]:
+    """The toy study as one sweep trains it, the outcome and what was said."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ABLATIONS, "toy", TOY)
+        patch.setenv("IBQ_RUNS", str(tmp_path_factory.mktemp("toy") / "runs"))
+        study = Study("smoke", ("toy",))
+        return study, train_study(study, device="cpu", say=said.append), said
+
+
+@pytest.fixture
+def copied(toy: None, trained_toy: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """The trained study in a folder that a test may change, and a folder for its report."""
+    shutil.copytree(trained_toy[0].cells[0].run.path.parent, tmp_path / "runs")
+    monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
+    return Study("smoke", ("toy",))

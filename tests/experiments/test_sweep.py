@@ -59,7 +59,7 @@ def test_rows_join_arms_and_facts(trained: tuple[Study, Outcome, list[str]]) -> 
     assert set(frame["status"]) == {"ok"}
     assert len(frame) == len(trained[0].cells)
     assert (frame["protocol.n_images"] == 16).all()
-    assert (frame["tokens"] == 16 * 64).all()
+    assert (frame[frame["stage"] == "tokenizer"]["tokens"] == 16 * 64).all()
     assert (frame["config.quantizer.codebook_size"] == frame["codebook_size"]).all()
 
 

@@ -1,0 +1,28 @@
+"""The command that samples, run in this process, and what it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ibq.sample import main
+
+
+def run(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """The one sentence of a command that ends with this exit code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        run(*arguments)
+    assert left.value.code == code
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("ibq.sample: ", "python -m ibq.sample: "))]
+    return sentence
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """All there is in a folder, hidden files too, but for the lock."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
