@@ -59,8 +59,11 @@ def test_rows_join_arms_and_facts(trained: tuple[Study, Outcome, list[str]]) -> 
     assert set(frame["status"]) == {"ok"}
     assert len(frame) == len(trained[0].cells)
     assert (frame["protocol.n_images"] == 16).all()
-    assert (frame[frame["stage"] == "tokenizer"]["tokens"] == 16 * 64).all()
-    assert (frame["config.quantizer.codebook_size"] == frame["codebook_size"]).all()
+    tokenizers, generators = (frame[frame["stage"] == stage] for stage in ("tokenizer", "generator"))
+    assert (tokenizers["tokens"] == 16 * 64).all()
+    assert (tokenizers["config.quantizer.codebook_size"] == tokenizers["codebook_size"]).all()
+    assert len(generators) == 7
+    assert (generators["config.tokenizer.quantizer.codebook_size"] == generators["codebook_size"]).all()
 
 
 def test_the_same_seed_gives_the_same_row_in_another_process(
