@@ -159,8 +159,7 @@ class Study:
     @property
     def runs_folder(self) -> Path:
         """IBQ_RUNS, else runs/ in the repository; the smoke preset lives in a temporary folder of this process."""
-        default = _temporary_folder() / "runs" if self.preset_name == "smoke" else ROOT / "runs"
-        return Path(os.environ.get("IBQ_RUNS") or default)
+        return runs_folder(_temporary_folder() / "runs" if self.preset_name == "smoke" else None)
 
     @property
     def report_folder(self) -> Path:
@@ -310,6 +309,11 @@ class Study:
         except ConfigError as error:
             raise ConfigError(f"generator of {arm.name}: {error}") from None
         return replace(self._cell(ablation, arm, config, of.seed), tokenizer=of)
+
+
+def runs_folder(default: Path | None = None) -> Path:
+    """IBQ_RUNS, else the default, which is runs/ in the repository."""
+    return Path(os.environ.get("IBQ_RUNS") or default or ROOT / "runs")
 
 
 def has_generators(ablation: Ablation) -> bool:
