@@ -36,17 +36,19 @@ def gradient_reach(gradient_KD: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def logit_statistics(logits_NK: torch.Tensor) -> dict[str, float]:
-    """How decisive an assignment is: `logit_spread`, the standard deviation of a token's logits over the codes, and `max_probability`, the
-    largest entry of its softmax at temperature 1; means over tokens. 1/K there is indifference; near 1 the softmax hears of one code, and
-    its gradient vanishes.
+    """How decisive an assignment is: `logit_spread`, the standard deviation of a token's logits over the codes; `max_probability`, the
+    largest entry of its softmax at temperature 1 (1/K is indifference; near 1 the softmax hears of one code, and its gradient vanishes);
+    and `assignment_entropy`, the entropy of that softmax in nats; means over tokens.
 
     Args:
         logits_NK: scores of every code (N, K).
     """
     logits_NK = logits_NK.double()
+    p_NK = logits_NK.softmax(1)
     return {
         "logit_spread": float(logits_NK.std(1, correction=0).mean()),
-        "max_probability": float(logits_NK.softmax(1).amax(1).mean()),
+        "max_probability": float(p_NK.amax(1).mean()),
+        "assignment_entropy": float(-torch.special.xlogy(p_NK, p_NK).sum(1).mean()),
     }
 
 

@@ -20,6 +20,7 @@ from ibq.data.batches import TrainingBatches
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation import evaluate, evaluating
+from ibq.interventions import Asked, Journal
 from ibq.losses import (
     adaptive_weight,
     discriminator_terms,
@@ -32,7 +33,7 @@ from ibq.losses import (
     weighted_sum,
 )
 from ibq.models.tokenizer import Tokenizer
-from ibq.observation import GAP_PROTOCOL, GAPS, geometry, take_snapshot
+from ibq.observation import GAP_PROTOCOL, GAPS, EntropyPull, geometry, take_snapshot
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
 from ibq.training import (
@@ -54,7 +55,11 @@ from ibq.training_state import TrainingState
 
 
 def train_tokenizer(
-    config: TrainConfig, run_directory: str | Path, runtime: Runtime = Runtime(), should_stop: Callable[[], bool] = lambda: False
+    config: TrainConfig,
+    run_directory: str | Path,
+    runtime: Runtime = Runtime(),
+    should_stop: Callable[[], bool] = lambda: False,
+    intervene: Asked | None = None,
 ) -> Iterator[LogEvent]:
     """Train, evaluate and write the row; a directory with a checkpoint is resumed, one with a row yields nothing.
 
@@ -70,13 +75,16 @@ def train_tokenizer(
         run_directory: its directory, made if absent; must not hold another config. All processes see the same one.
         runtime: device and cadences.
         should_stop: asked before every step; once true on any process, a checkpoint is written and all raise StopRequested.
+        intervene: asked before every step what to change, given the number of finished updates; in one process alone. What it returns takes
+            effect at once and is recorded in the directory, so that a resume repeats it.
 
     Yields:
         a LogEvent every `runtime.log_every` steps and at the last one.
 
     Raises:
         StopRequested: see should_stop.  NonFiniteError: after a row with status "nan" was written.
-        ConfigError: the directory belongs to another config, the data has too few images, or processes see different files.
+        ConfigError: the directory belongs to another config, the data has too few images, processes see different files, or an
+            intervention does not fit.
         DataError: the data, or the perceptual term's network, cannot be had.
     """
     # ---------------------------------------------------------------- data, device, directory
@@ -114,8 +122,11 @@ def train_tokenizer(
         for damage in damaged:
             append_line(run.attempts, {"event": "damaged", "reason": f"{damage}; going on from step {state.step}"})
         run.rewind(state.step)
+    with shared_errors(ConfigError):
+        journal = Journal(run, config, state.step, intervene)
+    state.amend(config := journal.config)
     if state.step == 0 and 0 in snapshot_steps:
-        snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window, device)
+        snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window.total(), device)
         if writer:
             run.write_snapshot(0, snapshot)
 
@@ -138,12 +149,17 @@ def train_tokenizer(
                 barrier()  # whoever ends before the checkpoint is whole could have all processes ended
                 raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
-            # ---------------------------- one training step
+            # ---------------------------- one training step, after what an intervention changes
             started = time.perf_counter()
             with shared_errors(DataError):
                 x_BCHW = batches.next()
             micro_batches = x_BCHW.chunk(config.accumulate)
+            for intervention in journal.due(state.step):
+                state.amend(config := journal.config)
+                if intervention.restart_dead:
+                    state.restart_dead(features_of(tokenizer, micro_batches[0]))
             last = config.accumulate - 1
+            logged = (state.step + 1) % runtime.log_every == 0 or state.step + 1 == config.steps
             lr, discriminator, y_BCHW = config.lr_at(state.step), state.discriminator, x_BCHW[:0]
             try:
                 # One forward pass serves both players. Micro-batches take one for each: what the graphs of all of them need does not fit.
@@ -186,6 +202,8 @@ def train_tokenizer(
                                 scale = generator.scaler.get_scale()
                                 weights["adversarial"] *= adaptive_weight(reconstruction, adversarial, tokenizer.last_layer, scale)
                             terms["adversarial"] = adversarial
+                        if logged and i == last:
+                            pull = EntropyPull(z_BDHW, quantized.losses, weights)
                         generator.backward(terms | quantized.losses, weights)
                     state.see(quantized.indices, terms["pixel"])
                 generator.require_finite()
@@ -199,18 +217,20 @@ def train_tokenizer(
             state.seconds += time.perf_counter() - started
 
             # ---------------------------- once in a while: log, snapshot
-            if state.step % runtime.log_every == 0 or state.step == config.steps:
+            if logged:
                 record = {"step": state.step, "seconds": state.seconds, "lr": lr} | generator.report() | pace.report(batches.waited_s)
                 if discriminator is not None:
                     real, fake = logit_means_2.tolist()
                     record |= discriminator.report("discriminator_") | {"logit_real": real, "logit_fake": fake}
-                record |= state.report() | geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach())
+                report, counts_K = state.report()
+                record |= report | geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach(), counts_K)
+                record |= pull.report(generator.scaler.get_scale() / config.accumulate)
                 record = {name: value for name, value in record.items() if math.isfinite(value)}  # fp16 skips infinite gradients
                 if writer:
                     append_line(run.history, record)
-                yield LogEvent(state.step, config.steps, record)
+                yield LogEvent(state.step, config.steps, record, tokenizer, counts_K)
             if state.step in snapshot_steps:
-                snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window, device)
+                snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window.total(), device)
                 state.snapshot_window.reset()
                 if writer:
                     run.write_snapshot(state.step, snapshot)
@@ -233,6 +253,7 @@ def train_tokenizer(
             gaps = {name: last_snapshot[name].item() for name in GAPS if name in last_snapshot and last_snapshot[name].isfinite()}
             metrics |= gaps
             protocol |= {"gap": GAP_PROTOCOL} if gaps else {}
+        metrics |= {"interventions": journal.number} if journal.number else {}
         write_json(run.row, _row(state, "ok", peak | metrics, protocol, data))
         tidy(run)
     barrier()  # the run is finished for every process
@@ -247,6 +268,12 @@ def reconstruct(tokenizer: Tokenizer, x_BCHW: torch.Tensor, autocast: AbstractCo
 
 
 @torch.no_grad()
+def features_of(tokenizer: Tokenizer, x_BCHW: torch.Tensor) -> torch.Tensor:
+    """What images become before they are quantized, (N, D) in float32, without a trace in what training moves."""
+    return tokenizer.features(x_BCHW).permute(0, 2, 3, 1).flatten(0, 2).float()
+
+
+@torch.no_grad()
 def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: ImageSource, device: torch.device) -> None:
     """Where the config wants codes that begin as features: encode the run's first batches until there are enough."""
     quantizer = tokenizer.quantize
@@ -256,8 +283,8 @@ def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: Image
     with TrainingBatches(images, config, device, first_step=0, workers=0) as batches:
         for _ in range(math.ceil(quantizer.features_wanted / (config.batch_size * config.tokens_per_image))):
             for x_BCHW in batches.next().split(_images_at_once(config)):
-                features.append(tokenizer.features(x_BCHW).permute(0, 2, 3, 1).flatten(0, 2))
-    quantizer.initialize_from(torch.cat(features).float(), torch.Generator().manual_seed(config.seed))
+                features.append(features_of(tokenizer, x_BCHW))
+    quantizer.initialize_from(torch.cat(features), torch.Generator().manual_seed(config.seed))
 
 
 def _images_at_once(config: TrainConfig) -> int:

@@ -18,6 +18,7 @@ from ibq.config import RESULTS_VERSION, flatten
 from ibq.distributed import barrier, device_name, gather_objects, is_writer, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError, nearest
 from ibq.generator_config import RunConfig, parse_run_config
+from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory, source_commit, write_json
 
 Sharding = Literal["ddp", "fsdp"]
@@ -70,11 +71,17 @@ class Runtime:
 
 @dataclass(frozen=True)
 class LogEvent:
-    """One log step: `step` updates of `steps` are done; `record` is the line that went into history.jsonl."""
+    """One log step: `step` updates of `steps` are done; `record` is the line that went into history.jsonl.
+
+    Of a tokenizer's run also what a viewer may look at until it asks for the next event: `tokenizer`, the one in training (raw weights),
+    and `counts_K`, the training tokens of each code since the event before.
+    """
 
     step: int
     steps: int
     record: dict[str, Any]
+    tokenizer: Tokenizer | None = None
+    counts_K: torch.Tensor | None = None
 
 
 class StopRequested(Exception):  # noqa: N818 (not an error)

@@ -19,7 +19,7 @@ from ibq.metrics import usage_metrics
 from ibq.models.autoencoder import Level
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
-from ibq.observation import LossWindow, TokenWindow
+from ibq.observation import CODEBOOK_PARAMETER, LossWindow, TokenWindow
 from ibq.player import Player, draw_apart, not_finite
 from ibq.run_directory import source_commit
 
@@ -38,6 +38,7 @@ class TrainingState:
         self.logit_averages_2 = torch.zeros(2, device=device)
         K = config.quantizer.codebook_size
         self.log_window, self.snapshot_window, self.pixel_window = TokenWindow(K, device), TokenWindow(K, device), LossWindow(device)
+        self.recent_window, self.run_window = TokenWindow(K, device), TokenWindow(K, device)
         self.step, self.seconds = 0, 0.0
 
     def _player(self, network: nn.Module) -> Player:
@@ -80,8 +81,15 @@ class TrainingState:
 
     @property
     def windows(self) -> dict[str, TokenWindow | LossWindow]:
-        """By their names in a checkpoint."""
-        return {"log": self.log_window, "snapshot": self.snapshot_window, "pixel": self.pixel_window}
+        """By their names in a checkpoint: what is counted since the last log step, snapshot and log step; what the log step before that
+        has counted; and all until then."""
+        return {
+            "log": self.log_window,
+            "snapshot": self.snapshot_window,
+            "pixel": self.pixel_window,
+            "recent": self.recent_window,
+            "run": self.run_window,
+        }
 
     def see(self, indices_BHW: torch.Tensor, pixel: torch.Tensor) -> None:
         """Count a micro-batch's codes and its pixel loss in the windows."""
@@ -89,12 +97,38 @@ class TrainingState:
         self.snapshot_window.add(indices_BHW)
         self.pixel_window.add(pixel)
 
-    def report(self) -> dict[str, float]:
-        """Usage and mean pixel loss of all batches since the last report, where loss_pixel is of one; a collective."""
-        report = {"pixel_mean": self.pixel_window.mean()} | usage_metrics(self.log_window.total())
+    def report(self) -> tuple[dict[str, float], torch.Tensor]:
+        """Usage and mean pixel loss of all batches since the last report, where loss_pixel is of one, and codes without a token since the
+        start; besides it the counts (K,) since the last report. A collective."""
+        counts_K = self.log_window.total()
+        self.recent_window.restore(counts_K)
+        self.run_window.restore(self.run_window.total() + counts_K)
+        never_used = float((self.run_window.total() == 0).sum())
+        report = {"pixel_mean": self.pixel_window.mean()} | usage_metrics(counts_K) | {"never_used": never_used}
         self.log_window.reset()
         self.pixel_window.reset()
-        return report
+        return report, counts_K
+
+    def amend(self, config: TrainConfig) -> None:
+        """Go on with other weights and rates. What the run began with remains the tokenizers' own config, and so the row's."""
+        self.config = config
+        for tokenizer in (self.tokenizer, self.averaged_tokenizer):
+            tokenizer.quantize.config = config.quantizer
+
+    def restart_dead(self, features_MD: torch.Tensor) -> None:
+        """Put codes without a token since the last log step but one on features, and forget what averages and Adam know of them.
+
+        Raises:
+            ConfigError: the quantizer places no single codes.
+        """
+        dead_K = self.log_window.total() + self.recent_window.total() == 0
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        moved_K = self.tokenizer.quantize.restart_codes(dead_K, features_MD, generator)
+        embedding = self.tokenizer.get_parameter(CODEBOOK_PARAMETER)
+        self.averaged_tokenizer.get_parameter(CODEBOOK_PARAMETER).data[moved_K] = embedding.data[moved_K]
+        for slot in self.generator.optimizer.state.get(embedding, {}).values():
+            if slot.shape == embedding.shape:
+                slot[moved_K] = 0
 
     def speed_up(self, *, compiled: bool, checkpoint_activations: bool) -> None:
         """What makes a step faster or smaller and changes its numbers by rounding at most. The quantizer has kernels of its own."""
@@ -147,7 +181,8 @@ class TrainingState:
             player.restore(name, checkpoint, updated=meta["step"] > begins_at[name])
         self.average.load_state_dict(part_of(tensors, "average."))
         for name, window in self.windows.items():
-            window.restore(tensors[f"window.{name}"])
+            if f"window.{name}" in tensors:  # checkpoints of before lack what was not counted then: it begins here
+                window.restore(tensors[f"window.{name}"])
         if "discriminator" in self.players:
             self.logit_averages_2 = tensors["lecam.averages"].to(self.device)
         restore_random_states(tensors, self.device)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ibq.config import TrainConfig, parse_train_config
+from ibq.config import TrainConfig, parse_train_config, without_later
 from ibq.errors import ConfigError
 from ibq.models.autoencoder import Decoder, Encoder
 from ibq.quantizers import Quantized, build_quantizer
@@ -83,7 +83,8 @@ class Tokenizer(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 (hex) of architecture and weights, wherever they were read from."""
-        shape = [self.config.model.model_dump(mode="json"), self.config.quantizer.model_dump(mode="json"), self.config.data.channels]
+        quantizer = without_later(self.config.quantizer, self.config.quantizer.model_dump(mode="json"))
+        shape = [self.config.model.model_dump(mode="json"), quantizer, self.config.data.channels]
         return digest_of(self, shape)
 
     def save(self, folder: str | Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from ibq.distributed import copy_from_first
@@ -21,6 +21,7 @@ from ibq.quantizers.entropy import euclidean_as_dot
 from ibq.quantizers.kmeans import kmeans
 
 CodebookInit = Literal["uniform", "normal", "features", "kmeans"]
+FROM_FEATURES = ("features", "kmeans")
 KMEANS_FEATURES = 4  # per code: the means of fewer features are hardly means
 
 
@@ -62,6 +63,19 @@ class EmbeddingConfig(QuantizerConfig):
     """How a learnt codebook begins: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
 
     codebook_init: CodebookInit = "uniform"
+    init_scale: float = Field(1.0, gt=0, description="factor on codes drawn from U or N", json_schema_extra={"later": True})
+
+    @property
+    def unit_norm(self) -> bool:
+        """Whether features and codes are compared at unit length."""
+        return False
+
+    @model_validator(mode="after")
+    def _scale_means_something(self) -> EmbeddingConfig:
+        if self.init_scale != 1 and (self.unit_norm or self.codebook_init in FROM_FEATURES):
+            why = "codes are at unit length" if self.unit_norm else f"codebook_init={self.codebook_init!r} takes features as they are"
+            raise ValueError(f"init_scale={self.init_scale:g} has no effect, since {why}; leave it out")
+        return self
 
 
 class TermsConfig(QuantizerConfig):
@@ -188,6 +202,10 @@ class Quantizer(nn.Module):
         else:  # before any of them refuses a codebook on one process alone
             require_finite(group.group_name, features=z_ND, codebook=self.codebook)
 
+    def restart_codes(self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """As `CodebookQuantizer.restart_codes`, for methods without single codes to place."""
+        raise ConfigError(f"method={self.config.method!r} has no codes that can be placed one by one; restart none")
+
     def mend_average(self, average: Quantizer) -> None:
         """Give `average`, whose weights have just been averaged with these, what an average is wrong for: by default nothing is.
 
@@ -215,31 +233,30 @@ class CodebookQuantizer(Quantizer):
 
     config: EmbeddingConfig
 
-    def __init__(self, config: EmbeddingConfig, *, unit_norm: bool = False) -> None:
+    def __init__(self, config: EmbeddingConfig) -> None:
         super().__init__(config)
         K, D = config.codebook_size, config.code_dim
-        self.unit_norm = unit_norm
         self.embedding = nn.Parameter(torch.empty(K, D))
         self.initialized: torch.Tensor
-        self.register_buffer("initialized", torch.tensor(config.codebook_init not in ("features", "kmeans")))
+        self.register_buffer("initialized", torch.tensor(config.codebook_init not in FROM_FEATURES))
         if config.codebook_init == "uniform":
             nn.init.uniform_(self.embedding, -1 / K, 1 / K)
         else:  # codes that await their features hold N(0, 1) until then, so that a state_dict is always finite
             nn.init.normal_(self.embedding)
         with torch.no_grad():  # rows at unit length where only their direction counts, as in LlamaGen: it sets how fast they turn
-            self.embedding.copy_(self.to_code_space(self.embedding))
+            self.embedding.copy_(self.to_code_space(config.init_scale * self.embedding))
 
     @property
     def codebook(self) -> torch.Tensor:
         return self.to_code_space(self.embedding)
 
     def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
-        return F.normalize(z, dim=1) if self.unit_norm else z
+        return F.normalize(z, dim=1) if self.config.unit_norm else z
 
     @property
     def awaits_features(self) -> bool:
         """True while codebook_init is 'features' or 'kmeans' and `initialize_from` has not run."""
-        return self.config.codebook_init in ("features", "kmeans") and not bool(self.initialized)
+        return self.config.codebook_init in FROM_FEATURES and not bool(self.initialized)
 
     @property
     def features_wanted(self) -> int:
@@ -268,6 +285,28 @@ class CodebookQuantizer(Quantizer):
             self.embedding.copy_(features_MD[rows.to(features_MD.device)])
         copy_from_first(self.embedding)
         self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def restart_codes(self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Put dead codes on distinct random features, by hand and at once; where more are dead than there are features, the others stay.
+
+        Args:
+            dead_K: bool (K,), which codes.
+            features_MD: encoder outputs (M, D).
+            generator: CPU generator of the draw.
+
+        Returns:
+            bool (K,), which codes have moved.
+
+        Raises:
+            ConfigError: the method places no single codes.
+        """
+        rows = torch.randperm(len(features_MD), generator=generator).to(features_MD.device)
+        moved = dead_K.nonzero().flatten()[: len(rows)]
+        anchors_KD = self.embedding.detach().clone()
+        anchors_KD[moved] = self.to_code_space(features_MD.to(self.embedding.dtype))[rows[: len(moved)]]
+        self.embedding.copy_(anchors_KD)
+        return torch.zeros_like(dead_K).index_fill(0, moved, True)
 
     def forward(self, z_BDHW: torch.Tensor) -> Quantized:
         if self.training and self.awaits_features:

@@ -59,6 +59,10 @@ class IBQConfig(CodebookConfig):
         return self
 
     @property
+    def unit_norm(self) -> bool:
+        return self.similarity == "cosine"
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         return super().loss_weights | ({"double": 1.0} if self.double else {})
 
@@ -78,9 +82,6 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
 
     config: IBQConfig
     paper = "IBQ, arXiv 2412.02692"
-
-    def __init__(self, config: IBQConfig) -> None:
-        super().__init__(config, unit_norm=config.similarity == "cosine")
 
     def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
         with full_float32(z_ND.device):

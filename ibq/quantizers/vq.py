@@ -65,6 +65,10 @@ class VQConfig(CodebookConfig):
         return weights if self.ema_decay is None else {name: weight for name, weight in weights.items() if name != "codebook"}
 
     @property
+    def unit_norm(self) -> bool:
+        return self.distance == "cosine"
+
+    @property
     def changes_in_forward(self) -> bool:
         return self.ema_decay is not None or self.restart != "none"
 
@@ -81,7 +85,7 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
     paper = "VQ-VAE, arXiv 1711.00937"
 
     def __init__(self, config: VQConfig) -> None:
-        super().__init__(config, unit_norm=config.distance == "cosine")
+        super().__init__(config)
         self.projection = linear_from_identity(config.code_dim) if config.reparametrization == "linear" else None
         self.moving_average, self.restart = None, self._restart(config)
         if config.ema_decay is not None:
@@ -102,6 +106,15 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
         super().initialize_from(features_MD, generator)
         if self.moving_average is not None:
             self.moving_average.start_from(self.embedding)
+
+    @torch.no_grad()
+    def restart_codes(self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if self.projection is not None:
+            return Quantizer.restart_codes(self, dead_K, features_MD, generator)
+        moved_K = super().restart_codes(dead_K, features_MD, generator)
+        if self.moving_average is not None:
+            self.moving_average.restart(moved_K.to(self.embedding.dtype), self.embedding)
+        return moved_K
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         if self.training:

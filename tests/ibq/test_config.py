@@ -34,6 +34,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quantizer.codebook_size": 512,
     "quantizer.code_dim": 32,
     "quantizer.codebook_init": "features",
+    "quantizer.init_scale": 2.0,
     "quantizer.beta": 0.5,
     "quantizer.beta_on": "both",
     "quantizer.entropy_weight": 0.1,
