@@ -68,6 +68,17 @@ def amended(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:
     return config.with_fields(**fields) if fields else config
 
 
+def after(config: TrainConfig, intervention: Intervention) -> TrainConfig:
+    """The config once an intervention has taken effect.
+
+    Raises:
+        ConfigError: as `amended`, or dead codes cannot be restarted by this method.
+    """
+    if intervention.restart_dead and not config.quantizer.places_codes:
+        raise ConfigError(f"method={config.quantizer.method!r} has no codes that can be placed one by one; restart none")
+    return amended(config, intervention.fields)
+
+
 def scheduled(interventions: Iterable[Intervention]) -> Asked:
     """What asks a list, each at its step: for a script that repeats what was done by hand."""
     planned = list(interventions)
@@ -98,7 +109,7 @@ class Journal:
         self.number = len(recorded)
         for each in recorded:
             if each.step < step:
-                self.config = amended(self.config, each.fields)
+                self.config = after(self.config, each)
         self._ahead = [each for each in recorded if each.step >= step]
 
     def due(self, step: int) -> list[Intervention]:
@@ -110,8 +121,9 @@ class Journal:
         replayed = [each for each in self._ahead if each.step == step]
         self._ahead = [each for each in self._ahead if each.step > step]
         fresh = [] if self._asked is None else [each.model_copy(update={"step": step}) for each in self._asked(step)]
+        fresh = [each for each in fresh if each not in replayed]  # a script that goes on asks for them again
         for each in chain(replayed, fresh):
-            self.config = amended(self.config, each.fields)
+            self.config = after(self.config, each)
         for each in fresh:
             append_line(self.run.interventions, each.model_dump(mode="json"))
             self.number += 1

@@ -45,4 +45,5 @@ class Said(NamedTuple):
     attempt: int
     state: str
 
+
 Order = Train | Tell | Reset | Project

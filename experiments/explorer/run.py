@@ -66,7 +66,7 @@ class ExplorerRun:
 
     @property
     def state(self) -> State:
-        """"new", "starting" until the first point is there, "training", "paused" between two steps, "stopped" resumably, "finished" with a
+        """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopped" resumably, "finished" with a
         row, "failed", of which `reason` says why, or "loaded": a run of the study, which is only shown."""
         if self.read_only:
             return "loaded"
@@ -79,7 +79,9 @@ class ExplorerRun:
             return "finished" if self.directory.read_row()["status"] == "ok" else "failed"
         if _held(self.directory):
             return "training"  # by another kernel
-        attempts = [attempt["event"] for attempt in self.directory.read_attempts() if attempt["event"] not in ("damaged", "other processes")]
+        attempts = [
+            attempt["event"] for attempt in self.directory.read_attempts() if attempt["event"] not in ("damaged", "other processes")
+        ]
         if not attempts:
             return "new"
         return "stopped" if attempts[-1] == "stopped" else "failed"
@@ -155,6 +157,10 @@ class ExplorerRun:
         self._require_own("changed")
         if not self.workers.intervene(self.directory, Intervention(fields=dict(fields), restart_dead=restart_dead)):
             raise ConfigError(f"run {self.name} is {self.state}, and only a run that trains or is paused can be changed; train it first")
+
+    def project_umap(self) -> None:
+        """Have the newest codes and features projected by UMAP; `experiments.explorer.live_umap.read_live_umap` gives the result, later."""
+        self.workers.project(self.directory)
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -232,5 +238,3 @@ def _last_step(history: Path) -> int:
         except (ValueError, KeyError):
             continue
     return 0
-
-

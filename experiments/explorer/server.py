@@ -21,8 +21,11 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from experiments import worker
 from experiments.explorer import trainer
+from experiments.explorer.live_umap import project_live
 from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Reset, Said, Tell, Train
 from ibq.config import parse_train_config
 from ibq.run_directory import RunDirectory
@@ -150,12 +153,14 @@ def _train(order: Train, commands: Connection, others: list[Connection]) -> None
 
 
 def _project(folders: Connection, others: list[Connection]) -> None:
-    from experiments.explorer.live_umap import project_live
-
     _forked(others)
     with suppress(EOFError):
         while True:
-            project_live(Path(folders.recv()))
+            folder = Path(folders.recv())
+            try:
+                project_live(folder)
+            except (OSError, SafetensorError):  # the run has been removed meanwhile, or the disk is full
+                continue
 
 
 def main() -> None:

@@ -65,7 +65,9 @@ def train(config: TrainConfig, folder: str, runtime: Runtime, threads: int, comm
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):
-            code = 0 if run.finished else worker.attempt(run, config.to_json_dict(), runtime, asked.should_stop, seen, None, asked.intervene)
+            code = (
+                0 if run.finished else worker.attempt(run, config.to_json_dict(), runtime, asked.should_stop, seen, None, asked.intervene)
+            )
     except Timeout:
         raise SystemExit(worker.BUSY) from None
     except OSError as error:  # even the attempt could not be noted

@@ -19,7 +19,7 @@ from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, 
 from experiments.study import ROOT
 from experiments.sweep import cores
 from ibq.config import TrainConfig
-from ibq.interventions import Intervention, amended
+from ibq.interventions import Intervention, after
 from ibq.run_directory import RunDirectory
 
 MOST_RUNS = 4
@@ -108,7 +108,7 @@ class Workers:
             if self.activity(run) in (None, "removing"):
                 return False
             attempt = self._attempts[str(run.path)]
-            attempt.config = amended(attempt.config, intervention.fields)
+            attempt.config = after(attempt.config, intervention)
             self._send(Tell(attempt.number, intervention))
             return True
 
