@@ -1,7 +1,7 @@
 """A run that is handled by hand: started, paused, changed while it trains, stopped, gone on with, removed. No method but `wait` ever waits.
 
-All that there is to see of a run lies in its directory (`experiments.explorer.trainer` says what), runs/explore/NNNN-method-... for those of
-the explorer: outside the study's rows, which never look there.
+All that there is to see of a run lies in its directory (`experiments.explorer.trainer` says what). Those of the explorer are
+runs/explore/NNNN-method-..., outside the study's rows, which never look there.
 """
 
 from __future__ import annotations
@@ -79,12 +79,10 @@ class ExplorerRun:
             return "finished" if self.directory.read_row()["status"] == "ok" else "failed"
         if _held(self.directory):
             return "training"  # by another kernel
-        attempts = [
-            attempt["event"] for attempt in self.directory.read_attempts() if attempt["event"] not in ("damaged", "other processes")
-        ]
-        if not attempts:
+        events = [attempt["event"] for attempt in self.directory.read_attempts() if attempt["event"] != "damaged"]
+        if not events:
             return "new"
-        return "stopped" if attempts[-1] == "stopped" else "failed"
+        return "stopped" if events[-1] == "stopped" else "failed"
 
     @property
     def reason(self) -> str:

@@ -1,8 +1,8 @@
-"""The process that forks trainers: torch, the trainer's code and Fashion-MNIST are loaded once, so that a run begins to train within a second.
+"""The process that forks trainers: what they need is loaded once, so that a run begins to train within a second or two.
 
-`python -m experiments.explorer.server FD` is started by `experiments.explorer.workers`, which it talks to over the connection FD, and ends with
-it: once that side is closed or gone, trainers are asked to stop, and what has not ended in time is killed. It does not use Python's fork
-server, because that one lives as long as its parent and preloads what the first of its users wants, a sweep perhaps.
+`python -m experiments.explorer.server FD` is started by `experiments.explorer.workers`, which it talks to over the connection FD, and ends
+with it: once that side is closed or gone, trainers are asked to stop, and what has not ended in time is killed. Python's own fork server
+would live as long as its parent, and have loaded what the first of its users wants, a sweep perhaps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The process that trains one run of the explorer: `train_tokenizer`, which it lets pause, stop and be changed between two steps.
 
-What there is to see lies in the run's directory, so that a viewer needs no pipe: history.jsonl, attempts.jsonl, interventions.jsonl, row.json,
-and `live.safetensors`, which is replaced while the run goes on: what `take_snapshot` gives, `step`, and images_BCHW and reconstructions_BCHW
-(uint8) of the first test images.
+What there is to see lies in the run's directory, so that a viewer needs no pipe: history.jsonl, attempts.jsonl, interventions.jsonl,
+row.json, and `live.safetensors`, which is replaced while the run goes on: what `take_snapshot` gives, `step`, and images_BCHW and
+reconstructions_BCHW (uint8) of the first test images.
 
 Suffixes: B images, C channels, H W pixels, K codes.
 """
@@ -38,7 +38,7 @@ GRACE_S = 8.0
 
 
 def runtime_of(config: TrainConfig, device: str = "auto") -> Runtime:
-    """How the explorer watches a run: a hundred points of a short one, each fifth step of a long one. The cadence is a function of the config
+    """How the explorer watches a run: at least a hundred points, and every fifth step of a long one. The cadence hangs on the config alone,
     since a restart of dead codes goes by the tokens since the last log step: a run that goes on must have the same."""
     return Runtime(device=device, log_every=max(1, min(5, config.steps // 100)))
 
@@ -59,15 +59,14 @@ def train(config: TrainConfig, folder: str, runtime: Runtime, threads: int, comm
     live = _Live(run, config)
 
     def seen(event: LogEvent) -> None:
-        asked.say("training")
         live.see(event)
+        asked.say("training")
 
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):
-            code = (
-                0 if run.finished else worker.attempt(run, config.to_json_dict(), runtime, asked.should_stop, seen, None, asked.intervene)
-            )
+            todo = config.to_json_dict()
+            code = 0 if run.finished else worker.attempt(run, todo, runtime, asked.should_stop, seen, intervene=asked.intervene)
     except Timeout:
         raise SystemExit(worker.BUSY) from None
     except OSError as error:  # even the attempt could not be noted

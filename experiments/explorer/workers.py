@@ -1,5 +1,7 @@
-"""The processes of the explorer as a notebook's kernel sees them. Nothing here waits: orders are small messages to the server, which reads them
-when it can, and what has become of them is read when somebody asks.
+"""The processes of the explorer as a notebook's kernel sees them.
+
+Nothing here waits: orders are small messages to the server, which reads them when it can, and what became of them is read when it is asked
+for.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import IO, Literal
 from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Reset, Said, Tell, Train
 from experiments.study import ROOT
 from experiments.sweep import cores
+from experiments.worker import note
 from ibq.config import TrainConfig
 from ibq.interventions import Intervention, after
 from ibq.run_directory import RunDirectory
@@ -61,7 +64,7 @@ class Workers:
             if self._server is not None:
                 return
             self._connection, theirs = Pipe()
-            self._log = tempfile.TemporaryFile()
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the server)
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "experiments.explorer.server", str(theirs.fileno())],
@@ -163,6 +166,11 @@ class Workers:
                 elif isinstance(said, Said):
                     self._note(said)
         except (EOFError, OSError):
+            self._log.seek(0)
+            last_words = (self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            for path, attempt in self._attempts.items():
+                if attempt.activity == "starting":  # others note themselves that they stop
+                    note(RunDirectory(path), "error", f"the process that starts trainers has ended: {last_words}; train the run again")
             self._lose()
 
     def _note(self, said: Said) -> None:
