@@ -1,0 +1,75 @@
+"""What the explorer's figures share: colours and markers of runs, marks of interventions, words in place of data."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from experiments.explorer.view import View, in_words
+from experiments.figures.theme import COLORS, MARKERS
+
+RUN_COLORS = [COLORS[i] for i in (0, 1, 2, 4)]
+"""Of the four places: blue, orange, green and pink of the colour-blind palette, which differ in lightness too."""
+REFERENCE = "0.2"
+
+
+def color(view: View) -> Any:
+    return RUN_COLORS[view.slot]
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """A figure that no window or notebook knows of, so that nothing keeps it."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, wspace=0.02, hspace=0.03)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def say(axis: Axes, words: str) -> None:
+    """Words in the middle of an empty panel."""
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_color("0.85")
+    text = "\n".join(textwrap.wrap(words, 34))
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="0.35", fontsize=8.5)
+
+
+def legend(figure: Figure, views: Sequence[View], interventions: bool) -> None:
+    """Runs above all panels; below them what was changed and when, if the figure marks it."""
+    handles = [Line2D([], [], color=color(view), marker=MARKERS[view.slot], ms=5, lw=1.6, label=view.label) for view in views]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(views), 2 if len(views) == 4 else 3), frameon=False, fontsize=8.5)
+    changes = [f"{view.letter} {number}: {in_words(each)} from step {each.step}" for view in views for number, each in enumerate(view.interventions, 1)]
+    if interventions and changes:
+        shown = changes[-4:]
+        more = [f"{len(changes) - 4} earlier"] if len(changes) > 4 else []
+        figure.supxlabel("Changed while training.  " + "   ".join(more + shown), fontsize=8, x=0.01, ha="left", color="0.25")
+
+
+def mark_interventions(axis: Axes, views: Sequence[View]) -> None:
+    """A dotted line in the run's colour at every change, and its number at the top."""
+    for view in views:
+        for number, each in enumerate(view.interventions, 1):
+            axis.axvline(each.step, color=color(view), lw=1.1, ls=":", zorder=1)
+            axis.annotate(
+                f"{view.letter}{number}",
+                (each.step, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(2, -2),
+                textcoords="offset points",
+                va="top",
+                fontsize=7,
+                color=color(view),
+                fontweight="bold",
+            )
+
+
+def finite(values: Sequence[float]) -> bool:
+    return any(math.isfinite(value) for value in values)
