@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.explorer.colors import RUN_HEX
 from experiments.explorer.view import View, in_words
-from experiments.figures.theme import COLORS, MARKERS
+from experiments.figures.theme import MARKERS
 
-RUN_COLORS = [COLORS[i] for i in (0, 1, 2, 4)]
-"""Of the four places: blue, orange, green and pink of the colour-blind palette, which differ in lightness too."""
 REFERENCE = "0.2"
 
 
-def color(view: View) -> Any:
-    return RUN_COLORS[view.slot]
+def color(view: View) -> str:
+    return RUN_HEX[view.slot]
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
