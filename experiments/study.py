@@ -209,7 +209,7 @@ class Study:
         waiting: list[Cell] = []
         largest = max(self.preset.max_codebook_size, self._codebook_size(self.overrides)) if not self.grid else math.inf  # it was asked for
         for ablation in self.ablations:
-            configs = {arm.name: self._config(ablation, arm) for arm in ablation.arms}
+            configs = {arm.name: self.config_of(ablation, arm) for arm in ablation.arms}
             searches = {arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as}
             ready += [cell for search in searches.values() for cell in search]
             for arm in ablation.arms:
@@ -244,7 +244,7 @@ class Study:
             cells.append(replace(self._cell(ablation, candidate, short, seed=0), search=Search(arm.name, value)))
         return cells
 
-    def _config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
+    def config_of(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         """An arm's config before any search.
 
         Raises:

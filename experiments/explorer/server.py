@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 
 from experiments import worker
 from experiments.explorer import trainer
-from experiments.explorer.live_umap import project_live
 from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Reset, Said, Tell, Train
 from ibq.config import parse_train_config
 from ibq.run_directory import RunDirectory
@@ -47,15 +46,18 @@ class _Server:
         self._owner = owner
         self._trainers: dict[int, _Trainer] = {}
         self._projector: tuple[ForkProcess, Connection] | None = None
+        self._warm = False
 
     def serve(self) -> None:
         """Until the owner is gone."""
         with suppress(EOFError, OSError):
-            self._owner.send(WARM)
             while True:
                 trainers = list(self._trainers.values())
                 heard: list[Any] = [self._owner, *(each.process.sentinel for each in trainers)]
-                ready = multiprocessing.connection.wait(heard + [each.commands for each in trainers if not each.silent])
+                heard += [each.commands for each in trainers if not each.silent]
+                ready = multiprocessing.connection.wait(heard, timeout=None if self._warm else 0)
+                if not (ready or self._warm):
+                    self._load_the_rest()
                 for attempt, each in list(self._trainers.items()):
                     if each.commands in ready:
                         self._relay(attempt, each)
@@ -63,6 +65,13 @@ class _Server:
                         self._reap(attempt)
                 if self._owner in ready:
                     self._obey(self._owner.recv())
+
+    def _load_the_rest(self) -> None:
+        """What is slow to import and not needed before an evaluation: when there is nothing else to do."""
+        import torchmetrics.functional.image  # noqa: F401
+
+        self._warm = True
+        self._owner.send(WARM)
 
     def _obey(self, order: Order) -> None:
         if isinstance(order, Train):
@@ -153,6 +162,8 @@ def _train(order: Train, commands: Connection, others: list[Connection]) -> None
 
 
 def _project(folders: Connection, others: list[Connection]) -> None:
+    from experiments.explorer.live_umap import project_live
+
     _forked(others)
     with suppress(EOFError):
         while True:
@@ -165,12 +176,10 @@ def _project(folders: Connection, others: list[Connection]) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # interrupting a cell stops no run
-    owner = Connection(int(sys.argv[1]))
-    import torchmetrics.functional.image  # noqa: F401 (an evaluation's, and slow to import)
-
-    server = _Server(owner)
+    server = _Server(Connection(int(sys.argv[1])))
     server.serve()
     server.close()
+    os._exit(0)  # there is nothing to tidy up, which Python would take seconds for
 
 
 if __name__ == "__main__":

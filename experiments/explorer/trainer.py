@@ -134,7 +134,7 @@ class _Live:
     def __init__(self, run: RunDirectory, config: TrainConfig) -> None:
         self._path, self._config = run.path / LIVE, config
         self._last = float("-inf")
-        self._counts_K = torch.zeros(config.quantizer.codebook_size, dtype=torch.int64)
+        self._counts_K: torch.Tensor | int = 0
 
     @cached_property
     def _probe(self) -> ImageSource:
@@ -143,17 +143,17 @@ class _Live:
     def see(self, event: LogEvent) -> None:
         assert event.tokenizer is not None
         assert event.counts_K is not None
-        self._counts_K += event.counts_K.cpu()
+        counts_K = self._counts_K = self._counts_K + event.counts_K
         if time.monotonic() - self._last < LIVE_EVERY_S and event.step < event.steps:
             return
         with suppress(NonFiniteInputError):  # the next step says so, and is where the run ends
-            write_tensors(self._path, self._tensors(event.tokenizer, event.counts_K.device) | {"step": torch.tensor(event.step)})
-        self._counts_K.zero_()
+            write_tensors(self._path, self._tensors(event.tokenizer, counts_K) | {"step": torch.tensor(event.step)})
+        self._counts_K = 0
         self._last = time.monotonic()
 
-    def _tensors(self, tokenizer: Tokenizer, device: torch.device) -> dict[str, torch.Tensor]:
-        snapshot = take_snapshot(tokenizer, self._probe, self._counts_K.to(device), device)
+    def _tensors(self, tokenizer: Tokenizer, counts_K: torch.Tensor) -> dict[str, torch.Tensor]:
+        snapshot = take_snapshot(tokenizer, self._probe, counts_K, counts_K.device)
         with measuring(tokenizer):
-            x_BCHW = self._probe.batch(torch.arange(min(SHOWN_IMAGES, len(self._probe))), device)
+            x_BCHW = self._probe.batch(torch.arange(min(SHOWN_IMAGES, len(self._probe))), counts_K.device)
             y_BCHW = tokenizer(x_BCHW).images
         return snapshot | {"images_BCHW": to_uint8(x_BCHW), "reconstructions_BCHW": to_uint8(y_BCHW)}
