@@ -23,6 +23,13 @@ def _wide_button(description: str, tooltip: str, icon: str = "", style: str = ""
     return widgets.Button(description=description, tooltip=tooltip, icon=icon, button_style=style, layout={"width": "auto"})
 
 
+def _offer(choice: widgets.Dropdown, options: list[tuple[str, str]]) -> None:
+    """New options, of which the one that was chosen stays so where it is still there."""
+    before, letters = choice.value, [letter for _, letter in options]
+    choice.options = options
+    choice.value = before if before in letters else letters[0] if letters else None
+
+
 class ChangeForm:
     """The weights and rates of a run that trains, each of which takes effect at its next step and leaves a mark on the curves.
 
@@ -50,10 +57,7 @@ class ChangeForm:
         """Offer the runs that train or are paused."""
         active = [(f"{card.letter}  {describe(card.run.config)}", card.letter) for card in self._cards() if card.state in ACTIVE]
         if tuple(active) != tuple(self.run.options):
-            before = self.run.value
-            self.run.options = active
-            if before in [letter for _, letter in active]:
-                self.run.value = before
+            _offer(self.run, active)
             self._show()
         card = self._chosen()
         if card and self._shown != (card.run.name, len(card.run.interventions)):
@@ -149,24 +153,30 @@ class ExportForm:
         self.text = widgets.Textarea(tooltip="select and copy", layout={"width": "auto", "height": "440px"}, placeholder="the text to copy")
         self.message = widgets.HTML()
         self.widget = widgets.VBox([self.run, widgets.HBox([self.recipe, self.command]), self.message, self.text])
-        self.recipe.on_click(lambda _: self._show(lambda card: recipe_text(card.run.config, card.run.interventions)))
-        self.command.on_click(lambda _: self._show(lambda card: command_text(card.run.config)))
+        self.recipe.on_click(lambda _: self._show(self._recipe))
+        self.command.on_click(lambda _: self._show(self._command))
         self.refresh()
 
     def refresh(self) -> None:
         shown = [(f"{card.letter}  {card.run.name}", card.letter) for card in self._cards()]
         if tuple(shown) != tuple(self.run.options):
-            self.run.options = shown
+            _offer(self.run, shown)
         self.recipe.disabled = self.command.disabled = not shown
         if not shown:
             self.message.value = note("No run is shown, so there is nothing to export.")
 
-    def _show(self, text: Callable[[RunCard], str]) -> None:
+    def _recipe(self, card: RunCard) -> tuple[str, str]:
+        return recipe_text(card.run.config, card.run.interventions), f"A Python file for run {card.letter}, changes included."
+
+    def _command(self, card: RunCard) -> tuple[str, str]:
+        changed = " What was changed while it trained is not in it, but in the recipe." if card.run.interventions else ""
+        return command_text(card.run.config), f"A command that trains the settings of run {card.letter}.{changed}"
+
+    def _show(self, of: Callable[[RunCard], tuple[str, str]]) -> None:
         card = next(card for card in self._cards() if card.letter == self.run.value)
         try:
-            self.text.value, self.message.value = text(card), ""
+            self.text.value, said = of(card)
         except ConfigError as error:
             self.message.value = problem(str(error))
         else:
-            if text is not None and card.run.interventions and not self.text.value.startswith('"""'):
-                self.message.value = note("A command trains what the run began with; changes made while it trained are in the recipe.")
+            self.message.value = note(said)
