@@ -16,7 +16,11 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 def options_table() -> list[tuple[str, list[str], str]]:
     """Method, its options as "field=default (allowed values) meaning", written as `--set` reads them, and its paper; sorted by method."""
     return [
-        (method, [option_in_words(name, field) for name, field in quantizer.config_class.model_fields.items() if name != "method"], quantizer.paper)
+        (
+            method,
+            [option_in_words(name, field) for name, field in quantizer.config_class.model_fields.items() if name != "method"],
+            quantizer.paper,
+        )
         for method, quantizer in sorted(Quantizer.registry.items())
     ]
 

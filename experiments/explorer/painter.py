@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from experiments.study import ROOT
 
+
 class Shown(NamedTuple):
     """A run to draw: its folder, and its place among those side by side."""
 

@@ -62,7 +62,9 @@ REACH = Panel(
     share_of_codes("reach_effective"),
     absent="No gradient reaches a codebook here: its codes are fixed, or set without one.",
 )
-GAP = Panel("Gap", "distance / variance of z", column("gap"), absent="No gap is logged: an older run, or features that do not vary.", log=True)
+GAP = Panel(
+    "Gap", "distance / variance of z", column("gap"), absent="No gap is logged: an older run, or features that do not vary.", log=True
+)
 
 
 def draw_overview(figure: Figure, views: Sequence[View]) -> None:
@@ -82,7 +84,13 @@ def draw_geometry(figure: Figure, views: Sequence[View]) -> None:
             Panel("Quantization error", "error / variance of z", column("quantization_error"), log=True),
             GAP,
             Panel("Gap, codes in use", unit, column("gap_used"), absent="No gap of codes in use is logged.", log=True),
-            Panel("Gap, codes not in use", unit, column("gap_dead"), absent="No gap of dead codes: all are in use, or none was logged.", log=True),
+            Panel(
+                "Gap, codes not in use",
+                unit,
+                column("gap_dead"),
+                absent="No gap of dead codes: all are in use, or none was logged.",
+                log=True,
+            ),
         ],
     )
 

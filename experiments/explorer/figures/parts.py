@@ -43,8 +43,14 @@ def say(axis: Axes, words: str) -> None:
 def legend(figure: Figure, views: Sequence[View], interventions: bool) -> None:
     """Runs above all panels; below them what was changed and when, if the figure marks it."""
     handles = [Line2D([], [], color=color(view), marker=MARKERS[view.slot], ms=5, lw=1.6, label=view.label) for view in views]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(views), 2 if len(views) == 4 else 3), frameon=False, fontsize=8.5)
-    changes = [f"{view.letter} {number}: {in_words(each)} from step {each.step}" for view in views for number, each in enumerate(view.interventions, 1)]
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=min(len(views), 2 if len(views) == 4 else 3), frameon=False, fontsize=8.5
+    )
+    changes = [
+        f"{view.letter} {number}: {in_words(each)} from step {each.step}"
+        for view in views
+        for number, each in enumerate(view.interventions, 1)
+    ]
     if interventions and changes:
         shown = changes[-4:]
         more = [f"{len(changes) - 4} earlier"] if len(changes) > 4 else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
@@ -17,6 +18,7 @@ from experiments.explorer.panel.card import RunCard
 from experiments.explorer.panel.parts import CSS, note, problem
 from experiments.explorer.panel.settings import SettingsForm
 from experiments.explorer.panel.side import ChangeForm, ExportForm, LoadForm
+from experiments.explorer.presence import Presence
 from experiments.explorer.run import WORKERS, ExplorerRun, Workers, load_run, new_run
 from experiments.explorer.tabs import TABS
 from experiments.explorer.view import LETTERS, SHORT_NAMES, fields_that_differ
@@ -40,6 +42,9 @@ class Panel:
     def __init__(self, config: TrainConfig, workers: Workers = WORKERS) -> None:
         self.workers, self.painter, self.cards = workers, Painter(), list[RunCard]()
         self._task: asyncio.Task[None] | None = None
+        self._presence: Presence | None = None
+        self._asleep = False
+        """Nobody looks, so nothing is drawn until somebody does something."""
         self._looked = self._painted = -1e9
         self._pause_s = 0.0
         self._wanted = True
@@ -52,7 +57,9 @@ class Panel:
         forms = [self.settings.widget, self.change.widget, self.load.widget, self.export.widget]
         self._stack = widgets.Stack(forms, selected_index=0)
         self.tabs = _toggles([(tab.title, name) for name, tab in TABS.items()], "which figure", "ibq-tabs")
-        self.umap = widgets.Button(description="UMAP", icon="map-o", tooltip="Project codes and features of all runs by UMAP, as they are now")
+        self.umap = widgets.Button(
+            description="UMAP", icon="map-o", tooltip="Project codes and features of all runs by UMAP, as they are now"
+        )
         self.picture = widgets.Image(format="png", layout={"width": "100%"})
         self.caption, self.message, self.difference = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self._row = widgets.HBox(layout={"width": "100%", "grid_gap": "6px"})
@@ -71,10 +78,11 @@ class Panel:
         Raises:
             ConfigError: all places are taken.
         """
+        self.wake()
         self._free_slot()
         run = new_run(config, self.workers)
         run.train()
-        return self._add(run)
+        return self.add(run)
 
     def show_run(self, run_id: str) -> None:
         """A run by its id, beside the others.
@@ -82,24 +90,40 @@ class Panel:
         Raises:
             ConfigError: there is no such run, it is shown already, or all places are taken.
         """
+        self.wake()
         self._free_slot()
         run = load_run(run_id, self.workers)
         if any(card.run.directory.path == run.directory.path for card in self.cards):
             raise ConfigError(f"run {run.name} is shown already; choose another one")
-        self._add(run)
+        self.add(run)
 
     def start(self) -> None:
         """Begin to load what training and drawing need, and to look at runs; needs a running event loop, as a notebook has."""
         self.workers.warm()
         self.painter.warm()
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(self._run())
+        self._presence = Presence(_Processes(loop, self.sleep))
+
+    def sleep(self) -> None:
+        """End all processes, since nobody looks; runs stop with a checkpoint, and the next thing that somebody does wakes this up."""
+        self._asleep = True
+        self.painter.close()
+        self.workers.close()
+
+    def wake(self) -> None:
+        """Somebody is there."""
+        if self._asleep:
+            self._asleep, self._wanted = False, True
+            self.workers.warm()
 
     def close(self) -> None:
-        """End the task and all processes; runs stop with a checkpoint."""
+        """End the task and the painter. Runs that train go on, since another interface may show them."""
+        if self._presence is not None:
+            self._presence.end()
         if self._task is not None:
             self._task.cancel()
         self.painter.close()
-        self.workers.close()
 
     # ---------------------------------------------------------------- what happens by itself
 
@@ -116,7 +140,7 @@ class Panel:
             self._look()
         if (painting := self.painter.poll()) is not None:
             self._show_painting(painting)
-        if self._wanted and not self.painter.busy and now - self._painted >= self._pause_s:
+        if self._wanted and not self._asleep and not self.painter.busy and now - self._painted >= self._pause_s:
             self._wanted = False
             shown = [Shown(str(card.run.directory.path), card.slot) for card in self.cards]
             self.painter.request(self.tabs.value, shown, FIGURE_SIZE)
@@ -149,7 +173,9 @@ class Panel:
                 del self._umaps[card.letter]
         awaited = sorted(self._umaps.keys() & {card.letter for card in self.cards})
         self._umaps = {letter: self._umaps[letter] for letter in awaited}
-        self.message.value = note(f"UMAP of {', '.join(awaited)} is being computed; the first one takes most of a minute.") if awaited else ""
+        self.message.value = (
+            note(f"UMAP of {', '.join(awaited)} is being computed; the first one takes most of a minute.") if awaited else ""
+        )
 
     # ---------------------------------------------------------------- parts
 
@@ -162,8 +188,9 @@ class Panel:
             raise ConfigError(f"{PLACES} runs are shown, which is all there is room for; hide one first (stop it if it trains)")
         return free[0]
 
-    def _add(self, run: ExplorerRun) -> RunCard:
-        card = RunCard(run, self._free_slot(), self._copy, self._remove)
+    def add(self, run: ExplorerRun) -> RunCard:
+        """Show a run in the first free place; ConfigError where there is none."""
+        card = RunCard(run, self._free_slot(), copied=self._copy, closed=self._remove, pressed=self.wake)
         self.cards = sorted([*self.cards, card], key=lambda each: each.slot)
         self._show_cards()
         return card
@@ -186,12 +213,14 @@ class Panel:
         self.difference.value = note(difference_in_words(self.cards))
 
     def _turn(self) -> None:
+        self.wake()
         self._stack.selected_index = SIDES.index(self.side.value)
         if self.side.value == "Load":
             self.load.refresh()
         self.change.refresh()
 
     def _show_tab(self) -> None:
+        self.wake()
         name = self.tabs.value
         self.caption.value = f'<div class="ibq-caption">{TABS[name].caption}</div>'
         self.umap.layout.display = None if name == "map" else "none"
@@ -219,6 +248,16 @@ class Panel:
         return box
 
 
+class _Processes:
+    """What `Presence` closes from its thread, on the kernel's own."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, close: Callable[[], None]) -> None:
+        self._loop, self._close = loop, close
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._close)
+
+
 def difference_in_words(cards: list[RunCard]) -> str:
     """In which settings runs differ, and how."""
     if len(cards) < 2:
@@ -241,5 +280,3 @@ def _toggles(options: Any, tooltip: str, name: str) -> widgets.ToggleButtons:
     toggles = widgets.ToggleButtons(options=options, tooltip=tooltip, style={"button_width": "auto"})
     toggles.add_class(name)
     return toggles
-
-

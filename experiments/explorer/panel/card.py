@@ -12,6 +12,7 @@ from experiments.explorer.panel.parts import badge, duration, problem
 from experiments.explorer.run import ExplorerRun
 from experiments.explorer.view import LETTERS, describe
 from experiments.explorer.watch import Watch
+from ibq.config import TrainConfig
 from ibq.diagnosis import diagnose
 from ibq.errors import ConfigError
 
@@ -44,9 +45,18 @@ class RunCard:
         slot: its place, 0 to 3, which gives it letter and colour.
         copied: called with the run's config when its settings are to be copied into the form.
         closed: called with this card when the run is no longer to be shown.
+        pressed: called before what a button asks of the run.
     """
 
-    def __init__(self, run: ExplorerRun, slot: int, copied: Callable[[Any], None], closed: Callable[[RunCard], None]) -> None:
+    def __init__(
+        self,
+        run: ExplorerRun,
+        slot: int,
+        copied: Callable[[TrainConfig], None],
+        closed: Callable[[RunCard], None],
+        pressed: Callable[[], None],
+    ) -> None:
+        self._pressed = pressed
         self.run, self.slot, self.watch = run, slot, Watch(run.directory)
         self._asked = ""
         self._signature: Any = None
@@ -54,12 +64,18 @@ class RunCard:
             f'<div class="ibq-title" title="{escape(run.name)}">{badge(self.letter, slot)}{escape(describe(run.config))}</div>'
         )
         self.progress = widgets.FloatProgress(
-            min=0, max=1, tooltip=f"progress of run {self.letter}", layout={"width": "auto", "height": "8px"}, style={"bar_color": "#8a8a8a"}
+            min=0,
+            max=1,
+            tooltip=f"progress of run {self.letter}",
+            layout={"width": "auto", "height": "8px"},
+            style={"bar_color": "#8a8a8a"},
         )
         self.status, self.findings, self.problem = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.buttons = {name: widgets.Button(description=name, tooltip=f"{text} ({self.letter})") for name, text in BUTTONS.items()}
         self.copy = widgets.Button(description="Copy", tooltip=f"Copy the settings of run {self.letter} into the form of a new run")
-        self.close = widgets.Button(description="Hide", tooltip=f"Show run {self.letter} no longer; its folder stays and can be loaded again")
+        self.close = widgets.Button(
+            description="Hide", tooltip=f"Show run {self.letter} no longer; its folder stays and can be loaded again"
+        )
         actions = {"Train": run.train, "Pause": run.pause, "Resume": run.resume, "Stop": run.stop, "Reset": run.reset}
         for name, button in self.buttons.items():
             button.on_click(lambda _, name=name: self._press(name, actions[name]))
@@ -91,6 +107,7 @@ class RunCard:
 
     def _press(self, name: str, action: Callable[[], None]) -> None:
         self.problem.value = ""
+        self._pressed()
         try:
             action()
         except ConfigError as error:

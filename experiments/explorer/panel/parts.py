@@ -51,7 +51,7 @@ def badge(letter: str, slot: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """"40 s", "3 min", "2.5 h"."""
+    """ "40 s", "3 min", "2.5 h"."""
     if seconds < 90:
         return f"{max(0.0, seconds):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

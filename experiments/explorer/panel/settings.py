@@ -54,7 +54,11 @@ class SettingsForm:
         self.options: dict[str, widgets.ValueWidget] = {}
         self.others: dict[str, widgets.ValueWidget] = {}
         self.button = widgets.Button(
-            description="Train", icon="play", button_style="primary", tooltip="Train a new run with these settings", layout={"width": "auto"}
+            description="Train",
+            icon="play",
+            button_style="primary",
+            tooltip="Train a new run with these settings",
+            layout={"width": "auto"},
         )
         self.problem = widgets.HTML()
         self._fields = widgets.VBox()
@@ -100,7 +104,9 @@ class SettingsForm:
         fields, self._implied = type(config).model_fields, _is_implied(config)
         self.sizes = {name: field_widget(name, fields[name], getattr(config, name), label) for name, label in SIZES.items()}
         self.options = {
-            name: field_widget(name, field, getattr(config, name)) for name, field in fields.items() if name not in SIZES and name != "method"
+            name: field_widget(name, field, getattr(config, name))
+            for name, field in fields.items()
+            if name not in SIZES and name != "method"
         }
         for widget in (self.sizes | self.options).values():
             widget.observe(self._check, "value")
