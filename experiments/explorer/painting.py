@@ -1,8 +1,8 @@
 """The process that draws, so that the notebook's kernel never waits for matplotlib.
 
-`python -m experiments.explorer.painting FD` is started by `experiments.explorer.painter`, which it talks to over the connection FD, and ends
-with it. Requests name a figure and the folders of runs; this process reads those folders itself, and of several requests that wait it draws
-the newest alone.
+`python -m experiments.explorer.painting FD` is started by `experiments.explorer.painter`, which it talks to over the connection FD, and
+ends with it. Requests name a figure and the folders of runs; this process reads those folders itself, and of several requests that wait it
+draws the newest alone.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class Closes(Protocol):
 
 
 class Presence:
-    """A thread that stops all runs, resumably, and closes what has processes, once a kernel that had a connection has had none for ABSENT_S; then
-    it waits for the next one.
+    """A thread that stops all runs, resumably, and closes what has processes, once a kernel that had a connection has had none for
+    ABSENT_S; then it waits for the next one.
 
     Args:
         workers: what has processes: the workers, or an interface that has some beside them.

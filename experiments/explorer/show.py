@@ -1,9 +1,10 @@
-"""What notebook 09 calls: the interface, or, where nobody looks, a pair of runs through the same engine and the same figures as plain output."""
+"""What notebook 09 calls: the interface, or, where nobody looks, runs through the same engine and the same figures as plain output."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from IPython.display import Image, Markdown, display
 
@@ -21,7 +22,7 @@ from ibq.errors import ConfigError
 PAIR = ("vq", "ibq")
 CODES = 256
 """What the form begins with: few enough that a collapse takes seconds."""
-IMPLIED = {
+IMPLIED: dict[str, dict[str, Any]] = {
     "fsq": {"codebook_size": 256, "code_dim": 4, "levels": (4, 4, 4, 4)},
     "lfq": {"codebook_size": 256, "code_dim": 8},
     "bsq": {"codebook_size": 256, "code_dim": 8},

@@ -1,4 +1,4 @@
-"""The figures of the explorer by name: what is on their tabs, and the sentence below them. No drawing here, so that the interface can read it."""
+"""The figures of the explorer by name: what stands on their tabs and below them. Nothing is drawn here: the interface reads it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Tab(NamedTuple):
 TABS = {
     "overview": Tab(
         "Overview",
-        "Codes used, perplexity and gradient reach of K codes (dashed: what uniform sampling of as many tokens gives); reconstruction error on "
-        "training batches; gap: Fréchet distance between codes and features over the variance of the features (1: a single point).",
+        "Codes used, perplexity and gradient reach of K codes (dashed: what uniform sampling of as many tokens gives); reconstruction "
+        "error on training batches; gap: Fréchet distance between codes and features over the variance of the features (1: a single point).",
     ),
     "losses": Tab("Losses", "Every term of the loss as it is (solid) and as it counts with its weight (dashed), at single training steps."),
     "codebook": Tab(
@@ -33,8 +33,8 @@ TABS = {
     ),
     "map": Tab(
         "Map",
-        "Features (grey) and at most 1,024 codes in one projection a panel, so that positions compare within a panel alone. Above: the first "
-        "two principal components, newest moment; below, on demand: UMAP.",
+        "Features (grey) and at most 1,024 codes in one projection a panel, so that positions compare within a panel alone. Above: the "
+        "first two principal components at the newest moment; below, on demand: UMAP.",
     ),
     "images": Tab("Images", "The first test images, and what each run makes of them at its newest moment."),
 }

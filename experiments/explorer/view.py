@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from experiments.explorer.live_umap import read_live_umap
 from experiments.explorer.trainer import LIVE
 from experiments.projections import Projection, project
-from ibq.diagnosis import Finding, diagnose
 from ibq.config import TrainConfig, flatten
+from ibq.diagnosis import Finding, diagnose
 from ibq.errors import ConfigError
 from ibq.generator_config import parse_run_config
 from ibq.interventions import Intervention
@@ -115,7 +115,7 @@ def read_view(run: RunDirectory, slot: int = 0) -> View:
     """
     records = clean_history(run)
     tensors, step = _newest_tensors(run)
-    pictures = {name: tensors[name] for name in ("images_BCHW", "reconstructions_BCHW") if name in tensors} or _load(run.evaluation)
+    pictures = tensors if "reconstructions_BCHW" in tensors else _load(run.evaluation)
     return View(
         name=run.path.name,
         slot=slot,

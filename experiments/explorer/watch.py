@@ -1,4 +1,4 @@
-"""What the kernel itself looks at of a run's folder, twice a second: what has changed, and the newest lines of its history. No tensors here."""
+"""What the kernel itself looks at of a run's folder, twice a second: what has changed, and new lines of its history; no tensors."""
 
 from __future__ import annotations
 

@@ -89,9 +89,9 @@ def _draw_codes(axis: Axes, view: View, projection: Projection | None, absent: s
         say(axis, absent)
         return
     dead, used = projection.codes[~projection.used], projection.codes[projection.used]
-    axis.scatter(*projection.features.T, s=4, color=FEATURES, linewidths=0)
-    axis.scatter(*dead.T, s=11, color=DEAD, marker="x", linewidths=0.7)
-    axis.scatter(*used.T, s=9, color=USED, linewidths=0)
+    axis.scatter(projection.features[:, 0], projection.features[:, 1], s=4, color=FEATURES, linewidths=0)
+    axis.scatter(dead[:, 0], dead[:, 1], s=11, color=DEAD, marker="x", linewidths=0.7)
+    axis.scatter(used[:, 0], used[:, 1], s=9, color=USED, linewidths=0)
     axis.set(xticks=[], yticks=[])
     method = "PCA" if projection.method == "pca" else "UMAP"
     axis.set_title(f"{view.letter}  {method}, step {projection.step}", loc="left", color=color(view), fontweight="bold")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -163,8 +164,8 @@ def _draw_panel(axis: Axes, views: Sequence[View], panel: Panel) -> None:
         return
     for view in shown:
         steps = view.history["step"]
-        every = {"marker": MARKERS[view.slot], "ms": 4.5, "markevery": [len(steps) - 1]}
-        axis.plot(steps, panel.curve(view), color=color(view), lw=1.6, **every)
+        end = [len(steps) - 1]
+        axis.plot(steps, panel.curve(view), color=color(view), lw=1.6, marker=MARKERS[view.slot], ms=4.5, markevery=end)
         if panel.second:
             axis.plot(steps, panel.second(view), color=color(view), lw=1.2, ls=(0, (4, 2)))
     if panel.reference:
@@ -182,5 +183,5 @@ def _draw_panel(axis: Axes, views: Sequence[View], panel: Panel) -> None:
 
 def _positive(axis: Axes) -> bool:
     """Whether a logarithmic axis can show all lines."""
-    values = [value for line in axis.lines for value in line.get_ydata() if math.isfinite(value)]
-    return min(values) > 0
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
+    return bool((values[np.isfinite(values)] > 0).all())

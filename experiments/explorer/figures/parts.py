@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from experiments.explorer.colors import RUN_HEX
@@ -24,8 +25,7 @@ def color(view: View) -> str:
 
 def new_figure(size: tuple[float, float]) -> Figure:
     """A figure that no window or notebook knows of, so that nothing keeps it."""
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, wspace=0.02, hspace=0.03)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.02, hspace=0.03))
     FigureCanvasAgg(figure)
     return figure
 

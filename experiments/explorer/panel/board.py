@@ -1,7 +1,7 @@
 """The whole interface: settings at the left; at the right runs side by side, and the figures that compare them.
 
-The kernel never draws and never waits: a task looks at the folders of runs twice a second and asks the painter for the figure that is on the
-screen when there is something new.
+The kernel never draws and never waits: a task looks at the folders of runs twice a second and asks the painter for the figure that is on
+the screen when there is something new.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Panel:
         self._pictures: dict[str, bytes] = {}
         self._umaps: dict[str, int] = {}
         """By letter, runs whose projection is awaited, and when the one before was written."""
-        self.settings = SettingsForm(config, self.train)
+        self.settings = SettingsForm(config, train=self.train)
         self.change, self.load, self.export = ChangeForm(self._cards), LoadForm(self.show_run), ExportForm(self._cards)
         self.side = _toggles(SIDES, "what to do", "ibq-sides")
         forms = [self.settings.widget, self.change.widget, self.load.widget, self.export.widget]

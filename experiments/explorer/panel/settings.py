@@ -7,11 +7,12 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from experiments.explorer.panel.parts import heading, problem
 from experiments.explorer.panel.fields import STYLE, WIDE, field_at, field_widget, text_of, value_of
+from experiments.explorer.panel.parts import heading, problem
 from ibq.config import DATA_SETS, TrainConfig, parse_train_config
 from ibq.errors import ConfigError
 from ibq.quantizers import Quantizer, QuantizerConfig
+from ibq.quantizers.base import parse_quantizer_config
 
 LABELS = {
     "optim.lr": "learning rate",
@@ -35,7 +36,7 @@ class SettingsForm:
         train: called with the config when Train is pressed.
     """
 
-    def __init__(self, config: TrainConfig, train: Callable[[TrainConfig], None]) -> None:
+    def __init__(self, config: TrainConfig, train: Callable[[TrainConfig], object]) -> None:
         self._base, self._train = config, train
         self._filling = False
         self._free_sizes = {name: text_of(QuantizerConfig.model_fields[name].default) for name in SIZES}
@@ -115,7 +116,7 @@ class SettingsForm:
         """Options at the method's defaults; sizes stay as they are, unless the method's codebook follows from its own."""
         if self._filling:
             return
-        config = Quantizer.registry[self.method.value].config_class()
+        config = parse_quantizer_config({"method": self.method.value})
         if not self._implied:
             self._free_sizes = {name: widget.value for name, widget in self.sizes.items()}
         self._show_quantizer(config)
