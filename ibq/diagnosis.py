@@ -31,8 +31,8 @@ ENTROPY_PULL = 50.0
 """Gradient of the entropy penalty at the features over that of all other terms. Released weights give 1 to 8 with VQ and IBQ and up to 25
 with LFQ, which lives on the penalty; a hundred times the weight gives hundreds, and the pictures then come second."""
 RUNAWAY, LONGER, STILL = 3.0, 2.0, 1.2
-"""A norm runs away if it is RUNAWAY times what it was at its smallest, LONGER times that of the other side, and STILL times what it was half
-the run ago. Features of healthy LFQ grow fourfold and codes of VQ from U(-1/K, 1/K) sevenfold, but towards the other side."""
+"""A norm runs away if it is RUNAWAY times what it was at its smallest, LONGER times that of the other side, and STILL times what it was
+half the run ago. Features of healthy LFQ grow fourfold and codes of VQ from U(-1/K, 1/K) sevenfold, but towards the other side."""
 HEARD, LARGEST = 4.0, 0.5
 """A softmax is saturated if it hears of HEARD codes or fewer (exponential of its entropy), or its largest entry is above LARGEST: as means
 over tokens, half of which then pass next to no gradient. Healthy IBQ has .01 to .05 there, and hears of dozens."""
@@ -213,8 +213,8 @@ def _saturated(lines: _Lines) -> Finding | None:
         "saturated",
         step,
         spread,
-        f"Assignments are saturated since step {step}: the largest probability of a token is {largest[-1]:.2g}{hears}, as its logits spread "
-        f"by {spread:.3g}{given}. Lower logit_scale, for instance to 1/sqrt(D), or begin with shorter codes.",
+        f"Assignments are saturated since step {step}: the largest probability of a token is {largest[-1]:.2g}{hears}, as its logits "
+        f"spread by {spread:.3g}{given}. Lower logit_scale, for instance to 1/sqrt(D), or begin with shorter codes.",
         f"assignments saturated (logits spread by {spread:.3g})",
     )
 
