@@ -27,9 +27,9 @@ COLLAPSED_EARLY, EARLY, SETTLED = 1 / 16, 20, 100
 four bits counts, before EARLY ones nothing does."""
 WINDOW = 3
 """Lines whose median stands for a moment: one window of tokens more or less is noise."""
-ENTROPY_PULL = 50.0
-"""Gradient of the entropy penalty at the features over that of all other terms. Released weights give 1 to 8 with VQ and IBQ and up to 25
-with LFQ, which lives on the penalty; a hundred times the weight gives hundreds, and the pictures then come second."""
+ENTROPY_PULL = 100.0
+"""Gradient of the entropy penalty at the features over that of all other terms. Healthy runs with released weights have 1 to 3 (VQ), 4 to 20
+(IBQ) and 15 to 28 (LFQ, which lives on the penalty); a hundred times the weight gives hundreds, and the pictures come second."""
 RUNAWAY, LONGER, STILL = 3.0, 2.0, 1.2
 """A norm runs away if it is RUNAWAY times what it was at its smallest, LONGER times that of the other side, and STILL times what it was
 half the run ago. Features of healthy LFQ grow fourfold and codes of VQ from U(-1/K, 1/K) sevenfold, but towards the other side."""
@@ -73,15 +73,18 @@ def diagnose(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
             be absent, and values that are not finite numbers count as absent.
 
     Returns:
-        If the codebook has collapsed, that first. Then its causes, in the order of CAUSES, so that the first is the one to mend first:
-        entropy penalty and norms are judged in any case, the others only where they explain a collapse.
+        If the codebook has collapsed, that first. Then its causes, in the order of CAUSES, so that the first is the one to mend first;
+        but assignments that were saturated only after the collapse come last. Entropy penalty and norms are judged in any case, the others
+        only where they explain a collapse.
     """
     lines = _Lines(history)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # what comes of it, inf or NaN, passes no threshold or all
         collapse = _collapsed(lines)
         found = [collapse, _entropy(lines), _norms(lines)]
         if collapse:
-            found += [_saturated(lines), _gap(lines), _never_used(lines)]
+            saturated, others = _saturated(lines), [_gap(lines), _never_used(lines)]
+            followed = saturated is not None and saturated.step > collapse.step
+            found += [*others, saturated] if followed else [saturated, *others]
     return [finding for finding in found if finding]
 
 
@@ -137,11 +140,12 @@ def _smooth(column: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _collapsed(lines: _Lines) -> Finding | None:
     """Few codes are in use, and it is not getting better: at its pace the run would not be alive when it is twice as old."""
-    if not len(lines) or lines.steps[-1] < EARLY:
+    if len(lines) < WINDOW or lines.steps[-1] < EARLY:
         return None
-    share = _smooth(lines["perplexity"] / lines["uniform_perplexity"])
-    limit = COLLAPSED if lines.steps[-1] >= SETTLED else COLLAPSED_EARLY
-    if not share[-1] < limit or share[-1] * (share[-1] / share[lines.middle]) >= limit:
+    share = lines["perplexity"] / lines["uniform_perplexity"]
+    smooth, limit = _smooth(share), COLLAPSED if lines.steps[-1] >= SETTLED else COLLAPSED_EARLY
+    now = float(smooth[-1])
+    if not now < limit or now * (now / smooth[lines.middle]) >= limit:
         return None
     alive = np.flatnonzero(share >= limit)
     peak = int(alive[-1]) if len(alive) else int(np.nanargmax(share))
@@ -152,7 +156,7 @@ def _collapsed(lines: _Lines) -> Finding | None:
     return Finding(
         "collapsed",
         step,
-        float(share[-1]),
+        now,
         f"The codebook has collapsed since step {step}: perplexity {lines.now('perplexity'):.3g}{codes}, where as many uniform tokens "
         f"would give {lines.now('uniform_perplexity'):,.0f}{dead}.",
         f"collapsed since step {step}",
@@ -197,24 +201,24 @@ def _norms(lines: _Lines) -> Finding | None:
 
 def _saturated(lines: _Lines) -> Finding | None:
     """Of methods whose gradient goes through a softmax of the logits; only they log its factor."""
-    largest, heard, scale = lines["max_probability"], np.exp(lines["assignment_entropy"]), lines["logit_scale"]
-    few = heard <= np.minimum(HEARD, lines["codebook_size"] / 8)
-    step = lines.since(_smooth(np.where(np.isnan(scale), 0.0, few | (largest > LARGEST))) > 0)
+    largest, heard, K = lines["max_probability"], np.exp(lines["assignment_entropy"]), lines["codebook_size"]
+    step = lines.since(~np.isnan(lines["logit_scale"]) & ((heard <= np.minimum(HEARD, K / 8)) | (largest > LARGEST)))
     if step is None:
         return None
-    spread, D = lines.now("logit_spread"), lines.now("code_dim")
-    z, c = lines.now("feature_norm"), lines.now("code_norm")
-    hears = "" if np.isnan(heard[-1]) else f", so that it hears of {heard[-1]:.2g} codes"
-    given = (
-        "" if np.isnan(z * c * D) else f"; {scale[-1]:.3g} |z| |c| / sqrt(D) = {scale[-1]:.3g} · {z:.3g} · {c:.3g} / sqrt({D:.0f}) gives"
-    )
-    given = given and f"{given} {scale[-1] * z * c / D**0.5:.3g}"
+    names = ("logit_spread", "logit_scale", "feature_norm", "code_norm", "code_dim")
+    spread, scale, z, c, D = (lines.now(name) for name in names)
+    hears = "" if np.isnan(heard[-1] * K[-1]) else f", so that it hears of {heard[-1]:.2g} of {K[-1]:,.0f} codes"
+    given, remedy = "", "Shorter codes would lower it."
+    if not np.isnan(z * c * D):
+        given = f"; logit_scale · |z| · |c| / sqrt(D) is {scale:.3g} · {z:.3g} · {c:.3g} / sqrt({D:.0f}) = {scale * z * c / D**0.5:.3g}"
+        if (excess := scale * D**0.5) > 1.01:
+            remedy = f"A logit_scale of 1/sqrt(D) would divide it by {excess:.3g}."
     return Finding(
         "saturated",
         step,
         spread,
-        f"Assignments are saturated since step {step}: the largest probability of a token is {largest[-1]:.2g}{hears}, as its logits "
-        f"spread by {spread:.3g}{given}. Lower logit_scale, for instance to 1/sqrt(D), or begin with shorter codes.",
+        f"Assignments are saturated since step {step}: the largest probability of a token is {largest[-1]:.2f}{hears}, as its logits "
+        f"spread by {spread:.3g}{given}. {remedy}",
         f"assignments saturated (logits spread by {spread:.3g})",
     )
 
@@ -228,7 +232,8 @@ def _gap(lines: _Lines) -> Finding | None:
             step,
             float(ratio),
             f"Dead codes are left behind since step {step}: their gap to the features is {dead[-1]:.3g} times the features' variance, "
-            f"{ratio:.3g} times that of the codes in use ({used[-1]:.3g}). Begin with codes drawn from features, or restart dead ones.",
+            f"{ratio:.3g} times that of the codes in use ({used[-1]:.3g}). Codes that are learnt should begin as features, or "
+            "be restarted where they are dead.",
             f"dead codes left behind (gap {ratio:.3g} times that of used ones)",
         )
     if np.isnan(gap).all():
@@ -263,6 +268,6 @@ def _never_used(lines: _Lines) -> Finding | None:
         "never_used",
         step,
         float(never[-1]),
-        f"No token has ever chosen {never[-1]:,.0f} of {K:,.0f} codes, and none of them has been reached since step {step}{reached}.",
+        f"{never[-1]:,.0f} of {K:,.0f} codes have never had a token, as many as at step {step}{reached}.",
         f"{never[-1]:,.0f} codes never used",
     )
