@@ -28,14 +28,17 @@ four bits counts, before EARLY ones nothing does."""
 WINDOW = 3
 """Lines whose median stands for a moment: one window of tokens more or less is noise."""
 ENTROPY_PULL = 100.0
-"""Gradient of the entropy penalty at the features over that of all other terms. Healthy runs with released weights have 1 to 3 (VQ), 4 to 20
-(IBQ) and 15 to 28 (LFQ, which lives on the penalty); a hundred times the weight gives hundreds, and the pictures come second."""
+"""Gradient of the entropy penalty at the features over that of all other terms. With released weights healthy runs have 1 to 5 (VQ), 2 to
+35 (IBQ) and 15 to 28 (LFQ, which lives on it). A hundred times the weight gives hundreds, and the pictures come second."""
 RUNAWAY, LONGER, STILL = 3.0, 2.0, 1.2
 """A norm runs away if it is RUNAWAY times what it was at its smallest, LONGER times that of the other side, and STILL times what it was
 half the run ago. Features of healthy LFQ grow fourfold and codes of VQ from U(-1/K, 1/K) sevenfold, but towards the other side."""
 HEARD, LARGEST = 4.0, 0.5
 """A softmax is saturated if it hears of HEARD codes or fewer (exponential of its entropy), or its largest entry is above LARGEST: as means
 over tokens, half of which then pass next to no gradient. Healthy IBQ has .01 to .05 there, and hears of dozens."""
+FOLLOWS = 1.5
+"""Assignments that were saturated only so much later than the collapse, in steps, do not explain it: features that have become one point
+are sure of their code."""
 LEFT_BEHIND, WIDENED = 1.5, 2.0
 """Dead codes are left behind if their gap is LEFT_BEHIND times that of codes in use: 1.0 to 1.3 in healthy runs, where both lie alike, and
 2 to 20 in collapsed VQ. A gap has grown if it is WIDENED times what it was at its smallest."""
@@ -83,7 +86,7 @@ def diagnose(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
         found = [collapse, _entropy(lines), _norms(lines)]
         if collapse:
             saturated, others = _saturated(lines), [_gap(lines), _never_used(lines)]
-            followed = saturated is not None and saturated.step > collapse.step
+            followed = saturated is not None and saturated.step > FOLLOWS * collapse.step
             found += [*others, saturated] if followed else [saturated, *others]
     return [finding for finding in found if finding]
 
