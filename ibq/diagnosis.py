@@ -206,10 +206,10 @@ def _saturated(lines: _Lines) -> Finding | None:
     """Of methods whose gradient goes through a softmax of the logits; only they log its factor."""
     largest, heard, K = lines["max_probability"], np.exp(lines["assignment_entropy"]), lines["codebook_size"]
     step = lines.since(~np.isnan(lines["logit_scale"]) & ((heard <= np.minimum(HEARD, K / 8)) | (largest > LARGEST)))
-    if step is None:
-        return None
     names = ("logit_spread", "logit_scale", "feature_norm", "code_norm", "code_dim")
     spread, scale, z, c, D = (lines.now(name) for name in names)
+    if step is None or np.isnan(spread):
+        return None
     hears = "" if np.isnan(heard[-1] * K[-1]) else f", so that it hears of {heard[-1]:.2g} of {K[-1]:,.0f} codes"
     given, remedy = "", "Shorter codes would lower it."
     if not np.isnan(z * c * D):
