@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from experiments import worker
+from experiments import diagnoses, worker
 from experiments.pace import step_cost, work
 from experiments.study import STAGES, Cell, Study, unique_runs
 from ibq.distributed import resolve_device
@@ -274,7 +274,7 @@ def _share_done(cell: Cell) -> float:
 
 
 def result_of(row: dict[str, Any]) -> str:
-    """What a run gave, in a phrase; why it gave nothing."""
+    """What a run gave, in a phrase; why it gave nothing; and what its history shows, if anything."""
     if row["status"] != "ok":
         result = row["reason"]
     elif "bits_per_image" in row:
@@ -282,7 +282,7 @@ def result_of(row: dict[str, Any]) -> str:
         result = f"bits/image {row['bits_per_image']:.0f}{fid}"
     else:
         result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}"
-    return f"{result}, {row['train_seconds']:.0f} s"
+    return f"{result}, {row['train_seconds']:.0f} s{diagnoses.phrase(row)}"
 
 
 def last_step(cell: Cell) -> int:
