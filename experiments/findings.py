@@ -24,7 +24,9 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         sentences.append(f"{counts.sum()} of {len(known)} runs have no result ({states}); what follows rests on the others.")
     waiting = rows[rows["status"] == "waiting"]
     untokenized = int(waiting["stage"].eq("generator").sum()) if "stage" in waiting else 0
-    if searching := len(waiting) - untokenized:
+    if ablation.border and len(waiting):
+        sentences.append(f"{len(waiting)} runs wait for their neighbours.")
+    elif searching := len(waiting) - untokenized:
         sentences.append(f"{searching} runs wait for the search of their learning rate.")
     if untokenized:
         sentences.append(

@@ -51,6 +51,8 @@ COLUMNS = {
     "fid": Column("FID[fashion-cnn]", 2, entry("fid[fashion-cnn]")),
     "fid_inception": Column("FID (Inception)", 2, entry("inception.fid")),
     "gap": Column("gap", 2, entry("gap")),
+    "logit_spread": Column("logit spread", 2, entry("last.logit_spread")),
+    "max_probability": Column("largest probability", 3, entry("last.max_probability")),
     "depth": Column("blocks", 0, entry("depth")),
     "cross_entropy": Column("nats/token", 3, entry("cross_entropy")),
     "bits_per_image": Column("bits an image", 0, entry("bits_per_image")),
