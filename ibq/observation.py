@@ -172,8 +172,8 @@ class EntropyPull:
         self.z_BDHW, entropies = z_BDHW, [weights[name] * term for name, term in terms.items() if "entropy" in name]
         self.of_entropy_BDHW = None
         if entropies:
-            z_BDHW.retain_grad()
             (self.of_entropy_BDHW,) = torch.autograd.grad(torch.stack(entropies).sum(), z_BDHW, retain_graph=True)
+            z_BDHW.retain_grad()  # only now, or it would keep that gradient too
 
     def report(self, loss_scale: float) -> dict[str, float]:
         """entropy_pull: norm of the gradient that the weighted entropy terms give the features, over that of all other terms.

@@ -124,7 +124,7 @@ def train_tokenizer(
         run.rewind(state.step)
     with shared_errors(ConfigError):
         journal = Journal(run, config, state.step, intervene)
-    state.amend(journal.config)
+    state.amend(config := journal.config)
     if state.step == 0 and 0 in snapshot_steps:
         snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window.total(), device)
         if writer:

@@ -79,9 +79,11 @@ def test_error_of_the_mean_is_1_and_of_a_copy_0() -> None:
 
 
 def test_logit_statistics_at_their_limits() -> None:
-    assert logit_statistics(torch.full((3, 50), 7.0)) == pytest.approx({"logit_spread": 0, "max_probability": 1 / 50})
+    indifferent = {"logit_spread": 0, "max_probability": 1 / 50, "assignment_entropy": math.log(50)}
+    assert logit_statistics(torch.full((3, 50), 7.0)) == pytest.approx(indifferent)
     decided_NK = 1000 * torch.eye(4)
-    assert logit_statistics(decided_NK) == pytest.approx({"logit_spread": 1000 * math.sqrt(3) / 4, "max_probability": 1})
+    decided = {"logit_spread": 1000 * math.sqrt(3) / 4, "max_probability": 1, "assignment_entropy": 0}
+    assert logit_statistics(decided_NK) == pytest.approx(decided)
 
 
 def test_the_gap_equals_the_frechet_distance_of_scipy() -> None:
