@@ -13,7 +13,7 @@ from experiments.ablations import (
     quantizers,
     vq_vs_ibq,
 )
-from experiments.ablations.base import Ablation, Anatomy, Arm, Axis, Border, Continuation, Contrast, Factor, PaperRow, Part, Tuning
+from experiments.ablations.base import Ablation, Anatomy, Arm, Axis, Border, Continuation, Contrast, Factor, PaperRow, Part, Remedy, Tuning
 
 _IN_ORDER = (
     vq_vs_ibq,
@@ -45,5 +45,6 @@ __all__ = [
     "Factor",
     "PaperRow",
     "Part",
+    "Remedy",
     "Tuning",
 ]

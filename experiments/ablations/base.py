@@ -96,6 +96,17 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
+class Remedy:
+    """An arm that shows what mends a collapse: the case that it is of, what was done, and whether it is the case itself, unmended or its
+    counterpart that never collapsed."""
+
+    case: str
+    what: str
+    arm: str
+    reference: bool = False
+
+
+@dataclass(frozen=True)
 class Border:
     """A map of where codebooks collapse, which is drawn coarsely first and then along its border by arms `between` others.
 
@@ -106,6 +117,7 @@ class Border:
 
     collapse: float
     most_arms: int
+    remedies: tuple[Remedy, ...] = ()
 
 
 @dataclass(frozen=True)

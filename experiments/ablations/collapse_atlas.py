@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.ablations import codebook_size, vq_vs_ibq
-from experiments.ablations.base import Ablation, Arm, Border, Contrast, Factor, PaperRow
+from experiments.ablations.base import Ablation, Arm, Border, Contrast, Factor, PaperRow, Remedy
 
 PUBLISHED = vq_vs_ibq.quantizer(vq_vs_ibq.ABLATION.arm("ibq_published").levels, 0)
 OUTSIDE = PUBLISHED | {"double": False, "beta_on": "commitment"}
@@ -171,46 +171,63 @@ AXES = (
     arm("ibq", "usual", 256, length="×0.35"),
 )
 
-OPPOSITE = tuple(
-    between(prefix, ("slow", 16), corner, ("fast", 256))
-    for prefix in PREFIXES
-    if prefix not in MAPPED
-    for corner in (("slow", 256), ("fast", 16))
-)
-"""The corners that lie between the two certain ones."""
+PARTS = tuple(prefix for prefix in PREFIXES if prefix not in MAPPED)
 
 
-def edges(prefix: str) -> tuple[tuple[tuple[str, int], ...], ...]:
-    """Ends and middles of the four edges of a method's map; of the upper one of "outside" the half from D = 32 on."""
+def edges(prefix: str) -> tuple[Arm, ...]:
+    """The middles of the four edges of a method's map; of the upper one of "outside" that of the half beyond D = 32."""
     least = 32 if prefix == "outside" else 16
-    return (
-        (("fast", least), ("fast", 64), ("fast", 256)),
-        (("slow", 16), ("slow", 64), ("slow", 256)),
-        (("slow", 256), ("usual", 256), ("fast", 256)),
-        (("slow", 16), ("usual", 16), ("fast", 16)),
+    middles = (
+        between(prefix, ("fast", least), ("fast", 64), ("fast", 256)),
+        between(prefix, ("slow", 16), ("slow", 64), ("slow", 256)),
+        between(prefix, ("slow", 256), ("usual", 256), ("fast", 256)),
+        between(prefix, ("slow", 16), ("usual", 16), ("fast", 16)),
     )
+    return tuple(middle for middle in middles if middle.name not in {certain.name for certain in QUESTION})
 
 
-EDGES = tuple(
-    between(prefix, one, middle, other)
-    for i in range(4)
-    for prefix in (*MAPPED, *(prefix for prefix in PREFIXES if prefix not in MAPPED))
-    for one, middle, other in [edges(prefix)[i]]
-    if name(prefix, *middle) not in {certain.name for certain in QUESTION}
-)
-"""The middles of edges."""
-
-FURTHER = (
+ALONG_AXES = (
     arm("vq", "usual", 64, K="×1/4", between=(name("vq", "usual", 64, K="×1/16"), name("vq", "usual", 64))),
     arm("ibq", "usual", 64, mean="1/2", between=(name("ibq", "usual", 64, mean="1/8"), name("ibq", "usual", 64))),
     arm("outside", "fast", 32, mean="1/2", between=(name("outside", "fast", 32, mean="1/8"), name("outside", "fast", 32))),
-    *(
-        between(prefix, *points)
-        for points in ((("slow", 16), ("slow", 32), ("slow", 64)), (("fast", 64), ("fast", 128), ("fast", 256)))
-        for prefix in ("ibq", "ibq_single", "outside")
-    ),
 )
-"""Between levels of the other axes, and between a corner and the middle of an edge."""
+OPPOSITE = tuple(between(prefix, ("slow", 16), corner, ("fast", 256)) for prefix in PARTS for corner in (("slow", 256), ("fast", 16)))
+"""The corners that lie between the two certain ones."""
+
+FINER = tuple(
+    between(prefix, *points)
+    for points in ((("fast", 64), ("fast", 128), ("fast", 256)), (("slow", 16), ("slow", 32), ("slow", 64)))
+    for prefix in ("outside", "ibq", "ibq_single")
+)
+"""Between a corner and the middle of an edge."""
+
+CONDITIONAL = (
+    *(middle for prefix in MAPPED for middle in edges(prefix)),
+    *ALONG_AXES,
+    *OPPOSITE,
+    *(middle for prefix in PARTS for middle in edges(prefix)),
+    *FINER,
+)
+"""Between two others, those first that get the places that are left."""
+
+OUTSIDE_CASE, LONG_CASE = "outside its recipe", "the whole recipe, codes drawn 4 times as long"
+REMEDIES_TRIED = (
+    Remedy(OUTSIDE_CASE, "D = 32", name("outside", "fast", 32), reference=True),
+    Remedy(OUTSIDE_CASE, "D = 256", name("outside", "fast", 256), reference=True),
+    Remedy(OUTSIDE_CASE, "codes as long as at D = 32", name("outside", "fast", 256, length="×0.35")),
+    Remedy(OUTSIDE_CASE, "logits over √D", name("outside", "fast", 256, remedy="logits over √D")),
+    Remedy(OUTSIDE_CASE, "logits over 4", name("outside", "fast", 256, remedy="logits over 4")),
+    Remedy(OUTSIDE_CASE, "entropy temperature ×16", name("outside", "fast", 256, remedy="entropy temperature ×16")),
+    Remedy(OUTSIDE_CASE, "entropy weight ×4", name("outside", "fast", 256, remedy="entropy weight ×4")),
+    Remedy(OUTSIDE_CASE, "0.25 on the codebook term", name("ibq_single", "fast", 256)),
+    Remedy(OUTSIDE_CASE, "double term", name("outside", "fast", 256, remedy="double term")),
+    Remedy(OUTSIDE_CASE, "a third of the rate", name("outside", "usual", 256)),
+    Remedy(LONG_CASE, "D = 32", name("ibq", "usual", 32, length="×4"), reference=True),
+    Remedy(LONG_CASE, "D = 256", name("ibq", "usual", 256, length="×4"), reference=True),
+    Remedy(LONG_CASE, "logits over √D", name("ibq", "usual", 256, length="×4", remedy="logits over √D")),
+    Remedy(LONG_CASE, "codes of N(0, 1)", name("ibq", "usual", 256)),
+    Remedy(LONG_CASE, "codes as long as at D = 32", name("ibq", "usual", 256, length="×0.35")),
+)
 
 ABLATION = Ablation(
     name="collapse_atlas",
@@ -232,7 +249,7 @@ ABLATION = Ablation(
         Factor("initial length", tuple(LENGTHS), "factor on the codes drawn from N(0, 1)"),
         Factor("remedy", tuple(REMEDIES), "what is set on top of the method"),
     ),
-    arms=(*QUESTION, *CORNERS, *AXES, *OPPOSITE, *EDGES, *FURTHER),
+    arms=(*QUESTION, *CORNERS, *AXES, *CONDITIONAL),
     contrasts=(
         Contrast(
             "outside: D",
@@ -394,7 +411,7 @@ ABLATION = Ablation(
     quantizer=quantizer,
     scales=scales,
     settings=settings,
-    border=Border(collapse=0.1, most_arms=60),
+    border=Border(collapse=0.1, most_arms=60, remedies=REMEDIES_TRIED),
     figures=("collapse_map", "collapse_axes", "saturation", "usage_over_training", "logits_over_training"),
     tables=("remedies", "arms", "verdicts", "paper"),
     columns=("share", "usage", "perplexity", "bits", "l1", "fid", "logit_spread", "max_probability", "gap", "step_ms"),
