@@ -43,9 +43,10 @@ def collapse_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
     lr = _rates(study, ablation)
     absent = left_out(ablation, rows)
     of_maps = rows[rows["arm"].isin([arm.name for arms in drawn.values() for arm in arms.values()])]
-    size = (2.3 * len(OUTCOMES) + 0.9, 1.1 * len(drawn) + 1.9)
-    figure, axes = plt.subplots(len(drawn), len(OUTCOMES), figsize=size, squeeze=False, sharex=True, sharey=True)
-    for column, outcome in enumerate(OUTCOMES):
+    outcomes = [outcome for outcome in OUTCOMES if len(values_of(of_maps, outcome))]
+    size = (2.3 * len(outcomes) + 0.9, 1.1 * len(drawn) + 1.9)
+    figure, axes = plt.subplots(len(drawn), len(outcomes), figsize=size, squeeze=False, sharex=True, sharey=True)
+    for column, outcome in enumerate(outcomes):
         colors = _colors(of_maps, outcome)
         for axis, arms in zip(axes[:, column], drawn.values(), strict=True):
             axis.grid(False)
