@@ -70,6 +70,8 @@ class _Server:
         """What is slow to import and not needed before an evaluation: when there is nothing else to do."""
         import torchmetrics.functional.image  # noqa: F401
 
+        import ibq.metrics.extractors  # noqa: F401
+
         self._warm = True
         self._owner.send(WARM)
 
@@ -149,7 +151,7 @@ def _forked(others: list[Connection]) -> None:
     """What a process owes to those that were forked before it, and to the interface, which goes first."""
     for connection in others:
         connection.close()
-    os.nice(5)
+    os.nice(2)
 
 
 def _train(order: Train, commands: Connection, others: list[Connection]) -> None:

@@ -154,7 +154,7 @@ class Workers:
         try:
             self._connection.send(order)
         except OSError:
-            self._lose()
+            self._mourn()
 
     def _listen(self) -> None:
         """Take in what the server has said."""
@@ -166,12 +166,7 @@ class Workers:
                 elif isinstance(said, Said):
                     self._note(said)
         except (EOFError, OSError):
-            self._log.seek(0)
-            last_words = (self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-            for path, attempt in self._attempts.items():
-                if attempt.activity == "starting":  # others note themselves that they stop
-                    note(RunDirectory(path), "error", f"the process that starts trainers has ended: {last_words}; train the run again")
-            self._lose()
+            self._mourn()
 
     def _note(self, said: Said) -> None:
         for path, attempt in list(self._attempts.items()):
@@ -181,6 +176,15 @@ class Workers:
                 del self._attempts[path]
             elif attempt.activity != "removing":
                 attempt.activity = said.state  # type: ignore[assignment]
+
+    def _mourn(self) -> None:
+        """The server has ended by itself. Trainers record that they stop; of runs whose trainers may never have been it is recorded here."""
+        self._log.seek(0)
+        last_words = (self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        for path, attempt in self._attempts.items():
+            if attempt.activity == "starting":
+                note(RunDirectory(path), "error", f"the process that starts trainers has ended: {last_words}; train the run again")
+        self._lose()
 
     def _lose(self) -> None:
         """The server is gone, or let go: trainers, seeing that, stop by themselves."""
