@@ -178,7 +178,7 @@ class Workers:
                 attempt.activity = said.state  # type: ignore[assignment]
 
     def _mourn(self) -> None:
-        """The server has ended by itself. Trainers record that they stop; of runs whose trainers may never have been it is recorded here."""
+        """The server has ended by itself. Trainers record that they stop; of runs that have not got one it is recorded here."""
         self._log.seek(0)
         last_words = (self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
         for path, attempt in self._attempts.items():
