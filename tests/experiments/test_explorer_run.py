@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -27,7 +28,7 @@ from experiments.study import ROOT, Study
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.interventions import scheduled
-from ibq.run_directory import RunDirectory
+from ibq.run_directory import RunDirectory, append_line
 from ibq.train_tokenizer import train_tokenizer
 
 LONG = 100_000
@@ -150,6 +151,27 @@ def test_a_run_that_is_changed_paused_and_stopped_equals_one_that_is_not(make: C
     quiet = RunDirectory(tmp_path)
     list(train_tokenizer(run.config, quiet.path, runtime_of(run.config, "cpu"), intervene=scheduled(run.interventions)))
     assert_same_run(run.directory, quiet)
+
+
+def test_what_is_asked_before_a_stop_is_done_and_a_train_after_it_goes_on(make: Callable[..., ExplorerRun]) -> None:
+    run = training(make())
+    run.pause()
+    run.intervene({"optim.lr": 1e-4})
+    run.stop()
+    with pytest.raises(ConfigError, match="is stopping, and only a run that trains or is paused can be changed"):
+        run.intervene({"optim.lr": 1e-5})
+    run.train()  # before it has ended
+    until(lambda: len(run.directory.read_attempts()) == 3, "the next attempt")
+    until(lambda: run.state == "training", "its first point")
+    assert [attempt["event"] for attempt in run.directory.read_attempts()] == ["started", "stopped", "started"]
+    assert [each.fields for each in run.interventions] == [{"optim.lr": 1e-4}]
+    run.stop()
+    run.train()
+    run.stop()  # after all
+    assert run.wait(PATIENCE_S)
+    time.sleep(0.2)
+    assert run.state == "stopped"
+    assert len(run.directory.read_attempts()) == 4
 
 
 def test_a_killed_trainer_is_a_failure_with_a_sentence_and_goes_on_from_its_checkpoint(
@@ -385,7 +407,8 @@ def test_ten_starts_and_stops_leak_nothing(folders: Path) -> None:
     grown = [(process.memory_info().rss - then) / 2**20 for process, then in zip((me, server), memory, strict=True)]
     after = [held(process) for process in (me, server)]
     print(f"ten cycles: children, descriptors, threads of kernel and server {before} -> {after}, MiB more {grown}")
-    assert after == before
+    for now, then in zip(after, before, strict=True):
+        assert all(n <= t for n, t in zip(now, then, strict=True))
     assert max(grown) < 10
     workers.close(PATIENCE_S)
     assert held(me) == before_all
@@ -444,6 +467,24 @@ def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(tmp_path: P
     until(lambda: not processes_with(str(tmp_path)), "the end of every process")
     runs = [RunDirectory(path) for path in sorted((tmp_path / "explore").iterdir())]
     assert [run.read_attempts()[-1]["event"] for run in runs] == ["stopped", "stopped"]
+
+
+def test_damaged_files_and_a_full_disk_are_said_in_one_sentence(
+    own_folders: None, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(config_of(2), workers)
+    append_line(run.directory.attempts, {"event": "started"})
+    assert run.state == "failed"
+    assert run.reason == "its trainer ended without a word; train it again, it goes on from its last checkpoint"
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        assert run.reason.startswith(f"the disk under {explore_folder()} is full; make space and train the run again")
+    run.directory.interventions.write_text('{"step": -1}\n')
+    with pytest.raises(ConfigError, match=r"interventions.jsonl cannot be read \(step: Input should be greater"):
+        run.train()
+    run.directory.row.write_text("{")
+    assert run.state == "failed"
+    assert "row.json is not JSON" in run.reason
 
 
 def test_a_server_that_cannot_start_says_why(make: Callable[..., ExplorerRun], monkeypatch: pytest.MonkeyPatch) -> None:
