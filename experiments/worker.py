@@ -148,7 +148,10 @@ def classify(error: Exception) -> tuple[str, str]:
     """The event and the one-line reason that an exception stands for; running out of memory says what was asked."""
     text = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return "oom", f"out of memory: {text[:400] or 'the system gave no size'}; lower batch_size or --slots"
+        return (
+            "oom",
+            f"out of memory: {text[:400] or 'the system gave no size'}; lower batch_size or the number of runs at a time (--slots)",
+        )
     if isinstance(error, PeerLostError):
         return "lost", f"{text}; the same command goes on from the last checkpoint"
     if isinstance(error, (ConfigError, DataError)):

@@ -79,6 +79,14 @@ def after(config: TrainConfig, intervention: Intervention) -> TrainConfig:
     return amended(config, intervention.fields)
 
 
+def read_interventions(run: RunDirectory) -> list[Intervention]:
+    """What a run's directory records of changes, in the order of the records. ConfigError: a line is damaged."""
+    try:
+        return [Intervention.model_validate(line) for line in read_lines(run.interventions)]
+    except ValidationError as error:
+        raise ConfigError(f"{run.interventions} cannot be read ({one_sentence(error)}); forget the run") from None
+
+
 def scheduled(interventions: Iterable[Intervention]) -> Asked:
     """What asks a list, each at its step: for a script that repeats what was done by hand."""
     planned = list(interventions)
@@ -100,10 +108,7 @@ class Journal:
 
     def __init__(self, run: RunDirectory, config: TrainConfig, step: int, asked: Asked | None) -> None:
         self.run, self.config, self._asked = run, config, asked
-        try:
-            recorded = [Intervention.model_validate(line) for line in read_lines(run.interventions)]
-        except ValidationError as error:
-            raise ConfigError(f"{run.interventions} cannot be read ({one_sentence(error)}); forget the run") from None
+        recorded = read_interventions(run)
         if world_size() > 1 and (recorded or asked):
             raise ConfigError(f"a run with interventions is trained by one process, not by {world_size()}; start it without torchrun")
         self.number = len(recorded)

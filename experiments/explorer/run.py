@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +23,16 @@ from experiments.study import Study, runs_folder
 from experiments.sweep import failure_reason
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
-from ibq.interventions import Intervention, amended
-from ibq.run_directory import RunDirectory, read_lines, write_json
+from ibq.interventions import Intervention, after, read_interventions
+from ibq.run_directory import RunDirectory, write_json
 
 __all__ = ["WORKERS", "ExplorerRun", "Workers", "explore_folder", "load_run", "new_run"]
 
 State = Literal["new", "starting", "training", "paused", "stopped", "finished", "failed", "loaded"]
+SHOWN: dict[str, State] = {"stopping": "training", "removing": "new"}
+"""As what a trainer's activity is shown, where not by its own name."""
 POLL_S = 0.02
+ROOM_BYTES = 2**20
 TAIL_BYTES = 16_384
 """Of history.jsonl, in which its last whole line lies."""
 
@@ -71,12 +75,10 @@ class ExplorerRun:
         if self.read_only:
             return "loaded"
         activity = self.workers.activity(self.directory)
-        if activity == "removing":
-            return "new"
         if activity is not None:
-            return activity
+            return SHOWN.get(activity, activity)  # type: ignore[arg-type]
         if self.directory.finished:
-            return "finished" if self.directory.read_row()["status"] == "ok" else "failed"
+            return "failed" if self._lost else "finished"
         if _held(self.directory):
             return "training"  # by another kernel
         events = [attempt["event"] for attempt in self.directory.read_attempts() if attempt["event"] != "damaged"]
@@ -90,8 +92,19 @@ class ExplorerRun:
         if self.state != "failed":
             return ""
         if self.directory.finished:
-            return str(self.directory.read_row()["reason"])
+            return self._lost
+        if shutil.disk_usage(self.directory.path).free < ROOM_BYTES:
+            return f"the disk under {self.directory.path.parent} is full; make space and train the run again, it goes on from where it was"
         return failure_reason(self.directory) or "its trainer ended without a word; train it again, it goes on from its last checkpoint"
+
+    @property
+    def _lost(self) -> str:
+        """Why a row gives no result, empty where it gives one."""
+        try:
+            row = self.directory.read_row()
+        except ConfigError as error:
+            return str(error)
+        return "" if row["status"] == "ok" else str(row["reason"])
 
     def train(self) -> None:
         """Begin, or go on after a stop or a failure from the last checkpoint, interventions included; a run that trains goes on training.
@@ -102,9 +115,10 @@ class ExplorerRun:
         self._require_own("trained")
         if self.directory.finished:
             raise ConfigError(f"run {self.name} has its row and cannot be trained further; reset it, or make a new run with more steps")
-        if self.workers.activity(self.directory) in (None, "removing"):
-            self._require_free()
-            self.directory.path.mkdir(parents=True, exist_ok=True)
+        activity = self.workers.activity(self.directory)
+        if activity is None and _held(self.directory):
+            raise ConfigError(f"run {self.name} is being trained by another process; stop it there first")
+        if activity in (None, "removing", "stopping"):
             self.workers.train(self.directory, self.config, self.amended_config)
         else:
             self.workers.tell(self.directory, "resume")
@@ -154,7 +168,8 @@ class ExplorerRun:
         """
         self._require_own("changed")
         if not self.workers.intervene(self.directory, Intervention(fields=dict(fields), restart_dead=restart_dead)):
-            raise ConfigError(f"run {self.name} is {self.state}, and only a run that trains or is paused can be changed; train it first")
+            state = "stopping" if self.workers.activity(self.directory) == "stopping" else self.state
+            raise ConfigError(f"run {self.name} is {state}, and only a run that trains or is paused can be changed; train it first")
 
     def project_umap(self) -> None:
         """Have the newest codes and features projected by UMAP; `experiments.explorer.live_umap.read_live_umap` gives the result, later."""
@@ -163,23 +178,19 @@ class ExplorerRun:
     @property
     def interventions(self) -> list[Intervention]:
         """Those that have taken effect, in their order."""
-        return [Intervention.model_validate(line) for line in read_lines(self.directory.interventions)]
+        return read_interventions(self.directory)
 
     @property
     def amended_config(self) -> TrainConfig:
         """The config with the fields that interventions have changed."""
         config = self.config
         for intervention in self.interventions:
-            config = amended(config, intervention.fields)
+            config = after(config, intervention)
         return config
 
     def _require_own(self, done: str) -> None:
         if self.read_only:
             raise ConfigError(f"run {self.name} is the study's and is only shown, so it cannot be {done}; make a new run of its settings")
-
-    def _require_free(self) -> None:
-        if self.workers.activity(self.directory) is None and _held(self.directory):
-            raise ConfigError(f"run {self.name} is being trained by another process; stop it there first")
 
 
 def new_run(config: TrainConfig, workers: Workers = WORKERS) -> ExplorerRun:

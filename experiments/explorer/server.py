@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError
 
 from experiments import worker
 from experiments.explorer import trainer
 from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Reset, Said, Tell, Train
-from ibq.config import parse_train_config
+from ibq.config import DataConfig, parse_train_config
+from ibq.data import DataError, Split, load_images
+from ibq.data.fashion_mnist import fashion_mnist_is_here
 from ibq.run_directory import RunDirectory
 
 FORK = multiprocessing.get_context("fork")
@@ -67,8 +69,14 @@ class _Server:
                     self._obey(self._owner.recv())
 
     def _load_the_rest(self) -> None:
-        """What is slow to import and not needed before an evaluation: when there is nothing else to do."""
+        """When there is nothing else to do: images, and what is slow to import and not needed before an evaluation."""
+        if fashion_mnist_is_here():
+            with suppress(DataError):  # a run that wants it says so
+                for split in get_args(Split):
+                    load_images(DataConfig(), split)
         import torchmetrics.functional.image  # noqa: F401
+
+        import ibq.metrics.extractors  # noqa: F401
 
         self._warm = True
         self._owner.send(WARM)
@@ -149,7 +157,7 @@ def _forked(others: list[Connection]) -> None:
     """What a process owes to those that were forked before it, and to the interface, which goes first."""
     for connection in others:
         connection.close()
-    os.nice(5)
+    os.nice(2)
 
 
 def _train(order: Train, commands: Connection, others: list[Connection]) -> None:

@@ -112,7 +112,7 @@ class Commands:
                 self.say("paused")
                 self._changed.wait_for(lambda: self._stop or not self._paused)
                 self.say("training")
-            return self._stop
+            return self._stop and not self._interventions  # what was asked for before the stop is done, and recorded, first
 
     def intervene(self, step: int) -> list[Intervention]:
         """What is to change before the next step."""

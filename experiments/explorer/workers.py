@@ -27,7 +27,7 @@ from ibq.run_directory import RunDirectory
 
 MOST_RUNS = 4
 """Runs that are trained side by side: what the cores are shared by."""
-Activity = Literal["starting", "training", "paused", "removing"]
+Activity = Literal["starting", "training", "paused", "stopping", "removing"]
 
 
 @dataclass
@@ -36,6 +36,8 @@ class _Attempt:
     config: TrainConfig
     """As interventions have left it, those that are on their way included."""
     activity: Activity = "starting"
+    next: tuple[_Attempt, Train] | None = None
+    """Of one that is stopping: what to begin as soon as it has ended."""
 
 
 class Workers:
@@ -100,15 +102,23 @@ class Workers:
         """Begin to train a run, or go on with one that interventions have changed."""
         with self._lock:
             self.warm()
-            attempt = self._attempts[str(run.path)] = _Attempt(next(self._numbers), amended_config)
+            attempt, last = _Attempt(next(self._numbers), amended_config), self._attempts.get(str(run.path))
             environment = {name: value for name, value in os.environ.items() if name.startswith("IBQ_")}
             threads = max(1, cores() // MOST_RUNS)  # of the machine alone: sums, and so runs, depend on it in their last bits
-            self._send(Train(attempt.number, config.to_json_dict(), str(run.path), self.device, threads, environment))
+            order = Train(attempt.number, config.to_json_dict(), str(run.path), self.device, threads, environment)
+            if last and last.activity == "stopping":
+                attempt.config, last.next = last.config, (attempt, order)
+            else:
+                self._begin(attempt, order)
+
+    def _begin(self, attempt: _Attempt, order: Train) -> None:
+        self._attempts[order.folder] = attempt
+        self._send(order)
 
     def intervene(self, run: RunDirectory, intervention: Intervention) -> bool:
         """Change a run that is trained; False where this kernel trains no such run. ConfigError: the change does not fit it."""
         with self._lock:
-            if self.activity(run) in (None, "removing"):
+            if self.activity(run) in (None, "stopping", "removing"):
                 return False
             attempt = self._attempts[str(run.path)]
             attempt.config = after(attempt.config, intervention)
@@ -121,9 +131,13 @@ class Workers:
             if self.activity(run) in (None, "removing"):
                 return
             attempt = self._attempts[str(run.path)]
-            if command == "pause":
+            if command == "stop":
+                attempt.activity, attempt.next = "stopping", None
+            elif attempt.activity == "stopping":
+                return
+            elif command == "pause":
                 attempt.activity = "paused"
-            elif command == "resume":
+            elif attempt.activity == "paused":
                 attempt.activity = "training"
             self._send(Tell(attempt.number, command))
 
@@ -133,7 +147,7 @@ class Workers:
             if self.activity(run) is None:
                 return False
             attempt = self._attempts[str(run.path)]
-            attempt.activity = "removing"
+            attempt.activity, attempt.next = "removing", None
             self._send(Reset(attempt.number, str(run.path)))
             return True
 
@@ -154,7 +168,7 @@ class Workers:
         try:
             self._connection.send(order)
         except OSError:
-            self._lose()
+            self._mourn()
 
     def _listen(self) -> None:
         """Take in what the server has said."""
@@ -166,12 +180,7 @@ class Workers:
                 elif isinstance(said, Said):
                     self._note(said)
         except (EOFError, OSError):
-            self._log.seek(0)
-            last_words = (self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-            for path, attempt in self._attempts.items():
-                if attempt.activity == "starting":  # others note themselves that they stop
-                    note(RunDirectory(path), "error", f"the process that starts trainers has ended: {last_words}; train the run again")
-            self._lose()
+            self._mourn()
 
     def _note(self, said: Said) -> None:
         for path, attempt in list(self._attempts.items()):
@@ -179,8 +188,19 @@ class Workers:
                 continue
             if said.state == (REMOVED if attempt.activity == "removing" else ENDED):
                 del self._attempts[path]
-            elif attempt.activity != "removing":
+                if attempt.next:
+                    self._begin(*attempt.next)
+            elif attempt.activity not in ("stopping", "removing"):
                 attempt.activity = said.state  # type: ignore[assignment]
+
+    def _mourn(self) -> None:
+        """The server has ended by itself. Trainers record that they stop; of runs that have not got one it is recorded here."""
+        self._log.seek(0)
+        last_words = (self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        for path, attempt in self._attempts.items():
+            if attempt.activity == "starting":
+                note(RunDirectory(path), "error", f"the process that starts trainers has ended: {last_words}; train the run again")
+        self._lose()
 
     def _lose(self) -> None:
         """The server is gone, or let go: trainers, seeing that, stop by themselves."""

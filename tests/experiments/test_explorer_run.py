@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -27,12 +28,12 @@ from experiments.study import ROOT, Study
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.interventions import scheduled
-from ibq.run_directory import RunDirectory
+from ibq.run_directory import RunDirectory, append_line
 from ibq.train_tokenizer import train_tokenizer
 
 LONG = 100_000
 """Steps that no test waits for."""
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
 
 
 def config_of(steps: int, method: str = "ibq", **dotted: Any) -> TrainConfig:
@@ -152,6 +153,27 @@ def test_a_run_that_is_changed_paused_and_stopped_equals_one_that_is_not(make: C
     assert_same_run(run.directory, quiet)
 
 
+def test_what_is_asked_before_a_stop_is_done_and_a_train_after_it_goes_on(make: Callable[..., ExplorerRun]) -> None:
+    run = training(make())
+    run.pause()
+    run.intervene({"optim.lr": 1e-4})
+    run.stop()
+    with pytest.raises(ConfigError, match="is stopping, and only a run that trains or is paused can be changed"):
+        run.intervene({"optim.lr": 1e-5})
+    run.train()  # before it has ended
+    until(lambda: len(run.directory.read_attempts()) == 3, "the next attempt")
+    until(lambda: run.state == "training", "its first point")
+    assert [attempt["event"] for attempt in run.directory.read_attempts()] == ["started", "stopped", "started"]
+    assert [each.fields for each in run.interventions] == [{"optim.lr": 1e-4}]
+    run.stop()
+    run.train()
+    run.stop()  # after all
+    assert run.wait(PATIENCE_S)
+    time.sleep(0.2)
+    assert run.state == "stopped"
+    assert len(run.directory.read_attempts()) == 4
+
+
 def test_a_killed_trainer_is_a_failure_with_a_sentence_and_goes_on_from_its_checkpoint(
     make: Callable[..., ExplorerRun], tmp_path: Path
 ) -> None:
@@ -247,7 +269,7 @@ def test_umap_of_a_run_that_trains(make: Callable[..., ExplorerRun]) -> None:
         ({"batch_size": 60_001}, "batch_size=60001 exceeds the 60000 training images of fashion-mnist; lower it"),
         ({"data.name": "imagefolder:/nowhere"}, "/nowhere"),
         ({"quantizer.codebook_size": 2**38, "quantizer.code_dim": 256}, "out of memory: "),
-        ({"optim.lr": 1e30}, "is not finite"),
+        ({"optim.lr": 1e30}, "NaN or infinite"),
     ],
 )
 def test_what_cannot_be_trained_fails_with_one_sentence(make: Callable[..., ExplorerRun], dotted: dict[str, Any], sentence: str) -> None:
@@ -369,20 +391,30 @@ def test_ten_starts_and_stops_leak_nothing(folders: Path) -> None:
         run.stop()
         assert run.wait(PATIENCE_S)
         assert run.state == "stopped"
-        workers.close(PATIENCE_S)
 
-    def held() -> tuple[int, int, int]:
+    def held(process: psutil.Process) -> tuple[int, int, int]:
         gc.collect()
-        return len(me.children(recursive=True)), me.num_fds(), me.num_threads()
+        return len(process.children(recursive=True)), process.num_fds(), process.num_threads()
 
+    before_all = held(me)
     cycle()
-    before, memory = held(), me.memory_info().rss
+    until(lambda: workers.is_warm, "warm workers")
+    assert workers._server is not None
+    server = psutil.Process(workers._server.pid)
+    before, memory = [held(process) for process in (me, server)], [process.memory_info().rss for process in (me, server)]
     for _ in range(10):
         cycle()
-    grown = (me.memory_info().rss - memory) / 2**20
-    print(f"ten cycles: children, descriptors, threads {before} -> {held()}, memory {grown:+.1f} MiB")
-    assert held() == before
-    assert grown < 10
+    grown = [(process.memory_info().rss - then) / 2**20 for process, then in zip((me, server), memory, strict=True)]
+    after = [held(process) for process in (me, server)]
+    print(f"ten cycles: children, descriptors, threads of kernel and server {before} -> {after}, MiB more {grown}")
+    for now, then in zip(after, before, strict=True):
+        assert all(n <= t for n, t in zip(now, then, strict=True))
+    assert max(grown) < 10
+    workers.close(PATIENCE_S)
+    assert held(me) == before_all
+    cycle()  # once more, from nothing
+    workers.close(PATIENCE_S)
+    assert held(me) == before_all
 
 
 KERNEL = """
@@ -412,7 +444,10 @@ def processes_with(token: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, "server killed"])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.kills), pytest.param("server killed", marks=pytest.mark.kills)],
+)
 def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(tmp_path: Path, workers: Workers, how: Any) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path), "IBQ_EXPLORER_TOKEN": str(tmp_path), "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "-c", KERNEL], env=environment, stdout=subprocess.PIPE, text=True)
@@ -434,11 +469,30 @@ def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(tmp_path: P
     assert [run.read_attempts()[-1]["event"] for run in runs] == ["stopped", "stopped"]
 
 
+def test_damaged_files_and_a_full_disk_are_said_in_one_sentence(
+    own_folders: None, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(config_of(2), workers)
+    append_line(run.directory.attempts, {"event": "started"})
+    assert run.state == "failed"
+    assert run.reason == "its trainer ended without a word; train it again, it goes on from its last checkpoint"
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        assert run.reason.startswith(f"the disk under {explore_folder()} is full; make space and train the run again")
+    run.directory.interventions.write_text('{"step": -1}\n')
+    with pytest.raises(ConfigError, match=r"interventions.jsonl cannot be read \(step: Input should be greater"):
+        run.train()
+    run.directory.row.write_text("{")
+    assert run.state == "failed"
+    assert "row.json is not JSON" in run.reason
+
+
 def test_a_server_that_cannot_start_says_why(make: Callable[..., ExplorerRun], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     run = make()
     run.workers = Workers(device="cpu")
     run.train()
     assert run.wait(PATIENCE_S)
+    run.workers.close(PATIENCE_S)
     assert run.state == "failed"
     assert run.reason == "the process that starts trainers has ended: it said nothing; train the run again"
