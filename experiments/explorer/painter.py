@@ -30,10 +30,11 @@ class Request(NamedTuple):
 
 
 class Painting(NamedTuple):
-    """A drawn figure as a PNG, or why there is none; and the seconds that it took."""
+    """A drawn figure as a PNG, or why there is none; how far each run was in it, by place; and the seconds that it took."""
 
     request: Request
     png: bytes
+    steps: dict[int, int]
     problem: str
     seconds: float
 

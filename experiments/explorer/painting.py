@@ -28,15 +28,15 @@ NICENESS = 5
 """Drawing waits for the interface."""
 
 
-def paint(request: Request) -> bytes:
-    """The PNG of a request, from the folders it names; a run that has been removed meanwhile is left out."""
+def paint(request: Request) -> tuple[bytes, dict[int, int]]:
+    """The PNG of a request, from the folders it names, and the newest step of each place; a run that has been removed is left out."""
     views = []
     for folder, slot in request.shown:
         with suppress(ConfigError):
             views.append(read_view(RunDirectory(folder), slot))
     picture = BytesIO()
     draw(request.name, views, request.size).savefig(picture, format="png", dpi=DOTS_PER_INCH)
-    return picture.getvalue()
+    return picture.getvalue(), {view.slot: view.step for view in views}
 
 
 def main() -> None:
@@ -52,10 +52,10 @@ def main() -> None:
                 request = owner.recv()
             started = time.perf_counter()
             try:
-                png, problem = paint(request), ""
+                (png, steps), problem = paint(request), ""
             except Exception as error:  # one figure that fails must not end the others; it is said where the figure would be
-                png, problem = b"", f"the figure {request.name!r} could not be drawn: {type(error).__name__}: {error}"
-            owner.send(Painting(request, png, problem, time.perf_counter() - started))
+                png, steps, problem = b"", {}, f"the figure {request.name!r} could not be drawn: {type(error).__name__}: {error}"
+            owner.send(Painting(request, png, steps, problem, time.perf_counter() - started))
     os._exit(0)
 
 

@@ -94,7 +94,7 @@ def show_headless(configs: Sequence[TrainConfig]) -> list[ExplorerRun]:
     shown = tuple(Shown(str(run.directory.path), slot) for slot, run in enumerate(runs))
     for name, tab in TABS.items():
         display(Markdown(f"**{tab.title}.** *{tab.caption}*"))
-        display(Image(data=paint(Request(name, shown, FIGURE_SIZE)), format="png"))
+        display(Image(data=paint(Request(name, shown, FIGURE_SIZE))[0], format="png"))
     for letter, run in zip(LETTERS, runs, strict=False):
         sentences = "".join(f"\n- {finding.sentence}" for finding in diagnose(run.directory.read_history())) or "\n- Nothing wrong is seen."
         display(Markdown(f"**Diagnosis of {letter}, {describe(run.config)}, after {run.step} steps**\n{sentences}"))

@@ -27,7 +27,9 @@ from ibq.errors import ConfigError
 
 PLACES = len(LETTERS)
 TICK_S, LOOK_S = 0.1, 0.4
-FIGURE_SIZE = (9.6, 4.9)
+FIGURE_SIZE = (8.3, 5.1)
+WELCOME = "No run yet. Choose settings at the left and press Train, or load a run."
+LOADING = "What training needs is being loaded, which takes some seconds; a run that is started now begins after that."
 SIDES = ("New run", "Change", "Load", "Export")
 
 
@@ -64,6 +66,7 @@ class Panel:
         self.caption, self.message, self.difference = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self._row = widgets.HBox(layout={"width": "100%", "grid_gap": "6px"})
         self.widget = self._arranged()
+        self._welcome = widgets.HTML(note(LOADING), layout={"margin": "6px"})
         self.side.observe(lambda _: self._turn(), "value")
         self.tabs.observe(lambda _: self._show_tab(), "value")
         self.umap.on_click(lambda _: self._project())
@@ -146,6 +149,8 @@ class Panel:
             self.painter.request(self.tabs.value, shown, FIGURE_SIZE)
 
     def _look(self) -> None:
+        if not self.cards:
+            self._welcome.value = note(WELCOME if self.workers.is_warm or self._asleep else LOADING)
         states = [card.state for card in self.cards]
         for card in self.cards:
             self._wanted |= card.refresh()
@@ -161,6 +166,8 @@ class Panel:
         self._pictures[painting.request.name] = painting.png
         if painting.request.name == self.tabs.value:
             self.picture.value = painting.png
+            steps = [f"{LETTERS[slot]} at step {step}" for slot, step in painting.steps.items()]
+            self.picture.tooltip = f"{TABS[painting.request.name].title}: {', '.join(steps) or 'no run'}"
         else:
             self._wanted = True
 
@@ -204,8 +211,7 @@ class Panel:
         self.side.value = SIDES[0]
 
     def _show_cards(self) -> None:
-        empty = widgets.HTML(note("No run yet. Choose settings at the left and press Train, or load a run."), layout={"margin": "6px"})
-        self._row.children = tuple(card.widget for card in self.cards) or (empty,)
+        self._row.children = tuple(card.widget for card in self.cards) or (self._welcome,)
         self._wanted = True
         self._pictures.clear()
         self.change.refresh()
