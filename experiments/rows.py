@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from experiments import diagnoses, tuning
+from experiments import border, diagnoses, tuning
 from experiments.study import Cell, Study
 from experiments.sweep import failure_reason, last_step, result_of
 from experiments.worker import TOKENIZER_ROW
@@ -30,12 +30,13 @@ def load(study: Study | None = None) -> pd.DataFrame:
 
     Returns:
         Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "oom", "failed", "interrupted", "running",
-        "pending", "waiting" for a search or a tokenizer; "oom" and "failed" also of a generator whose tokenizer is so), `stage`
+        "pending", "waiting" for a search, a tokenizer or neighbours; "oom" and "failed" also of a generator whose tokenizer is so), `stage`
         ("tokenizer" or "generator"), then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`,
         evaluations added later as `<evaluation>.<metric>` (those of PLAIN: as `<metric>`), and `reason` where there is no result.
         Runs of a search have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what
         decides. So have tokenizers of generators; `tokenizer_of` names the generator's arm. A generator's line has `tokenizer.<name>` for
-        what its tokenizer's row has, config fields left out.
+        what its tokenizer's row has, config fields left out. Lines of a map of collapse have `first.<name>` and `last.<name>` of their log
+        (`border.saturation`).
 
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
@@ -63,7 +64,8 @@ def _line(cell: Cell) -> dict[str, Any]:
         line |= _of_tokenizer(cell, cell.tokenizer)
     if cell.run.finished:
         decides = {"search.loss": tuning.search_loss(cell.run)} if cell.search else {}
-        return line | checked_row(cell) | _evaluations(cell) | decides
+        seen = border.saturation(cell.run) if cell.ablation.border else {}
+        return line | checked_row(cell) | _evaluations(cell) | decides | seen
     return line | {"run": cell.run.path.name, "status": state(cell), "reason": _reason(cell)}
 
 
@@ -101,10 +103,23 @@ def waits_for(study: Study, cell: Cell) -> str:
     """What a waiting cell waits for, in a phrase."""
     if cell.tokenizer and not any(each is cell.tokenizer for each in study.waiting):
         return f"waits for its tokenizer {cell.tokenizer.run.path.name}"
+    if cell.arm.between:
+        return _waits_between(study, cell)
     arm = cell.ablation.arm(cell.tokenizer_of) if cell.tokenizer_of else cell.arm
     of = arm.tuned_as or arm.name
     runs = [each.run for each in study.cells if each.ablation is cell.ablation and each.search and each.search.arm == of]
     return f"waits for the search of {of}, {sum(run.finished for run in runs)} of {len(runs)} runs finished"
+
+
+def _waits_between(study: Study, cell: Cell) -> str:
+    """What an arm between two others waits for: these, or those before it while there may be no room for it."""
+    neighbours = [each for each in study.cells if each.ablation is cell.ablation and each.arm.name in (cell.arm.between or ())]
+    finished = sum(each.run.finished for each in neighbours if each.seed == 0)
+    if finished == 2:
+        return "waits for the arms before it, which may take all the places that are left"
+    return (
+        f"trained only if one of {' and '.join(cell.arm.between or ())} has collapsed and the other has not, {finished} of 2 runs finished"
+    )
 
 
 def _reason(cell: Cell) -> str:
