@@ -15,10 +15,9 @@ from ibq.run_directory import replacing
 
 METHODS_SHOWN = ("VQ", "VQ, restarts", "VQ, moving averages", "SimVQ", "IBQ as released", "IBQ, no entropy")
 COLUMNS = 3
-FRAMES = 100
-FRAME_MS = 80
+FRAMES = 60
+FRAME_MS = 110
 LAST_FRAME_MS = 2000
-PALETTE = 64
 LARGEST_MB = 3
 
 
@@ -59,7 +58,7 @@ def write_animation(
         images.append(Image.fromarray(board.image()))
         if (i + 1) % max(frames // 10, 1) == 0:
             say(f"frame {i + 1} of {frames}")
-    palette = images[frames // 2].quantize(PALETTE, dither=Image.Dither.NONE)
+    palette = board.palette()
     indexed = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [FRAME_MS] * (frames - 1) + [LAST_FRAME_MS]
     with replacing(out) as temporary:

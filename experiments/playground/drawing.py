@@ -24,7 +24,7 @@ from experiments.playground.simulation import CODES, METHODS, Observation, Playg
 
 LIMIT = 3.9
 """What a panel shows to the left and right of the origin."""
-FEATURES_DRAWN = 256
+FEATURES_DRAWN = 192
 DECADES = 4
 SHORTEST, LONGEST = 0.22, 0.75
 """Of an arrow, in the plane's units: of one that is 10^-4 of the panel's largest or less, and of the largest."""
@@ -69,11 +69,15 @@ class Board:
         self._background = self._canvas.copy_from_bbox(self.figure.bbox)
 
     def update(self, observations: Mapping[str, Observation]) -> None:
-        """Move every artist to where the playground stands."""
+        """Move every artist to where the playground stands, and the curves on."""
+        self.redraw(observations)
+        self._curves.update(self.playground.steps, {label: seen.in_use for label, seen in observations.items()})
+
+    def redraw(self, observations: Mapping[str, Observation]) -> None:
+        """The panels alone, after `arrows` was set."""
         probe_ND = self.playground.probe()[:FEATURES_DRAWN].numpy()
         for label, observation in observations.items():
             self._panels[label].update(probe_ND, observation, self.arrows)
-        self._curves.update(self.playground.steps, {label: seen.in_use for label, seen in observations.items()})
 
     def image(self) -> np.ndarray:
         """(height, width, 3), uint8. What never changes is copied, and only the artists that move are drawn."""
@@ -91,6 +95,16 @@ class Board:
         file = BytesIO()
         Image.fromarray(self.image()).save(file, "PNG", compress_level=1)
         return file.getvalue()
+
+    def palette(self) -> Image.Image:
+        """At most 256 colours for all images of this board: those that it draws with, each also paler as the edges of marks have it."""
+        drawn = [*(LINE_COLORS[i % len(LINE_COLORS)] for i in range(len(self._panels))), COLORS[0], UNUSED]
+        drawn += [ARROWS(i / 11)[:3] for i in range(12)]
+        colors = [(gray, gray, gray) for gray in np.linspace(0.1, 1, 8)]
+        colors += [tuple(1 - share * (1 - np.array(color))) for color in drawn for share in (1.0, 0.5)]
+        image = Image.new("P", (1, 1))
+        image.putpalette((np.array(colors) * 255).round().astype(np.uint8).tobytes())
+        return image
 
 
 class _Panel:
@@ -141,7 +155,7 @@ class _Panel:
         self._arrows.set_offsets(codes_KD)
         self._arrows.set_UVC(masked_KD[:, 0], masked_KD[:, 1], np.ma.array(exponent_K, mask=hidden_K))
         self._in_use.set_text(f"{seen.in_use} of {CODES} in use")
-        self._numbers.set_text(f"perplexity {seen.perplexity:.1f} · reach {seen.reach:.0f} · error {seen.error:.3f}")
+        self._numbers.set_text(f"perplexity {seen.perplexity:.1f} · pulled {seen.pulled}, reach {seen.reach:.0f} · error {seen.error:.3f}")
 
 
 class _Curves:

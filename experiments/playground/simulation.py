@@ -93,7 +93,13 @@ class Observation:
 
     @property
     def in_use(self) -> int:
+        """Codes that some probe feature is given."""
         return int((self.counts_K > 0).sum())
+
+    @property
+    def pulled(self) -> int:
+        """Codes that the last step pulled at all."""
+        return int((self.pull_KD != 0).any(1).sum())
 
 
 class Learner:
@@ -160,7 +166,7 @@ class Learner:
             moved_KD = codes_KD.clone()
             average.apply_to(moved_KD)
             move_KD = moved_KD - codes_KD
-            rounding = 8 * torch.finfo(codes_KD.dtype).eps
+            rounding = 32 * torch.finfo(codes_KD.dtype).eps
             return torch.where(move_KD.norm(dim=1, keepdim=True) > rounding * codes_KD.norm(dim=1, keepdim=True), move_KD, 0.0)
         codes_KD = self.quantizer.codebook
         learnt = [parameter for parameter in self.quantizer.parameters() if parameter.grad is not None]
