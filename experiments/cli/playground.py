@@ -22,8 +22,11 @@ def playground(
     distance: Annotated[float, typer.Option(help="of the mixture from the origin; 0: it only turns")] = 2.0,
 ) -> None:
     """Draw 64 codes and a drifting mixture in the plane, the methods side by side, as an animation that loops."""
+    import torch
+
     from experiments.playground.animation import FRAMES, METHODS_SHOWN, write_animation
     from experiments.playground.simulation import Settings
 
+    torch.set_num_threads(1)  # tensors as small as these gain nothing from a second thread, which would only wait
     settings = Settings(seed, lr, speed, distance)
     write_animation(out, tuple(methods or METHODS_SHOWN), settings, FRAMES if frames is None else frames, say)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from experiments.figures.theme import COLORS, LINE_COLORS, theme
 from experiments.playground.simulation import CODES, METHODS, Observation, Playground
+from ibq.analysis import ADAM_EPS
 
 LIMIT = 3.9
 """What a panel shows to the left and right of the origin."""
@@ -71,6 +72,10 @@ class Board:
     def update(self, observations: Mapping[str, Observation]) -> None:
         """Move every artist to where the playground stands, and the curves on."""
         self.redraw(observations)
+        self.add(observations)
+
+    def add(self, observations: Mapping[str, Observation]) -> None:
+        """The curves alone."""
         self._curves.update(self.playground.steps, {label: seen.in_use for label, seen in observations.items()})
 
     def redraw(self, observations: Mapping[str, Observation]) -> None:
@@ -199,13 +204,14 @@ class _Curves:
 
 
 def arrow_shapes(pull_KD: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Arrows (K, 2) in the plane's units and log10 (K,) of their size relative to the largest, in [-4, 0]; not a number where nothing pulls.
+    """Arrows (K, 2) in the plane's units and log10 (K,) of their size relative to the largest, in [-4, 0].
 
-    Directions are those of the pull, lengths go with the logarithm of its size.
+    Directions are those of the pull, lengths go with the logarithm of its size. Where the pull is below Adam's eps, so that the code hardly
+    moves, the second is not a number.
     """
     norm_K = pull_KD.double().norm(dim=1)
     largest = float(norm_K.max())
-    exponent_K = torch.where(norm_K > 0, (norm_K / (largest or 1.0)).log10().clamp_min(-DECADES), float("nan"))
+    exponent_K = torch.where(norm_K / 2**0.5 > ADAM_EPS, (norm_K / (largest or 1.0)).log10().clamp_min(-DECADES), float("nan"))
     length_K = SHORTEST + (LONGEST - SHORTEST) * (1 + exponent_K / DECADES)
     direction_KD = pull_KD.double() / norm_K.clamp_min(1e-300)[:, None] * length_K.nan_to_num(0.0)[:, None]
     return direction_KD.numpy(), exponent_K.numpy()

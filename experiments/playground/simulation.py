@@ -80,7 +80,8 @@ class Observation:
         counts_K: probe features of each code.
         restarted_K: bool, put on a feature since the observation before.
         error: mean squared error of the probe, over elements, against the features themselves.
-        reach: effective number of codes that the pull reaches (`ibq.analysis.gradient_reach`).
+        pulled, reach: codes whose pull exceeds Adam's eps, and the effective number of codes that the pull reaches
+            (`ibq.analysis.gradient_reach`).
     """
 
     codes_KD: torch.Tensor
@@ -89,17 +90,13 @@ class Observation:
     restarted_K: torch.Tensor
     perplexity: float
     error: float
+    pulled: int
     reach: float
 
     @property
     def in_use(self) -> int:
         """Codes that some probe feature is given."""
         return int((self.counts_K > 0).sum())
-
-    @property
-    def pulled(self) -> int:
-        """Codes that the last step pulled at all."""
-        return int((self.pull_KD != 0).any(1).sum())
 
 
 class Learner:
@@ -184,6 +181,7 @@ class Learner:
         quantized = self.quantizer(z_BDHW)
         self.quantizer.train()
         counts_K = torch.bincount(quantized.indices.flatten(), minlength=CODES)
+        reach = gradient_reach(self._pull_KD)
         restarted_K, self._restarted_K = self._restarted_K, torch.zeros_like(self._restarted_K)
         return Observation(
             codes_KD=self.quantizer.codebook.detach().clone(),
@@ -192,7 +190,8 @@ class Learner:
             restarted_K=restarted_K,
             perplexity=usage_metrics(counts_K)["perplexity"],
             error=float((quantized.z_q - z_BDHW).square().mean()),
-            reach=gradient_reach(self._pull_KD)["reach_effective"],
+            pulled=round(reach["reach_above_eps"] * CODES),
+            reach=reach["reach_effective"],
         )
 
     @contextmanager

@@ -15,7 +15,7 @@ from experiments.playground.drawing import Board
 from experiments.playground.simulation import DEFAULT_METHODS, METHODS, Playground, Settings
 from ibq.errors import ConfigError
 
-COLUMNS, PANEL = 4, 260
+COLUMNS, PANEL = 4, 300
 MOST_PANELS = 8
 FRAMES_PER_SECOND = 15
 """At most."""
