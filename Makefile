@@ -1,5 +1,6 @@
 # make study   train the core study at PRESET, execute its notebooks, write reports/PRESET/index.html
-# make study-all   the same with every ablation
+# make study-all   the same with every ablation but the atlas
+# make atlas   the map of collapse, up to 60 runs (notebook 11)
 # make test    pytest, ruff, mypy           make test-browser   what needs Chromium
 # make test-latex   what needs pdfLaTeX: every table compiles      make test-kills   commands stopped and killed, and gone on with
 # make faults  kill -9, full disks, 100 rounds; prints what was lost: nothing
@@ -11,13 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: study study-all test test-browser test-latex test-kills faults lab data clean-env
+.PHONY: study study-all atlas test test-browser test-latex test-kills faults lab data clean-env
 
 study: $(STAMP) data
 	$(BIN)/python -m experiments run --preset $(PRESET)
 
 study-all: $(STAMP) data
 	$(BIN)/python -m experiments run all --preset $(PRESET)
+
+atlas: $(STAMP) data
+	$(BIN)/python -m experiments run collapse_atlas --preset $(PRESET)
 
 data: $(STAMP)
 	$(BIN)/python -m ibq.data fashion-mnist

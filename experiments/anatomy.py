@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.ablations import Ablation, Anatomy
+from experiments.ablations import Ablation, Anatomy, Border
 from experiments.effects import MIN_SEEDS
 
 
@@ -35,7 +35,7 @@ class PartVerdict:
     sufficient: bool | None
 
 
-def codebook_of(anatomy: Anatomy, rows: pd.DataFrame, arm: str) -> Codebook:
+def codebook_of(anatomy: Anatomy | Border, rows: pd.DataFrame, arm: str) -> Codebook:
     mine = rows[rows["arm"] == arm]
     finished = mine[mine["status"] == "ok"]
     shares = [] if finished.empty else finished["perplexity_share"].astype(float).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments import anatomy, generators
+from experiments import anatomy, atlas, generators
 from experiments.ablations import Ablation
 from experiments.ablations.grid import BASE, numbers, varied
 from experiments.effects import OUTCOMES, Verdict, main_effects, verdict
@@ -24,7 +24,9 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         sentences.append(f"{counts.sum()} of {len(known)} runs have no result ({states}); what follows rests on the others.")
     waiting = rows[rows["status"] == "waiting"]
     untokenized = int(waiting["stage"].eq("generator").sum()) if "stage" in waiting else 0
-    if searching := len(waiting) - untokenized:
+    if ablation.border and len(waiting):
+        sentences.append(f"{len(waiting)} runs wait for their neighbours.")
+    elif searching := len(waiting) - untokenized:
         sentences.append(f"{searching} runs wait for the search of their learning rate.")
     if untokenized:
         sentences.append(
@@ -37,7 +39,7 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         sentences += _of_grid(ablation, rows)
     if "search" in ablation.tables:
         sentences += _of_searches(rows)
-    return sentences + anatomy.sentences(ablation, rows) + generators.sentences(ablation, rows)
+    return sentences + anatomy.sentences(ablation, rows) + atlas.sentences(ablation, rows) + generators.sentences(ablation, rows)
 
 
 def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
+from experiments import diagnoses
 from experiments.rows import OF_THE_ROWS_IMAGES
 from experiments.study import Cell, Study, unique_runs
 from experiments.sweep import train_study
@@ -35,8 +36,9 @@ EVALUATIONS: dict[str, str] = {
     "needs weights of Inception-v3",
     "lpips-alex": "LPIPS, on the row's own images; needs weights of AlexNet",
     "lpips-vgg": "LPIPS, likewise; needs weights of VGG-16",
+    diagnoses.NAME: "what a tokenizer's history shows, in words: whether its codebook has collapsed, and of what",
 }
-"""Evaluations of finished runs by name, and what they add to the row: as `name.metric` unless it is of the row's own images."""
+"""Evaluations of finished runs by name, and what they add to the row: as `name.metric` unless it is one of `rows.PLAIN`."""
 
 
 def find_run(study: Study, name: str) -> RunDirectory:
@@ -159,6 +161,8 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
     """
     if name not in EVALUATIONS:
         raise ConfigError(f"evaluation {name!r} does not exist; {nearest(name, EVALUATIONS)}")
+    if name == diagnoses.NAME:
+        return diagnoses.evaluate(study, say)
     compared = unique_runs(cell for cell in study.cells if not cell.search)
     rows = [(cell, cell.run.read_row()) for cell in compared if cell.run.finished and not evaluation_file(cell, name).is_file()]
     todo = [(cell, row) for cell, row in rows if row["status"] == "ok" and f"kid[{name}]" not in row]  # a row may have it from training

@@ -26,6 +26,8 @@ def plan_table(study: Study, ablation: Ablation) -> pd.DataFrame:
                 line[f"search of {ablation.tuning.field}"] = (
                     f"as {arm.tuned_as}" if arm.tuned_as else _search_phrase(study, ablation, arm.name)
                 )
+            if ablation.border:
+                line["only if one has collapsed of"] = " and ".join(arm.between or ())
             if ablation.generator:
                 line["tokenizer"] = _tokenizer_phrase(cells)
             line |= {"steps": cells[0].config.steps, "seeds": len(cells)}
@@ -47,7 +49,7 @@ def _tokenizer_phrase(cells: list[Cell]) -> str:
 def expected_cost(study: Study, slots: int | None = None) -> str:
     """Runs, steps left, and minutes, from the speed of this study's finished runs or else of the preset's reference; searches and the
     tokenizers of generators included."""
-    cells, waiting = unique_runs(study.cells), unique_runs(study.waiting)
+    cells, waiting = unique_runs(study.cells), unique_runs(study.possible)
     left = [cell for cell in cells if not cell.run.finished]
     stages = [stage for stage in STAGES if any(cell.stage == stage for cell in cells + waiting)]
     costs = {stage: step_cost(study, stage) for stage in stages}
@@ -55,6 +57,10 @@ def expected_cost(study: Study, slots: int | None = None) -> str:
     todo = f"{len(cells) + len(waiting)} runs, {len(cells) - len(left)} finished; {steps_left}"
     left_out = study.left_out
     too_large = f"; left out, having more than {study.preset.max_codebook_size:,} codes: {', '.join(left_out)}" if left_out else ""
+    if study.agreeing:
+        too_large += f"; left out between neighbours that agree: {len(study.agreeing)}"
+    if study.beyond:
+        too_large += f"; left out for want of room on a map: {len(study.beyond)}"
     if unmeasured := [stage for stage in stages if costs[stage].seconds is None]:
         step = "step of a generator" if unmeasured == ["generator"] else "step"
         return f"{todo}; how long they take is not known: no {step} of preset {study.preset_name} has been measured{too_large}"
@@ -71,6 +77,9 @@ def _steps_left(stage: Stage, cost: StepCost, left: list[Cell], waiting: list[Ce
     phrase = f"{steps:,} {named}"
     if waits and stage == "generator":
         phrase += f" ({len(waits)} runs wait for their tokenizers)"
+    elif between := [cell for cell in waits if cell.arm.between]:
+        conditional = sum(cell.config.steps for cell in between)
+        phrase += f" (at most: {conditional:,} of them in {len(between)} runs between others, if these disagree)"
     elif waits:
         searching = [cell for cell in mine if cell.search]
         searched = sum(cell.config.steps for cell in searching)

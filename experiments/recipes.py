@@ -46,6 +46,8 @@ class Preset:
     """Of a generator: its whole run, encoding and evaluation included, over its steps."""
     measured_on: str = "2 cores of a server CPU, two runs at a time"
     max_seeds: int = 1_000_000
+    max_arms: int = 1_000_000
+    """Arms of a map of collapse beyond so many are left out at this scale."""
     max_codebook_size: int = 4096
     """Arms with more codes are left out at this scale."""
 
@@ -73,6 +75,7 @@ PRESETS = {
             seconds_per_step=0.05,
             generator_seconds_per_step=0.5,
             max_seeds=1,
+            max_arms=10,
             max_codebook_size=128,
         ),
         Preset(

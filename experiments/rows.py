@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from experiments import tuning
+from experiments import border, diagnoses, tuning
 from experiments.study import Cell, Study
 from experiments.sweep import failure_reason, last_step, result_of
 from experiments.worker import TOKENIZER_ROW
 from ibq.config import flatten
+from ibq.diagnosis import summary
 from ibq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 FIRST_COLUMNS = ["ablation", "arm", "method", "codebook_size", "code_dim", "seed", "status"]
 OF_THE_ROWS_IMAGES = ("fashion-cnn", "lpips-alex", "lpips-vgg")
-"""Evaluations of the very images that the row is of: they alone may bear plain names, and become columns beside the row's own."""
+"""Evaluations of the very images that the row is of: they may bear plain names, and become columns beside the row's own."""
+PLAIN = (*OF_THE_ROWS_IMAGES, diagnoses.NAME)
+"""Evaluations that bear plain names: of images, no others; and what needs none."""
 
 
 def load(study: Study | None = None) -> pd.DataFrame:
@@ -27,12 +30,13 @@ def load(study: Study | None = None) -> pd.DataFrame:
 
     Returns:
         Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "oom", "failed", "interrupted", "running",
-        "pending", "waiting" for a search or a tokenizer; "oom" and "failed" also of a generator whose tokenizer is so), `stage`
+        "pending", "waiting" for a search, a tokenizer or neighbours; "oom" and "failed" also of a generator whose tokenizer is so), `stage`
         ("tokenizer" or "generator"), then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`,
-        evaluations added later as `<evaluation>.<metric>` (of the row's own images: as `<metric>`), and `reason` where there is no result.
+        evaluations added later as `<evaluation>.<metric>` (those of PLAIN: as `<metric>`), and `reason` where there is no result.
         Runs of a search have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what
         decides. So have tokenizers of generators; `tokenizer_of` names the generator's arm. A generator's line has `tokenizer.<name>` for
-        what its tokenizer's row has, config fields left out.
+        what its tokenizer's row has, config fields left out. Lines of a map of collapse have `first.<name>` and `last.<name>` of their log
+        (`border.saturation`).
 
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
@@ -60,7 +64,8 @@ def _line(cell: Cell) -> dict[str, Any]:
         line |= _of_tokenizer(cell, cell.tokenizer)
     if cell.run.finished:
         decides = {"search.loss": tuning.search_loss(cell.run)} if cell.search else {}
-        return line | checked_row(cell) | _evaluations(cell) | decides
+        seen = border.saturation(cell.run) if cell.ablation.border else {}
+        return line | checked_row(cell) | _evaluations(cell) | decides | seen
     return line | {"run": cell.run.path.name, "status": state(cell), "reason": _reason(cell)}
 
 
@@ -98,10 +103,23 @@ def waits_for(study: Study, cell: Cell) -> str:
     """What a waiting cell waits for, in a phrase."""
     if cell.tokenizer and not any(each is cell.tokenizer for each in study.waiting):
         return f"waits for its tokenizer {cell.tokenizer.run.path.name}"
+    if cell.arm.between:
+        return _waits_between(study, cell)
     arm = cell.ablation.arm(cell.tokenizer_of) if cell.tokenizer_of else cell.arm
     of = arm.tuned_as or arm.name
     runs = [each.run for each in study.cells if each.ablation is cell.ablation and each.search and each.search.arm == of]
     return f"waits for the search of {of}, {sum(run.finished for run in runs)} of {len(runs)} runs finished"
+
+
+def _waits_between(study: Study, cell: Cell) -> str:
+    """What an arm between two others waits for: these, or those before it while there may be no room for it."""
+    neighbours = [each for each in study.cells if each.ablation is cell.ablation and each.arm.name in (cell.arm.between or ())]
+    finished = sum(each.run.finished for each in neighbours if each.seed == 0)
+    if finished == 2:
+        return "waits for the arms before it, which may take all the places that are left"
+    return (
+        f"trained only if one of {' and '.join(cell.arm.between or ())} has collapsed and the other has not, {finished} of 2 runs finished"
+    )
 
 
 def _reason(cell: Cell) -> str:
@@ -124,10 +142,10 @@ def checked_row(cell: Cell) -> dict[str, Any]:
 
 
 def _evaluations(cell: Cell) -> dict[str, Any]:
-    """Numbers added after training: eval/<name>.json as columns <name>.<metric>, or, where they belong to the row's images, <metric>."""
+    """What was added after training: eval/<name>.json as columns <name>.<metric>, or, of evaluations that are PLAIN, <metric>."""
     columns: dict[str, Any] = {}
     for path in sorted((cell.run.path / "eval").glob("*.json")):
-        prefix = "" if path.stem in OF_THE_ROWS_IMAGES else f"{path.stem}."
+        prefix = "" if path.stem in PLAIN else f"{path.stem}."
         columns |= {f"{prefix}{key}": value for key, value in json.loads(path.read_text()).items()}
     return columns
 
@@ -154,15 +172,16 @@ def status_lines(study: Study) -> list[dict[str, Any]]:
     """For `status`: every arm with its state and one phrase about it."""
     lines = []
     for cell in study.cells:
-        row = checked_row(cell) if cell.run.finished else {}
+        row = checked_row(cell) | _evaluations(cell) if cell.run.finished else {}
         phrase, kind = "", row.get("status") or state(cell)
         if kind == "ok":
             phrase = result_of(row)
         elif kind == "nan":
-            phrase = str(row["reason"])
+            phrase = f"{row['reason']}{diagnoses.phrase(row)}"
         elif history := cell.run.read_history():
             speed = history[-1]["step"] / max(history[-1]["seconds"], 1e-9)
             phrase = f"step {last_step(cell)} of {cell.config.steps}, {speed:.1f} steps/s"
+            phrase += diagnoses.phrase({diagnoses.NAME: summary(diagnoses.findings_of(cell))})
         if kind in ("failed", "oom"):
             phrase = failure_reason(cell.run) + (f" ({phrase})" if phrase else "")
         lines.append({"arm": cell.name, "state": kind, "detail": phrase, "run": cell.run.path.name})

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from experiments import tuning
+from experiments import border, tuning
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
 from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
 from experiments.recipes import Preset, generator, get_preset, scaled, tokenizer
@@ -71,6 +71,17 @@ class Cell:
     def stage(self) -> Stage:
         """What its run trains."""
         return "generator" if self.tokenizer else "tokenizer"
+
+
+class Stages(NamedTuple):
+    """The cells that can be trained now, those that wait, and the arms that have none, as "ablation/arm": with too many codes for the
+    preset, between neighbours that agree, and beyond the most arms of a map."""
+
+    ready: list[Cell]
+    waiting: list[Cell]
+    too_large: list[str]
+    agreeing: list[str]
+    beyond: list[str]
 
 
 @dataclass(frozen=True)
@@ -174,28 +185,47 @@ class Study:
 
         Seed 0 of everything comes first, so that a study that is cut short has one row of each arm.
         """
-        return self._stages[0]
+        return self._stages.ready
 
     @cached_property
     def waiting(self) -> list[Cell]:
         """What cannot be trained yet: arms and seeds whose search is not finished, with the config before the choice, none of which is ever
-        trained; and generators whose tokenizer is not."""
-        return self._stages[1]
+        trained; generators whose tokenizer is not; and arms between others that are not, which are trained only if these disagree."""
+        return self._stages.waiting
+
+    @property
+    def possible(self) -> list[Cell]:
+        """What waits, without the last arms of a map where more wait than can still be trained."""
+        cells = self.waiting
+        for ablation in [ablation for ablation in self.ablations if ablation.border]:
+            ready = {cell.arm.name for cell in self.cells if cell.ablation is ablation}
+            waiting = list(dict.fromkeys(cell.arm.name for cell in self.waiting if cell.ablation is ablation))
+            too_many = waiting[max(0, self._most_arms(ablation) - len(ready)) :]
+            cells = [cell for cell in cells if cell.ablation is not ablation or cell.arm.name not in too_many]
+        return cells
 
     @property
     def left_out(self) -> list[str]:
         """Arms with more codes than the preset is for, as "ablation/arm"; the user's own K counts as what it is for."""
-        shown = {(cell.ablation.name, cell.arm.name) for cell in [*self.cells, *self.waiting]}
-        every = [(ablation.name, arm.name) for ablation in self.ablations for arm in ablation.arms]
-        return [f"{ablation}/{arm}" for ablation, arm in every if (ablation, arm) not in shown]
+        return self._stages.too_large
+
+    @property
+    def agreeing(self) -> list[str]:
+        """Arms of maps that are not trained, since the two that they are between agree, as "ablation/arm"."""
+        return self._stages.agreeing
+
+    @property
+    def beyond(self) -> list[str]:
+        """Arms of maps that are not trained, since there are as many as there may be without them, as "ablation/arm"."""
+        return self._stages.beyond
 
     def advance(self) -> list[Cell]:
-        """Let cells whose search or tokenizer has finished in the meantime join `cells`; returns those that are new there."""
+        """Let cells whose search, tokenizer or neighbours have finished in the meantime join `cells`; returns those that are new there."""
         if not self.waiting:
             return []
         now, before = replace(self), {cell.run.path for cell in self.cells}
         if len(now.waiting) < len(self.waiting):
-            self.__dict__.update(cells=now.cells, waiting=now.waiting)
+            self.__dict__.update(_stages=now._stages, cells=now.cells, waiting=now.waiting)
         return [cell for cell in self.cells if cell.run.path not in before]
 
     def only(self, cells: list[Cell], waiting: list[Cell] | None = None) -> Study:
@@ -205,17 +235,21 @@ class Study:
         return part
 
     @cached_property
-    def _stages(self) -> tuple[list[Cell], list[Cell]]:
-        ready: list[Cell] = []
-        waiting: list[Cell] = []
+    def _stages(self) -> Stages:
+        stages = Stages([], [], [], [], [])
+        ready, waiting = stages.ready, stages.waiting
         largest = max(self.preset.max_codebook_size, self._codebook_size(self.overrides)) if not self.grid else math.inf  # it was asked for
         for ablation in self.ablations:
             configs = {arm.name: self._config(ablation, arm) for arm in ablation.arms}
             searches = {arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as}
             ready += [cell for search in searches.values() for cell in search]
-            for arm in ablation.arms:
-                config, stage = configs[arm.name], ready
-                if config.quantizer.codebook_size > largest:
+            small = [arm for arm in ablation.arms if configs[arm.name].quantizer.codebook_size <= largest]
+            stages.too_large.extend(f"{ablation.name}/{arm.name}" for arm in ablation.arms if arm not in small)
+            fates = self._fates(ablation, {arm.name: configs[arm.name] for arm in small})
+            for arm in small:
+                config, stage = configs[arm.name], waiting if fates.get(arm.name) == "waits" else ready
+                if (fate := fates.get(arm.name)) in ("agreeing", "beyond"):
+                    (stages.agreeing if fate == "agreeing" else stages.beyond).append(f"{ablation.name}/{arm.name}")
                     continue
                 if ablation.tuning:
                     search = searches[arm.tuned_as or arm.name]
@@ -231,7 +265,21 @@ class Study:
                     stage.append(tokenizer)
                     can_be_trained = stage is ready and (tokenizer.run.finished or generator.run.finished)
                     (ready if can_be_trained else waiting).append(generator)
-        return sorted(ready, key=lambda cell: cell.seed), sorted(waiting, key=lambda cell: cell.seed)
+        for cells in (ready, waiting):
+            cells.sort(key=lambda cell: cell.seed)
+        return stages
+
+    def _fates(self, ablation: Ablation, configs: Mapping[str, TrainConfig]) -> dict[str, border.Fate]:
+        """What becomes of each arm of an ablation with a border; nothing is said where it has none."""
+        if ablation.border is None:
+            return {}
+        runs = {arm.name: self._cell(ablation, arm, configs[arm.name], 0).run for arm in ablation.arms if arm.name in configs}
+        return border.fates(ablation, runs, self._most_arms(ablation))
+
+    def _most_arms(self, ablation: Ablation) -> int:
+        """Of an ablation with a border."""
+        assert ablation.border
+        return min(ablation.border.most_arms, self.preset.max_arms)
 
     def _search(self, ablation: Ablation, arm: Arm, config: TrainConfig) -> list[Cell]:
         """The runs that decide an arm's tuned field, by ascending value; none where the ablation tunes nothing."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from experiments import worker
+from experiments import diagnoses, worker
 from experiments.pace import step_cost, work
 from experiments.study import STAGES, Cell, Study, unique_runs
 from ibq.distributed import resolve_device
@@ -58,7 +58,8 @@ def train_study(
     hang_s: float = HANG_S,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Train every run of a study that has no row yet; runs that wait for a search or for their tokenizer join as soon as it is finished.
+    """Train every run of a study that has no row yet; runs that wait for a search, a tokenizer or neighbours join as soon as
+    these are finished.
 
     Args:
         study: what.
@@ -117,10 +118,11 @@ def train_study(
                     say(f"{cell.name}: {note}")
                 if cell.run.finished:
                     outcome.finished.append(cell)
-                    progress.finished(cell)
                     known = {each.run.path for each in todo}
                     joined = [each for each in unique_runs(study.advance()) if not each.run.finished and each.run.path not in known]
                     todo += joined
+                    progress.count()
+                    progress.finished(cell)
                     queue = [] if stopping else sorted(queue + joined, key=lambda cell: cell.seed)
                 elif code == worker.BUSY:
                     queue += [] if stopping else [cell]  # another driver trains it: look again after the others
@@ -234,15 +236,18 @@ class _Progress:
     steps of the two stages weighed by what they take."""
 
     def __init__(self, study: Study, cells: list[Cell], say: Callable[[str], None]) -> None:
-        waiting = unique_runs(study.waiting)
-        self._preset, self._cells, self._say, self._count = study.preset, cells, say, 0
-        self._runs = len(cells) + len(waiting)
+        self._study, self._preset, self._cells, self._say, self._count = study, study.preset, cells, say, 0
         self._start, self._last = time.monotonic(), time.monotonic()
         known = {stage: cost for stage in STAGES if (cost := step_cost(study, stage).seconds)}
         self._weights = {stage: known.get(stage) or next(iter(known.values()), 1.0) for stage in STAGES}
-        self._steps = sum(cell.config.steps for cell in cells + waiting)
-        self._total = sum(self._weight(cell) for cell in cells + waiting)
+        self.count()
         self._at_start = self._done()
+
+    def count(self) -> None:
+        """What there is to do: again whenever waiting cells have joined or turned out not to be needed."""
+        everything = [*self._cells, *unique_runs(self._study.possible)]
+        self._runs, self._steps = len(everything), sum(cell.config.steps for cell in everything)
+        self._total = sum(self._weight(cell) for cell in everything)
 
     def _weight(self, cell: Cell) -> float:
         return self._weights[cell.stage] * work(cell, self._preset)
@@ -274,7 +279,7 @@ def _share_done(cell: Cell) -> float:
 
 
 def result_of(row: dict[str, Any]) -> str:
-    """What a run gave, in a phrase; why it gave nothing."""
+    """What a run gave, in a phrase; why it gave nothing; and what its history shows, if anything."""
     if row["status"] != "ok":
         result = row["reason"]
     elif "bits_per_image" in row:
@@ -282,7 +287,7 @@ def result_of(row: dict[str, Any]) -> str:
         result = f"bits/image {row['bits_per_image']:.0f}{fid}"
     else:
         result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}"
-    return f"{result}, {row['train_seconds']:.0f} s"
+    return f"{result}, {row['train_seconds']:.0f} s{diagnoses.phrase(row)}"
 
 
 def last_step(cell: Cell) -> int:

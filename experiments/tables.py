@@ -17,6 +17,7 @@ from experiments import tuning
 from experiments.ablations import Ablation, PaperRow
 from experiments.ablations.grid import BASE, GRID_COLUMNS, strips, varied
 from experiments.anatomy import parts_table
+from experiments.atlas import remedies_table
 from experiments.effects import OUTCOMES, RATE_AND_DISTORTION, entry, main_effects, verdict
 from experiments.rows import of_arms
 
@@ -51,6 +52,8 @@ COLUMNS = {
     "fid": Column("FID[fashion-cnn]", 2, entry("fid[fashion-cnn]")),
     "fid_inception": Column("FID (Inception)", 2, entry("inception.fid")),
     "gap": Column("gap", 2, entry("gap")),
+    "logit_spread": Column("logit spread", 2, entry("last.logit_spread")),
+    "max_probability": Column("largest probability", 3, entry("last.max_probability")),
     "depth": Column("blocks", 0, entry("depth")),
     "cross_entropy": Column("nats/token", 3, entry("cross_entropy")),
     "bits_per_image": Column("bits an image", 0, entry("bits_per_image")),
@@ -218,6 +221,11 @@ TABLES = {
     ),
     "search": (search_table, f"The search before the comparison, the same for every arm. Rule: {tuning.RULE}."),
     "grid": (grid_table, "The grid outcome by outcome: mean over seeds, or the state of an arm that has no result."),
+    "remedies": (
+        remedies_table,
+        "What mends a collapsed codebook: every remedy beside the case that it is for. Logit spread and largest probability are of the "
+        "softmax at temperature 1 over a token's logits, when training was first and last logged.",
+    ),
     "parts": (parts_table, "Is a part necessary, is it sufficient? The threshold was stated beforehand."),
 }
 

@@ -1,4 +1,5 @@
-"""What a codebook's gradient and geometry say: gradient reach, quantization error, logits, the gap between features and codes.
+"""What a codebook's gradient and geometry say: gradient reach, quantization error, logits, the gap between features and codes; and, from a
+whole history, `diagnose`.
 
 Suffixes: N tokens, K codes, D code dimension.
 """
@@ -9,6 +10,7 @@ import math
 
 import torch
 
+from ibq.diagnosis import diagnose as diagnose
 from ibq.distributed import gather_rows, sum_of_numbers
 
 ADAM_EPS = 1e-8

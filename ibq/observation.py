@@ -135,8 +135,8 @@ def _used(counts_K: torch.Tensor, chosen_k: torch.Tensor) -> torch.Tensor | None
 def geometry(tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor, counts_K: torch.Tensor) -> dict[str, float]:
     """Of the last step: gradient reach (where codes have a gradient), and, in the space of the codes, logits of its first tokens, norms,
     relative quantization error, and the gap between its first features and the codes. Features and error are the step's own, of this
-    process; logits, gap and the norm of the codes are of codes as its update has left them. K and D stand beside, so that a line explains
-    itself.
+    process; logits, gap and the norm of the codes are of codes as its update has left them. K, D and the
+    logits' factor (where a softmax has one) stand beside, so that a line explains itself.
 
     Args:
         counts_K: training tokens of each code since the log step before, which tell codes in use for the gap.
@@ -154,7 +154,8 @@ def geometry(tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor,
     features_nD = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
     gaps = code_gap(features_nD, codebook_KD[chosen.to(codebook_KD.device)], _used(counts_K, chosen))
     K, D = codebook_KD.shape
-    return reach | logits | norms | {"quantization_error": error.item()} | gaps | {"codebook_size": K, "code_dim": D}
+    scale = {} if tokenizer.quantize.logit_scale is None else {"logit_scale": tokenizer.quantize.logit_scale}
+    return reach | logits | norms | {"quantization_error": error.item()} | gaps | {"codebook_size": K, "code_dim": D} | scale
 
 
 class EntropyPull:
@@ -173,7 +174,7 @@ class EntropyPull:
         self.of_entropy_BDHW = None
         if entropies:
             (self.of_entropy_BDHW,) = torch.autograd.grad(torch.stack(entropies).sum(), z_BDHW, retain_graph=True)
-            z_BDHW.retain_grad()  # only now, or it would keep that gradient too
+            z_BDHW.retain_grad()  # only now: it would have kept the entropies' gradient too
 
     def report(self, loss_scale: float) -> dict[str, float]:
         """entropy_pull: norm of the gradient that the weighted entropy terms give the features, over that of all other terms.

@@ -93,10 +93,13 @@ class RunDirectory:
         return sorted(int(path.stem) for path in self.snapshots.glob("*.safetensors"))
 
     def read_snapshot(self, step: int) -> dict[str, torch.Tensor]:
-        return load_file(self.snapshots / f"{step:08d}.safetensors")
+        return load_file(self.snapshot_path(step))
+
+    def snapshot_path(self, step: int) -> Path:
+        return self.snapshots / f"{step:08d}.safetensors"
 
     def write_snapshot(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        write_tensors(self.snapshots / f"{step:08d}.safetensors", tensors)
+        write_tensors(self.snapshot_path(step), tensors)
 
     def rewind(self, step: int) -> None:
         """Forget history lines and snapshots beyond a step: they belong to an attempt that is being redone."""
@@ -104,7 +107,7 @@ class RunDirectory:
         write_text(self.history, "".join(json.dumps(line) + "\n" for line in lines))
         for later in self.snapshot_steps():
             if later > step:
-                (self.snapshots / f"{later:08d}.safetensors").unlink()
+                self.snapshot_path(later).unlink()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

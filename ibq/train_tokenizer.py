@@ -17,6 +17,7 @@ import torch
 from ibq.config import TrainConfig
 from ibq.data import DataError, ImageSource, data_hash, load_images
 from ibq.data.batches import TrainingBatches
+from ibq.diagnosis import diagnose, summary
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation import evaluate, evaluating
@@ -254,7 +255,7 @@ def train_tokenizer(
             metrics |= gaps
             protocol |= {"gap": GAP_PROTOCOL} if gaps else {}
         metrics |= {"interventions": journal.number} if journal.number else {}
-        write_json(run.row, _row(state, "ok", peak | metrics, protocol, data))
+        write_json(run.row, _row(run, state, "ok", peak | metrics, protocol, data))
         tidy(run)
     barrier()  # the run is finished for every process
 
@@ -303,11 +304,13 @@ def _other_means(config: TrainConfig, processes: int) -> str | None:
 
 def _lost(run: RunDirectory, state: TrainingState, reason: str, data: str) -> NonFiniteError:
     """Write the row of a run that did not stay finite; returns what to raise. A collective, as all processes raise it."""
-    return write_lost(run, _row(state, "nan", {"peak_memory_gib": peak_memory_gib(state.device), "reason": reason}, {}, data))
+    return write_lost(run, _row(run, state, "nan", {"peak_memory_gib": peak_memory_gib(state.device), "reason": reason}, {}, data))
 
 
-def _row(state: TrainingState, status: str, metrics: dict[str, Any], protocol: dict[str, Any], data: str) -> dict[str, Any]:
-    """Run facts, flat."""
+def _row(
+    run: RunDirectory, state: TrainingState, status: str, metrics: dict[str, Any], protocol: dict[str, Any], data: str
+) -> dict[str, Any]:
+    """Run facts, flat; what is diagnosed is the whole history, whichever attempts wrote it."""
     config = state.tokenizer.config
     tokens_per_mean = _images_at_once(config) * config.tokens_per_image * (world_size() if config.averages == "global" else 1)
     facts = {
@@ -315,5 +318,6 @@ def _row(state: TrainingState, status: str, metrics: dict[str, Any], protocol: d
         "parameters": sum(p.numel() for p in state.tokenizer.parameters()),
         "train_seconds": state.seconds,
         "tokens_per_mean": tokens_per_mean,
+        "diagnosis": summary(diagnose(run.read_history())),
     }
     return row_of(config, status, facts | metrics, protocol, state.device)

@@ -25,6 +25,8 @@ class Arm:
     """Drawn in colour, and kept in the figures that show only a few arms."""
     tuned_as: str | None = None
     """The arm whose search decides this arm's value too, where the ablation tunes a field; None: it has a search of its own."""
+    between: tuple[str, str] | None = None
+    """Two arms before it, where the ablation has a border: it is trained only if exactly one of them has collapsed."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,31 @@ class Anatomy:
     bare: str
     parts: tuple[Part, ...]
     collapse: float
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """An arm that shows what mends a collapse: the case that it is of, what was done, and whether it is the case itself, unmended or its
+    counterpart that never collapsed."""
+
+    case: str
+    what: str
+    arm: str
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Border:
+    """A map of where codebooks collapse, which is drawn coarsely first and then along its border by arms `between` others.
+
+    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one whose run did not stay
+    finite. Seed 0 decides for all seeds. At most `most_arms` are trained: those that are between no others come first, then the others in
+    their order.
+    """
+
+    collapse: float
+    most_arms: int
+    remedies: tuple[Remedy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,9 +190,12 @@ class Ablation:
     """The arms whose codes and features are projected at several moments of training."""
     tuning: Tuning | None = None
     anatomy: Anatomy | None = None
+    border: Border | None = None
     continued: Continuation | None = None
     core: bool = True
     """Whether it belongs to the core study, which is what a study without names is."""
+    on_request: bool = False
+    """Whether it is trained only where it is named, and is not part of 'all'."""
 
     @cached_property
     def mapped(self) -> tuple[Arm, ...]:

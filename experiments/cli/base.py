@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from experiments.ablations import ABLATIONS
+from experiments.ablations import ALL
 from experiments.imagenet256 import RECIPES
 from experiments.recipes import PRESETS
 from experiments.study import Study
@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 INTERRUPTED = 130
 console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
-Names = Annotated[list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one")]
+Names = Annotated[list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one but collapse_atlas")]
 PresetOption = Annotated[str, typer.Option("--preset", help=f"scale: {', '.join(PRESETS)}")]
 SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
 SetOption = Annotated[
@@ -97,7 +97,7 @@ def study_of(
         if path in values:
             raise ConfigError(f"--grid has {path} twice; give all its values in one, e.g. --grid {path}=VALUE,VALUE")
         values[path] = _values(text)
-    return Study(preset, tuple(ABLATIONS) if names == ["all"] else tuple(names or ()), seeds, changes(set_), values, tuple(base or ()))
+    return Study(preset, ALL if names == ["all"] else tuple(names or ()), seeds, changes(set_), values, tuple(base or ()))
 
 
 def of_a_study(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments import manage
+from experiments.ablations import ABLATIONS
 from experiments.cli.base import (
     BaseOption,
     GridOption,
@@ -47,7 +48,7 @@ def rerun(
     base: BaseOption = None,
 ) -> None:
     """Train a run again, and say what changed."""
-    study = study_of(None if grid else ["all"], preset, seeds, set_, grid, base)
+    study = study_of(None if grid else list(ABLATIONS), preset, seeds, set_, grid, base)
     run = manage.find_run(study, run_id)
     before, after = manage.rerun(study, run, say=say)
     if before and after:

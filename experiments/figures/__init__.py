@@ -14,6 +14,7 @@ from PIL import Image
 
 from experiments.ablations import Ablation
 from experiments.figures.codebooks import code_frequency, code_map, map_over_training, reconstructions
+from experiments.figures.collapse import collapse_axes, collapse_map, saturation
 from experiments.figures.comparisons import main_effects, rate_distortion, scaling, search
 from experiments.figures.generation import bits_and_distortion, depth_scaling, guidance_sweep, samples
 from experiments.figures.heat_map import heat_map
@@ -106,6 +107,22 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
         heat_map,
         "The grid: mean over seeds on the test split, one scale an outcome; brighter is more codes in use, or a lower error. Hatched or ×: "
         "no result, and why; n of m: seeds that have one.",
+    ),
+    "collapse_map": (
+        collapse_map,
+        "Where codebooks collapse over learning rate and code dimension, with the preset's number of codes: mean over seeds, test split, "
+        "averaged weights, one scale an outcome; brighter is more codes in use, or a lower error.",
+    ),
+    "collapse_axes": (
+        collapse_axes,
+        "Along the other axes: perplexity and error against the number of codes, the tokens of a mean assignment of the entropy penalty, "
+        "and the length of codes when training began (root of D times the factor). A line joins arms that differ in that alone.",
+    ),
+    "saturation": (
+        saturation,
+        "Does the softmax saturate? Perplexity on the test split against the standard deviation of a token's logits and the largest "
+        "probability of its softmax at temperature 1, at the first and the last logged step; IBQ in all its arms. Letters: arms of the "
+        "table of remedies.",
     ),
     "samples": (
         samples,

@@ -59,12 +59,12 @@ def _maps(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
     size = (max(size[0], 5.0, 0.066 * max(map(len, titles)) + 1.2), size[1])
     figure, axes = plt.subplots(len(drawn), len(shown), figsize=size, squeeze=False, sharex=True, sharey=True)
     for column, outcome in enumerate(shown):
-        means = [_values(mine, outcome).mean() for mine in arms.values() if len(_values(mine, outcome))]
-        colors = ScalarMappable(_scale(means), mpl.colormaps[COLORMAPS[outcome]])
+        means = [values_of(mine, outcome).mean() for mine in arms.values() if len(values_of(mine, outcome))]
+        colors = ScalarMappable(scale(means), mpl.colormaps[COLORMAPS[outcome]])
         for axis, (base, *rest) in zip(axes[:, column], drawn, strict=True):
             for y, at_y in enumerate(down.levels):
                 for x, at_x in enumerate(across.levels):
-                    _cell(axis, x, y, outcome, arms[(base, at_y, at_x, *rest)], colors)
+                    draw_cell(axis, x, y, outcome, arms[(base, at_y, at_x, *rest)], colors)
             axis.set(xlim=(-0.5, len(across.levels) - 0.5), ylim=(len(down.levels) - 0.5, -0.5))
             axis.grid(False)
         bar = figure.colorbar(colors, ax=list(axes[:, column]), location="top", aspect=30 * width * len(across.levels) / 2, pad=0.02)
@@ -85,20 +85,26 @@ def _maps(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
     return figure
 
 
-def _cell(axis: Axes, x: int, y: int, outcome: str, mine: pd.DataFrame, colors: ScalarMappable) -> None:
+def draw_cell(axis: Axes, x: int, y: int, outcome: str, mine: pd.DataFrame, colors: ScalarMappable) -> None:
     """One arm: its mean over seeds in its colour, or why it has none on hatched grey."""
-    values = _values(mine, outcome)
+    values = values_of(mine, outcome)
     if values.empty:
-        axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="0.93", edgecolor="0.72", hatch="////", linewidth=0))
-        axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="none", edgecolor="white", linewidth=0.6))
-        box = {"boxstyle": "round,pad=0.15", "facecolor": "0.93", "edgecolor": "none"}
-        axis.text(x, y, _why(mine), ha="center", va="center", fontsize=6, color="0.15", bbox=box)
+        draw_hatched(axis, x, y, _why(mine))
         return
     color = colors.to_rgba(values.mean())
     axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
     words = f"{values.mean():.{COLUMNS[outcome].digits}f}" + (f"\n{len(values)} of {len(mine)}" if len(values) < len(mine) else "")
     ink = "black" if float(np.dot(color[:3], (0.299, 0.587, 0.114))) > 0.5 else "white"
     axis.text(x, y, words, ha="center", va="center", fontsize=6.5, color=ink)
+
+
+def draw_hatched(axis: Axes, x: int, y: int, words: str = "") -> None:
+    """A cell without a number, and why."""
+    axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="0.93", edgecolor="0.72", hatch="////", linewidth=0))
+    axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="none", edgecolor="white", linewidth=0.6))
+    if words:
+        box = {"boxstyle": "round,pad=0.15", "facecolor": "0.93", "edgecolor": "none"}
+        axis.text(x, y, words, ha="center", va="center", fontsize=6, color="0.15", bbox=box)
 
 
 def _lines(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
@@ -115,9 +121,9 @@ def _lines(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
         lost = 0
         for row, base in enumerate(bases.levels):
             along = _along(ablation, rows, base, xs)
-            axis.plot(xs, [_values(mine, outcome).mean() for _, mine in along], color=colors[base], lw=1.3)  # a gap where there is none
+            axis.plot(xs, [values_of(mine, outcome).mean() for _, mine in along], color=colors[base], lw=1.3)  # a gap where there is none
             for x, mine in along:
-                values = _values(mine, outcome)
+                values = values_of(mine, outcome)
                 axis.scatter([x] * len(values), values, color=[colors[base]], s=16, zorder=3)
                 if values.empty:
                     why, height = _why(mine).replace("/\n", "/").replace("\n", " "), 0.02 + 0.065 * row
@@ -144,12 +150,12 @@ def _along(ablation: Ablation, rows: pd.DataFrame, base: str, xs: list[float]) -
     return [(x, rows[rows["arm"] == arms[level]]) for x, level in zip(xs, field.levels, strict=True)]
 
 
-def _values(mine: pd.DataFrame, outcome: str) -> pd.Series:
+def values_of(mine: pd.DataFrame, outcome: str) -> pd.Series:
     """An outcome of one arm, seed by seed, where there is one."""
     return COLUMNS[outcome].value(mine[mine["status"] == "ok"]).dropna()
 
 
-def _scale(values: list[float]) -> Normalize:
+def scale(values: list[float]) -> Normalize:
     """From the least to the greatest; one value alone stands in the middle."""
     least, greatest = min(values), max(values)
     room = 0.0 if greatest > least else max(abs(greatest), 1e-9) / 10

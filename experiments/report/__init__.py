@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from experiments import claims, continuation, figures, notebooks, pages, plan, tables
+from experiments import claims, continuation, diagnoses, figures, notebooks, pages, plan, tables
 from experiments import rows as rows_module
 from experiments.ablations import ABLATIONS, Ablation
 from experiments.findings import findings
@@ -19,6 +19,7 @@ from experiments.pages import Link
 from experiments.report import curves, layout, provenance
 from experiments.report.configs import differing_fields
 from experiments.study import ROOT, Study, file_name
+from ibq.diagnosis import summary
 from ibq.errors import ConfigError
 from ibq.run_directory import read_lines, write_text
 
@@ -94,6 +95,7 @@ def _section(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
         "configs": _written(differing, folder, f"{file_name(ablation.name)}_configs", "The config fields in which arms differ."),
         "common": common,
         "curves": curves.write(study, ablation, folder),
+        "diagnoses": _diagnoses(study, ablation, folder),
         "missing": provenance.missing(mine),
         "finished": int((of_arms["status"] == "ok").sum()),
         "lost": int((of_arms["status"] != "ok").sum()),
@@ -117,6 +119,17 @@ def _continued(study: Study, ablation: Ablation, folder: Path) -> dict[str, Any]
         shown["table"] = _written(other.arms_table(), folder, stem, tables.TABLES["arms"][1])
         shown["claims"] = claims.claims_of(study, other.ablation, other.rows)
     return shown
+
+
+def _diagnoses(study: Study, ablation: Ablation, folder: Path) -> dict[str, Any] | None:
+    """What is seen in the histories of tokenizers: a table with a phrase a run, and the sentences of each; None where nothing is."""
+    seen = diagnoses.seen_in(study, ablation)
+    if not seen:
+        return None
+    table = pd.DataFrame([{"arm": cell.arm.name, "seed": cell.seed, "seen in its history": summary(found)} for cell, found in seen])
+    item = _written(table, folder, f"{file_name(ablation.name)}_diagnoses", "Runs whose history shows that something is wrong, and what.")
+    sentences = [(f"{cell.arm.name}, seed {cell.seed}", [finding.sentence for finding in found]) for cell, found in seen]
+    return {"table": item, "sentences": sentences}
 
 
 def _figures(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path) -> list[layout.Item]:

@@ -145,6 +145,11 @@ class Quantizer(nn.Module):
         return self.__dict__ | {"group": None, "peers": None}  # a group can be neither copied nor pickled
 
     @property
+    def logit_scale(self) -> float | None:
+        """The factor on `z C^T` in the softmax that a token's gradient goes through; None where the gradient of z_q knows no softmax."""
+        return None
+
+    @property
     def training_group(self) -> dist.ProcessGroup | None:
         """The group in training, None in evaluation, where processes run different numbers of batches."""
         return self.group if self.training else None

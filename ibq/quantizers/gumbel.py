@@ -64,6 +64,10 @@ class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
         done = (self.forwards / self.config.anneal_steps).clamp_max(1)
         return last + (first - last) * (1 + torch.cos(math.pi * done)) / 2
 
+    @property
+    def logit_scale(self) -> float:
+        return 1 / float(self.temperature)
+
     def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
         return z_ND @ self.codebook.T
 

@@ -83,6 +83,10 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
     config: IBQConfig
     paper = "IBQ, arXiv 2412.02692"
 
+    @property
+    def logit_scale(self) -> float:
+        return self.config.scale
+
     def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
         with full_float32(z_ND.device):
             return self.config.scale * self.to_code_space(z_ND) @ self.codebook.T
