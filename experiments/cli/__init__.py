@@ -1,4 +1,7 @@
-"""The command line: python -m experiments list | plan | train | run | status | report | evaluate | bench | rerun | forget | compare | playground."""
+"""The command line: python -m experiments COMMAND.
+
+list | plan | train | run | status | report | evaluate | bench | rerun | forget | compare | playground
+"""
 
 from experiments.cli import benchmarks, playground, runs, studies, train
 from experiments.cli.base import app

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
@@ -90,9 +91,9 @@ class Board:
             self._canvas.draw()
             self._background = self._canvas.copy_from_bbox(self.figure.bbox)
         self._canvas.restore_region(self._background)
-        for part in (*self._panels.values(), self._curves):
-            for artist in part.artists:
-                part.axes.draw_artist(artist)
+        for panel in self._panels.values():
+            panel.draw()
+        self._curves.draw()
         return np.asarray(self._canvas.buffer_rgba())[..., :3].copy()
 
     def png(self) -> bytes:
@@ -112,30 +113,41 @@ class Board:
         return image
 
 
-class _Panel:
+class _Part:
+    """Axes, and the artists in them that move."""
+
+    axes: Axes
+    artists: Sequence[Artist]
+
+    def draw(self) -> None:
+        for artist in self.artists:
+            self.axes.draw_artist(artist)
+
+
+class _Panel(_Part):
     """One method: features, codes in use and not, arrows, and its numbers."""
 
     def __init__(self, axes: Axes, label: str, position: int, unit_inches: float) -> None:
-        self.axes, self._hull = axes, None
+        self.axes = axes
+        self._hull: Line2D | None = None
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
         for spine in axes.spines.values():
             spine.set(visible=True, color="0.8", linewidth=0.8)
         color = LINE_COLORS[position % len(LINE_COLORS)]
         axes.text(0.0, 1.06, label, transform=axes.transAxes, fontsize=9.5, fontweight="bold", va="bottom", color=color)
-        nothing = np.empty((0, 2))
         moving: dict[str, Any] = {"animated": True}
-        self._features = axes.scatter(*nothing.T, s=5, color="0.78", linewidths=0, **moving)
+        self._features = axes.scatter([], [], s=5, color="0.78", linewidths=0, **moving)
         if label in DOT_PRODUCT:
             (self._hull,) = axes.plot([], [], color="0.45", lw=0.8, ls=(0, (4, 3)), **moving)
-        self._restarted = axes.scatter(*nothing.T, s=55, facecolors="none", edgecolors=COLORS[0], linewidths=1.2, **moving)
-        self._unused = axes.scatter(*nothing.T, s=17, color=UNUSED, marker="x", linewidths=1.0, **moving)
+        self._restarted = axes.scatter([], [], s=55, facecolors="none", edgecolors=COLORS[0], linewidths=1.2, **moving)
+        self._unused = axes.scatter([], [], s=17, color=UNUSED, marker="x", linewidths=1.0, **moving)
         zeros_K = np.zeros(CODES)
         self._arrows = axes.quiver(
             zeros_K, zeros_K, zeros_K, zeros_K, zeros_K, cmap=ARROWS, norm=Normalize(-DECADES, 0), angles="uv", units="inches",
             scale_units="inches", scale=1 / unit_inches, width=0.016, headwidth=3.6, headlength=4.2, headaxislength=3.8, **moving,
         )  # fmt: skip
-        self._used = axes.scatter(*nothing.T, s=15, color="0.1", linewidths=0, **moving)
+        self._used = axes.scatter([], [], s=15, color="0.1", linewidths=0, **moving)
         text: dict[str, Any] = {"transform": axes.transAxes, "va": "bottom", "animated": True}
         self._in_use = axes.text(1.0, 1.06, "", ha="right", fontsize=9, color="0.1", **text)
         self._numbers = axes.text(0.0, 1.01, "", fontsize=8, color="0.3", **text)
@@ -163,7 +175,7 @@ class _Panel:
         self._numbers.set_text(f"perplexity {seen.perplexity:.1f} · pulled {seen.pulled}, reach {seen.reach:.0f} · error {seen.error:.3f}")
 
 
-class _Curves:
+class _Curves(_Part):
     """Codes in use against steps, a line a method."""
 
     def __init__(self, axes: Axes, labels: Sequence[str]) -> None:
@@ -181,8 +193,9 @@ class _Curves:
         axes.tick_params(labelsize=7.5, pad=1)
         axes.set_xlabel("steps", fontsize=8, labelpad=0)
         axes.set_ylabel("codes in use", fontsize=8)
+        lines = self._lines.items()
         axes.figure.legend(
-            handles=[Line2D([], [], color=line.get_color(), ls=line.get_linestyle(), lw=1.5, label=name) for name, line in self._lines.items()],
+            handles=[Line2D([], [], color=line.get_color(), ls=line.get_linestyle(), lw=1.5, label=label) for label, line in lines],
             loc="lower center", bbox_to_anchor=(0.5, 1.0), bbox_transform=axes.transAxes, ncols=len(labels), frameon=False, fontsize=8,
             handlelength=2.6, columnspacing=1.4, borderaxespad=0.1,
         )  # fmt: skip
@@ -257,4 +270,6 @@ def _legend(figure: Figure, share: float, columns: int) -> None:
     axes.set(yticks=[], xticks=range(-DECADES, 1), xticklabels=["≤10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1"])
     axes.tick_params(labelsize=7, length=0, pad=1)
     axes.grid(False)
-    figure.text(0.545, share * 0.34, "arrow: where the loss pulls a code; size, of the panel's largest:", fontsize=8, ha="right", va="center")
+    figure.text(
+        0.545, share * 0.34, "arrow: where the loss pulls a code; size, of the panel's largest:", fontsize=8, ha="right", va="center"
+    )

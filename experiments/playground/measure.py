@@ -40,10 +40,10 @@ def scale_of(preset: str) -> Scale:
     return SCALES[preset]
 
 
-def stills(methods: Sequence[str], settings: Settings, steps: int, moments: Sequence[float], columns: int = 3) -> Iterator[tuple[int, bytes]]:
+def stills(methods: Sequence[str], settings: Settings, steps: int, moments: Sequence[float]) -> Iterator[tuple[int, bytes]]:
     """The board after each of some shares of so many steps, ascending: the step, and a PNG file."""
     playground = Playground(methods, settings)
-    board = Board(playground, columns)
+    board = Board(playground, columns=3)
     for moment in moments:
         while playground.steps < max(round(moment * steps), 1):
             playground.advance(1)
@@ -95,9 +95,9 @@ def sentences(rows: pd.DataFrame) -> list[str]:
         usage, error = ("more" if ibq[name] > vq[name] else "not more" for name in ("in use", "error"))
         best = mean["in use"].idxmax()
         said.append(
-            f"Distance {distance:g}: a step pulls {vq['pulled']:.0f} of {CODES} codes under VQ and {ibq['pulled']:.0f} under IBQ as released "
-            f"(effective reach {vq['reach']:.0f} and {ibq['reach']:.0f}). IBQ ends with {usage} codes in use than VQ ({ibq['in use']:.0f} and "
-            f"{vq['in use']:.0f}) and {error} error ({ibq['error']:.3f} and {vq['error']:.3f}). Most codes in use: {best}, "
+            f"Distance {distance:g}: a step pulls {vq['pulled']:.0f} of {CODES} codes under VQ and {ibq['pulled']:.0f} under IBQ as "
+            f"released (effective reach {vq['reach']:.0f} and {ibq['reach']:.0f}). IBQ ends with {usage} codes in use than VQ "
+            f"({ibq['in use']:.0f} and {vq['in use']:.0f}) and {error} error ({ibq['error']:.3f} and {vq['error']:.3f}). Most codes in use: {best}, "
             f"{mean.loc[best, 'in use']:.0f}, at an error of {mean.loc[best, 'error']:.3f}."
         )
     return said

@@ -1,8 +1,8 @@
 """One step of learning after another for several quantizers on the same features, and what is to be seen of each.
 
 Features are data here: there is no encoder that could move them, and the decoder is the identity. So the loss is the reconstruction error
-|z_q - z|^2 (mean over elements) and the quantizer's own terms with its config's weights, and Adam moves the quantizer's parameters alone, with
-the betas that the study trains with. Suffixes: N features, K codes, D = 2.
+|z_q - z|^2 (mean over elements) and the quantizer's own terms with its config's weights, and Adam moves the quantizer's parameters alone,
+with the betas that the study trains with. Suffixes: N features, K codes, D = 2.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ DEFAULT_METHODS = ("VQ", "VQ, restarts", "SimVQ", "IBQ as released")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a playground begins with: seed, Adam's learning rate, speed of the drift in rounds per 500 steps, and the mixture's distance from
-    the origin (`Drift`).
+    """What a playground begins with: seed, Adam's learning rate, speed of the drift in rounds per 500 steps, and the mixture's distance
+    from the origin (`Drift`).
 
     Raises:
         ConfigError: a value that no playground can have.

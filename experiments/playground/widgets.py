@@ -1,6 +1,7 @@
 """The playground in a notebook: an image that is redrawn while an asyncio task of the kernel learns a few steps a frame.
 
-No thread and no process: between two frames the kernel is free for other cells. At most one interface is open in a kernel; the next one closes it.
+No thread and no process: between two frames the kernel is free for other cells. At most one interface is open in a kernel; the next one
+closes it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Interface:
         self.arrows = widgets.Checkbox(True, description="arrows", indent=False, layout={"width": "80px"})
         self.seed = widgets.BoundedIntText(settings.seed, min=0, max=10**6, description="seed", layout={"width": "150px"})
         self.speed = widgets.FloatSlider(settings.speed, min=0, max=4, step=0.1, description="drift, rounds per 500 steps", style=wide)
-        self.lr = widgets.FloatLogSlider(settings.lr, min=-4, max=-0.5, step=0.1, description="learning rate", readout_format=".4f", style=wide)
+        self.lr = widgets.FloatLogSlider(
+            settings.lr, min=-4, max=-0.5, step=0.1, description="learning rate", readout_format=".4f", style=wide
+        )
         self.distance = widgets.FloatSlider(settings.distance, min=0, max=2.5, step=0.1, description="distance from the origin", style=wide)
         self.steps_a_frame = widgets.IntSlider(3, min=1, max=20, description="steps a frame", style=wide)
         self.methods = widgets.SelectMultiple(options=list(METHODS), value=DEFAULT_METHODS, rows=8, layout={"width": "220px"})

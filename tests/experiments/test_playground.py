@@ -1,4 +1,4 @@
-"""The playground in the plane: its steps against independent ones, the drift, the board, the animation, and an interface that leaves nothing."""
+"""The playground: its steps against independent ones, the drift, the board, the animation, and an interface that leaves nothing."""
 
 from __future__ import annotations
 
@@ -225,7 +225,9 @@ def test_curves_go_on_beyond_their_axis() -> None:
 
 def test_the_command_writes_a_gif_that_loops(tmp_path: Path) -> None:
     out = tmp_path / "new" / "small.gif"
-    done = CliRunner().invoke(app, ["playground", "--out", str(out), "--frames", "3", "--speed", "20", "--method", "VQ", "--method", "SimVQ"])
+    done = CliRunner().invoke(
+        app, ["playground", "--out", str(out), "--frames", "3", "--speed", "20", "--method", "VQ", "--method", "SimVQ"]
+    )
     assert done.exit_code == 0, done.output
     assert "frame 3 of 3" in done.output
     with Image.open(out) as gif:
