@@ -56,7 +56,8 @@ class Board:
         rows = -(-len(labels) // columns)
         width, title, curves, legend = columns * panel, 38, 150, 70
         height = rows * (panel - 24 + title) + curves + legend
-        self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout="none")
+        self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+        self.figure.set_layout_engine("none")
         self._canvas = FigureCanvasAgg(self.figure)
         self._panels = {}
         for i, label in enumerate(labels):
