@@ -112,9 +112,6 @@ class _Server:
                 self._trainers[order.attempt].commands.send(order.command)
         for waiting in [each for each in self._waiting.values() if each.order.attempt == order.attempt]:
             waiting.told.append(order)
-            if order.command == "stop":
-                del self._waiting[waiting.order.folder]
-                self._owner.send(Said(order.attempt, ENDED))
 
     def _train(self, order: Train) -> None:
         if any(each.folder == order.folder for each in self._trainers.values()):
@@ -165,6 +162,9 @@ class _Server:
         ended.commands.close()
         self._owner.send(Said(attempt, ENDED))
         if waiting := self._waiting.pop(ended.folder, None):
+            if any(order.command == "stop" for order in waiting.told):
+                self._owner.send(Said(waiting.order.attempt, ENDED))
+                return
             self._train(waiting.order)
             for order in waiting.told:
                 self._tell(order)
