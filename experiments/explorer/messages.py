@@ -8,7 +8,7 @@ WARM, ENDED, REMOVED = "warm", "ended", "removed"
 
 
 class Train(NamedTuple):
-    """Begin to train; `attempt` is what messages about it are told apart by."""
+    """Begin to train, once a trainer of the same folder has ended; `attempt` is what messages about it are told apart by."""
 
     attempt: int
     config: dict[str, Any]
@@ -27,7 +27,7 @@ class Tell(NamedTuple):
 
 
 class Reset(NamedTuple):
-    """Kill a trainer, if it still runs, and remove its folder."""
+    """Kill the trainer of a folder, if one still runs, and remove the folder."""
 
     attempt: int
     folder: str

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -43,10 +43,19 @@ class _Trainer:
     """It has closed its side, or something has happened to it."""
 
 
+@dataclass
+class _Waiting:
+    """A run that is to be trained once its trainer of before, which has been asked to stop, has ended; and what it is to be told then."""
+
+    order: Train
+    told: list[Tell] = field(default_factory=list)
+
+
 class _Server:
     def __init__(self, owner: Connection) -> None:
         self._owner = owner
         self._trainers: dict[int, _Trainer] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._projector: tuple[ForkProcess, Connection] | None = None
         self._warm = False
 
@@ -85,19 +94,29 @@ class _Server:
         if isinstance(order, Train):
             self._train(order)
         elif isinstance(order, Tell):
-            if order.attempt in self._trainers:
-                with suppress(OSError):  # it is ending
-                    self._trainers[order.attempt].commands.send(order.command)
+            self._tell(order)
         elif isinstance(order, Reset):
-            if order.attempt in self._trainers:
-                self._trainers[order.attempt].process.kill()
-                self._reap(order.attempt)
+            self._waiting.pop(order.folder, None)
+            for attempt in [attempt for attempt, each in self._trainers.items() if each.folder == order.folder]:
+                self._trainers[attempt].process.kill()
+                self._reap(attempt)
             shutil.rmtree(order.folder, ignore_errors=True)
             self._owner.send(Said(order.attempt, REMOVED))
         else:
-            self._project(order)
+            with suppress(OSError):  # no process could be started, or it has just ended: whoever wants the picture asks again
+                self._project(order)
+
+    def _tell(self, order: Tell) -> None:
+        if order.attempt in self._trainers:
+            with suppress(OSError):  # it is ending
+                self._trainers[order.attempt].commands.send(order.command)
+        for waiting in [each for each in self._waiting.values() if each.order.attempt == order.attempt]:
+            waiting.told.append(order)
 
     def _train(self, order: Train) -> None:
+        if any(each.folder == order.folder for each in self._trainers.values()):
+            self._waiting[order.folder] = _Waiting(order)
+            return
         ours, theirs = FORK.Pipe()
         others = [self._owner, ours, *self._connections()]
         process = FORK.Process(target=_train, args=(order, theirs, others))
@@ -117,6 +136,8 @@ class _Server:
             process = FORK.Process(target=_project, args=(theirs, [self._owner, ours, *self._connections()]))
             process.start()
             theirs.close()
+            if self._projector is not None:
+                self._projector[1].close()
             self._projector = process, ours
         self._projector[1].send(order.folder)
 
@@ -140,6 +161,13 @@ class _Server:
         ended.process.close()
         ended.commands.close()
         self._owner.send(Said(attempt, ENDED))
+        if waiting := self._waiting.pop(ended.folder, None):
+            if any(order.command == "stop" for order in waiting.told):
+                self._owner.send(Said(waiting.order.attempt, ENDED))
+                return
+            self._train(waiting.order)
+            for order in waiting.told:
+                self._tell(order)
 
     def close(self) -> None:
         """Let trainers stop, each of which sees that its pipe is closed."""

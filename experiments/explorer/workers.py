@@ -36,8 +36,6 @@ class _Attempt:
     config: TrainConfig
     """As interventions have left it, those that are on their way included."""
     activity: Activity = "starting"
-    next: tuple[_Attempt, Train] | None = None
-    """Of one that is stopping: what to begin as soon as it has ended."""
 
 
 class Workers:
@@ -105,15 +103,10 @@ class Workers:
             attempt, last = _Attempt(next(self._numbers), amended_config), self._attempts.get(str(run.path))
             environment = {name: value for name, value in os.environ.items() if name.startswith("IBQ_")}
             threads = max(1, cores() // MOST_RUNS)  # of the machine alone: sums, and so runs, depend on it in their last bits
-            order = Train(attempt.number, config.to_json_dict(), str(run.path), self.device, threads, environment)
             if last and last.activity == "stopping":
-                attempt.config, last.next = last.config, (attempt, order)
-            else:
-                self._begin(attempt, order)
-
-    def _begin(self, attempt: _Attempt, order: Train) -> None:
-        self._attempts[order.folder] = attempt
-        self._send(order)
+                attempt.config = last.config
+            self._attempts[str(run.path)] = attempt
+            self._send(Train(attempt.number, config.to_json_dict(), str(run.path), self.device, threads, environment))
 
     def intervene(self, run: RunDirectory, intervention: Intervention) -> bool:
         """Change a run that is trained; False where this kernel trains no such run. ConfigError: the change does not fit it."""
@@ -132,7 +125,7 @@ class Workers:
                 return
             attempt = self._attempts[str(run.path)]
             if command == "stop":
-                attempt.activity, attempt.next = "stopping", None
+                attempt.activity = "stopping"
             elif attempt.activity == "stopping":
                 return
             elif command == "pause":
@@ -147,7 +140,7 @@ class Workers:
             if self.activity(run) is None:
                 return False
             attempt = self._attempts[str(run.path)]
-            attempt.activity, attempt.next = "removing", None
+            attempt.activity = "removing"
             self._send(Reset(attempt.number, str(run.path)))
             return True
 
@@ -188,8 +181,6 @@ class Workers:
                 continue
             if said.state == (REMOVED if attempt.activity == "removing" else ENDED):
                 del self._attempts[path]
-                if attempt.next:
-                    self._begin(*attempt.next)
             elif attempt.activity not in ("stopping", "removing"):
                 attempt.activity = said.state  # type: ignore[assignment]
 
