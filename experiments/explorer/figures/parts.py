@@ -17,6 +17,9 @@ from experiments.explorer.view import View, in_words
 from experiments.figures.theme import MARKERS
 
 REFERENCE = "0.2"
+MOST_CHANGES = 4
+LETTERS_AN_INCH = 15.5
+"""Of small text."""
 
 
 def color(view: View) -> str:
@@ -52,9 +55,10 @@ def legend(figure: Figure, views: Sequence[View], interventions: bool) -> None:
         for number, each in enumerate(view.interventions, 1)
     ]
     if interventions and changes:
-        shown = changes[-4:]
-        more = [f"{len(changes) - 4} earlier"] if len(changes) > 4 else []
-        figure.supxlabel("Changed while training.  " + "   ".join(more + shown), fontsize=8, x=0.01, ha="left", color="0.25")
+        earlier = [f"{len(changes) - MOST_CHANGES} earlier"] if len(changes) > MOST_CHANGES else []
+        words = "Changed while training.  " + "   ".join(earlier + changes[-MOST_CHANGES:])
+        lines = textwrap.wrap(words, int(LETTERS_AN_INCH * figure.get_figwidth()))
+        figure.supxlabel("\n".join(lines), fontsize=8, x=0.01, ha="left", color="0.25")
 
 
 def mark_interventions(axis: Axes, views: Sequence[View]) -> None:
