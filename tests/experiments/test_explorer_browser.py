@@ -39,12 +39,12 @@ FIRST_POINT_S, ANSWER_S = 5.0, 0.3
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SETTINGS = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 
-PICTURE = "document.querySelector('.ibq-explorer .widget-image')"
+PICTURE, DRAWN = "document.querySelector('.ibq-explorer .widget-image')", "document.querySelector('.ibq-drawn')"
 FIRST_POINT = f"""() => new Promise(resolve => {{
     const started = performance.now();
     [...document.querySelectorAll('.ibq-explorer button')].find(b => b.innerText.trim() == 'Train').click();
     const timer = setInterval(() => {{
-        if (/A at step [1-9]/.test({PICTURE}.title) && {PICTURE}.complete) {{ clearInterval(timer); resolve(performance.now() - started); }}
+        if (/A at step [1-9]/.test({DRAWN}.innerText) && {PICTURE}.complete) {{ clearInterval(timer); resolve(performance.now() - started); }}
     }}, 10);
 }})"""
 """Milliseconds from a press of Train to a picture with a point of run A in it."""
@@ -149,7 +149,7 @@ class Visit:
         page.get_by_text("Run", exact=True).first.click()
         page.get_by_text("Run All Cells", exact=True).click()
         page.wait_for_selector(".ibq-explorer")
-        page.wait_for_function(f"{PICTURE} && {PICTURE}.title && {PICTURE}.naturalWidth > 300")
+        page.wait_for_function(f"{DRAWN} && {PICTURE}.naturalWidth > 300")
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
         self.to_the_top()
 
@@ -179,7 +179,7 @@ class Visit:
 
     def drawn(self) -> str:
         """What the picture on the screen shows, in words."""
-        return str(self.page.evaluate(f"{PICTURE}.title"))
+        return str(self.page.evaluate(f"{DRAWN}.innerText"))
 
     def drawn_step(self, letter: str) -> int:
         found = re.search(rf"{letter} at step (\d+)", self.drawn())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from experiments.explorer import show
 from experiments.explorer.figures import FIGURES, draw
 from experiments.explorer.figures.parts import RUN_HEX
-from experiments.explorer.painter import Painter, Request, Shown
+from experiments.explorer.painter import Painter, Painting, Request, Shown
 from experiments.explorer.painting import paint
 from experiments.explorer.tabs import TABS
 from experiments.explorer.trainer import LIVE
@@ -100,11 +101,11 @@ def test_an_empty_run(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
 
 def test_foreign_folders_are_refused_in_one_sentence(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
     directory = RunDirectory(tmp_path / "foreign")
-    with pytest.raises(ConfigError, match="foreign holds no config.json, so it is no run; give the folder of a run"):
+    with pytest.raises(ConfigError, match="foreign holds no config.json, so it is no run"):
         read_view(directory)
     directory.path.mkdir()
     directory.config.write_text("{")
-    with pytest.raises(ConfigError, match="the config of foreign cannot be read .*; give another run"):
+    with pytest.raises(ConfigError, match=r"the config of foreign cannot be read .*; give another run"):
         read_view(directory)
     config = tiny("ibq")
     generator = {"transformer": {"depth": 1}, "tokenizer": config.to_json_dict(), "data": config.data.model_dump()}
@@ -166,7 +167,7 @@ def test_interventions_are_marked_and_explained(run: RunDirectory) -> None:
     assert "B 1: learning rate 0.0001, double term off from step 3" in figure.get_supxlabel()
 
 
-# --- What the kernel looks at, and the painter ---------------------------------------------------------------------------------------------
+# --- What the kernel looks at, and the painter --------------------------------------------------------------------------------------------
 
 
 def test_a_history_is_read_as_it_grows(copy: RunDirectory) -> None:
@@ -224,9 +225,7 @@ def test_the_painter_draws_what_the_process_itself_draws_and_survives_its_death(
     assert painter.pid is None
 
 
-def wait_for(painter: Painter):  # noqa: ANN201
-    import time
-
+def wait_for(painter: Painter) -> Painting:
     deadline = time.monotonic() + 120
     while (painting := painter.poll()) is None:
         assert time.monotonic() < deadline, "the painter says nothing"

@@ -63,6 +63,7 @@ class Panel:
             description="UMAP", icon="map-o", tooltip="Project codes and features of all runs by UMAP, as they are now"
         )
         self.picture = widgets.Image(format="png", layout={"width": "100%"})
+        self.drawn = widgets.HTML()
         self.caption, self.message, self.difference = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self._row = widgets.HBox(layout={"width": "100%", "grid_gap": "6px"})
         self.widget = self._arranged()
@@ -167,7 +168,8 @@ class Panel:
         if painting.request.name == self.tabs.value:
             self.picture.value = painting.png
             steps = [f"{LETTERS[slot]} at step {step}" for slot, step in painting.steps.items()]
-            self.picture.tooltip = f"{TABS[painting.request.name].title}: {', '.join(steps) or 'no run'}"
+            words = f"{TABS[painting.request.name].title}: {', '.join(steps) or 'no run'}"
+            self.drawn.value = f'<div class="ibq-drawn" aria-label="what the picture shows">{words}</div>'
         else:
             self._wanted = True
 
@@ -244,7 +246,7 @@ class Panel:
 
     def _arranged(self) -> widgets.Box:
         left = widgets.VBox([self.side, self._stack], layout={"width": "290px", "flex": "0 0 290px", "margin": "0 8px 0 0"})
-        tabs = widgets.HBox([self.tabs, self.umap])
+        tabs = widgets.HBox([self.tabs, self.umap, self.drawn])
         right = widgets.VBox(
             [self._row, self.difference, self.message, tabs, self.picture, self.caption], layout={"flex": "1 1 0", "min_width": "0"}
         )

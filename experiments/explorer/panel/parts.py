@@ -25,6 +25,7 @@ CSS = """<style>
 .ibq-findings .bad { color: #9c2a00; }
 .ibq-explorer .ibq-card button { padding: 0 7px; width: auto; height: 22px; line-height: 22px; margin: 2px 3px 0 0; font-size: 12px; }
 .ibq-explorer .ibq-tabs button { height: 26px; line-height: 26px; font-size: 12.5px; }
+.ibq-drawn { color: #777; font-size: 11.5px; line-height: 26px; margin-left: 10px; white-space: nowrap; }
 .ibq-caption { color: #555; font-size: 12px; line-height: 15px; }
 .ibq-explorer textarea { font-family: monospace; font-size: 11px; line-height: 14px; }
 .ibq-explorer .widget-image { max-width: 100%; object-fit: contain; }
