@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from experiments import worker
+from experiments import diagnoses, worker
 from experiments.study import runs_folder
 from experiments.sweep import HEARTBEAT_S, failure_reason, time_left
 from ibq.data import DataError, data_hash_of
@@ -195,8 +195,9 @@ def _numbers(record: dict[str, Any]) -> str:
 def _result(run: RunDirectory) -> str:
     row = run.read_row()
     if row["status"] != "ok":
-        return f"{row['status']}: {row['reason']}"
+        return f"{row['status']}: {row['reason']}{diagnoses.phrase(row)}"
     if "cross_entropy" in row:
         bits = f"{row['bits_per_image']:.0f} bits an image, where drawing any code has {row['uniform_bits_per_image']:.0f}"
         return f"cross-entropy {row['cross_entropy']:.4f} nats a token, {bits}, {row['train_seconds']:.0f} s of training"
-    return f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}, {row['train_seconds']:.0f} s of training"
+    result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}"
+    return f"{result}, {row['train_seconds']:.0f} s of training{diagnoses.phrase(row)}"
