@@ -125,7 +125,7 @@ def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     said += _of_quality(rows, finished)
     for factor in ("K", "tokens a mean", "initial length"):
         said += [_of_line(line, finished) for line in lines(ablation, factor) if _known(line.arms, finished) > 1]
-    return said + _of_remedies(ablation, rows, finished)
+    return said + _of_saturation(rows, finished) + _of_remedies(ablation, rows, finished)
 
 
 def _of_all(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> str:
@@ -137,9 +137,8 @@ def _of_all(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codeb
         f"{collapsed} of {len(finished)} cells have."
     )
     if agreeing:
-        sentence += (
-            f" {agreeing} cell{'' if agreeing == 1 else 's'} between agreeing neighbours {'was' if agreeing == 1 else 'were'} left out."
-        )
+        cells = "1 cell between agreeing neighbours was" if agreeing == 1 else f"{agreeing} cells between agreeing neighbours were"
+        sentence += f" {cells} left out."
     return sentence + (f" For {beyond} more there was no room." if beyond else "")
 
 
@@ -184,6 +183,19 @@ def _of_line(line: Line, finished: Mapping[str, Codebook]) -> str:
     where = f"rate {levels['rate']}, D = {levels['D']}"
     where += f", {levels['remedy']}" if levels["remedy"] != "none" and line.factor != "remedy" else ""
     return f"Over {line.factor}, {levels['method']} ({where}) has a perplexity over K of {along}: {crossing}."
+
+
+def _of_saturation(rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
+    """How many of IBQ's cells have collapsed on either side of a largest probability of a half, when training was first logged."""
+    if "first.max_probability" not in rows:
+        return []
+    first = rows[rows["method"] == "ibq"].groupby("arm")["first.max_probability"].mean().dropna()
+    sides = [[name for name in first.index if bool(first[name] >= 0.5) is decisive] for decisive in (True, False)]
+    counts = [f"{sum(finished[name].alive is False for name in names)} of {len(names)}" for names in sides]
+    return [
+        f"Of IBQ's cells, {counts[0]} whose largest probability was at least 0.5 when training was first logged have collapsed, and "
+        f"{counts[1]} of the others."
+    ]
 
 
 def _of_remedies(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib import patheffects
 from matplotlib.axes import Axes
@@ -29,6 +30,19 @@ from experiments.study import Cell, Study
 from experiments.tables import COLUMNS
 
 OUTCOMES = ("share", "usage", "l1", "fid")
+DRAWN = (
+    "arm",
+    "status",
+    "perplexity_share",
+    "usage",
+    "l1",
+    "fid[fashion-cnn]",
+    "codebook_size",
+    "config.optim.lr",
+    "factor.rate",
+    "factor.K",
+)
+"""The columns that the map goes by."""
 BORDER = {"color": COLORS[3], "lw": 2.4, "solid_capstyle": "butt", "zorder": 4}
 EDGE = [patheffects.withStroke(linewidth=4.4, foreground="white")]
 """Around the border, so that it stands out from dark cells and from light ones."""
@@ -36,6 +50,7 @@ EDGE = [patheffects.withStroke(linewidth=4.4, foreground="white")]
 
 def collapse_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """A row of maps for every method that has a finished cell, a column an outcome with one scale."""
+    rows = rows[[name for name in rows if name in DRAWN]]  # the others would only be copied with every cell
     maps = {method: on_map(ablation, method) for method in ablation.factors[0].levels}
     finished = set(rows[rows["status"] == "ok"]["arm"])
     drawn = {method: arms for method, arms in maps.items() if finished & {arm.name for arm in arms.values()}}
@@ -44,6 +59,8 @@ def collapse_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
     rates, dimensions = ablation.factor("rate").levels, ablation.factor("D").levels
     lr = rates_of(ablation, rows)
     absent = left_out(ablation, rows)
+    states = {arm.name: known_state(ablation, rows, arm.name, absent) for arms in drawn.values() for arm in arms.values()}
+    by_arm = {str(name): mine for name, mine in rows.groupby("arm")}
     of_maps = rows[rows["arm"].isin([arm.name for arms in drawn.values() for arm in arms.values()])]
     outcomes = [outcome for outcome in OUTCOMES if len(values_of(of_maps, outcome))]
     size = (2.3 * len(outcomes) + 0.9, 1.1 * len(drawn) + 1.9)
@@ -56,19 +73,19 @@ def collapse_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
             places = {arm.name: (dimensions.index(D), rates.index(rate)) for (rate, D), arm in arms.items()}
             for name, (x, y) in places.items():
                 if name not in absent:
-                    draw_cell(axis, x, y, outcome, rows[rows["arm"] == name], colors)
+                    draw_cell(axis, x, y, outcome, by_arm[name], colors)
                 elif absent[name]:
                     draw_hatched(axis, x, y)
-            _border(axis, {place: known_state(ablation, rows, name, absent) for name, place in places.items()})
+            _border(axis, {place: states[name] for name, place in places.items()})
             if PAPER_DIMENSION in dimensions:
                 _paper(axis, dimensions.index(PAPER_DIMENSION), [lr[rate] for rate in rates])
         bar = figure.colorbar(colors, ax=list(axes[:, column]), location="top", aspect=24, pad=0.01)
         bar.set_label(COLUMNS[outcome].label, fontsize=9)
         bar.ax.tick_params(labelsize=7)
         if outcome == "fid":
-            bar.ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
-            bar.ax.xaxis.set_major_formatter(FuncFormatter(_plain))
-            bar.ax.xaxis.set_minor_formatter(NullFormatter())
+            places = [float(f"{place:.2g}") for place in np.geomspace(colors.norm.vmin or 1, colors.norm.vmax or 1, 6)[1:-1]]
+            bar.set_ticks(places, labels=[f"{place:g}" for place in places])
+            bar.ax.minorticks_off()
     for axis, method in zip(axes[:, 0], drawn, strict=True):
         axis.set_title(" ", fontsize=8)  # takes the height; the words may reach over the next column, which a title must not
         words = axis.annotate(method, (0, 1), xytext=(0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=8.5)
@@ -103,7 +120,7 @@ def collapse_axes(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figur
             name = _line_name(known[0].levels, factor)
             style = labels.setdefault(name, {"color": COLORS[len(labels) % len(COLORS)], "marker": MARKERS[len(labels) % len(MARKERS)]})
             xs = [size(cells[arm.name]) for arm in known]
-            shown.update(xs)
+            shown.update(round(x, 6) for x in xs)
             for axis, outcome in zip(axes[:, column], ("share", "l1"), strict=True):
                 axis.plot(xs, [values_of(rows[rows["arm"] == arm.name], outcome).mean() for arm in known], lw=1.2, ms=5, **style)
         axes[1, column].set(xlabel=label, xscale="log")
@@ -137,12 +154,13 @@ def saturation(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure |
         ("first.max_probability", "largest probability, first logged"),
         ("last.max_probability", "largest probability, last logged"),
     )
+    mine = done[done["factor.method"].isin(dot_products)]
     for axis, (column, label) in zip(axes, panels, strict=True):
-        mine = done[done["factor.method"].isin(dot_products)]
         for _, row in mine.iterrows():
             marker = MARKERS[dimensions.index(row["factor.D"])]
             axis.plot(row[column], 100 * row["perplexity_share"], ls="", marker=marker, ms=5.5, color=colors[row["factor.method"]])
         axis.axhline(100 * ablation.border.collapse, color="0.2", ls="--", lw=1)
+        axis.margins(x=0.08)
         axis.set(xlabel=label, ylim=(-3, None))
         if column == "first.logit_spread":
             axis.set_xscale("log")
@@ -157,7 +175,7 @@ def saturation(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure |
     handles += [
         Line2D([], [], ls="", marker=marker, color="0.4", label=f"D = {D}")
         for marker, D in zip(MARKERS, dimensions, strict=False)
-        if done["factor.D"].eq(D).any()
+        if mine["factor.D"].eq(D).any()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=7.5)
     return figure
