@@ -30,18 +30,8 @@ from experiments.study import Cell, Study
 from experiments.tables import COLUMNS
 
 OUTCOMES = ("share", "usage", "l1", "fid")
-DRAWN = (
-    "arm",
-    "status",
-    "perplexity_share",
-    "usage",
-    "l1",
-    "fid[fashion-cnn]",
-    "codebook_size",
-    "config.optim.lr",
-    "factor.rate",
-    "factor.K",
-)
+FACTS = ("arm", "status", "codebook_size", "config.optim.lr", "factor.rate", "factor.K")
+DRAWN = (*FACTS, "perplexity_share", "usage", "l1", "fid[fashion-cnn]")
 """The columns that the map goes by."""
 BORDER = {"color": COLORS[3], "lw": 2.4, "solid_capstyle": "butt", "zorder": 4}
 EDGE = [patheffects.withStroke(linewidth=4.4, foreground="white")]
@@ -83,8 +73,8 @@ def collapse_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
         bar.set_label(COLUMNS[outcome].label, fontsize=9)
         bar.ax.tick_params(labelsize=7)
         if outcome == "fid":
-            places = [float(f"{place:.2g}") for place in np.geomspace(colors.norm.vmin or 1, colors.norm.vmax or 1, 6)[1:-1]]
-            bar.set_ticks(places, labels=[f"{place:g}" for place in places])
+            ticks = [float(f"{tick:.2g}") for tick in np.geomspace(colors.norm.vmin or 1, colors.norm.vmax or 1, 6)[1:-1]]
+            bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
             bar.ax.minorticks_off()
     for axis, method in zip(axes[:, 0], drawn, strict=True):
         axis.set_title(" ", fontsize=8)  # takes the height; the words may reach over the next column, which a title must not

@@ -73,6 +73,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Study, pd.
         yield study, rows.load(study)
 
 
+@pytest.fixture(scope="module")
+def map_(world: tuple[Study, pd.DataFrame]) -> Iterator[Figure]:
+    figure = drawn(figures.draw("collapse_map", world[0], ABLATION, world[1]))
+    yield figure
+    figures.plt.close(figure)
+
+
 def drawn(figure: Figure | None) -> Figure:
     assert figure is not None
     return figure
@@ -148,10 +155,11 @@ def test_cells_go_where_the_border_is(world: tuple[Study, pd.DataFrame]) -> None
     assert sorted(absent) == sorted(arm.partition("/")[2] for arm in study.agreeing)
 
 
-def test_the_border_runs_between_cells_that_differ_and_hatching_covers_what_was_left_out(world: tuple[Study, pd.DataFrame]) -> None:
-    study, table = world
-    figure = drawn(figures.draw("collapse_map", study, ABLATION, table))
-    maps = dict(zip(METHODS, [axis for axis in figure.axes if axis.get_subplotspec() is not None][::4], strict=True))
+def test_the_border_runs_between_cells_that_differ_and_hatching_covers_what_was_left_out(
+    world: tuple[Study, pd.DataFrame], map_: Figure
+) -> None:
+    _, table = world
+    maps = dict(zip(METHODS, [axis for axis in map_.axes if axis.get_subplotspec() is not None][::4], strict=True))
     assert borders(maps["VQ"]) == borders(maps["VQ, strongest"]) == set()
     at_16 = {((1.5, y - 0.5), (1.5, y + 0.5)) for y in (0, 2)}  # D = 32 is dead at the slow rate and was inferred at the fast one
     assert at_16 & borders(maps["IBQ"])
@@ -160,18 +168,15 @@ def test_the_border_runs_between_cells_that_differ_and_hatching_covers_what_was_
     assert ((3.5, 1.5), (4.5, 1.5)) in borders(maps["IBQ outside its recipe"])  # lives at the usual rate
     hatched = [patch for patch in maps["VQ"].patches if getattr(patch, "get_hatch", lambda: None)()]
     assert len(hatched) == sum(arm.name not in set(table["arm"]) for arm in atlas.on_map(ABLATION, "VQ").values())
-    figures.plt.close(figure)
 
 
-def test_the_papers_setting_is_said_and_marked_at_the_edge(world: tuple[Study, pd.DataFrame]) -> None:
-    study, table = world
+def test_the_papers_setting_is_said_and_marked_at_the_edge(world: tuple[Study, pd.DataFrame], map_: Figure) -> None:
+    _, table = world
     words = atlas.paper_in_words(ABLATION, table)
     assert words == "the paper's setting (K = 16,384, D = 256, rate 0.0001): below the lowest rate (0.0003), with 16 times the codes"
-    figure = drawn(figures.draw("collapse_map", study, ABLATION, table))
-    assert words in [text.get_text() for text in figure.legends[0].get_texts()]
-    markers = [line for line in figure.axes[0].lines if line.get_marker() == "v"]
+    assert words in [text.get_text() for text in map_.legends[0].get_texts()]
+    markers = [line for line in map_.axes[0].lines if line.get_marker() == "v"]
     assert [tuple(line.get_xydata()[0]) for line in markers] == [(4, -0.5)]  # type: ignore[index]
-    figures.plt.close(figure)
     gpu = table.assign(**{"codebook_size": 16384, "config.optim.lr": 1e-4})
     assert atlas.paper_in_words(ABLATION, gpu).endswith("among its rates, with as many codes")
 
