@@ -11,6 +11,8 @@ import pandas as pd
 from experiments.ablations import Ablation, Arm, Border
 from experiments.anatomy import Codebook, codebook_of
 
+PAPER_SIZE, PAPER_DIMENSION, PAPER_RATE = 16384, "256", 1e-4
+"""Where the paper trains IBQ."""
 STATES = {True: "lives", False: "collapsed", None: "undecided"}
 
 
@@ -62,6 +64,24 @@ def lines(ablation: Ablation, factor: str) -> list[Line]:
     return [Line(factor, tuple(arms)) for arms in ordered]
 
 
+def rates_of(ablation: Ablation, rows: pd.DataFrame) -> dict[str, float]:
+    """The learning rate of each level; where no row has it, by the level's multiple of one that some row has."""
+    known = {str(level): float(mine["config.optim.lr"].iloc[0]) for level, mine in rows.groupby("factor.rate")}
+    factors = {level: float(level.removeprefix("×")) for level in ablation.factor("rate").levels}
+    level, rate = next(iter(known.items()))
+    return {each: known.get(each, rate * factor / factors[level]) for each, factor in factors.items()}
+
+
+def paper_in_words(ablation: Ablation, rows: pd.DataFrame) -> str:
+    """The paper's setting, and where it lies from the nearest cell of the map."""
+    rates = sorted(rates_of(ablation, rows).values())
+    where = f"below the lowest rate ({rates[0]:g})" if rates[0] > PAPER_RATE else f"above the highest rate ({rates[-1]:g})"
+    where = "among its rates" if rates[0] <= PAPER_RATE <= rates[-1] else where
+    K = int(rows[rows["factor.K"] == "×1"]["codebook_size"].iloc[0])
+    codes = "as many codes" if K == PAPER_SIZE else f"{PAPER_SIZE / K:g} times the codes"
+    return f"the paper's setting (K = {PAPER_SIZE:,}, D = {PAPER_DIMENSION}, rate {PAPER_RATE:g}): {where}, with {codes}"
+
+
 def remedies_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """Every remedy beside what it is for: the codebook, reconstruction, how decisive assignments were first and last, and the diagnosis."""
     if ablation.border is None:
@@ -100,12 +120,12 @@ def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     finished = {name: book for name, book in books.items() if book.seeds}
     if not finished:
         return []
-    said = [_of_all(ablation, rows, finished)]
+    said = [_of_all(ablation, rows, finished), f"Not on the map is {paper_in_words(ablation, rows)}."]
     said += [sentence for method in ablation.factors[0].levels if (sentence := _of_method(ablation, finished, method))]
     said += _of_quality(rows, finished)
     for factor in ("K", "tokens a mean", "initial length"):
         said += [_of_line(line, finished) for line in lines(ablation, factor) if _known(line.arms, finished) > 1]
-    return said + _of_remedies(ablation, rows, finished)
+    return said + _of_saturation(rows, finished) + _of_remedies(ablation, rows, finished)
 
 
 def _of_all(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> str:
@@ -116,7 +136,9 @@ def _of_all(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codeb
         f"A codebook has collapsed if its perplexity is below {100 * _border(ablation).collapse:g}% of K or its run did not stay finite: "
         f"{collapsed} of {len(finished)} cells have."
     )
-    sentence += f" {agreeing} cells between agreeing neighbours were left out." if agreeing else ""
+    if agreeing:
+        cells = "1 cell between agreeing neighbours was" if agreeing == 1 else f"{agreeing} cells between agreeing neighbours were"
+        sentence += f" {cells} left out."
     return sentence + (f" For {beyond} more there was no room." if beyond else "")
 
 
@@ -127,10 +149,9 @@ def _of_method(ablation: Ablation, finished: Mapping[str, Codebook], method: str
         return ""
     alive = {place: book for place, book in points.items() if book.alive}
     dead = {place: book for place, book in points.items() if book.alive is False}
-    if not dead:
-        return f"{method}: lives at {_all(points)} points of rate and D that were trained (perplexity {_range(alive)} of K)."
-    if not alive:
-        return f"{method}: has collapsed at {_all(points)} points of rate and D that were trained (perplexity {_range(dead)} of K)."
+    if not dead or not alive:
+        everywhere = f"at every point of rate and D that was trained ({len(points)}; perplexity {_range(points)} of K)"
+        return f"{method}: {'has collapsed' if dead else 'lives'} {everywhere}."
     return f"{method}: has collapsed at {_places(dead)}; lives at {_places(alive)}."
 
 
@@ -164,6 +185,19 @@ def _of_line(line: Line, finished: Mapping[str, Codebook]) -> str:
     return f"Over {line.factor}, {levels['method']} ({where}) has a perplexity over K of {along}: {crossing}."
 
 
+def _of_saturation(rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
+    """How many of IBQ's cells have collapsed on either side of a largest probability of a half, when training was first logged."""
+    if "first.max_probability" not in rows:
+        return []
+    first = rows[rows["method"] == "ibq"].groupby("arm")["first.max_probability"].mean().dropna()
+    sides = [[name for name in first.index if bool(first[name] >= 0.5) is decisive] for decisive in (True, False)]
+    counts = [f"{sum(finished[name].alive is False for name in names)} of {len(names)}" for names in sides]
+    return [
+        f"Of IBQ's cells, {counts[0]} whose largest probability was at least 0.5 when training was first logged have collapsed, and "
+        f"{counts[1]} of the others."
+    ]
+
+
 def _of_remedies(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
     """Of each case which remedies bring the codebook back, and the one with the lowest L1."""
     said = []
@@ -189,10 +223,6 @@ def _border(ablation: Ablation) -> Border:
 
 def _known(arms: Iterable[Arm], finished: Mapping[str, Codebook]) -> int:
     return sum(arm.name in finished for arm in arms)
-
-
-def _all(points: Mapping[tuple[str, str], Codebook]) -> str:
-    return f"all {len(points)}" if len(points) > 1 else "the one of its"
 
 
 def _places(points: Mapping[tuple[str, str], Codebook]) -> str:

@@ -214,6 +214,7 @@ OUTSIDE_CASE, LONG_CASE = "outside its recipe", "the whole recipe, codes drawn 4
 REMEDIES_TRIED = (
     Remedy(OUTSIDE_CASE, "D = 32", name("outside", "fast", 32), reference=True),
     Remedy(OUTSIDE_CASE, "D = 256", name("outside", "fast", 256), reference=True),
+    Remedy(OUTSIDE_CASE, "D = 32 with codes as long as at D = 256", name("outside", "fast", 32, length="×2.8"), reference=True),
     Remedy(OUTSIDE_CASE, "codes as long as at D = 32", name("outside", "fast", 256, length="×0.35")),
     Remedy(OUTSIDE_CASE, "logits over √D", name("outside", "fast", 256, remedy="logits over √D")),
     Remedy(OUTSIDE_CASE, "logits over 4", name("outside", "fast", 256, remedy="logits over 4")),

@@ -9,17 +9,20 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.ablations import Ablation, Arm
 from experiments.ablations.collapse_atlas import LENGTHS
-from experiments.atlas import known_state, left_out, lines, on_map
+from experiments.atlas import PAPER_DIMENSION, PAPER_RATE, known_state, left_out, lines, on_map, paper_in_words, rates_of
 from experiments.figures.heat_map import COLORMAPS, draw_cell, draw_hatched, scale, values_of
 from experiments.figures.labels import Labels
 from experiments.figures.theme import COLORS, MARKERS, method_colors
@@ -27,21 +30,27 @@ from experiments.study import Cell, Study
 from experiments.tables import COLUMNS
 
 OUTCOMES = ("share", "usage", "l1", "fid")
+FACTS = ("arm", "status", "codebook_size", "config.optim.lr", "factor.rate", "factor.K")
+DRAWN = (*FACTS, "perplexity_share", "usage", "l1", "fid[fashion-cnn]")
+"""The columns that the map goes by."""
 BORDER = {"color": COLORS[3], "lw": 2.4, "solid_capstyle": "butt", "zorder": 4}
-PAPER_SIZE, PAPER_DIMENSION, PAPER_RATE = 16384, "256", 1e-4
-"""Where the paper trains IBQ."""
+EDGE = [patheffects.withStroke(linewidth=4.4, foreground="white")]
+"""Around the border, so that it stands out from dark cells and from light ones."""
 
 
 def collapse_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """A row of maps for every method that has a finished cell, a column an outcome with one scale."""
+    rows = rows[[name for name in rows if name in DRAWN]]  # the others would only be copied with every cell
     maps = {method: on_map(ablation, method) for method in ablation.factors[0].levels}
     finished = set(rows[rows["status"] == "ok"]["arm"])
     drawn = {method: arms for method, arms in maps.items() if finished & {arm.name for arm in arms.values()}}
     if not drawn:
         return None
     rates, dimensions = ablation.factor("rate").levels, ablation.factor("D").levels
-    lr = _rates(study, ablation)
+    lr = rates_of(ablation, rows)
     absent = left_out(ablation, rows)
+    states = {arm.name: known_state(ablation, rows, arm.name, absent) for arms in drawn.values() for arm in arms.values()}
+    by_arm = {str(name): mine for name, mine in rows.groupby("arm")}
     of_maps = rows[rows["arm"].isin([arm.name for arms in drawn.values() for arm in arms.values()])]
     outcomes = [outcome for outcome in OUTCOMES if len(values_of(of_maps, outcome))]
     size = (2.3 * len(outcomes) + 0.9, 1.1 * len(drawn) + 1.9)
@@ -54,15 +63,19 @@ def collapse_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
             places = {arm.name: (dimensions.index(D), rates.index(rate)) for (rate, D), arm in arms.items()}
             for name, (x, y) in places.items():
                 if name not in absent:
-                    draw_cell(axis, x, y, outcome, rows[rows["arm"] == name], colors)
+                    draw_cell(axis, x, y, outcome, by_arm[name], colors)
                 elif absent[name]:
                     draw_hatched(axis, x, y)
-            _border(axis, {place: known_state(ablation, rows, name, absent) for name, place in places.items()})
+            _border(axis, {place: states[name] for name, place in places.items()})
             if PAPER_DIMENSION in dimensions:
                 _paper(axis, dimensions.index(PAPER_DIMENSION), [lr[rate] for rate in rates])
         bar = figure.colorbar(colors, ax=list(axes[:, column]), location="top", aspect=24, pad=0.01)
         bar.set_label(COLUMNS[outcome].label, fontsize=9)
         bar.ax.tick_params(labelsize=7)
+        if outcome == "fid":
+            ticks = [float(f"{tick:.2g}") for tick in np.geomspace(colors.norm.vmin or 1, colors.norm.vmax or 1, 6)[1:-1]]
+            bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+            bar.ax.minorticks_off()
     for axis, method in zip(axes[:, 0], drawn, strict=True):
         axis.set_title(" ", fontsize=8)  # takes the height; the words may reach over the next column, which a title must not
         words = axis.annotate(method, (0, 1), xytext=(0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=8.5)
@@ -70,9 +83,9 @@ def collapse_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
         axis.set_yticks(range(len(rates)), [f"{lr[rate]:g}" for rate in rates], fontsize=7.5)
     for axis in axes[-1]:
         axis.set_xticks(range(len(dimensions)), list(dimensions), fontsize=7.5)
-    figure.supxlabel("code dimension D", fontsize=9)
+        axis.set_xlabel("code dimension D", fontsize=8)
     figure.supylabel("learning rate", fontsize=9)
-    figure.legend(handles=_legend(study, ablation, lr), loc="outside lower center", ncols=2, frameon=False, fontsize=7.5)
+    figure.legend(handles=_legend(ablation, rows, lr), loc="outside lower center", ncols=2, frameon=False, fontsize=7.5)
     return figure
 
 
@@ -88,22 +101,25 @@ def collapse_axes(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figur
     found = {factor: [line for line in lines(ablation, factor) if _points(line.arms, finished) > 1] for factor, *_ in axes_shown}
     if not any(found.values()):
         return None
-    figure, axes = plt.subplots(2, len(axes_shown), figsize=(3.1 * len(axes_shown) + 0.6, 5.6), squeeze=False, sharex="col")
+    figure, axes = plt.subplots(2, len(axes_shown), figsize=(3.1 * len(axes_shown) + 0.6, 5.6), squeeze=False, sharex="col", sharey="row")
     labels: dict[str, Any] = {}
     for column, (factor, label, size) in enumerate(axes_shown):
+        shown: set[float] = set()
         for line in found[factor]:
             known = [arm for arm in line.arms if arm.name in set(finished["arm"])]
             name = _line_name(known[0].levels, factor)
             style = labels.setdefault(name, {"color": COLORS[len(labels) % len(COLORS)], "marker": MARKERS[len(labels) % len(MARKERS)]})
             xs = [size(cells[arm.name]) for arm in known]
+            shown.update(round(x, 6) for x in xs)
             for axis, outcome in zip(axes[:, column], ("share", "l1"), strict=True):
                 axis.plot(xs, [values_of(rows[rows["arm"] == arm.name], outcome).mean() for arm in known], lw=1.2, ms=5, **style)
-        axes[1, column].set(xlabel=label, xscale="log", ylabel=COLUMNS["l1"].label)
-        axes[1, column].xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes[1, column].xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        axes[1, column].set(xlabel=label, xscale="log")
+        axes[1, column].set_xticks(sorted(shown), [f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in sorted(shown)], fontsize=7.5)
+        axes[1, column].minorticks_off()
         assert ablation.border
         axes[0, column].axhline(100 * ablation.border.collapse, color="0.2", ls="--", lw=1)
-        axes[0, column].set(ylabel=COLUMNS["share"].label, ylim=(0, None))
+    axes[0, 0].set(ylabel=COLUMNS["share"].label, ylim=(-3, 103))
+    axes[1, 0].set_ylabel(COLUMNS["l1"].label)
     handles = [Line2D([], [], lw=1.2, ms=5, label=name, **style) for name, style in labels.items()]
     handles.append(Line2D([], [], color="0.2", ls="--", lw=1, label="below it a codebook has collapsed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=7.5)
@@ -128,15 +144,19 @@ def saturation(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure |
         ("first.max_probability", "largest probability, first logged"),
         ("last.max_probability", "largest probability, last logged"),
     )
+    mine = done[done["factor.method"].isin(dot_products)]
     for axis, (column, label) in zip(axes, panels, strict=True):
-        mine = done[done["factor.method"].isin(dot_products)]
         for _, row in mine.iterrows():
             marker = MARKERS[dimensions.index(row["factor.D"])]
             axis.plot(row[column], 100 * row["perplexity_share"], ls="", marker=marker, ms=5.5, color=colors[row["factor.method"]])
         axis.axhline(100 * ablation.border.collapse, color="0.2", ls="--", lw=1)
+        axis.margins(x=0.08)
         axis.set(xlabel=label, ylim=(-3, None))
         if column == "first.logit_spread":
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FuncFormatter(_plain))
+            axis.xaxis.set_minor_formatter(NullFormatter())
         places = Labels(axis, size=7)
         for _, row in mine[mine["arm"].isin(named)].drop_duplicates("arm").iterrows():
             places.put(ablation.letter(row["arm"]), row[column], 100 * row["perplexity_share"])
@@ -145,33 +165,10 @@ def saturation(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure |
     handles += [
         Line2D([], [], ls="", marker=marker, color="0.4", label=f"D = {D}")
         for marker, D in zip(MARKERS, dimensions, strict=False)
-        if done["factor.D"].eq(D).any()
+        if mine["factor.D"].eq(D).any()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=7.5)
     return figure
-
-
-def paper_in_words(study: Study, ablation: Ablation) -> str:
-    """Where the paper's setting lies with respect to the map."""
-    lr = sorted(_rates(study, ablation).values())
-    sizes = {cell.config.quantizer.codebook_size for cell in _cells(study, ablation) if cell.arm.levels["K"] == "×1"}
-    K = next(iter(sizes))
-    rate = f"below its lowest rate ({lr[0]:g})" if lr[0] > PAPER_RATE else f"above its highest ({lr[-1]:g})"
-    rate = "at its nearest rate" if lr[0] <= PAPER_RATE <= lr[-1] else rate
-    codes = "with as many codes" if K == PAPER_SIZE else f"with {PAPER_SIZE / K:g} times the codes"
-    return f"the paper's setting (K = {PAPER_SIZE:,}, D = {PAPER_DIMENSION}, rate {PAPER_RATE:g}): {rate}, {codes}"
-
-
-def _cells(study: Study, ablation: Ablation) -> list[Cell]:
-    return [cell for cell in [*study.cells, *study.waiting] if cell.ablation is ablation]
-
-
-def _rates(study: Study, ablation: Ablation) -> dict[str, float]:
-    """The learning rate of each level; where no arm of the study has it, the level's multiple of one that some arm has."""
-    known = {cell.arm.levels["rate"]: cell.config.optim.lr for cell in _cells(study, ablation)}
-    level, lr = next(iter(known.items()))
-    factors = {rate: float(rate.removeprefix("×")) for rate in ablation.factor("rate").levels}
-    return {rate: known.get(rate, lr * factor / factors[level]) for rate, factor in factors.items()}
 
 
 def _colors(rows: pd.DataFrame, outcome: str) -> ScalarMappable:
@@ -192,7 +189,7 @@ def _border(axis: Axes, states: Mapping[tuple[int, int], bool | None]) -> None:
                     middle = (one[along] + other[along]) / 2
                     ends = (across - 0.5, across + 0.5)
                     xs, ys = ([middle, middle], ends) if along == 0 else (ends, [middle, middle])
-                    axis.plot(xs, ys, **BORDER)
+                    axis.plot(xs, ys, path_effects=EDGE, **BORDER)
 
 
 def _paper(axis: Axes, x: int, rates: list[float]) -> None:
@@ -208,19 +205,23 @@ def _paper(axis: Axes, x: int, rates: list[float]) -> None:
         axis.plot(x + 0.36, rates.index(nearest) + 0.3, marker="*", **style)
 
 
-def _legend(study: Study, ablation: Ablation, lr: Mapping[str, float]) -> list[Any]:
+def _legend(ablation: Ablation, rows: pd.DataFrame, lr: Mapping[str, float]) -> list[Any]:
     inside = min(lr.values()) <= PAPER_RATE <= max(lr.values())
     marker = "*" if inside else "v" if min(lr.values()) > PAPER_RATE else "^"
     return [
         Line2D([], [], label="border of collapse", **{name: value for name, value in BORDER.items() if name != "zorder"}),
         Patch(facecolor="0.93", edgecolor="0.6", hatch="////", lw=0, label="left out: its neighbours agree (or no result: why)"),
-        Line2D([], [], ls="", marker=marker, color="white", mec="black", mew=0.8, label=paper_in_words(study, ablation)),
+        Line2D([], [], ls="", marker=marker, color="white", mec="black", mew=0.8, label=paper_in_words(ablation, rows)),
         Patch(facecolor="white", edgecolor="0.8", lw=0.6, label="not asked"),
     ]
 
 
 def _points(arms: tuple[Arm, ...], finished: pd.DataFrame) -> int:
     return sum(finished["arm"].eq(arm.name).any() for arm in arms)
+
+
+def _plain(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 def _tokens_a_mean(cell: Cell) -> float:

@@ -31,13 +31,16 @@ def widened(study: Study) -> Study:
     """The study with what other ablations have finished under the same fields, so that a report shows all there is. A grid is alone.
 
     An ablation joins if a run of an arm of its own is finished, one that none of the named ablations has; of it, only what is finished is
-    shown.
+    shown. One that is trained on request alone joins last, and not for runs that those of the others are, too.
     """
     if study.grid:
         return study
     cells, own = list(study.cells), {cell.run.path for cell in study.cells}
     joining = []
-    for name in ABLATIONS.keys() - {ablation.name for ablation in study.ablations}:
+    absent = ABLATIONS.keys() - {ablation.name for ablation in study.ablations}
+    for name in sorted(absent, key=lambda name: ABLATIONS[name].on_request):
+        if ABLATIONS[name].on_request:
+            own = {cell.run.path for cell in cells}
         try:
             finished = [cell for cell in replace(study, ablation_names=(name,)).cells if cell.run.finished]
         except ConfigError:  # a changed field that this ablation's arms differ in

@@ -111,7 +111,7 @@ def test_the_tokens_of_the_live_file_are_those_since_the_one_before(make: Callab
     run.train()
     assert run.wait(PATIENCE_S)
     tokens = int(load_file(run.directory.path / LIVE)["counts"].sum()) / (run.config.batch_size * run.config.tokens_per_image)
-    assert tokens in (2, 3)  # steps: the first point has a file of its own, and where the machine is slow the second
+    assert tokens in (1, 2, 3)  # whole steps: all of them where the machine is fast, the last alone where each had a file of its own
 
 
 def test_pause_holds_it_between_two_steps(make: Callable[..., ExplorerRun]) -> None:

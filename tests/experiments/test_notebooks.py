@@ -41,6 +41,7 @@ def test_a_notebook_shows_what_its_ablation_shows(name: str) -> None:
     assert "show_finding(ablation, table)" in text  # and with it the verdicts
 
 
+@pytest.mark.notebooks
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("name", sorted(OF_ABLATIONS))
 def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None:
@@ -59,6 +60,7 @@ def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
 
 
+@pytest.mark.notebooks
 def test_the_notebook_on_the_mechanism_runs_and_refuses_parameters_that_it_has_not(tmp_path: Path) -> None:
     path, out = ROOT / "notebooks" / f"{notebooks.MECHANISM}.ipynb", tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(path), str(out), "--no-progress-bar"]
@@ -71,6 +73,7 @@ def test_the_notebook_on_the_mechanism_runs_and_refuses_parameters_that_it_has_n
     assert "notebook parameter 'sead' does not exist; did you mean 'seed'?" in refused.stderr
 
 
+@pytest.mark.notebooks
 def test_the_playground_runs_without_a_browser_and_refuses_what_it_has_not(tmp_path: Path) -> None:
     path, out = ROOT / "notebooks" / "10_two_dimensional_playground.ipynb", tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(path), str(out), "--no-progress-bar"]

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.playground import METHODS, Drift, Learner, Playground, Settings, measure
+from experiments.playground import METHODS, Drift, Learner, Observation, Playground, Settings, measure
 from experiments.playground.animation import FRAME_MS, FRAMES, LAST_FRAME_MS, METHODS_SHOWN
 from experiments.playground.drawing import Board, arrow_shapes, convex_hull
 from experiments.playground.simulation import CODES, as_feature_map
@@ -29,13 +29,22 @@ def batch(seed: int, count: int = 256) -> torch.Tensor:
     return Drift().features(0.1, count, torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(scope="module")
+def among() -> dict[str, Observation]:
+    """All methods side by side after a few steps."""
+    playground = Playground(list(METHODS), Settings(seed=3))
+    playground.advance(12)
+    return playground.observe()
+
+
 @pytest.mark.parametrize("label", METHODS)
-def test_a_method_learns_the_same_bits_alone_and_among_others_and_leaves_the_global_draws_alone(label: str) -> None:
+def test_a_method_learns_the_same_bits_alone_and_among_others_and_leaves_the_global_draws_alone(
+    label: str, among: dict[str, Observation]
+) -> None:
     before = torch.get_rng_state()
-    alone, among = Playground([label], Settings(seed=3)), Playground(list(METHODS), Settings(seed=3))
-    for playground in (alone, among):
-        playground.advance(12)
-    one, other = alone.observe()[label], among.observe()[label]
+    alone = Playground([label], Settings(seed=3))
+    alone.advance(12)
+    one, other = alone.observe()[label], among[label]
     assert torch.equal(one.codes_KD, other.codes_KD)
     assert torch.equal(one.pull_KD, other.pull_KD)
     assert (one.counts_K == other.counts_K).all()
