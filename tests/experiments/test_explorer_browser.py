@@ -44,7 +44,9 @@ FIRST_POINT = f"""() => new Promise(resolve => {{
     const started = performance.now();
     [...document.querySelectorAll('.ibq-explorer button')].find(b => b.innerText.trim() == 'Train').click();
     const timer = setInterval(() => {{
-        if (/A at step [1-9]/.test({DRAWN}.innerText) && {PICTURE}.complete) {{ clearInterval(timer); resolve(performance.now() - started); }}
+        if (!/A at step [1-9]/.test({DRAWN}.innerText) || !{PICTURE}.complete) return;
+        clearInterval(timer);
+        resolve(performance.now() - started);
     }}, 10);
 }})"""
 """Milliseconds from a press of Train to a picture with a point of run A in it."""

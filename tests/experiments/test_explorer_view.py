@@ -101,7 +101,7 @@ def test_an_empty_run(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
 
 def test_foreign_folders_are_refused_in_one_sentence(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
     directory = RunDirectory(tmp_path / "foreign")
-    with pytest.raises(ConfigError, match="foreign holds no config.json, so it is no run"):
+    with pytest.raises(ConfigError, match=r"foreign holds no config\.json, so it is no run"):
         read_view(directory)
     directory.path.mkdir()
     directory.config.write_text("{")
