@@ -13,9 +13,8 @@ class Tab(NamedTuple):
 TABS = {
     "overview": Tab(
         "Overview",
-        "Codes used, perplexity and gradient reach of K codes (dashed: what uniform sampling of as many tokens gives); error of the "
-        "reconstruction of training batches; gap: Fréchet distance between codes and features over the variance of the features (1: a "
-        "single point).",
+        "Dashed: what uniform sampling of as many tokens gives. Reconstruction error: on training batches. Gap: Fréchet distance between "
+        "codes and features over the variance of the features (1: a single point).",
     ),
     "losses": Tab("Losses", "Every term of the loss as it is (solid) and as it counts with its weight (dashed), at single training steps."),
     "codebook": Tab(

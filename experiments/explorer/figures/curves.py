@@ -17,6 +17,7 @@ from experiments.explorer.view import View
 from experiments.figures.theme import MARKERS
 
 Curve = Callable[[View], pd.Series]
+DECADE = 10
 WAITING = "Nothing yet: the first log step is still to come."
 
 
@@ -174,14 +175,15 @@ def _draw_panel(axis: Axes, views: Sequence[View], panel: Panel) -> None:
     axis.set_xlim(0, max(1.0, 1.03 * max(view.step for view in views)))
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.set_ylabel(panel.unit)
-    if panel.log and _positive(axis):
+    if panel.log and _spans_a_decade(axis):
         axis.set_yscale("log")
     elif panel.least is not None:
         axis.set_ylim(panel.least, panel.most)
     mark_interventions(axis, views)
 
 
-def _positive(axis: Axes) -> bool:
-    """Whether a logarithmic axis can show all lines."""
+def _spans_a_decade(axis: Axes) -> bool:
+    """Whether a logarithmic axis can show all lines, and shows more than a linear one."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
-    return bool((values[np.isfinite(values)] > 0).all())
+    values = values[np.isfinite(values)]
+    return bool(values.min() > 0 and values.max() > DECADE * values.min())

@@ -76,6 +76,7 @@ def mark_interventions(axis: Axes, views: Sequence[View]) -> None:
                 fontsize=7,
                 color=color(view),
                 fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
             )
 
 

@@ -27,7 +27,7 @@ from ibq.errors import ConfigError
 
 PLACES = len(LETTERS)
 TICK_S, LOOK_S = 0.1, 0.4
-FIGURE_SIZE = (8.3, 5.1)
+FIGURE_SIZE = (8.3, 5.0)
 WELCOME = "No run yet. Choose settings at the left and press Train, or load a run."
 LOADING = "What training needs is being loaded, which takes some seconds; a run that is started now begins after that."
 SIDES = ("New run", "Change", "Load", "Export")
@@ -246,9 +246,10 @@ class Panel:
 
     def _arranged(self) -> widgets.Box:
         left = widgets.VBox([self.side, self._stack], layout={"width": "290px", "flex": "0 0 290px", "margin": "0 8px 0 0"})
-        tabs = widgets.HBox([self.tabs, self.umap, self.drawn])
+        tabs = widgets.HBox([self.tabs, self.umap])
         right = widgets.VBox(
-            [self._row, self.difference, self.message, tabs, self.picture, self.caption], layout={"flex": "1 1 0", "min_width": "0"}
+            [self._row, self.difference, self.message, tabs, self.picture, self.drawn, self.caption],
+            layout={"flex": "1 1 0", "min_width": "0"},
         )
         whole = widgets.HBox([left, right], layout={"width": "100%"})
         box = widgets.VBox([widgets.HTML(CSS, layout={"display": "none"}), whole])
@@ -272,8 +273,8 @@ def difference_in_words(cards: list[RunCard]) -> str:
         return ""
     configs = [card.run.config for card in cards]
     flat = [flatten(config.to_json_dict()) for config in configs]
-    paths = fields_that_differ(configs)
-    shown = [f"{_short(path)} {' | '.join(str(each.get(path, '–')) for each in flat)}" for path in paths[:6]]
+    paths = [path for path in fields_that_differ(configs) if all(path in each for each in flat)]  # not a method's own options
+    shown = [f"{_short(path)} {' | '.join(str(each[path]) for each in flat)}" for path in paths[:6]]
     if not shown:
         return f"Runs {', '.join(card.letter for card in cards)} have the same settings."
     more = f", and {len(paths) - 6} more" if len(paths) > 6 else ""

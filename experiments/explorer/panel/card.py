@@ -8,7 +8,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from experiments.explorer.panel.parts import badge, duration, problem
+from experiments.explorer.panel.parts import badge, bar, duration, problem
 from experiments.explorer.run import ExplorerRun
 from experiments.explorer.view import LETTERS, describe
 from experiments.explorer.watch import Watch
@@ -63,13 +63,7 @@ class RunCard:
         self.title = widgets.HTML(
             f'<div class="ibq-title" title="{escape(run.name)}">{badge(self.letter, slot)}{escape(describe(run.config))}</div>'
         )
-        self.progress = widgets.FloatProgress(
-            min=0,
-            max=1,
-            tooltip=f"progress of run {self.letter}",
-            layout={"width": "auto", "height": "8px"},
-            style={"bar_color": "#8a8a8a"},
-        )
+        self.progress = widgets.HTML()
         self.status, self.findings, self.problem = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.buttons = {name: widgets.Button(description=name, tooltip=f"{text} ({self.letter})") for name, text in BUTTONS.items()}
         self.copy = widgets.Button(description="Copy", tooltip=f"Copy the settings of run {self.letter} into the form of a new run")
@@ -130,7 +124,7 @@ class RunCard:
         if self.state in ("training", "paused") and left is not None:
             words.append(f"{duration(left)} left" if step < steps else "evaluating")
         self.status.value = f'<div class="ibq-status" role="status" aria-label="status of run {self.letter}">{" · ".join(words)}</div>'
-        self.progress.value = step / steps
+        self.progress.value = bar(step / steps, self.slot, f"progress of run {self.letter}")
         for name, button in self.buttons.items():
             button.layout.display = None if name in ALLOWED[self.state] else "none"
         self.close.layout.display = "none" if self.state in ACTIVE else None
