@@ -229,9 +229,11 @@ def test_a_collapse_is_watched_and_compared_and_nothing_is_left(chromium: Any, t
         try:
             measured = watch_and_compare(chromium, lab)
             break
-        except (AssertionError, Error):
+        except (AssertionError, Error) as error:
             if attempt == 2:
                 raise
+            with capsys.disabled():
+                print(f"\nonce more, since {' '.join(str(error).split())[:300]}")
         finally:
             lab.close()
     with capsys.disabled():
