@@ -174,6 +174,11 @@ class Visit:
         within = self.page.locator(".ibq-explorer") if card is None else self.page.locator(".ibq-card").nth(card)
         within.locator("button:visible", has_text=re.compile(rf"^\W*{name}$")).first.click()
 
+    def fill(self, label: str, text: str) -> None:
+        box = self.page.get_by_label(label, exact=True).locator("visible=true")
+        box.fill(text)
+        box.press("Enter")
+
     def tab(self, name: str) -> None:
         """Choose a figure and wait until it is there."""
         self.press(TABS[name].title)
@@ -275,8 +280,7 @@ def collapse(visit: Visit) -> list[float]:
     until(lambda: visit.drawn_step("A") > first_step and visit.picture() != before, "the plot shows it")
     answers = [visit.page.evaluate(ANSWER, [name, word]) / 1000 for name, word in [("Pause", "paus"), ("Resume", "training")] * 5]
     visit.press("Change")
-    visit.page.get_by_label("learning rate").locator("visible=true").fill("0.0003")
-    visit.page.get_by_label("learning rate").locator("visible=true").press("Enter")
+    visit.fill("learning rate", "0.0003")
     visit.press("Apply changes")
     until(lambda: "from its next step: learning rate 0.0003" in visit.page.locator(".ibq-explorer").inner_text(), "the change is said")
     step = visit.usage(0)[1]
@@ -291,6 +295,7 @@ def compare(visit: Visit) -> None:
     """IBQ with the same sizes beside it, which keeps its codes; then every figure of both."""
     visit.press("New run")
     visit.page.get_by_label("method").locator("visible=true").select_option("ibq")
+    visit.fill("steps", "3000")  # more than it can do before the tab is closed
     visit.press("Train")
     until(lambda: visit.page.locator(".ibq-card").count() == 2, "a second run is shown")
     until(lambda: visit.usage(1)[1] >= 60 and visit.usage(1)[0] > 60, "IBQ keeps more than 60% of its codes", 4 * SLOW_S)
