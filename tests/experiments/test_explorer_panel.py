@@ -13,7 +13,7 @@ import pytest
 from experiments.explorer import show
 from experiments.explorer.panel import Panel
 from experiments.explorer.panel.card import ALLOWED, BUTTONS
-from experiments.explorer.panel.fields import field_at, field_widget, text_of, value_of
+from experiments.explorer.panel.fields import field_at, field_widget, value_of
 from experiments.explorer.panel.parts import CSS, duration, problem
 from experiments.explorer.run import Workers, explore_folder, new_run
 from experiments.explorer.tabs import TABS
@@ -232,7 +232,8 @@ def test_text_boxes_hold_every_kind_of_value(tiny: Callable[..., TrainConfig]) -
     for path in flatten(config.to_json_dict()):
         info, value = field_at(config, path)
         read = value_of(field_widget(path, info, value))
-        assert read == (list(value) if isinstance(value, tuple) and read else value) or text_of(value) == text_of(read), path
+        if value != ():  # which no form shows
+            assert read == (list(value) if isinstance(value, tuple) else value), path
     assert problem("a < b") == '<div class="ibq-problem" role="alert">a &lt; b</div>'
     assert [duration(seconds) for seconds in (0, 89, 120, 7200)] == ["0 s", "89 s", "2 min", "2.0 h"]
 

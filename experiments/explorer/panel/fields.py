@@ -54,7 +54,8 @@ def text_of(value: Any) -> str:
         return "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(text_of, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def value_of(widget: widgets.ValueWidget) -> Any:

@@ -51,6 +51,7 @@ class ChangeForm:
         self.run.observe(lambda _: self._show(), "value")
         self.apply.on_click(lambda _: self._apply())
         self.restart.on_click(lambda _: self._intervene({}, restart_dead=True))
+        self._show()
         self.refresh()
 
     def refresh(self) -> None:
