@@ -90,14 +90,17 @@ class Lab:
             start_new_session=True,
         )
         until(self._answers, "JupyterLab answers")
+        # a page that opens a notebook without a session may start two kernels at once, and stay with the one that is ended
+        self.api("sessions", "POST", {"path": NOTEBOOK, "name": NOTEBOOK, "type": "notebook", "kernel": {"name": "python3"}})
 
     @property
     def notebook(self) -> str:
         """Its address, in the mode that shows one document."""
         return f"http://127.0.0.1:{self.port}/doc/tree/{NOTEBOOK}?token={self.token}"
 
-    def api(self, path: str, method: str = "GET") -> Any:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/{path}", method=method)
+    def api(self, path: str, method: str = "GET", body: dict[str, Any] | None = None) -> Any:
+        content = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/{path}", content, method=method)
         request.add_header("Authorization", f"token {self.token}")
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
