@@ -35,6 +35,7 @@ pytestmark = pytest.mark.browser
 NOTEBOOK = "09_collapse_explorer.ipynb"
 SLOW_S = 240.0
 """For what takes seconds, on two cores that have other things to do."""
+SETTLED_S = 5.0
 FIRST_POINT_S, ANSWER_S = 5.0, 0.3
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SETTINGS = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
@@ -90,20 +91,30 @@ class Lab:
             start_new_session=True,
         )
         until(self._answers, "JupyterLab answers")
-        # a page that opens a notebook without a session may start two kernels at once, and stay with the one that is ended
-        self.api("sessions", "POST", {"path": NOTEBOOK, "name": NOTEBOOK, "type": "notebook", "kernel": {"name": "python3"}})
 
     @property
     def notebook(self) -> str:
         """Its address, in the mode that shows one document."""
         return f"http://127.0.0.1:{self.port}/doc/tree/{NOTEBOOK}?token={self.token}"
 
-    def api(self, path: str, method: str = "GET", body: dict[str, Any] | None = None) -> Any:
-        content = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/{path}", content, method=method)
+    def api(self, path: str, method: str = "GET") -> Any:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/{path}", method=method)
         request.add_header("Authorization", f"token {self.token}")
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
+
+    def settle(self) -> None:
+        """Wait until one kernel is connected and idle and has been so for a while: a page that opens may start a second one and end the
+        first, and what it had asked of that one is lost."""
+        since, settled = time.monotonic(), None
+        deadline = since + SLOW_S
+        while settled is None or time.monotonic() - since < SETTLED_S:
+            kernels = [(kernel["id"], kernel["connections"], kernel["execution_state"]) for kernel in self.api("kernels")]
+            good = len(kernels) == 1 and kernels[0][1] > 0 and kernels[0][2] == "idle"
+            if not good or kernels[0][0] != settled:
+                since, settled = time.monotonic(), kernels[0][0] if good else None
+            assert time.monotonic() < deadline, f"the kernel does not settle: {kernels}"
+            time.sleep(0.2)
 
     def _answers(self) -> bool:
         assert self._server.poll() is None, (self.home / "server.log").read_text()[-2000:]
@@ -152,6 +163,7 @@ class Visit:
         page.goto(lab.notebook)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+        lab.settle()
         self._run_all()
         page.wait_for_selector(".ibq-explorer")
         page.wait_for_function(f"{DRAWN} && {PICTURE}.naturalWidth > 300")
