@@ -201,6 +201,11 @@ class Visit:
         within = self.page.locator(".ibq-explorer") if card is None else self.page.locator(".ibq-card").nth(card)
         within.locator("button:visible", has_text=re.compile(rf"^\W*{name}$")).first.click()
 
+    def turn(self, name: str, shows: str) -> None:
+        """Choose another form at the left and wait until its button is there: the same fields are in several of them."""
+        self.press(name)
+        self.page.locator(".ibq-explorer button:visible", has_text=re.compile(rf"^\W*{shows}$")).first.wait_for()
+
     def fill(self, label: str, text: str) -> None:
         box = self.page.get_by_label(label, exact=True).locator("visible=true")
         box.fill(text)
@@ -306,7 +311,7 @@ def collapse(visit: Visit) -> list[float]:
     assert began > visit.usage(0)[0]
     until(lambda: visit.drawn_step("A") > first_step and visit.picture() != before, "the plot shows it")
     answers = [visit.page.evaluate(ANSWER, [name, word]) / 1000 for name, word in [("Pause", "paus"), ("Resume", "training")] * 5]
-    visit.press("Change")
+    visit.turn("Change", shows="Apply changes")
     visit.fill("learning rate", "0.0003")
     visit.press("Apply changes")
     until(lambda: "from its next step: learning rate 0.0003" in visit.page.locator(".ibq-explorer").inner_text(), "the change is said")
@@ -320,7 +325,7 @@ def collapse(visit: Visit) -> list[float]:
 
 def compare(visit: Visit) -> None:
     """IBQ with the same sizes beside it, which keeps its codes; then every figure of both."""
-    visit.press("New run")
+    visit.turn("New run", shows="Train")
     visit.page.get_by_label("method").locator("visible=true").select_option("ibq")
     visit.fill("steps", "3000")  # more than it can do before the tab is closed
     visit.press("Train")
