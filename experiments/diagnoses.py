@@ -22,10 +22,10 @@ NAME = "diagnosis"
 
 def findings_of(cell: Cell) -> list[Finding]:
     """What the history of a tokenizer's run shows, finished or not; nothing for a generator."""
-    return diagnose(_lines(cell.run, cell.config)) if isinstance(cell.config, TrainConfig) else []
+    return diagnose(lines_of(cell.run, cell.config)) if isinstance(cell.config, TrainConfig) else []
 
 
-def _lines(run: RunDirectory, config: TrainConfig) -> list[dict[str, Any]]:
+def lines_of(run: RunDirectory, config: TrainConfig) -> list[dict[str, Any]]:
     """The history; where it is of code that logged less, with what the config has, and at each line what the last snapshot showed."""
     history = run.read_history()
     if not history or "never_used" in history[-1]:

@@ -6,7 +6,6 @@ The first process holds the claim on the run, records the attempt as the trainer
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 import threading
@@ -19,8 +18,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from experiments import worker
-from experiments.study import ROOT
+from experiments import diagnoses, worker
+from experiments.study import runs_folder
 from experiments.sweep import HEARTBEAT_S, failure_reason, time_left
 from ibq.data import DataError, data_hash_of
 from ibq.distributed import copy_of_first, is_first_here, is_writer, peers, process_group, rank, shared_errors
@@ -80,7 +79,7 @@ def _claim(config: RunConfig, out: Path | None, claims: ExitStack) -> tuple[RunD
         if is_writer():
             if out:
                 _require_own_folder(out, config)
-            path = out or Path(os.environ.get("IBQ_RUNS") or ROOT / "runs") / config.run_id(data_hash_of(config.data))
+            path = out or runs_folder() / config.run_id(data_hash_of(config.data))
             made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             try:
@@ -111,7 +110,7 @@ def _lead(
 ) -> int:
     """Train as the process that records and prints. Returns the exit code. ConfigError, DataError: it cannot be trained as given."""
     say(f"training {config.steps:,} steps of {config.batch_size} images into {run.path}")
-    code = worker.attempt(run, config.to_json_dict(), runtime, stop, _Progress(say), tokenizer)
+    code = worker.attempt(run, config.to_json_dict(), runtime, stop.is_set, _Progress(say), tokenizer)
     if code == worker.UNFIT:
         raise ConfigError(run.read_attempts()[-1]["reason"])
     if run.finished:
@@ -196,8 +195,9 @@ def _numbers(record: dict[str, Any]) -> str:
 def _result(run: RunDirectory) -> str:
     row = run.read_row()
     if row["status"] != "ok":
-        return f"{row['status']}: {row['reason']}"
+        return f"{row['status']}: {row['reason']}{diagnoses.phrase(row)}"
     if "cross_entropy" in row:
         bits = f"{row['bits_per_image']:.0f} bits an image, where drawing any code has {row['uniform_bits_per_image']:.0f}"
         return f"cross-entropy {row['cross_entropy']:.4f} nats a token, {bits}, {row['train_seconds']:.0f} s of training"
-    return f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}, {row['train_seconds']:.0f} s of training"
+    result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}"
+    return f"{result}, {row['train_seconds']:.0f} s of training{diagnoses.phrase(row)}"

@@ -51,7 +51,7 @@ def project(run: RunDirectory, method: Method, steps: list[int], compute: bool =
         if cached.is_file():
             xy = load_file(cached)["xy"].numpy()
         else:
-            xy = _reduce(torch.cat([snapshot["codes"], snapshot["features"]]).float().numpy(), method)
+            xy = reduce(torch.cat([snapshot["codes"], snapshot["features"]]).float().numpy(), method)
             write_tensors(cached, {"xy": torch.from_numpy(np.ascontiguousarray(xy, dtype=np.float32))})
         k = len(snapshot["codes"])
         used = (snapshot["counts"][snapshot["code_indices"]] > 0).numpy()
@@ -77,7 +77,8 @@ def _cache(run: RunDirectory, method: Method, step: int) -> Path:
     return run.path / "projections" / f"{method}-{step:08d}.safetensors"
 
 
-def _reduce(points: np.ndarray, method: Method) -> np.ndarray:
+def reduce(points: np.ndarray, method: Method) -> np.ndarray:
+    """Points (n, D) in two dimensions, the same for the same points."""
     if method == "pca":
         return PCA(2, random_state=0).fit_transform(points)
     with warnings.catch_warnings():

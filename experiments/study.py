@@ -170,8 +170,7 @@ class Study:
     @property
     def runs_folder(self) -> Path:
         """IBQ_RUNS, else runs/ in the repository; the smoke preset lives in a temporary folder of this process."""
-        default = _temporary_folder() / "runs" if self.preset_name == "smoke" else ROOT / "runs"
-        return Path(os.environ.get("IBQ_RUNS") or default)
+        return runs_folder(_temporary_folder() / "runs" if self.preset_name == "smoke" else None)
 
     @property
     def report_folder(self) -> Path:
@@ -240,7 +239,7 @@ class Study:
         ready, waiting = stages.ready, stages.waiting
         largest = max(self.preset.max_codebook_size, self._codebook_size(self.overrides)) if not self.grid else math.inf  # it was asked for
         for ablation in self.ablations:
-            configs = {arm.name: self._config(ablation, arm) for arm in ablation.arms}
+            configs = {arm.name: self.config_of(ablation, arm) for arm in ablation.arms}
             searches = {arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as}
             ready += [cell for search in searches.values() for cell in search]
             small = [arm for arm in ablation.arms if configs[arm.name].quantizer.codebook_size <= largest]
@@ -293,7 +292,7 @@ class Study:
             cells.append(replace(self._cell(ablation, candidate, short, seed=0), search=Search(arm.name, value)))
         return cells
 
-    def _config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
+    def config_of(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         """An arm's config before any search.
 
         Raises:
@@ -358,6 +357,11 @@ class Study:
         except ConfigError as error:
             raise ConfigError(f"generator of {arm.name}: {error}") from None
         return replace(self._cell(ablation, arm, config, of.seed), tokenizer=of)
+
+
+def runs_folder(default: Path | None = None) -> Path:
+    """IBQ_RUNS, else the default, which is runs/ in the repository."""
+    return Path(os.environ.get("IBQ_RUNS") or default or ROOT / "runs")
 
 
 def has_generators(ablation: Ablation) -> bool:

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -17,7 +17,7 @@ from experiments.pace import step_cost, work
 from experiments.study import STAGES, Cell, Study, unique_runs
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
-from ibq.run_directory import RunDirectory, append_line
+from ibq.run_directory import RunDirectory
 
 POLL_S = 0.3
 HEARTBEAT_S = 30.0
@@ -183,10 +183,9 @@ class _Pool:
             cell = self.running.pop(process)
             code = process.exitcode or 0
             if process in self._hung:
-                _note(cell, "timeout", self._hung.pop(process))
+                worker.note(cell.run, "timeout", self._hung.pop(process))
             elif code < 0 and not (self._stopping and -code == signal.SIGTERM):
-                why = " (by hand, or by the system for lack of memory)" if -code == signal.SIGKILL else ""
-                _note(cell, "killed", f"killed by {signal.Signals(-code).name}{why}")
+                worker.note_killed(cell.run, code)
             yield cell, code
 
     def kill_hung(self, hang_s: float) -> None:
@@ -216,12 +215,6 @@ class _Pool:
             if process.is_alive():
                 process.kill()
                 process.join()
-
-
-def _note(cell: Cell, event: str, reason: str) -> None:
-    """Record how an attempt ended on behalf of a trainer that could not; a full disk must not stop the driver from stopping well."""
-    with suppress(OSError):
-        append_line(cell.run.attempts, {"event": event, "time": time.time(), "reason": reason})
 
 
 def time_left(seconds: float) -> str:

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ibq.data import DataError, data_hash_of
 from ibq.distributed import PeerLostError, peers, resolve_device
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.generator_config import GeneratorConfig, RunConfig, parse_run_config
+from ibq.interventions import Asked
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.processes import exit_with_parent
 from ibq.run_directory import RunDirectory, append_line, write_json
@@ -53,7 +55,7 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, t
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):  # another driver may have finished it while this process started
             of = None if tokenizer is None else RunDirectory(tokenizer)
-            raise SystemExit(0 if run.finished else attempt(run, config, runtime, stop, tokenizer=of))
+            raise SystemExit(0 if run.finished else attempt(run, config, runtime, stop.is_set, tokenizer=of))
     except Timeout:
         raise SystemExit(BUSY) from None
     except OSError as error:  # even the attempt could not be noted
@@ -64,9 +66,10 @@ def attempt(
     run: RunDirectory,
     config: dict[str, Any],
     runtime: Runtime,
-    stop: threading.Event,
+    should_stop: Callable[[], bool],
     seen: Callable[[LogEvent], None] = lambda event: None,
     tokenizer: Tokenizer | RunDirectory | None = None,
+    intervene: Asked | None = None,
 ) -> int:
     """Train a run whose lock is held, and record the attempt and how it ended in attempts.jsonl.
 
@@ -74,9 +77,10 @@ def attempt(
         run: its directory.
         config: a RunConfig as a dict.
         runtime: device and cadences.
-        stop: once set, the run ends resumably at its next step.
+        should_stop: asked before every step; once true, the run ends resumably.
         seen: receives every log event.
         tokenizer: that of a generator's run, or the finished run that it is of.
+        intervene: of a tokenizer's run: asked before every step what to change, as `train_tokenizer` says.
 
     Returns:
         the exit code: 0 is finished (a row may say "nan") or stopped, UNFIT, DISK_FULL, 1 any other failure.
@@ -86,7 +90,7 @@ def attempt(
     code, reason = 0, None
     try:
         with peers():
-            for logged in trained(parse_run_config(config), tokenizer, run, runtime, _beating(run, stop)):
+            for logged in trained(parse_run_config(config), tokenizer, run, runtime, _beating(run, should_stop), intervene):
                 seen(logged)
         event = "finished"
     except StopRequested as stopped:
@@ -103,11 +107,16 @@ def attempt(
 
 
 def trained(
-    config: RunConfig, tokenizer: Tokenizer | RunDirectory | None, run: RunDirectory, runtime: Runtime, should_stop: Callable[[], bool]
+    config: RunConfig,
+    tokenizer: Tokenizer | RunDirectory | None,
+    run: RunDirectory,
+    runtime: Runtime,
+    should_stop: Callable[[], bool],
+    intervene: Asked | None = None,
 ) -> Iterator[LogEvent]:
     """The events of the trainer that the config is for; a generator's wants its tokenizer, or the finished run that it is of."""
     if isinstance(config, TrainConfig):
-        return train_tokenizer(config, run.path, runtime, should_stop)
+        return train_tokenizer(config, run.path, runtime, should_stop, intervene)
     if isinstance(tokenizer, RunDirectory):
         tokenizer = _tokenizer_of(tokenizer, config, run, runtime)
     assert tokenizer is not None
@@ -139,7 +148,10 @@ def classify(error: Exception) -> tuple[str, str]:
     """The event and the one-line reason that an exception stands for; running out of memory says what was asked."""
     text = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return "oom", f"out of memory: {text[:400] or 'the system gave no size'}; lower batch_size or --slots"
+        return (
+            "oom",
+            f"out of memory: {text[:400] or 'the system gave no size'}; lower batch_size or the number of runs at a time (--slots)",
+        )
     if isinstance(error, PeerLostError):
         return "lost", f"{text}; the same command goes on from the last checkpoint"
     if isinstance(error, (ConfigError, DataError)):
@@ -149,6 +161,18 @@ def classify(error: Exception) -> tuple[str, str]:
     return "error", f"{type(error).__name__}: {text}"
 
 
+def note_killed(run: RunDirectory, code: int) -> None:
+    """Record, on behalf of a trainer that could not, which signal ended it."""
+    why = " (by hand, or by the system for lack of memory)" if -code == signal.SIGKILL else ""
+    note(run, "killed", f"killed by {signal.Signals(-code).name}{why}")
+
+
+def note(run: RunDirectory, event: str, reason: str) -> None:
+    """Record how an attempt ended; a full disk must not keep whoever does it from stopping well."""
+    with suppress(OSError):
+        append_line(run.attempts, {"event": event, "time": time.time(), "reason": reason})
+
+
 def is_disk_full(error: BaseException) -> bool:
     """True where no retry helps until space is made: the disk or a quota is full. safetensors reports it as text."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -156,15 +180,15 @@ def is_disk_full(error: BaseException) -> bool:
     return os.strerror(errno.ENOSPC) in str(error)
 
 
-def _beating(run: RunDirectory, stop: threading.Event) -> Callable[[], bool]:
+def _beating(run: RunDirectory, should_stop: Callable[[], bool]) -> Callable[[], bool]:
     """The trainer's question whether to stop, asked before every step, doubles as its sign of life."""
     last = 0.0
 
-    def should_stop() -> bool:
+    def asked() -> bool:
         nonlocal last
         if time.monotonic() - last > HEARTBEAT_S:
             last = time.monotonic()
             run.heartbeat.touch()
-        return stop.is_set()
+        return should_stop()
 
-    return should_stop
+    return asked

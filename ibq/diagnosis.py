@@ -2,7 +2,7 @@
 
 Judged is what a run has come to by its last line, from the lines of history.jsonl alone; what a line lacks is not judged. So the same words
 come from a live run, a finished one and one that was lost. Thresholds are constants, each with its reason; the runs that the reasons speak
-of are those of the study at quick: 172 tokenizers on Fashion-MNIST, 64 to 4,096 codes of 8 to 256 dimensions, 300 steps of 32 images.
+of are those of the study at quick: 171 tokenizers on Fashion-MNIST, 64 to 4,096 codes of 8 to 256 dimensions, 300 steps of 32 images.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 """The state first, then what brings it about, from what acts on all else to what is left when nothing else is seen."""
 
 COLLAPSED = 1 / 4
-"""Perplexity over what as many uniform tokens would give: two bits a token are lost. The last of a run's lines were below .35 in all runs
-that lost their codes, and above .42 in all others."""
+"""Perplexity over what as many uniform tokens would give: two bits a token are lost. 81 runs end below it and do not rise; 84 end above
+.42, none of which would have been named at an earlier line; six lie between, rising or half alive, and are not named."""
 COLLAPSED_EARLY, EARLY, SETTLED = 1 / 16, 20, 100
 """A healthy codebook needs time: IBQ as released begins at .06 to .2 and passes 1/4 within 80 steps. Before SETTLED steps only a loss of
 four bits counts, before EARLY ones nothing does."""
@@ -81,7 +81,7 @@ def diagnose(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
         only where they explain a collapse.
     """
     lines = _Lines(history)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # what comes of it, inf or NaN, passes no threshold or all
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # NaN passes no threshold
         collapse = _collapsed(lines)
         found = [collapse, _entropy(lines), _norms(lines)]
         if collapse:

@@ -68,6 +68,25 @@ def amended(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:
     return config.with_fields(**fields) if fields else config
 
 
+def after(config: TrainConfig, intervention: Intervention) -> TrainConfig:
+    """The config once an intervention has taken effect.
+
+    Raises:
+        ConfigError: as `amended`, or dead codes cannot be restarted by this method.
+    """
+    if intervention.restart_dead and not config.quantizer.places_codes:
+        raise ConfigError(f"method={config.quantizer.method!r} has no codes that can be placed one by one; restart none")
+    return amended(config, intervention.fields)
+
+
+def read_interventions(run: RunDirectory) -> list[Intervention]:
+    """What a run's directory records of changes, in the order of the records. ConfigError: a line is damaged."""
+    try:
+        return [Intervention.model_validate(line) for line in read_lines(run.interventions)]
+    except ValidationError as error:
+        raise ConfigError(f"{run.interventions} cannot be read ({one_sentence(error)}); forget the run") from None
+
+
 def scheduled(interventions: Iterable[Intervention]) -> Asked:
     """What asks a list, each at its step: for a script that repeats what was done by hand."""
     planned = list(interventions)
@@ -89,16 +108,13 @@ class Journal:
 
     def __init__(self, run: RunDirectory, config: TrainConfig, step: int, asked: Asked | None) -> None:
         self.run, self.config, self._asked = run, config, asked
-        try:
-            recorded = [Intervention.model_validate(line) for line in read_lines(run.interventions)]
-        except ValidationError as error:
-            raise ConfigError(f"{run.interventions} cannot be read ({one_sentence(error)}); forget the run") from None
+        recorded = read_interventions(run)
         if world_size() > 1 and (recorded or asked):
             raise ConfigError(f"a run with interventions is trained by one process, not by {world_size()}; start it without torchrun")
         self.number = len(recorded)
         for each in recorded:
             if each.step < step:
-                self.config = amended(self.config, each.fields)
+                self.config = after(self.config, each)
         self._ahead = [each for each in recorded if each.step >= step]
 
     def due(self, step: int) -> list[Intervention]:
@@ -110,8 +126,9 @@ class Journal:
         replayed = [each for each in self._ahead if each.step == step]
         self._ahead = [each for each in self._ahead if each.step > step]
         fresh = [] if self._asked is None else [each.model_copy(update={"step": step}) for each in self._asked(step)]
+        fresh = [each for each in fresh if each not in replayed]  # a script that goes on asks for them again
         for each in chain(replayed, fresh):
-            self.config = amended(self.config, each.fields)
+            self.config = after(self.config, each)
         for each in fresh:
             append_line(self.run.interventions, each.model_dump(mode="json"))
             self.number += 1

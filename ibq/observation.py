@@ -135,8 +135,8 @@ def _used(counts_K: torch.Tensor, chosen_k: torch.Tensor) -> torch.Tensor | None
 def geometry(tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor, counts_K: torch.Tensor) -> dict[str, float]:
     """Of the last step: gradient reach (where codes have a gradient), and, in the space of the codes, logits of its first tokens, norms,
     relative quantization error, and the gap between its first features and the codes. Features and error are the step's own, of this
-    process; logits, gap and the norm of the codes are of codes as its update has left them. K, D and the
-    logits' factor (where a softmax has one) stand beside, so that a line explains itself.
+    process; logits, gap and the norm of the codes are of codes as its update has left them. K, D and, where the gradient goes through a
+    softmax, the logits' factor stand beside, so that a line explains itself.
 
     Args:
         counts_K: training tokens of each code since the log step before, which tell codes in use for the gap.

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORT_NAMES = {
     "ipython": "IPython",
+    "jupyter-server": "jupyter_server",
     "pillow": "PIL",
     "torch-fidelity": "torch_fidelity",
     "scikit-image": "skimage",

@@ -29,6 +29,10 @@ MOST_CURVES, MOST_POINTS = 9, 50
 """Arms that have a colour each in figures of curves, and arms whose letters can be told apart in a figure of points."""
 BASE = "base"
 """Name of the first factor."""
+LEVELS = "quantizer.levels"
+"""Of FSQ, whose arms derive them from K: a power of two, which their product need not be."""
+ANY_SIZE = 1024
+"""A K that every method can have."""
 GRID_COLUMNS = ("share", "bits", "l1", "fid")
 """Outcomes that the pivot table and the heat map show where they were measured; the table of arms has more."""
 
@@ -45,7 +49,7 @@ class Base(NamedTuple):
 
     @property
     def method(self) -> str:
-        return str(self.ablation.quantizer(self.arm.levels, 1024)["method"])  # the same at every K
+        return str(self.ablation.quantizer(self.arm.levels, ANY_SIZE)["method"])  # the same at every K
 
 
 def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] = ()) -> Ablation:
@@ -74,6 +78,12 @@ def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] =
     def settings(point: Mapping[str, str]) -> dict[str, Any]:
         return {field: levels[field][point[field]] for field in grid}
 
+    def quantizer(point: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
+        base = by_label[point[BASE]]
+        if LEVELS not in grid:
+            return base.ablation.quantizer(base.arm.levels, codebook_size)
+        return base.ablation.quantizer(base.arm.levels, ANY_SIZE) | {"codebook_size": ANY_SIZE}  # the levels make K, and any K at all
+
     arms = []
     for label, *point in product(by_label, *levels.values()):
         at = dict(zip(grid, point, strict=True))
@@ -88,7 +98,7 @@ def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] =
             *(Factor(field, tuple(levels[field]), "config field, set as it stands") for field in grid),
         ),
         arms=tuple(arms),
-        quantizer=lambda point, codebook_size: by_label[point[BASE]].ablation.quantizer(by_label[point[BASE]].arm.levels, codebook_size),
+        quantizer=quantizer,
         scales=lambda point: by_label[point[BASE]].ablation.scales(by_label[point[BASE]].arm.levels),
         settings=settings,
         figures=_figures(size),

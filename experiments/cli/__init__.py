@@ -1,6 +1,9 @@
-"""The command line: python -m experiments list | plan | train | run | status | report | evaluate | bench | rerun | forget | compare."""
+"""The command line: python -m experiments COMMAND.
 
-from experiments.cli import benchmarks, runs, studies, train
+list | plan | train | run | status | report | evaluate | bench | rerun | forget | compare | playground
+"""
+
+from experiments.cli import benchmarks, playground, runs, studies, train
 from experiments.cli.base import app
 
-__all__ = ["app", "benchmarks", "runs", "studies", "train"]
+__all__ = ["app", "benchmarks", "playground", "runs", "studies", "train"]

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,16 @@ def load_fashion_mnist(resolution: int, split: Split) -> Images:
         raise DataError(f"fashion-mnist comes at resolution={FASHION_MNIST_RESOLUTION} only, not at resolution={resolution}")
     files, source = _find_fashion_mnist()
     prefix = "train" if split == "train" else "t10k"
-    pixels = _read_verified(files[f"{prefix}-images-idx3-ubyte"], f"{prefix}-images-idx3-ubyte")
-    classes = _read_verified(files[f"{prefix}-labels-idx1-ubyte"], f"{prefix}-labels-idx1-ubyte")
+    paths = files[f"{prefix}-images-idx3-ubyte"], files[f"{prefix}-labels-idx1-ubyte"]
+    stamps = tuple((path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+    return _read_split(split, source, prefix, paths, stamps)
+
+
+@lru_cache(maxsize=2)
+def _read_split(split: Split, source: str, prefix: str, paths: tuple[Path, Path], stamps: tuple[tuple[int, int], ...]) -> Images:
+    """A split as its two files hold it; read once as long as they stay the same, since a process and those forked from it can share it."""
+    pixels = _read_verified(paths[0], f"{prefix}-images-idx3-ubyte")
+    classes = _read_verified(paths[1], f"{prefix}-labels-idx1-ubyte")
     # The hashes vouch for the IDX headers: 16 bytes before 28 by 28 images, 8 before labels.
     images_NHW = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28)
     images_N1HW = torch.from_numpy(np.pad(images_NHW, ((0, 0), (2, 2), (2, 2)))).unsqueeze(1)
@@ -60,8 +69,22 @@ def cache_folder() -> Path:
         raise DataError("this user has no home folder to cache data in; set IBQ_CACHE to a folder that can be written") from None
 
 
+def fashion_mnist_is_here() -> bool:
+    """Whether loading it would find it, and so fetch nothing."""
+    try:
+        return isinstance(_seek_fashion_mnist(), tuple)
+    except DataError:
+        return False
+
+
 def _find_fashion_mnist() -> tuple[dict[str, Path], str]:
-    """Path of each of the four IDX files, and a phrase that says which source they are from."""
+    """Path of each of the four IDX files, fetched where they are not here, and a phrase that says which source they are from."""
+    sought = _seek_fashion_mnist()
+    return sought if isinstance(sought, tuple) else _fetch_fashion_mnist(cache_folder() / "fashion-mnist", sought)
+
+
+def _seek_fashion_mnist() -> tuple[dict[str, Path], str] | list[str]:
+    """As `_find_fashion_mnist`, or which places were passed over in vain."""
     passed_over = ["IBQ_DATA is not set"]
     if given := os.environ.get("IBQ_DATA"):
         if not os.path.isdir(folder := Path(given).expanduser()):
@@ -78,7 +101,7 @@ def _find_fashion_mnist() -> tuple[dict[str, Path], str]:
         if len(found := _idx_files(folder)) == len(FASHION_MNIST_SHA256):
             return found, f"{source} in {folder}"
         passed_over.append(f"{source} in {folder} is absent or incomplete")
-    return _fetch_fashion_mnist(cache, passed_over)
+    return passed_over
 
 
 def _idx_files(folder: Path) -> dict[str, Path]:

@@ -58,6 +58,11 @@ class QuantizerConfig(BaseModel):
         """Whether a training forward moves codes or draws noise, so that it matters how often it is called for one step."""
         return False
 
+    @property
+    def places_codes(self) -> bool:
+        """Whether codes can be put on features one by one (`restart_codes`)."""
+        return False
+
 
 class EmbeddingConfig(QuantizerConfig):
     """How a learnt codebook begins: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
@@ -69,6 +74,10 @@ class EmbeddingConfig(QuantizerConfig):
     def unit_norm(self) -> bool:
         """Whether features and codes are compared at unit length."""
         return False
+
+    @property
+    def places_codes(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _scale_means_something(self) -> EmbeddingConfig:

@@ -72,6 +72,10 @@ class VQConfig(CodebookConfig):
     def changes_in_forward(self) -> bool:
         return self.ema_decay is not None or self.restart != "none"
 
+    @property
+    def places_codes(self) -> bool:
+        return self.reparametrization == "none"
+
 
 class VectorQuantizer(CodebookQuantizer, config=VQConfig):
     """Nearest code by Euclidean distance.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ def attempt(cell: Cell, folder: Path) -> tuple[int, RunDirectory]:
     run = RunDirectory(folder)
     run.path.mkdir(exist_ok=True)
     runtime = replace(Study("smoke").preset.runtime, device="cpu", checkpoint_every_s=0.0)
-    return worker.attempt(run, cell.config.to_json_dict(), runtime, threading.Event()), run
+    return worker.attempt(run, cell.config.to_json_dict(), runtime, lambda: False), run
 
 
 def fails_on_call(function: Callable[..., Any], number: int, harm: Callable[..., None]) -> Callable[..., Any]:

@@ -27,8 +27,8 @@ def test_committed_without_outputs_and_with_one_parameters_cell(path: Path) -> N
     assert subprocess.run([sys.executable, "-m", "nbstripout", "--verify", str(path)], capture_output=True).returncode == 0
 
 
-def test_every_notebook_belongs_to_an_ablation_but_the_one_on_the_mechanism() -> None:
-    assert {*OF_ABLATIONS, notebooks.MECHANISM} == {path.stem for path in SOURCES}
+def test_every_notebook_belongs_to_an_ablation_but_the_one_on_the_mechanism_and_the_interactive_ones() -> None:
+    assert {*OF_ABLATIONS, notebooks.MECHANISM, *notebooks.INTERACTIVE} == {path.stem for path in SOURCES}
 
 
 @pytest.mark.parametrize("name", sorted(OF_ABLATIONS))
@@ -41,6 +41,7 @@ def test_a_notebook_shows_what_its_ablation_shows(name: str) -> None:
     assert "show_finding(ablation, table)" in text  # and with it the verdicts
 
 
+@pytest.mark.notebooks
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("name", sorted(OF_ABLATIONS))
 def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None:
@@ -59,6 +60,7 @@ def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
 
 
+@pytest.mark.notebooks
 def test_the_notebook_on_the_mechanism_runs_and_refuses_parameters_that_it_has_not(tmp_path: Path) -> None:
     path, out = ROOT / "notebooks" / f"{notebooks.MECHANISM}.ipynb", tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(path), str(out), "--no-progress-bar"]
@@ -69,6 +71,22 @@ def test_the_notebook_on_the_mechanism_runs_and_refuses_parameters_that_it_has_n
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
     refused = subprocess.run([*command, "-p", "sead", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert "notebook parameter 'sead' does not exist; did you mean 'seed'?" in refused.stderr
+
+
+@pytest.mark.notebooks
+def test_the_playground_runs_without_a_browser_and_refuses_what_it_has_not(tmp_path: Path) -> None:
+    path, out = ROOT / "notebooks" / "10_two_dimensional_playground.ipynb", tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(path), str(out), "--no-progress-bar"]
+    done = subprocess.run([*command, "-p", "preset", "smoke"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    texts = " ".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
+    assert "IBQ as released" in texts
+    assert "Distance 2: a step pulls" in texts
+    assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    refused = subprocess.run([*command, "-p", "preset", "smok"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "the playground has no preset 'smok'; did you mean 'smoke'?" in refused.stderr
 
 
 def test_executed_once_then_only_when_something_changed(trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

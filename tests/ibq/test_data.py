@@ -162,6 +162,22 @@ def test_debian_package_comes_before_the_cache(
     assert "Debian" in load_images(DataConfig(), "test").source
 
 
+def test_a_process_reads_a_split_once_unless_its_files_change(
+    no_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx_bytes: dict[str, bytes]
+) -> None:
+    assert not fashion_mnist.fashion_mnist_is_here()
+    folder = write_idx(tmp_path / "here", {name: content if name in TEST_FILES else b"" for name, content in idx_bytes.items()})
+    monkeypatch.setenv("IBQ_DATA", str(folder))
+    assert fashion_mnist.fashion_mnist_is_here()
+    images = load_images(DataConfig(), "test")
+    assert load_images(DataConfig(), "test") is images
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(b"other labels")
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte is not Fashion-MNIST's"):
+        load_images(DataConfig(), "test")
+    monkeypatch.setenv("IBQ_DATA", str(tmp_path / "nowhere"))
+    assert not fashion_mnist.fashion_mnist_is_here()
+
+
 def test_a_corrupted_file_is_named_with_both_hashes_and_a_remedy(
     no_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx_bytes: dict[str, bytes]
 ) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from training_runs import read_the_images_once, stop_after  # noqa: F401
@@ -22,7 +21,6 @@ import ibq.train_tokenizer as trainer
 from ibq.config import TrainConfig, parse_train_config
 from ibq.diagnosis import CAUSES, EARLY, NOTHING_SEEN, diagnose, summary
 from ibq.errors import NonFiniteError
-from ibq.observation import EntropyPull
 from ibq.run_directory import RunDirectory
 from ibq.train_tokenizer import train_tokenizer
 from ibq.training import Runtime, StopRequested
@@ -238,25 +236,3 @@ def test_the_row_of_a_run_that_did_not_stay_finite_has_it_too(tmp_path: Path, mo
     row = RunDirectory(tmp_path).read_row()
     assert row["status"] == "nan"
     assert row["diagnosis"].startswith("collapsed since step ")
-
-
-# --- The pull of the entropy term ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_pull_is_that_of_two_separate_backward_passes() -> None:
-    def parts() -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        z = torch.linspace(-1, 2, 6).requires_grad_() * 1.0
-        return z, {"sample_entropy": z.square().sum(), "codebook_entropy": z.exp().sum(), "commitment": z.abs().sum()}, z.sin().sum()
-
-    weights = {"sample_entropy": 0.3, "codebook_entropy": -0.2, "commitment": 2.0, "pixel": 1.0}
-    z, terms, pixel = parts()
-    (of_entropy,) = torch.autograd.grad(0.3 * terms["sample_entropy"] - 0.2 * terms["codebook_entropy"], z)
-    z, terms, pixel = parts()
-    (of_others,) = torch.autograd.grad(2 * terms["commitment"] + pixel, z)
-
-    z, terms, pixel = parts()
-    pull = EntropyPull(z, terms, weights)
-    loss = sum(weights[name] * term for name, term in (terms | {"pixel": pixel}).items())
-    (8.0 * loss).backward()
-    assert pull.report(8.0) == {"entropy_pull": pytest.approx(float(of_entropy.norm() / of_others.norm()), rel=1e-5)}
-    assert EntropyPull(z, {"commitment": terms["commitment"]}, weights).report(1.0) == {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from training_runs import RUNTIME, assert_same_run, read_the_images_once, stop_a
 import ibq.interventions
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
-from ibq.interventions import LIVE_FIELDS, Intervention, Journal, amended, live_fields, scheduled
+from ibq.interventions import LIVE_FIELDS, Intervention, Journal, after, amended, live_fields, read_interventions, scheduled
 from ibq.models.tokenizer import Tokenizer
 from ibq.observation import CODEBOOK_PARAMETER, EntropyPull
 from ibq.quantizers import build_quantizer
@@ -173,6 +174,39 @@ def test_a_method_without_single_codes_restarts_none() -> None:
         quantizer = build_quantizer({"method": method, "codebook_size": 16, **fields})
         with pytest.raises(ConfigError, match=f"method='{method}' has no codes that can be placed one by one"):
             quantizer.restart_codes(torch.ones(16, dtype=torch.bool), torch.randn(20, 4), torch.Generator())
+        assert not quantizer.config.places_codes
+
+
+def test_a_restart_without_single_codes_is_refused_before_it_is_recorded(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="method='simvq' has no codes that can be placed one by one"):
+        trained(tiny("simvq"), tmp_path, [Intervention(step=1, restart_dead=True)])
+    assert not RunDirectory(tmp_path).interventions.exists()
+    for method in ("vq", "ibq", "gumbel"):
+        assert after(tiny(method), Intervention(restart_dead=True)) == tiny(method)
+
+
+def test_a_script_that_goes_on_records_nothing_twice(changed: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, changes, quiet = changed
+    step = changes[-1].step
+    monkeypatch.setattr(TrainingState, "update_average", failing_once(TrainingState.update_average, step + 1))
+    with pytest.raises(OSError, match="the power"):
+        trained(config, tmp_path, changes)
+    assert len(RunDirectory(tmp_path).read_history()) > 0
+    trained(config, tmp_path, changes)
+    assert read_interventions(RunDirectory(tmp_path)) == list(changes)
+    assert_same_run(RunDirectory(tmp_path), quiet)
+
+
+def failing_once(method: Callable[[TrainingState], None], at_call: int) -> Callable[[TrainingState], None]:
+    """The method, which at one of its calls fails instead."""
+    calls = itertools.count(1)
+
+    def called(state: TrainingState) -> None:
+        if next(calls) == at_call:
+            raise OSError("the power has gone")
+        method(state)
+
+    return called
 
 
 def test_one_process_alone_and_whole_records(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
