@@ -208,13 +208,9 @@ def _paper(axis: Axes, x: int, rates: list[float]) -> None:
 def _legend(ablation: Ablation, rows: pd.DataFrame, lr: Mapping[str, float]) -> list[Any]:
     inside = min(lr.values()) <= PAPER_RATE <= max(lr.values())
     marker = "*" if inside else "v" if min(lr.values()) > PAPER_RATE else "^"
+    border = {name: value for name, value in BORDER.items() if name != "zorder"}
     return [
-        Line2D(
-            [],
-            [],
-            label="border of collapse (halfway where cells are apart)",
-            **{name: value for name, value in BORDER.items() if name != "zorder"},
-        ),
+        Line2D([], [], label="border of collapse (halfway where cells are apart)", **border),
         Patch(facecolor="0.93", edgecolor="0.6", hatch="////", lw=0, label="left out: its neighbours agree (or no result: why)"),
         Line2D([], [], ls="", marker=marker, color="white", mec="black", mew=0.8, label=paper_in_words(ablation, rows)),
         Patch(facecolor="white", edgecolor="0.8", lw=0.6, label="not asked"),
