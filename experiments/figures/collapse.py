@@ -151,10 +151,11 @@ def saturation(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure |
             axis.plot(row[column], 100 * row["perplexity_share"], ls="", marker=marker, ms=5.5, color=colors[row["factor.method"]])
         axis.axhline(100 * ablation.border.collapse, color="0.2", ls="--", lw=1)
         axis.margins(x=0.08)
-        axis.set(xlabel=label, ylim=(-3, None))
+        axis.set(xlabel=label, ylim=(-3, 103))
         if column == "first.logit_spread":
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            decades = math.log10(mine[column].max() / max(mine[column].min(), 1e-9))
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=6))
             axis.xaxis.set_major_formatter(FuncFormatter(_plain))
             axis.xaxis.set_minor_formatter(NullFormatter())
         places = Labels(axis, size=7)
