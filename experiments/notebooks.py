@@ -30,7 +30,7 @@ from ibq.run_directory import write_text
 SOURCES = ROOT / "notebooks"
 MECHANISM = "00_how_ibq_works"
 """The notebook that belongs to no ablation and is executed for a report all the same."""
-INTERACTIVE = {"10_two_dimensional_playground"}
+INTERACTIVE = {"09_collapse_explorer", "10_two_dimensional_playground"}
 """Those that are to be played with, and are executed for no report."""
 
 

@@ -16,12 +16,17 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 def options_table() -> list[tuple[str, list[str], str]]:
     """Method, its options as "field=default (allowed values) meaning", written as `--set` reads them, and its paper; sorted by method."""
     return [
-        (method, [_option(name, field) for name, field in quantizer.config_class.model_fields.items() if name != "method"], quantizer.paper)
+        (
+            method,
+            [option_in_words(name, field) for name, field in quantizer.config_class.model_fields.items() if name != "method"],
+            quantizer.paper,
+        )
         for method, quantizer in sorted(Quantizer.registry.items())
     ]
 
 
-def _option(name: str, field: FieldInfo) -> str:
+def option_in_words(name: str, field: FieldInfo) -> str:
+    """One option as it stands in the table."""
     default = field.default if isinstance(field.default, str) else json.dumps(field.default)
     return f"{name}={default} ({_allowed(field.annotation, field.metadata)}) {field.description or ''}".rstrip()
 

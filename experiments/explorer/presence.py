@@ -12,9 +12,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from experiments.explorer.workers import WORKERS, Workers
+from experiments.explorer.workers import WORKERS
 
 ASK_EVERY_S = 3.0
 ABSENT_S = 20.0
@@ -23,15 +23,21 @@ TIMEOUT_S = 3.0
 UNWATCHED = "not watched: no Jupyter server knows this process as its kernel, so whoever started it ends it"
 
 
+class Closes(Protocol):
+    """What can end its processes, called from another thread."""
+
+    def close(self) -> None: ...
+
+
 class Presence:
-    """A thread that stops all runs, resumably, and closes the workers, once a kernel that had a connection has had none for ABSENT_S; then
-    it waits for the next one.
+    """A thread that stops all runs, resumably, and closes what has processes, once a kernel that had a connection has had none for
+    ABSENT_S; then it waits for the next one.
 
     Args:
-        workers: whose runs.
+        workers: what has processes: the workers, or an interface that has some beside them.
     """
 
-    def __init__(self, workers: Workers = WORKERS) -> None:
+    def __init__(self, workers: Closes = WORKERS) -> None:
         self._workers = workers
         self._ended = threading.Event()
         self._state = UNWATCHED

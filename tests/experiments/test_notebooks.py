@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from generator_rows import NOT_AT_SMOKE
 
 from experiments import notebooks
 from experiments.ablations import ABLATIONS
+from experiments.explorer.tabs import TABS
 from experiments.study import ROOT, Study
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -71,6 +74,35 @@ def test_the_notebook_on_the_mechanism_runs_and_refuses_parameters_that_it_has_n
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
     refused = subprocess.run([*command, "-p", "sead", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert "notebook parameter 'sead' does not exist; did you mean 'seed'?" in refused.stderr
+
+
+@pytest.mark.notebooks
+def test_the_explorer_runs_without_a_browser_leaves_no_process_and_refuses_what_it_has_not(tmp_path: Path) -> None:
+    path, out = ROOT / "notebooks" / "09_collapse_explorer.ipynb", tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(path), str(out), "--no-progress-bar", "-p", "preset"]
+    runs = {"IBQ_RUNS": str(tmp_path / "runs")}
+    done = subprocess.run([*command, "smoke"], cwd=tmp_path, env=os.environ | runs, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == len(TABS)
+    texts = " ".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
+    assert all(tab.caption in texts for tab in TABS.values())
+    assert "Diagnosis of A, VQ K=32 D=8" in texts
+    assert "Diagnosis of B, IBQ K=32 D=8" in texts
+    assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    rows = [json.loads(row.read_text()) for row in sorted((tmp_path / "runs" / "explore").glob("*/row.json"))]
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert [process for process in psutil.process_iter() if _is_ours(process, str(tmp_path / "runs"))] == []
+    refused = subprocess.run([*command, "smok"], cwd=tmp_path, env=os.environ | runs, capture_output=True, text=True, timeout=300)
+    assert "preset 'smok' does not exist; did you mean 'smoke'?" in refused.stderr
+
+
+def _is_ours(process: psutil.Process, runs: str) -> bool:
+    """Whether a process is one of the explorer's with this folder of runs."""
+    try:
+        return "experiments.explorer" in " ".join(process.cmdline()) and process.environ().get("IBQ_RUNS") == runs
+    except psutil.Error:
+        return False
 
 
 @pytest.mark.notebooks

@@ -1,0 +1,140 @@
+"""A run among those side by side: how it goes, what is seen of it in words, and the buttons that its state allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import ipywidgets as widgets
+
+from experiments.explorer.panel.parts import badge, bar, duration, problem
+from experiments.explorer.run import ExplorerRun
+from experiments.explorer.view import LETTERS, describe
+from experiments.explorer.watch import Watch
+from ibq.config import TrainConfig
+from ibq.diagnosis import diagnose
+from ibq.errors import ConfigError
+
+ALLOWED = {
+    "new": ("Train", "Reset"),
+    "starting": ("Stop", "Reset"),
+    "training": ("Pause", "Stop", "Reset"),
+    "paused": ("Resume", "Stop", "Reset"),
+    "stopped": ("Resume", "Reset"),
+    "failed": ("Resume", "Reset"),
+    "finished": ("Reset",),
+    "loaded": (),
+}
+"""The buttons of every state; those that cannot be used are not shown."""
+BUTTONS = {
+    "Train": "Train this run from the beginning",
+    "Pause": "Hold this run before its next step; its process stays",
+    "Resume": "Go on with this run where it was",
+    "Stop": "Write a checkpoint and end this run's process; Resume goes on from there, bit for bit",
+    "Reset": "End this run at once and remove all that it has written",
+}
+ACTIVE = ("starting", "training", "paused")
+
+
+class RunCard:
+    """Widgets of one run.
+
+    Args:
+        run: what is shown.
+        slot: its place, 0 to 3, which gives it letter and colour.
+        copied: called with the run's config when its settings are to be copied into the form.
+        closed: called with this card when the run is no longer to be shown.
+        pressed: called before what a button asks of the run.
+    """
+
+    def __init__(
+        self,
+        run: ExplorerRun,
+        slot: int,
+        copied: Callable[[TrainConfig], None],
+        closed: Callable[[RunCard], None],
+        pressed: Callable[[], None],
+    ) -> None:
+        self._pressed = pressed
+        self.run, self.slot, self.watch = run, slot, Watch(run.directory)
+        self._asked = ""
+        self._signature: Any = None
+        self.title = widgets.HTML(
+            f'<div class="ibq-title" title="{escape(run.name)}">{badge(self.letter, slot)}{escape(describe(run.config))}</div>'
+        )
+        self.progress = widgets.HTML()
+        self.status, self.findings, self.problem = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.buttons = {name: widgets.Button(description=name, tooltip=f"{text} ({self.letter})") for name, text in BUTTONS.items()}
+        self.copy = widgets.Button(description="Copy", tooltip=f"Copy the settings of run {self.letter} into the form of a new run")
+        self.close = widgets.Button(
+            description="Hide", tooltip=f"Show run {self.letter} no longer; its folder stays and can be loaded again"
+        )
+        actions = {"Train": run.train, "Pause": run.pause, "Resume": run.resume, "Stop": run.stop, "Reset": run.reset}
+        for name, button in self.buttons.items():
+            button.on_click(lambda _, name=name: self._press(name, actions[name]))
+        self.copy.on_click(lambda _: copied(run.config))
+        self.close.on_click(lambda _: closed(self))
+        row = widgets.HBox([*self.buttons.values(), self.copy, self.close], layout={"flex_flow": "row wrap"})
+        parts = [self.title, self.progress, self.status, self.findings, self.problem, row]
+        self.widget = widgets.VBox(parts, layout={"flex": "1 1 0", "max_width": "480px", "border_top": ""})
+        self.widget.add_class("ibq-card")
+        self.state = ""
+        self.refresh()
+
+    @property
+    def letter(self) -> str:
+        return LETTERS[self.slot]
+
+    def refresh(self) -> bool:
+        """Look at the run and show what is new; whether a figure of it would change."""
+        changed, state = self.watch.refresh(), self.run.state
+        if self._asked and state != self.state:
+            self._asked = ""
+        if changed or state != self.state or self._asked:
+            self.state = state
+            self._show()
+        if changed or not self.findings.value:
+            self._show_findings()
+        before, self._signature = self._signature, (self.run.name, self.watch.signature())
+        return bool(before != self._signature)
+
+    def _press(self, name: str, action: Callable[[], None]) -> None:
+        self.problem.value = ""
+        self._pressed()
+        try:
+            action()
+        except ConfigError as error:
+            self.problem.value = problem(str(error))
+            return
+        self._asked = {"Stop": "stopping", "Reset": "resetting", "Train": "starting", "Resume": "resuming", "Pause": "pausing"}[name]
+        self._show()
+        self.refresh()
+
+    def _show(self) -> None:
+        last, steps = self.watch.last, self.run.steps
+        step = last.get("step", 0)
+        words = [f'<span class="ibq-state">{escape(self._asked or self.state)}</span>']
+        if last:
+            words.append(f'<span class="ibq-usage">usage {100 * last["usage"]:.1f}% at step {step} of {steps}</span>')
+            words.append(f"perplexity {last['perplexity']:,.1f}")
+        else:
+            words.append(f"no point yet, {steps} steps to go" if self.state != "loaded" else "it has no history")
+        left = self.watch.seconds_left(steps)
+        if self.state in ("training", "paused") and left is not None:
+            words.append(f"{duration(left)} left" if step < steps else "evaluating")
+        self.status.value = f'<div class="ibq-status" role="status" aria-label="status of run {self.letter}">{" · ".join(words)}</div>'
+        self.progress.value = bar(step / steps, self.slot, f"progress of run {self.letter}")
+        for name, button in self.buttons.items():
+            button.layout.display = None if name in ALLOWED[self.state] else "none"
+        self.close.layout.display = "none" if self.state in ACTIVE else None
+        if self.state == "failed" and not self.problem.value:
+            self.problem.value = problem(self.run.reason)
+
+    def _show_findings(self) -> None:
+        if not self.watch.records:
+            self.findings.value = '<div class="ibq-findings">Diagnosis: nothing to judge yet.</div>'
+            return
+        sentences = [f'<div class="bad">{escape(finding.sentence)}</div>' for finding in diagnose(self.watch.records)]
+        said = "".join(sentences) or "Diagnosis: nothing wrong is seen."
+        self.findings.value = f'<div class="ibq-findings" role="status" aria-label="diagnosis of run {self.letter}">{said}</div>'

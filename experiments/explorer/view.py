@@ -1,0 +1,211 @@
+"""What there is to see of one run, read from its folder alone: a run of the explorer that trains, or any tokenizer's run of the study.
+
+Nothing here waits for a lock or trusts a file: a trainer may be writing, or may have been killed, at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from experiments.explorer.live_umap import read_live_umap
+from experiments.explorer.trainer import LIVE
+from experiments.projections import Projection, project
+from ibq.config import TrainConfig, flatten
+from ibq.diagnosis import Finding, diagnose
+from ibq.errors import ConfigError
+from ibq.generator_config import parse_run_config
+from ibq.interventions import Intervention
+from ibq.run_directory import RunDirectory, read_lines
+
+LETTERS = "ABCD"
+SHORT_NAMES = {
+    "optim.lr": "learning rate",
+    "loss.pixel_weight": "pixel weight",
+    "loss.perceptual_weight": "perceptual weight",
+    "loss.adversarial.weight": "adversarial weight",
+    "quantizer.beta": "beta",
+    "quantizer.beta_on": "beta on",
+    "quantizer.commitment_weight": "commitment weight",
+    "quantizer.entropy_weight": "entropy weight",
+    "quantizer.entropy_temperature": "entropy temperature",
+    "quantizer.double": "double term",
+    "quantizer.logit_scale": "logit scale",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """A run as the figures show it.
+
+    Attributes:
+        name: of the run's folder.
+        slot: its place among the runs side by side, 0 to 3, which decides letter, colour and marker.
+        config: what it began with.
+        history: a line a log step, sorted by `step`; columns as they are logged, NaN where a line lacks one; no line: no column but `step`.
+        tensors: of the newest whole snapshot (`ibq.observation.take_snapshot`); {} while there is none.
+        tensors_step: finished updates at that snapshot.
+        interventions: in the order of their steps.
+        findings: what `diagnose` says of the history.
+        pictures: `images_BCHW` and `reconstructions_BCHW`, uint8; {} while there are none.
+        projection: the newest UMAP of codes and features, if one has been made.
+    """
+
+    name: str
+    slot: int
+    config: TrainConfig
+    history: pd.DataFrame
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors_step: int = 0
+    interventions: list[Intervention] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    pictures: dict[str, torch.Tensor] = field(default_factory=dict)
+    projection: Projection | None = None
+
+    @property
+    def letter(self) -> str:
+        return LETTERS[self.slot]
+
+    @property
+    def label(self) -> str:
+        return f"{self.letter}  {describe(self.config)}"
+
+    @property
+    def step(self) -> int:
+        """Of the newest line."""
+        return int(self.history["step"].iloc[-1]) if len(self.history) else 0
+
+
+def describe(config: TrainConfig) -> str:
+    """A run in a few words: method, sizes and learning rate."""
+    quantizer = config.quantizer
+    return f"{quantizer.method.upper()} K={quantizer.codebook_size:,} D={quantizer.code_dim} lr={config.optim.lr:g}"
+
+
+def in_words(intervention: Intervention) -> str:
+    """What was changed, e.g. "learning rate 0.0001, restart of dead codes"."""
+    words = [f"{SHORT_NAMES[path]} {_value(value)}" for path, value in intervention.fields.items()]
+    return ", ".join(words + (["restart of dead codes"] if intervention.restart_dead else []))
+
+
+def _value(value: float | bool | str) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def read_view(run: RunDirectory, slot: int = 0) -> View:
+    """Everything that is whole in a run's folder now.
+
+    Args:
+        run: of a tokenizer; it may be training, finished, damaged or a moment old.
+        slot: 0 to 3, see `View`.
+
+    Raises:
+        ConfigError: there is no config that can be read, or it is a generator's.
+    """
+    records = clean_history(run)
+    tensors, step = _newest_tensors(run)
+    pictures = tensors if "reconstructions_BCHW" in tensors else _load(run.evaluation)
+    return View(
+        name=run.path.name,
+        slot=slot,
+        config=read_config(run),
+        history=pd.DataFrame(records, columns=None if records else ["step"]),
+        tensors=tensors,
+        tensors_step=step,
+        interventions=list(read_interventions(run)),
+        findings=diagnose(records),
+        pictures=pictures if "reconstructions_BCHW" in pictures else {},
+        projection=_newest_projection(run),
+    )
+
+
+def read_config(run: RunDirectory) -> TrainConfig:
+    """The config that a run began with.
+
+    Raises:
+        ConfigError: as `read_view`.
+    """
+    try:
+        config = parse_run_config(json.loads(run.config.read_text()))
+    except OSError:
+        raise ConfigError(f"{run.path.name} holds no config.json, so it is no run; give the folder of a run") from None
+    except ValueError as error:
+        raise ConfigError(f"the config of {run.path.name} cannot be read ({' '.join(str(error).split())}); give another run") from None
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"{run.path.name} is a generator's run, and the explorer shows tokenizers'; give a tokenizer's run")
+    return config
+
+
+def clean_history(run: RunDirectory) -> list[dict[str, float]]:
+    """The lines of the history that are numbers by name, each step once (the newest line of it counts), ascending."""
+    lines = (line for line in read_lines(run.history) if isinstance(line, dict) and isinstance(line.get("step"), int))
+    by_step = {line["step"]: {name: value for name, value in line.items() if isinstance(value, (int, float))} for line in lines}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_interventions(run: RunDirectory) -> Iterator[Intervention]:
+    """Those that can be read."""
+    for line in read_lines(run.interventions):
+        try:
+            yield Intervention.model_validate(line)
+        except ValidationError:
+            continue
+
+
+def _newest_tensors(run: RunDirectory) -> tuple[dict[str, torch.Tensor], int]:
+    """The live moment if it is newer than all snapshots, else the newest snapshot that is whole."""
+    live = _load(run.path / LIVE)
+    live_step = int(live["step"]) if "step" in live else -1
+    for step in reversed(run.snapshot_steps()):
+        if step <= live_step:
+            break
+        if tensors := _load(run.snapshots / f"{step:08d}.safetensors"):
+            return tensors, step
+    return (live, live_step) if live_step >= 0 else ({}, 0)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, {} where it is absent, torn or something else."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _newest_projection(run: RunDirectory) -> Projection | None:
+    """The one that was asked for here, else the one that the study made of the newest snapshot."""
+    try:
+        asked = read_live_umap(run)
+        return asked or next(iter(project(run, "umap", run.snapshot_steps()[-1:], compute=False)), None)
+    except (OSError, SafetensorError):
+        return None
+
+
+def planar(points_ND: torch.Tensor) -> np.ndarray:
+    """The first two principal components of points (N, D), as (N, 2), each with the sign that makes its largest loading positive; a
+    dimension that is missing is 0. Fast enough for every redraw: the eigenvectors are of a (D, D) matrix."""
+    points_ND = points_ND.double()
+    points_ND = points_ND - points_ND.mean(0)
+    _, axes_DD = torch.linalg.eigh(points_ND.T @ points_ND)
+    axes_D2 = axes_DD.flip(1)[:, :2]
+    signs_2 = axes_D2.gather(0, axes_D2.abs().argmax(0, keepdim=True)).sign()
+    plane_N2 = points_ND @ (axes_D2 * signs_2)
+    return torch.nn.functional.pad(plane_N2, (0, 2 - plane_N2.shape[1])).numpy()
+
+
+def fields_that_differ(configs: list[TrainConfig]) -> list[str]:
+    """Dotted paths in which configs differ, in the order of the first one's fields."""
+    flat = [flatten(config.to_json_dict()) for config in configs]
+    paths = dict.fromkeys(path for each in flat for path in each)
+    return [path for path in paths if len({json.dumps(each.get(path)) for each in flat}) > 1]
