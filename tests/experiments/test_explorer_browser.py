@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Error, Page, sync_playwright
+from playwright.sync_api import TimeoutError as TooLong
 
 from experiments.explorer.presence import ABSENT_S
 from experiments.explorer.tabs import TABS
@@ -40,6 +40,7 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 SETTINGS = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 
 PICTURE, DRAWN = "document.querySelector('.ibq-explorer .widget-image')", "document.querySelector('.ibq-drawn')"
+BEGUN = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(prompt => /[*\\d]/.test(prompt.innerText))"
 FIRST_POINT = f"""() => new Promise(resolve => {{
     const started = performance.now();
     [...document.querySelectorAll('.ibq-explorer button')].find(b => b.innerText.trim() == 'Train').click();
@@ -89,14 +90,17 @@ class Lab:
             start_new_session=True,
         )
         until(self._answers, "JupyterLab answers")
+        # a page that opens a notebook without a session may start two kernels at once, and stay with the one that is ended
+        self.api("sessions", "POST", {"path": NOTEBOOK, "name": NOTEBOOK, "type": "notebook", "kernel": {"name": "python3"}})
 
     @property
     def notebook(self) -> str:
         """Its address, in the mode that shows one document."""
         return f"http://127.0.0.1:{self.port}/doc/tree/{NOTEBOOK}?token={self.token}"
 
-    def api(self, path: str, method: str = "GET") -> Any:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/{path}", method=method)
+    def api(self, path: str, method: str = "GET", body: dict[str, Any] | None = None) -> Any:
+        content = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/{path}", content, method=method)
         request.add_header("Authorization", f"token {self.token}")
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
@@ -105,7 +109,7 @@ class Lab:
         assert self._server.poll() is None, (self.home / "server.log").read_text()[-2000:]
         try:
             return bool(self.api("status"))
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
+        except OSError:
             return False
 
     def processes(self) -> list[str]:
@@ -148,12 +152,23 @@ class Visit:
         page.goto(lab.notebook)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
-        page.get_by_text("Run", exact=True).first.click()
-        page.get_by_text("Run All Cells", exact=True).click()
+        self._run_all()
         page.wait_for_selector(".ibq-explorer")
         page.wait_for_function(f"{DRAWN} && {PICTURE}.naturalWidth > 300")
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
         self.to_the_top()
+
+    def _run_all(self) -> None:
+        """The kernel has said that it is idle; a page that is still being built may lose the order all the same, so it is repeated."""
+        for patience_s in (30, 60, SLOW_S):
+            self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
+            self.page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+            try:
+                self.page.wait_for_function(BEGUN, timeout=1000 * patience_s)
+            except TooLong:
+                continue
+            return
+        raise AssertionError("no cell was run")
 
     def to_the_top(self) -> None:
         self.page.evaluate("document.querySelector('.ibq-explorer').scrollIntoView()")
