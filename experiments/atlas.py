@@ -120,7 +120,7 @@ def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     finished = {name: book for name, book in books.items() if book.seeds}
     if not finished:
         return []
-    said = [_of_all(ablation, rows, finished), f"Not on the map is {paper_in_words(ablation, rows)}."]
+    said = [_of_all(ablation, rows, finished), _sentence(paper_in_words(ablation, rows))]
     said += [sentence for method in ablation.factors[0].levels if (sentence := _of_method(ablation, finished, method))]
     said += _of_quality(rows, finished)
     for factor in ("K", "tokens a mean", "initial length"):
@@ -219,6 +219,10 @@ def _of_remedies(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, 
 def _border(ablation: Ablation) -> Border:
     assert ablation.border
     return ablation.border
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _known(arms: Iterable[Arm], finished: Mapping[str, Codebook]) -> int:

@@ -98,11 +98,8 @@ def quantizer(levels: Mapping[str, str], preset_size: int) -> dict[str, Any]:
 
 
 def scales(levels: Mapping[str, str]) -> dict[str, float]:
-    return {} if levels["rate"] == "×1" else {"optim.lr": float(levels["rate"].removeprefix("×"))}
-
-
-def settings(levels: Mapping[str, str]) -> dict[str, Any]:
-    return {} if levels["tokens a mean"] == "all" else {"accumulate": MEANS[levels["tokens a mean"]]}
+    rate = {} if levels["rate"] == "×1" else {"optim.lr": float(levels["rate"].removeprefix("×"))}
+    return rate if levels["tokens a mean"] == "all" else rate | {"accumulate": MEANS[levels["tokens a mean"]]}
 
 
 def name(prefix: str, rate: str, D: int, K: str = "×1", mean: str = "all", length: str = "×1", remedy: str = NONE) -> str:
@@ -411,7 +408,6 @@ ABLATION = Ablation(
     ),
     quantizer=quantizer,
     scales=scales,
-    settings=settings,
     border=Border(collapse=0.1, most_arms=60, remedies=REMEDIES_TRIED),
     figures=("collapse_map", "collapse_axes", "saturation", "usage_over_training", "logits_over_training"),
     tables=("remedies", "arms", "verdicts", "paper"),

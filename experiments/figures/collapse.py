@@ -151,10 +151,11 @@ def saturation(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure |
             axis.plot(row[column], 100 * row["perplexity_share"], ls="", marker=marker, ms=5.5, color=colors[row["factor.method"]])
         axis.axhline(100 * ablation.border.collapse, color="0.2", ls="--", lw=1)
         axis.margins(x=0.08)
-        axis.set(xlabel=label, ylim=(-3, None))
+        axis.set(xlabel=label, ylim=(-3, 103))
         if column == "first.logit_spread":
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            decades = math.log10(mine[column].max() / max(mine[column].min(), 1e-9))
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=6))
             axis.xaxis.set_major_formatter(FuncFormatter(_plain))
             axis.xaxis.set_minor_formatter(NullFormatter())
         places = Labels(axis, size=7)
@@ -208,8 +209,9 @@ def _paper(axis: Axes, x: int, rates: list[float]) -> None:
 def _legend(ablation: Ablation, rows: pd.DataFrame, lr: Mapping[str, float]) -> list[Any]:
     inside = min(lr.values()) <= PAPER_RATE <= max(lr.values())
     marker = "*" if inside else "v" if min(lr.values()) > PAPER_RATE else "^"
+    border = {name: value for name, value in BORDER.items() if name != "zorder"}
     return [
-        Line2D([], [], label="border of collapse", **{name: value for name, value in BORDER.items() if name != "zorder"}),
+        Line2D([], [], label="border of collapse (halfway where cells are apart)", **border),
         Patch(facecolor="0.93", edgecolor="0.6", hatch="////", lw=0, label="left out: its neighbours agree (or no result: why)"),
         Line2D([], [], ls="", marker=marker, color="white", mec="black", mew=0.8, label=paper_in_words(ablation, rows)),
         Patch(facecolor="white", edgecolor="0.8", lw=0.6, label="not asked"),

@@ -22,7 +22,7 @@ def theme() -> None:
     """The one look of every figure."""
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font="DejaVu Sans")
     plt.rcParams.update(
-        {"figure.constrained_layout.use": True, "savefig.dpi": 200, "pdf.fonttype": 42, "figure.dpi": 100, "axes.titlesize": 9}
+        {"figure.constrained_layout.use": True, "savefig.dpi": 180, "pdf.fonttype": 42, "figure.dpi": 100, "axes.titlesize": 9}
     )
 
 

@@ -11,7 +11,7 @@ from experiments.ablations import Ablation
 from experiments.study import Study, file_name
 from ibq.run_directory import write_text
 
-DIGITS = "%.6g"
+DIGITS = "%.5g"
 
 
 def curves(study: Study, ablation: Ablation) -> pd.DataFrame:

@@ -247,6 +247,7 @@ def test_four_runs_side_by_side(make: Callable[..., ExplorerRun]) -> None:
     assert len({run.name for run in runs}) == 4
 
 
+@pytest.mark.kills
 def test_umap_of_a_run_that_trains(make: Callable[..., ExplorerRun]) -> None:
     run = training(make())
     assert read_live_umap(run.directory) is None
@@ -380,6 +381,7 @@ def test_the_log_cadence_hangs_on_the_steps_alone() -> None:
 # --- Processes ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kills
 def test_ten_starts_and_stops_leak_nothing(folders: Path) -> None:
     me = psutil.Process()
     workers = Workers(device="cpu")
@@ -446,7 +448,11 @@ def processes_with(token: str) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     "how",
-    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.kills), pytest.param("server killed", marks=pytest.mark.kills)],
+    [
+        pytest.param(signal.SIGKILL, marks=pytest.mark.kills),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.kills),
+        pytest.param("server killed", marks=pytest.mark.kills),
+    ],
 )
 def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(tmp_path: Path, workers: Workers, how: Any) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path), "IBQ_EXPLORER_TOKEN": str(tmp_path), "PYTHONPATH": str(ROOT)}

@@ -165,7 +165,9 @@ def test_a_generator_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(copi
     manage.forget(cell.run)
     cell.run.path.mkdir()
     stop = threading.Event()
-    code = worker.attempt(cell.run, cell.config.to_json_dict(), copied.preset.runtime, stop, lambda _: stop.set(), cell.tokenizer.run)
+    code = worker.attempt(
+        cell.run, cell.config.to_json_dict(), copied.preset.runtime, stop.is_set, lambda _: stop.set(), cell.tokenizer.run
+    )
     assert code == 0
     assert not cell.run.finished
     assert rows.status_lines(copied)[names(copied.cells).index("ibq 0")]["state"] == "pending"

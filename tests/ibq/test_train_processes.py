@@ -58,7 +58,11 @@ CLOSE_WEIGHTS = 1e-6
 LEARNING_RATE = 1e-5
 """So that a step is no larger: where a pixel's error is nearly 0, rounding decides on the sign of its gradient, and Adam may make much of
 that."""
-OF_ONE_PROCESS = {"feature_norm", "quantization_error", "logit_spread", "max_probability"} | TIMED
+OF_ONE_PROCESS = {
+    *("feature_norm", "quantization_error", "logit_spread", "max_probability", "assignment_entropy", "entropy_pull"),
+    *("gap", "gap_used", "gap_dead"),
+    *TIMED,
+}
 """What the history has of rank 0's images alone."""
 
 
