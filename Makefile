@@ -1,6 +1,6 @@
 # make study   train the core study at PRESET, execute its notebooks, write reports/PRESET/index.html
 # make study-all   the same with every ablation but the atlas
-# make atlas   the map of collapse, up to 60 runs (notebook 11)
+# make atlas   the map of collapse, up to 60 cells (notebook 11)
 # make test    pytest, ruff, mypy           make test-browser   what needs Chromium: the report, and the explorer in JupyterLab
 # make test-notebooks   every notebook at smoke             make test-kills   commands stopped and killed, and gone on with
 # make test-latex   what needs pdfLaTeX: every table compiles

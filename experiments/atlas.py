@@ -10,6 +10,7 @@ import pandas as pd
 
 from experiments.ablations import Ablation, Arm, Border
 from experiments.anatomy import Codebook, codebook_of
+from ibq.diagnosis import LARGEST
 
 PAPER_SIZE, PAPER_DIMENSION, PAPER_RATE = 16384, "256", 1e-4
 """Where the paper trains IBQ."""
@@ -24,8 +25,9 @@ class Line(NamedTuple):
 
 
 def left_out(ablation: Ablation, rows: pd.DataFrame) -> dict[str, bool]:
-    """Arms that these rows do not have; True where neighbours agree, so that the map knows their state, False where there was no room."""
-    present = set(rows["arm"])
+    """Arms that these rows do not have; True where neighbours agree, so that the map knows their state, False where there was no room. As
+    seed 0 has it, which decided (`experiments.border`)."""
+    present, rows = set(rows["arm"]), rows[rows["seed"] == 0]
     absent: dict[str, bool] = {}
     for arm in ablation.arms:
         if arm.name not in present:
@@ -149,10 +151,12 @@ def _of_method(ablation: Ablation, finished: Mapping[str, Codebook], method: str
         return ""
     alive = {place: book for place, book in points.items() if book.alive}
     dead = {place: book for place, book in points.items() if book.alive is False}
-    if not dead or not alive:
-        everywhere = f"at every point of rate and D that was trained ({len(points)}; perplexity {_range(points)} of K)"
-        return f"{method}: {'has collapsed' if dead else 'lives'} {everywhere}."
-    return f"{method}: has collapsed at {_places(dead)}; lives at {_places(alive)}."
+    for word, side in (("has collapsed", dead), ("lives", alive)):
+        if len(side) == len(points):
+            return f"{method}: {word} at every point of rate and D that was trained ({len(points)}; perplexity {_range(points)} of K)."
+    undecided = {place: book for place, book in points.items() if book.alive is None}
+    sides = (("has collapsed", dead), ("lives", alive), ("seeds disagree", undecided))
+    return f"{method}: {'; '.join(f'{word} at {_places(side)}' for word, side in sides if side)}."
 
 
 def _of_quality(rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
@@ -186,20 +190,20 @@ def _of_line(line: Line, finished: Mapping[str, Codebook]) -> str:
 
 
 def _of_saturation(rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
-    """How many of IBQ's cells have collapsed on either side of a largest probability of a half, when training was first logged."""
+    """How many of IBQ's cells have collapsed on either side of what `diagnose` calls saturated, when training was first logged."""
     if "first.max_probability" not in rows:
         return []
     first = rows[rows["method"] == "ibq"].groupby("arm")["first.max_probability"].mean().dropna()
-    sides = [[name for name in first.index if bool(first[name] >= 0.5) is decisive] for decisive in (True, False)]
+    sides = [[name for name in first.index if bool(first[name] > LARGEST) is decisive] for decisive in (True, False)]
     counts = [f"{sum(finished[name].alive is False for name in names)} of {len(names)}" for names in sides]
     return [
-        f"Of IBQ's cells, {counts[0]} whose largest probability was at least 0.5 when training was first logged have collapsed, and "
+        f"Of IBQ's cells, {counts[0]} whose largest probability was above {LARGEST:g} when training was first logged have collapsed, and "
         f"{counts[1]} of the others."
     ]
 
 
 def _of_remedies(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
-    """Of each case which remedies bring the codebook back, and the one with the lowest L1."""
+    """Of each case how decisive assignments were, and which remedies bring the codebook back."""
     said = []
     for case in dict.fromkeys(remedy.case for remedy in _border(ablation).remedies):
         mine = [remedy for remedy in _border(ablation).remedies if remedy.case == case and remedy.arm in finished]

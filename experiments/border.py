@@ -37,7 +37,7 @@ def fates(ablation: Ablation, runs: Mapping[str, RunDirectory], most_arms: int) 
         ablation: one with a border.
         runs: by arm the run of seed 0; an arm that is not among them is not in the study.
         most_arms: how many are trained at most. An arm for which there would be no room if all that wait before it were trained waits, so
-            that the order in which runs finish decides nothing.
+            that the order in which runs finish decides nothing; a run that fails for good may so hold others back until it is mended.
     """
     assert ablation.border
     certain = [arm.name for arm in ablation.arms if arm.between is None and arm.name in runs]

@@ -65,6 +65,8 @@ def amended(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:
     for path in fields:
         if path not in allowed:
             raise ConfigError(f"{path!r} cannot change while this run trains; {nearest(path, allowed)}")
+    if fields.get("loss.adversarial.weight") == 0:
+        raise ConfigError("loss.adversarial.weight=0 would leave the discriminator to train for nothing; give a small weight, e.g. 1e-6")
     return config.with_fields(**fields) if fields else config
 
 
@@ -80,11 +82,13 @@ def after(config: TrainConfig, intervention: Intervention) -> TrainConfig:
 
 
 def read_interventions(run: RunDirectory) -> list[Intervention]:
-    """What a run's directory records of changes, in the order of the records. ConfigError: a line is damaged."""
+    """What a run's directory records of changes, in the order of their steps: a run that went on from an earlier checkpoint may have been
+    changed before a record that it is yet to repeat. ConfigError: a line is damaged."""
     try:
-        return [Intervention.model_validate(line) for line in read_lines(run.interventions)]
+        records = [Intervention.model_validate(line) for line in read_lines(run.interventions)]
     except ValidationError as error:
         raise ConfigError(f"{run.interventions} cannot be read ({one_sentence(error)}); forget the run") from None
+    return sorted(records, key=lambda record: record.step)
 
 
 def scheduled(interventions: Iterable[Intervention]) -> Asked:

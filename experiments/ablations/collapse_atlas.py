@@ -7,7 +7,7 @@ alone:
     outside     no double term, the paper's order of beta, three times the rate: perplexity 212 at D = 32, 38 at D = 256
     long codes  the whole recipe, codes drawn 4 times as long: 224 at D = 32, 24 at D = 256 (logits times 4 instead: 384 and 59)
 The largest probability of an assignment was 0.35 and 0.87 at the end of the first pair, 0.19 and 0.60 when the second was first logged.
-None of the remedies had been tried when the claims on them were written.
+None of the remedies but a third of the rate had been tried when the claims on them were written.
 
 Mechanism to be tested: z.c spreads as the codes are long, and codes of N(0, 1) are as long as the root of D. The softmax saturates, and
 then a token hears of one code alone. If so, codes as long as at D = 32 mend D = 256, and codes as long as at D = 256 break D = 32.

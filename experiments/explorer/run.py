@@ -6,23 +6,26 @@ runs/explore/NNNN-method-..., outside the study's rows, which never look there.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from experiments.explorer.workers import WORKERS, Workers
 from experiments.manage import find_run, forget, read_config
 from experiments.study import Study, runs_folder
 from experiments.sweep import failure_reason
 from ibq.config import TrainConfig
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, one_sentence
 from ibq.interventions import Intervention, after, read_interventions
 from ibq.run_directory import RunDirectory, write_json
 
@@ -116,16 +119,17 @@ class ExplorerRun:
         if self.directory.finished:
             raise ConfigError(f"run {self.name} has its row and cannot be trained further; reset it, or make a new run with more steps")
         activity = self.workers.activity(self.directory)
-        if activity is None and _held(self.directory):
-            raise ConfigError(f"run {self.name} is being trained by another process; stop it there first")
         if activity in (None, "removing", "stopping"):
-            self.workers.train(self.directory, self.config, self.amended_config)
+            self._require_free()
+            with _written():
+                self.workers.train(self.directory, self.config, self.amended_config)
         else:
             self.workers.tell(self.directory, "resume")
 
     def pause(self) -> None:
-        """Hold the trainer before its next step; what is asked meanwhile takes effect at that step."""
+        """Hold the trainer before its next step; what is asked meanwhile takes effect at that step. ConfigError: as `stop`."""
         self._require_own("paused")
+        self._require_free()
         self.workers.tell(self.directory, "pause")
 
     def resume(self) -> None:
@@ -133,8 +137,13 @@ class ExplorerRun:
         self.train()
 
     def stop(self) -> None:
-        """Ask the trainer to write a checkpoint before its next step, and to end; later `train` goes on from it, bit for bit."""
+        """Ask the trainer to write a checkpoint before its next step, and to end; later `train` goes on from it, bit for bit.
+
+        Raises:
+            ConfigError: the run is only shown, or is trained by another process.
+        """
         self._require_own("stopped")
+        self._require_free()
         self.workers.tell(self.directory, "stop")
 
     def wait(self, timeout_s: float) -> bool:
@@ -154,7 +163,8 @@ class ExplorerRun:
         """
         self._require_own("reset")
         if not self.workers.remove(self.directory) and self.directory.path.is_dir():
-            forget(self.directory)
+            with _written():
+                forget(self.directory)
 
     def intervene(self, fields: Mapping[str, float | bool | str], restart_dead: bool = False) -> None:
         """Change the run while it trains, from its next step on, once for all later ones.
@@ -167,7 +177,11 @@ class ExplorerRun:
             ConfigError: a field cannot change while a run trains, a value does not fit, or the run is neither training nor paused.
         """
         self._require_own("changed")
-        if not self.workers.intervene(self.directory, Intervention(fields=dict(fields), restart_dead=restart_dead)):
+        try:
+            intervention = Intervention(fields=dict(fields), restart_dead=restart_dead)
+        except ValidationError as error:
+            raise ConfigError(one_sentence(error)) from None
+        if not self.workers.intervene(self.directory, intervention):
             state = "stopping" if self.workers.activity(self.directory) == "stopping" else self.state
             raise ConfigError(f"run {self.name} is {state}, and only a run that trains or is paused can be changed; train it first")
 
@@ -182,7 +196,9 @@ class ExplorerRun:
 
     @property
     def amended_config(self) -> TrainConfig:
-        """The config with the fields that interventions have changed."""
+        """The config with the fields that interventions have changed, those that are on their way included."""
+        if (held := self.workers.config_of(self.directory)) is not None:
+            return held
         config = self.config
         for intervention in self.interventions:
             config = after(config, intervention)
@@ -192,19 +208,26 @@ class ExplorerRun:
         if self.read_only:
             raise ConfigError(f"run {self.name} is the study's and is only shown, so it cannot be {done}; make a new run of its settings")
 
+    def _require_free(self) -> None:
+        if self.workers.activity(self.directory) is None and _held(self.directory):
+            raise ConfigError(f"run {self.name} is being trained by another process; stop it there first")
+
 
 def new_run(config: TrainConfig, workers: Workers = WORKERS) -> ExplorerRun:
-    """A run of the explorer in a folder of its own, which holds its config."""
+    """A run of the explorer in a folder of its own, which holds its config. ConfigError: it cannot be written."""
     folder, quantizer = explore_folder(), config.quantizer
-    folder.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name[:4]) for path in folder.iterdir() if re.match(r"\d{4}-", path.name)), default=0)
-    while True:  # another kernel may take the same number
-        number += 1
-        path = folder / f"{number:04d}-{quantizer.method}-K{quantizer.codebook_size}-D{quantizer.code_dim}"
-        if not any(folder.glob(f"{number:04d}-*")):
-            path.mkdir()
-            write_json(RunDirectory(path).config, config.to_json_dict())
-            return ExplorerRun(RunDirectory(path), config, workers)
+    with _written():
+        folder.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.name[:4]) for path in folder.iterdir() if re.match(r"\d{4}-", path.name)), default=0)
+        while True:
+            number += 1
+            path = folder / f"{number:04d}-{quantizer.method}-K{quantizer.codebook_size}-D{quantizer.code_dim}"
+            if any(folder.glob(f"{number:04d}-*")):
+                continue
+            with suppress(FileExistsError):  # another kernel has taken it meanwhile
+                path.mkdir()
+                write_json(RunDirectory(path).config, config.to_json_dict())
+                return ExplorerRun(RunDirectory(path), config, workers)
 
 
 def load_run(run_id: str, workers: Workers = WORKERS) -> ExplorerRun:
@@ -220,6 +243,16 @@ def load_run(run_id: str, workers: Workers = WORKERS) -> ExplorerRun:
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"run {run.path.name} is a generator's, and the explorer shows tokenizers; load its tokenizer's run")
     return ExplorerRun(run, config, workers)
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """ConfigError in place of what the disk or the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        why, where = os.strerror(error.errno or errno.EIO), error.filename or explore_folder()
+        raise ConfigError(f"{why}: {where}; make space, or let IBQ_RUNS name another folder") from None
 
 
 def _held(run: RunDirectory) -> bool:

@@ -123,7 +123,7 @@ def read_view(run: RunDirectory, slot: int = 0) -> View:
         history=pd.DataFrame(records, columns=None if records else ["step"]),
         tensors=tensors,
         tensors_step=step,
-        interventions=list(read_interventions(run)),
+        interventions=sorted(read_interventions(run), key=lambda intervention: intervention.step),
         findings=diagnose(records),
         pictures=pictures if "reconstructions_BCHW" in pictures else {},
         projection=_newest_projection(run),

@@ -150,6 +150,11 @@ class Workers:
             self.warm()
             self._send(Project(str(run.path)))
 
+    def config_of(self, run: RunDirectory) -> TrainConfig | None:
+        """The config of a run that this kernel trains, with changes that are on their way; None where it trains no such run."""
+        with self._lock:
+            return None if self.activity(run) is None else self._attempts[str(run.path)].config
+
     def activity(self, run: RunDirectory) -> Activity | None:
         """What a run's trainer is doing; None where this kernel has none for it."""
         with self._lock:

@@ -30,7 +30,7 @@ from experiments.study import Cell, Study
 from experiments.tables import COLUMNS
 
 OUTCOMES = ("share", "usage", "l1", "fid")
-FACTS = ("arm", "status", "codebook_size", "config.optim.lr", "factor.rate", "factor.K")
+FACTS = ("arm", "seed", "status", "codebook_size", "config.optim.lr", "factor.rate", "factor.K")
 DRAWN = (*FACTS, "perplexity_share", "usage", "l1", "fid[fashion-cnn]")
 """The columns that the map goes by."""
 BORDER = {"color": COLORS[3], "lw": 2.4, "solid_capstyle": "butt", "zorder": 4}

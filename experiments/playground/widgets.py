@@ -130,10 +130,13 @@ class Interface:
     async def _run(self) -> None:
         last = self.playground.steps + PAUSE_AFTER_STEPS
         ends = [time.monotonic()]
-        while self.playground.steps < last:
-            self._forward(self.steps_a_frame.value)
-            await asyncio.sleep(max(ends[-1] + 1 / FRAMES_PER_SECOND - time.monotonic(), 0.01))
-            ends = [*ends[-FRAMES_PER_SECOND:], time.monotonic()]
-            self.frames_per_second = (len(ends) - 1) / (ends[-1] - ends[0])
-        self._task = None
-        self.play.value = False
+        try:
+            while self.playground.steps < last:
+                self._forward(self.steps_a_frame.value)
+                await asyncio.sleep(max(ends[-1] + 1 / FRAMES_PER_SECOND - time.monotonic(), 0.01))
+                ends = [*ends[-FRAMES_PER_SECOND:], time.monotonic()]
+                self.frames_per_second = (len(ends) - 1) / (ends[-1] - ends[0])
+        finally:
+            if self._task is asyncio.current_task():  # not stopped from outside
+                self._task = None
+                self.play.value = False
