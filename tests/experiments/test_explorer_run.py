@@ -137,6 +137,7 @@ def test_a_run_that_is_changed_paused_and_stopped_equals_one_that_is_not(make: C
     run.intervene({"optim.lr": 3e-4, "quantizer.double": False})
     run.pause()
     run.intervene({"quantizer.entropy_weight": 0.2}, restart_dead=True)
+    assert run.amended_config.quantizer.entropy_weight == 0.2  # on its way
     run.resume()
     until(lambda: len(run.interventions) == 2, "both changes")
     run.stop()
@@ -288,6 +289,8 @@ def test_what_cannot_be_trained_fails_with_one_sentence(make: Callable[..., Expl
     [
         ("ibq", {"steps": 7.0}, False, "'steps' cannot change while this run trains"),
         ("ibq", {"optim.lr": -1.0}, False, "optim.lr: Input should be greater than 0"),
+        ("ibq", {"optim.lr": None}, False, "optim.lr.*valid number"),
+        ("ibq", {"optim.lr": ""}, False, "optim.lr: Input should be a valid number"),
         ("simvq", {}, True, "method='simvq' has no codes that can be placed one by one; restart none"),
     ],
 )
@@ -318,6 +321,9 @@ def test_a_run_is_trained_once_however_often_it_is_loaded(make: Callable[..., Ex
     assert of_another_kernel.state == "training"
     with pytest.raises(ConfigError, match=f"run {run.name} is being trained by another process; stop it there first"):
         of_another_kernel.train()
+    for order in (of_another_kernel.pause, of_another_kernel.stop):
+        with pytest.raises(ConfigError, match=f"run {run.name} is being trained by another process"):
+            order()
     with pytest.raises(ConfigError, match="is being trained; stop it first"):
         of_another_kernel.reset()
 
