@@ -139,7 +139,7 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(changed: tuple, t
 
 
 def test_a_change_before_one_that_is_yet_to_be_repeated(tiny: Any, tmp_path: Path) -> None:
-    """Changed at step 6 and killed, a run goes on from step 1 and is changed at step 4: the later step has the last word, then and later."""
+    """Changed at step 6 and killed, a run goes on from step 1 and is changed at step 4: the later step has the last word."""
     config, (early, late) = tiny(), (Intervention(step=step, fields={"optim.lr": lr}) for step, lr in ((4, 7e-4), (6, 1e-5)))
     with pytest.raises(StopRequested):
         list(train_tokenizer(config, tmp_path, RUNTIME, stop_after(1)))
