@@ -215,7 +215,9 @@ def load_run(run_id: str, workers: Workers = WORKERS) -> ExplorerRun:
     """
     explored = sorted(path.parent for path in explore_folder().glob("*/config.json"))
     matches = [path for path in explored if path.name == run_id] or [path for path in explored if run_id and path.name.startswith(run_id)]
-    run = RunDirectory(matches[0]) if len(matches) == 1 else find_run(Study(), run_id)
+    if len(matches) > 1:
+        raise ConfigError(f"run {run_id!r} cannot be chosen: {len(matches)} runs of the explorer begin with it; give more of its id")
+    run = RunDirectory(matches[0]) if matches else find_run(Study(), run_id)
     config = read_config(run)
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"run {run.path.name} is a generator's, and the explorer shows tokenizers; load its tokenizer's run")

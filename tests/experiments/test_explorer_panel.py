@@ -127,7 +127,7 @@ def test_a_run_is_changed_while_it_trains(panel: Panel) -> None:
     panel.change.fields["optim.lr"].value = "1e-4"
     panel.change.fields["quantizer.double"].value = False
     panel.change.apply.click()
-    assert "from its next step: learning rate 0.0001, double term False" in panel.change.message.value
+    assert "from its next step: learning rate 0.0001, double term off" in panel.change.message.value
     panel.change.restart.click()
     until(panel, lambda: len(card.run.interventions) == 2, "two changes")
     assert card.run.interventions[0].fields == {"optim.lr": 1e-4, "quantizer.double": False}
@@ -283,3 +283,5 @@ def test_explore_refuses_what_does_not_exist() -> None:
         show.explore("quik")
     with pytest.raises(ConfigError, match="method='vqq' is not a quantizer"):
         show.explore("quick", ["vqq"], headless=True)
+    with pytest.raises(ConfigError, match="5 runs were asked for and 4 have room side by side; train fewer at a time"):
+        show.explore("quick", ["vq"] * 5, headless=True)

@@ -11,10 +11,10 @@ from experiments.explorer.panel.card import ACTIVE, RunCard
 from experiments.explorer.panel.fields import STYLE, WIDE, field_at, field_widget, value_of
 from experiments.explorer.panel.parts import heading, note, problem
 from experiments.explorer.run import explore_folder
-from experiments.explorer.view import SHORT_NAMES, describe
+from experiments.explorer.view import SHORT_NAMES, describe, in_words
 from experiments.study import Study
 from ibq.errors import ConfigError
-from ibq.interventions import live_fields
+from ibq.interventions import Intervention, live_fields
 
 Cards = Callable[[], Sequence[RunCard]]
 
@@ -98,8 +98,8 @@ class ChangeForm:
         except ConfigError as error:
             self.message.value = problem(str(error))
         else:
-            words = [f"{SHORT_NAMES[path]} {value}" for path, value in fields.items()] + ["restart of dead codes"] * restart_dead
-            self.message.value = note(f"Run {card.letter}, from its next step: {', '.join(words)}.")
+            change = in_words(Intervention(fields=fields, restart_dead=restart_dead))
+            self.message.value = note(f"Run {card.letter}, from its next step: {change}.")
 
 
 class LoadForm:
