@@ -28,8 +28,8 @@ from ibq.run_directory import RunDirectory, write_json
 
 __all__ = ["WORKERS", "ExplorerRun", "Workers", "explore_folder", "load_run", "new_run"]
 
-State = Literal["new", "starting", "training", "paused", "stopped", "finished", "failed", "loaded"]
-SHOWN: dict[str, State] = {"stopping": "training", "removing": "new"}
+State = Literal["new", "starting", "training", "paused", "stopping", "stopped", "finished", "failed", "loaded"]
+SHOWN: dict[str, State] = {"removing": "new"}
 """As what a trainer's activity is shown, where not by its own name."""
 POLL_S = 0.02
 ROOM_BYTES = 2**20
@@ -70,8 +70,9 @@ class ExplorerRun:
 
     @property
     def state(self) -> State:
-        """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopped" resumably, "finished" with a
-        row, "failed", of which `reason` says why, or "loaded": a run of the study, which is only shown."""
+        """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopping" until its process has ended,
+        "stopped" resumably, "finished" with a row, "failed", of which `reason` says why, or "loaded": a run of the study, which is only
+        shown."""
         if self.read_only:
             return "loaded"
         activity = self.workers.activity(self.directory)

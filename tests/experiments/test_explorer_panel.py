@@ -88,6 +88,25 @@ def test_buttons_drive_a_run(panel: Panel) -> None:
     assert panel.cards == []
 
 
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_stop_is_shown_until_it_has_come_true(panel: Panel, paused: bool) -> None:
+    """Of a run that is starting, and of one that is paused."""
+    panel.settings.button.click()
+    (card,) = panel.cards
+    if paused:
+        until(panel, lambda: card.state == "training", "a run that trains")
+        card.buttons["Pause"].click()
+    seen = []
+    card.buttons["Stop"].click()
+    while card.state != "stopped":
+        seen.append(card.status.value)
+        assert shown_buttons(panel) == {"Resume", "Reset"}
+        assert card.close.layout.display == "none"
+        until(panel, lambda: card.status.value != seen[-1], "something new")
+    assert seen
+    assert all(">stopping<" in words for words in seen)
+
+
 def test_the_figure_follows_the_run(panel: Panel) -> None:
     until(panel, lambda: "no run" in panel.drawn.value, "a figure without runs")
     panel.settings.button.click()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import ipywidgets as widgets
 
 from experiments.explorer.export import command_text, recipe_text
-from experiments.explorer.panel.card import ACTIVE, RunCard
+from experiments.explorer.panel.card import CHANGEABLE, RunCard
 from experiments.explorer.panel.fields import STYLE, WIDE, field_at, field_widget, value_of
 from experiments.explorer.panel.parts import heading, note, problem
 from experiments.explorer.run import explore_folder
@@ -56,9 +56,9 @@ class ChangeForm:
 
     def refresh(self) -> None:
         """Offer the runs that train or are paused."""
-        active = [(f"{card.letter}  {describe(card.run.config)}", card.letter) for card in self._cards() if card.state in ACTIVE]
-        if tuple(active) != tuple(self.run.options):
-            _offer(self.run, active)
+        offered = [(f"{card.letter}  {describe(card.run.config)}", card.letter) for card in self._cards() if card.state in CHANGEABLE]
+        if tuple(offered) != tuple(self.run.options):
+            _offer(self.run, offered)
             self._show()
         card = self._chosen()
         if card and self._shown != (card.run.name, len(card.run.interventions)):
