@@ -11,7 +11,8 @@ import ipywidgets as widgets
 import pytest
 
 from experiments.explorer import show
-from experiments.explorer.panel import Panel
+from experiments.explorer.painter import Painting, Request
+from experiments.explorer.panel import Panel, board
 from experiments.explorer.panel.card import ALLOWED, BUTTONS
 from experiments.explorer.panel.fields import field_at, field_widget, value_of
 from experiments.explorer.panel.parts import CSS, duration, problem
@@ -295,6 +296,36 @@ def test_in_a_loop_it_goes_by_itself_and_the_kernel_stays_free(panel: Panel) -> 
     drawn, longest = asyncio.run(look())
     assert "Overview: A at step" in drawn
     assert longest < 1.0  # milliseconds, on cores that have nothing else to do
+
+
+def test_a_look_that_fails_is_said_and_does_not_freeze_the_interface(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "FAILURE_S", 0.5)
+    look, failures = panel._look, [FileNotFoundError("interventions.jsonl")]
+    monkeypatch.setattr(panel, "_look", lambda: look() if not failures else raise_(failures.pop()))
+
+    async def watch() -> None:
+        panel.start()
+        for holds in (lambda: "FileNotFoundError: interventions.jsonl" in panel.message.value, lambda: panel.message.value == ""):
+            deadline = time.monotonic() + PATIENCE_S
+            while not holds():
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+        panel.close()
+
+    asyncio.run(watch())
+    assert failures == []
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_a_figure_that_fails_is_said_until_the_next_one(panel: Panel) -> None:
+    request = Request("overview", (), board.FIGURE_SIZE)
+    panel._show_painting(Painting(request, b"", {}, "it could not be drawn", 0.0))
+    assert "it could not be drawn" in panel.message.value
+    panel._show_painting(Painting(request, b"png", {}, "", 0.0))
+    assert panel.message.value == ""
 
 
 def test_explore_refuses_what_does_not_exist() -> None:
