@@ -31,8 +31,8 @@ from ibq.run_directory import RunDirectory, write_json
 
 __all__ = ["WORKERS", "ExplorerRun", "Workers", "explore_folder", "load_run", "new_run"]
 
-State = Literal["new", "starting", "training", "paused", "stopped", "finished", "failed", "loaded"]
-SHOWN: dict[str, State] = {"stopping": "training", "removing": "new"}
+State = Literal["new", "starting", "training", "paused", "stopping", "stopped", "finished", "failed", "loaded"]
+SHOWN: dict[str, State] = {"removing": "new"}
 """As what a trainer's activity is shown, where not by its own name."""
 POLL_S = 0.02
 ROOM_BYTES = 2**20
@@ -73,8 +73,9 @@ class ExplorerRun:
 
     @property
     def state(self) -> State:
-        """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopped" resumably, "finished" with a
-        row, "failed", of which `reason` says why, or "loaded": a run of the study, which is only shown."""
+        """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopping" until its process has ended,
+        "stopped" resumably, "finished" with a row, "failed", of which `reason` says why, or "loaded": a run of the study, which is only
+        shown."""
         if self.read_only:
             return "loaded"
         activity = self.workers.activity(self.directory)
@@ -238,7 +239,9 @@ def load_run(run_id: str, workers: Workers = WORKERS) -> ExplorerRun:
     """
     explored = sorted(path.parent for path in explore_folder().glob("*/config.json"))
     matches = [path for path in explored if path.name == run_id] or [path for path in explored if run_id and path.name.startswith(run_id)]
-    run = RunDirectory(matches[0]) if len(matches) == 1 else find_run(Study(), run_id)
+    if len(matches) > 1:
+        raise ConfigError(f"run {run_id!r} cannot be chosen: {len(matches)} runs of the explorer begin with it; give more of its id")
+    run = RunDirectory(matches[0]) if matches else find_run(Study(), run_id)
     config = read_config(run)
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"run {run.path.name} is a generator's, and the explorer shows tokenizers; load its tokenizer's run")

@@ -45,7 +45,7 @@ def explore(preset: str = "quick", autostart: Sequence[str] = (), headless: bool
         the interface, or the runs.
 
     Raises:
-        ConfigError: an unknown preset or method, or, headless, a run that failed.
+        ConfigError: an unknown preset or method, or, headless, more than four methods or a run that failed.
     """
     if preset == "smoke":  # what a test trains stays in a folder of its own
         os.environ.setdefault("IBQ_RUNS", str(Study("smoke").runs_folder))
@@ -76,8 +76,10 @@ def show_headless(configs: Sequence[TrainConfig]) -> list[ExplorerRun]:
     """Train runs side by side, wait for them, display every figure of them and what is seen in words; no process is left.
 
     Raises:
-        ConfigError: a run failed.
+        ConfigError: there are more runs than places, or a run failed.
     """
+    if len(configs) > len(LETTERS):
+        raise ConfigError(f"{len(configs)} runs were asked for and {len(LETTERS)} have room side by side; train fewer at a time")
     from experiments.explorer.painting import paint  # here, since the interface's kernel does without matplotlib
 
     runs = [new_run(config) for config in configs]

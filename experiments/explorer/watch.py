@@ -39,18 +39,16 @@ class Watch:
         """Read what has been written since the last time; whether that was anything. A history that is shorter than it was, or another
         file, is read anew: the run was begun again, or went on from a checkpoint."""
         try:
-            status = os.stat(self.run.history)
+            with open(self.run.history, "rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self.records, self._inode, self._offset = [], status.st_ino, 0
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:
             changed = bool(self.records)
             self.records, self._inode, self._offset = [], -1, 0
             return changed
-        if status.st_ino != self._inode or status.st_size < self._offset:
-            self.records, self._inode, self._offset = [], status.st_ino, 0
-        if status.st_size == self._offset:
-            return False
-        with open(self.run.history, "rb") as file:
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
         self.records += [record for line in whole.splitlines() if (record := _parsed(line))]
         return bool(newline)

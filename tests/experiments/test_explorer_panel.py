@@ -11,7 +11,8 @@ import ipywidgets as widgets
 import pytest
 
 from experiments.explorer import show
-from experiments.explorer.panel import Panel
+from experiments.explorer.painter import Painting, Request
+from experiments.explorer.panel import Panel, board
 from experiments.explorer.panel.card import ALLOWED, BUTTONS
 from experiments.explorer.panel.fields import field_at, field_widget, value_of
 from experiments.explorer.panel.parts import CSS, duration, problem
@@ -88,6 +89,25 @@ def test_buttons_drive_a_run(panel: Panel) -> None:
     assert panel.cards == []
 
 
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_stop_is_shown_until_it_has_come_true(panel: Panel, paused: bool) -> None:
+    """Of a run that is starting, and of one that is paused."""
+    panel.settings.button.click()
+    (card,) = panel.cards
+    if paused:
+        until(panel, lambda: card.state == "training", "a run that trains")
+        card.buttons["Pause"].click()
+    seen = []
+    card.buttons["Stop"].click()
+    while card.state != "stopped":
+        seen.append(card.status.value)
+        assert shown_buttons(panel) == {"Resume", "Reset"}
+        assert card.close.layout.display == "none"
+        until(panel, lambda: card.status.value != seen[-1], "something new")
+    assert seen
+    assert all(">stopping<" in words for words in seen)
+
+
 def test_the_figure_follows_the_run(panel: Panel) -> None:
     until(panel, lambda: "no run" in panel.drawn.value, "a figure without runs")
     panel.settings.button.click()
@@ -127,7 +147,7 @@ def test_a_run_is_changed_while_it_trains(panel: Panel) -> None:
     panel.change.fields["optim.lr"].value = "1e-4"
     panel.change.fields["quantizer.double"].value = False
     panel.change.apply.click()
-    assert "from its next step: learning rate 0.0001, double term False" in panel.change.message.value
+    assert "from its next step: learning rate 0.0001, double term off" in panel.change.message.value
     panel.change.restart.click()
     until(panel, lambda: len(card.run.interventions) == 2, "two changes")
     assert card.run.interventions[0].fields == {"optim.lr": 1e-4, "quantizer.double": False}
@@ -278,8 +298,40 @@ def test_in_a_loop_it_goes_by_itself_and_the_kernel_stays_free(panel: Panel) -> 
     assert longest < 1.0  # milliseconds, on cores that have nothing else to do
 
 
+def test_a_look_that_fails_is_said_and_does_not_freeze_the_interface(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "FAILURE_S", 0.5)
+    look, failures = panel._look, [FileNotFoundError("interventions.jsonl")]
+    monkeypatch.setattr(panel, "_look", lambda: look() if not failures else raise_(failures.pop()))
+
+    async def watch() -> None:
+        panel.start()
+        for holds in (lambda: "FileNotFoundError: interventions.jsonl" in panel.message.value, lambda: panel.message.value == ""):
+            deadline = time.monotonic() + PATIENCE_S
+            while not holds():
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+        panel.close()
+
+    asyncio.run(watch())
+    assert failures == []
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_a_figure_that_fails_is_said_until_the_next_one(panel: Panel) -> None:
+    request = Request("overview", (), board.FIGURE_SIZE)
+    panel._show_painting(Painting(request, b"", {}, "it could not be drawn", 0.0))
+    assert "it could not be drawn" in panel.message.value
+    panel._show_painting(Painting(request, b"png", {}, "", 0.0))
+    assert panel.message.value == ""
+
+
 def test_explore_refuses_what_does_not_exist() -> None:
     with pytest.raises(ConfigError, match="preset 'quik' does not exist; did you mean 'quick'"):
         show.explore("quik")
     with pytest.raises(ConfigError, match="method='vqq' is not a quantizer"):
         show.explore("quick", ["vqq"], headless=True)
+    with pytest.raises(ConfigError, match="5 runs were asked for and 4 have room side by side; train fewer at a time"):
+        show.explore("quick", ["vq"] * 5, headless=True)

@@ -369,7 +369,7 @@ def test_a_run_of_the_study_is_only_shown(own_folders: None, workers: Workers) -
     explored = [new_run(config, workers) for _ in range(2)]
     assert [each.name for each in explored] == ["0001-ibq-K32-D8", "0002-ibq-K32-D8"]
     assert load_run("0002", workers).state == "new"
-    with pytest.raises(ConfigError, match="run '000' cannot be chosen"):
+    with pytest.raises(ConfigError, match="run '000' cannot be chosen: 2 runs of the explorer begin with it; give more of its id"):
         load_run("000", workers)
 
 

@@ -27,6 +27,8 @@ from ibq.errors import ConfigError
 
 PLACES = len(LETTERS)
 TICK_S, LOOK_S = 0.1, 0.4
+FAILURE_S = 5.0
+"""So long a failure of the interface itself is shown after it has gone."""
 FIGURE_SIZE = (8.3, 5.0)
 WELCOME = "No run yet. Choose settings at the left and press Train, or load a run."
 LOADING = "What training needs is being loaded, which takes some seconds; a run that is started now begins after that."
@@ -48,11 +50,14 @@ class Panel:
         self._asleep = False
         """Nobody looks, so nothing is drawn until somebody does something."""
         self._looked = self._painted = -1e9
+        self._failed = -1e9
         self._pause_s = 0.0
         self._wanted = True
         self._pictures: dict[str, bytes] = {}
         self._umaps: dict[str, int] = {}
         """By letter, runs whose projection is awaited, and when the one before was written."""
+        self._said = {"failure": "", "figure": "", "UMAP": ""}
+        """What `message` shows, by what it is about."""
         self.settings = SettingsForm(config, train=self.train)
         self.change, self.load, self.export = ChangeForm(self._cards), LoadForm(self.show_run), ExportForm(self._cards)
         self.side = _toggles(SIDES, "what to do", "ibq-sides")
@@ -133,7 +138,14 @@ class Panel:
 
     async def _run(self) -> None:
         while True:
-            self.tick()
+            try:
+                self.tick()
+            except Exception as error:  # one run that cannot be looked at must not freeze the others
+                self._failed = time.monotonic()
+                words = f"the runs could not be looked at and are looked at again: {type(error).__name__}: {error}"
+                self._say("failure", problem(words))
+            if time.monotonic() - self._failed > FAILURE_S:
+                self._say("failure", "")
             await asyncio.sleep(TICK_S)
 
     def tick(self) -> None:
@@ -161,8 +173,8 @@ class Panel:
 
     def _show_painting(self, painting: Painting) -> None:
         self._painted, self._pause_s = time.monotonic(), painting.seconds  # half of the painter's time is left to training
+        self._say("figure", problem(painting.problem))
         if painting.problem:
-            self.message.value = problem(painting.problem)
             return
         self._pictures[painting.request.name] = painting.png
         if painting.request.name == self.tabs.value:
@@ -182,11 +194,13 @@ class Panel:
                 del self._umaps[card.letter]
         awaited = sorted(self._umaps.keys() & {card.letter for card in self.cards})
         self._umaps = {letter: self._umaps[letter] for letter in awaited}
-        self.message.value = (
-            note(f"UMAP of {', '.join(awaited)} is being computed; the first one takes most of a minute.") if awaited else ""
-        )
+        self._say("UMAP", note(f"UMAP of {', '.join(awaited)} is being computed; the first one takes most of a minute.") if awaited else "")
 
     # ---------------------------------------------------------------- parts
+
+    def _say(self, about: str, words: str) -> None:
+        self._said[about] = words
+        self.message.value = "".join(self._said.values())
 
     def _cards(self) -> list[RunCard]:
         return self.cards
@@ -238,7 +252,7 @@ class Panel:
 
     def _project(self) -> None:
         if not self.cards:
-            self.message.value = note("No run is shown, so there is nothing to project.")
+            self._say("UMAP", note("No run is shown, so there is nothing to project."))
         for card in self.cards:
             self._umaps[card.letter] = card.watch.umap_stamp()
             self.workers.project(card.run.directory)

@@ -21,6 +21,7 @@ ALLOWED = {
     "starting": ("Stop", "Reset"),
     "training": ("Pause", "Stop", "Reset"),
     "paused": ("Resume", "Stop", "Reset"),
+    "stopping": ("Resume", "Reset"),
     "stopped": ("Resume", "Reset"),
     "failed": ("Resume", "Reset"),
     "finished": ("Reset",),
@@ -34,7 +35,9 @@ BUTTONS = {
     "Stop": "Write a checkpoint and end this run's process; Resume goes on from there, bit for bit",
     "Reset": "End this run at once and remove all that it has written",
 }
-ACTIVE = ("starting", "training", "paused")
+CHANGEABLE = ("starting", "training", "paused")
+ACTIVE = (*CHANGEABLE, "stopping")
+"""A run that has a process is not hidden."""
 
 
 class RunCard:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import ipywidgets as widgets
 
 from experiments.explorer.export import command_text, recipe_text
-from experiments.explorer.panel.card import ACTIVE, RunCard
+from experiments.explorer.panel.card import CHANGEABLE, RunCard
 from experiments.explorer.panel.fields import STYLE, WIDE, field_at, field_widget, value_of
 from experiments.explorer.panel.parts import heading, note, problem
 from experiments.explorer.run import explore_folder
-from experiments.explorer.view import SHORT_NAMES, describe
+from experiments.explorer.view import SHORT_NAMES, describe, in_words
 from experiments.study import Study
 from ibq.errors import ConfigError
-from ibq.interventions import live_fields
+from ibq.interventions import Intervention, live_fields
 
 Cards = Callable[[], Sequence[RunCard]]
 
@@ -56,9 +56,9 @@ class ChangeForm:
 
     def refresh(self) -> None:
         """Offer the runs that train or are paused."""
-        active = [(f"{card.letter}  {describe(card.run.config)}", card.letter) for card in self._cards() if card.state in ACTIVE]
-        if tuple(active) != tuple(self.run.options):
-            _offer(self.run, active)
+        offered = [(f"{card.letter}  {describe(card.run.config)}", card.letter) for card in self._cards() if card.state in CHANGEABLE]
+        if tuple(offered) != tuple(self.run.options):
+            _offer(self.run, offered)
             self._show()
         card = self._chosen()
         if card and self._shown != (card.run.name, len(card.run.interventions)):
@@ -98,8 +98,8 @@ class ChangeForm:
         except ConfigError as error:
             self.message.value = problem(str(error))
         else:
-            words = [f"{SHORT_NAMES[path]} {value}" for path, value in fields.items()] + ["restart of dead codes"] * restart_dead
-            self.message.value = note(f"Run {card.letter}, from its next step: {', '.join(words)}.")
+            change = in_words(Intervention(fields=fields, restart_dead=restart_dead))
+            self.message.value = note(f"Run {card.letter}, from its next step: {change}.")
 
 
 class LoadForm:
