@@ -6,6 +6,7 @@ watched: whoever started it then ends it.
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
 import time
@@ -83,7 +84,7 @@ class _Kernel:
         try:
             with self._opener.open(self._request, timeout=TIMEOUT_S) as answer:
                 return int(json.load(answer)["connections"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
             return None
 
 
@@ -107,4 +108,7 @@ def _own_id() -> Iterator[str]:
 def _running_servers() -> list[dict[str, Any]]:
     from jupyter_server.serverapp import list_running_servers
 
-    return list(list_running_servers())
+    try:
+        return [server for server in list_running_servers() if "url" in server]
+    except (OSError, ValueError, KeyError):  # a server's file went, or is being written; it is asked for again
+        return []

@@ -314,6 +314,9 @@ def test_a_look_that_fails_is_said_and_does_not_freeze_the_interface(panel: Pane
 
     asyncio.run(watch())
     assert failures == []
+    panel._asleep = True  # what is loaded does not matter then
+    panel._look()
+    assert "The browser is not watched: no Jupyter server knows this process" in panel._welcome.value
 
 
 def raise_(error: Exception) -> None:

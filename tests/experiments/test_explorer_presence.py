@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import websocket
+from jupyter_server import serverapp
 
 from experiments.explorer import presence
 from experiments.explorer.presence import UNWATCHED, Presence
@@ -26,6 +28,7 @@ from experiments.explorer.workers import Workers
 from experiments.study import ROOT
 
 PATIENCE_S = 240.0
+RUNNING_SERVERS = presence._running_servers
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
@@ -127,6 +130,19 @@ def test_a_server_that_answers_late_is_found(server: Server, monkeypatch: pytest
     server.connections = 1
     until(lambda: watch.state != UNWATCHED, "the server to be found")
     watch.end()
+
+
+def test_what_goes_wrong_while_it_looks_does_not_end_the_watch(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def went() -> Iterator[dict[str, str]]:
+        raise FileNotFoundError("jpserver-1.json")
+
+    def answers_half(*_: object, **__: object) -> None:
+        raise http.client.IncompleteRead(b"")
+
+    monkeypatch.setattr(serverapp, "list_running_servers", went)
+    assert RUNNING_SERVERS() == []
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", answers_half)
+    assert presence._Kernel(server.info, "the-id").connections() is None
 
 
 @pytest.mark.parametrize("why", ["another kernel's", "another token", "no server", "no kernel"])

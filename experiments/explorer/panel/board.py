@@ -18,7 +18,7 @@ from experiments.explorer.panel.card import RunCard
 from experiments.explorer.panel.parts import CSS, note, problem
 from experiments.explorer.panel.settings import SettingsForm
 from experiments.explorer.panel.side import ChangeForm, ExportForm, LoadForm
-from experiments.explorer.presence import Presence
+from experiments.explorer.presence import UNWATCHED, Presence
 from experiments.explorer.run import WORKERS, ExplorerRun, Workers, load_run, new_run
 from experiments.explorer.tabs import TABS
 from experiments.explorer.view import LETTERS, SHORT_NAMES, fields_that_differ
@@ -163,7 +163,8 @@ class Panel:
 
     def _look(self) -> None:
         if not self.cards:
-            self._welcome.value = note(WELCOME if self.workers.is_warm or self._asleep else LOADING)
+            watched = f" The browser is {UNWATCHED}." if self._presence and self._presence.state == UNWATCHED else ""
+            self._welcome.value = note(WELCOME + watched if self.workers.is_warm or self._asleep else LOADING)
         states = [card.state for card in self.cards]
         for card in self.cards:
             self._wanted |= card.refresh()
