@@ -73,9 +73,9 @@ class ExplorerRun:
 
     @property
     def state(self) -> State:
-        """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopping" until its process has ended,
-        "stopped" resumably, "finished" with a row, "failed", of which `reason` says why, or "loaded": a run of the study, which is only
-        shown."""
+        """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopping" until its process has
+        ended, "stopped" resumably, "finished" with a row, "failed", of which `reason` says why, or "loaded": a run of the study, which is
+        only shown."""
         if self.read_only:
             return "loaded"
         activity = self.workers.activity(self.directory)
