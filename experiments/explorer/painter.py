@@ -8,12 +8,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import NamedTuple
 
 from experiments.study import ROOT
+
+
+TRIES = 2
+"""How often a figure is asked for when the process dies over it."""
 
 
 class Shown(NamedTuple):
@@ -45,8 +50,13 @@ class Painter:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection
-        self.busy = False
+        self._request: Request | None = None
+        self._tries, self._asked = 0, 0.0
+
+    @property
+    def busy(self) -> bool:
         """Whether a request is on its way."""
+        return self._request is not None
 
     @property
     def pid(self) -> int | None:
@@ -71,38 +81,47 @@ class Painter:
 
     def request(self, name: str, shown: Sequence[Shown], size: tuple[float, float]) -> None:
         """Ask for a figure; `poll` brings it."""
-        self.warm()
-        try:
-            self._connection.send(Request(name, tuple(shown), size))
-            self.busy = True
-        except OSError:
-            self._lose()
+        self._request, self._tries, self._asked = Request(name, tuple(shown), size), 0, time.monotonic()
+        self._try()
 
     def poll(self) -> Painting | None:
-        """The figure that was asked for, once it is there; a painter that has died is let go, and started anew by the next request."""
-        if self._process is None:
-            return None
+        """The figure that was asked for, once it is there; a process that has died over it is started anew, and the second time that is
+        the figure's problem."""
         try:
-            if not self._connection.poll():
-                return None
-            painting: Painting = self._connection.recv()
+            if self._process is not None and self._connection.poll():
+                painting: Painting = self._connection.recv()
+                self._request = None
+                return painting
         except (EOFError, OSError):
             self._lose()
+        if self._process is not None or (request := self._request) is None:
             return None
-        self.busy = False
-        return painting
+        if self._tries < TRIES:
+            self._try()
+            return None
+        self._request = None
+        words = f"the figure {request.name!r} could not be drawn: the process that draws has ended; it is tried again when a run has more"
+        return Painting(request, b"", {}, words, time.monotonic() - self._asked)
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End the process; the next request starts another."""
-        process = self._process
+        process, self._request = self._process, None
         self._lose()
         if process is not None:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout_s)
 
+    def _try(self) -> None:
+        self._tries += 1
+        try:
+            self.warm()
+            self._connection.send(self._request)
+        except OSError:
+            self._lose()
+
     def _lose(self) -> None:
         if self._process is not None:
             self._connection.close()
             self._process.poll()
-        self._process, self.busy = None, False
+        self._process = None

@@ -15,7 +15,7 @@ import torch
 from experiments.explorer import show
 from experiments.explorer.figures import FIGURES, draw
 from experiments.explorer.figures.parts import RUN_HEX
-from experiments.explorer.painter import Painter, Painting, Request, Shown
+from experiments.explorer.painter import TRIES, Painter, Painting, Request, Shown
 from experiments.explorer.painting import paint
 from experiments.explorer.tabs import TABS
 from experiments.explorer.trainer import LIVE
@@ -216,10 +216,17 @@ def test_the_painter_draws_what_the_process_itself_draws_and_survives_its_death(
         painter._process.kill()
         painter._process.wait()
         painter.request("images", shown, SIZE)
-        assert painter.poll() is None
-        assert not painter.busy
+        assert wait_for(painter).problem == ""  # by another one
         painter.request("images", shown, SIZE)
-        assert wait_for(painter).problem == ""
+        for _ in range(TRIES):  # it dies over the figure, every time
+            assert painter._process is not None
+            painter._process.kill()
+            painter._process.wait()
+            assert painter.busy
+            lost = painter.poll() or painter.poll()
+        assert lost is not None
+        assert "the figure 'images' could not be drawn: the process that draws has ended" in lost.problem
+        assert not painter.busy
     finally:
         painter.close()
     assert painter.pid is None
