@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from experiments.study import ROOT
 
-
 TRIES = 2
 """How often a figure is asked for when the process dies over it."""
 
