@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from experiments.explorer.trainer import LIVE
 from experiments.projections import Projection, reduce
+from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory, write_tensors
 
 LIVE_UMAP = "live-umap.safetensors"
@@ -24,9 +25,9 @@ def newest_tensors(run: RunDirectory) -> dict[str, torch.Tensor] | None:
 
 
 def project_live(folder: Path) -> None:
-    """Project a run's newest codes and features and keep the result in its directory; nothing where it has none yet."""
+    """Project a run's newest codes and features and keep the result in its directory; ConfigError where it has none yet."""
     if (tensors := newest_tensors(RunDirectory(folder))) is None:
-        return
+        raise ConfigError("it has no codes yet; press UMAP again when it has its first point")
     n_codes = len(tensors["codes"])
     xy = torch.from_numpy(reduce(torch.cat([tensors["codes"], tensors["features"]]).float().numpy(), "umap"))
     used = tensors["counts"][tensors["code_indices"]] > 0

@@ -46,4 +46,11 @@ class Said(NamedTuple):
     state: str
 
 
+class Projected(NamedTuple):
+    """A projection has been written, or, in one sentence, why it has not."""
+
+    folder: str
+    problem: str
+
+
 Order = Train | Tell | Reset | Project

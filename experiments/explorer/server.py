@@ -21,14 +21,13 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, get_args
 
-from safetensors import SafetensorError
-
 from experiments import worker
 from experiments.explorer import trainer
-from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Reset, Said, Tell, Train
+from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Projected, Reset, Said, Tell, Train
 from ibq.config import DataConfig, parse_train_config
 from ibq.data import DataError, Split, load_images
 from ibq.data.fashion_mnist import fashion_mnist_is_here
+from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory
 
 FORK = multiprocessing.get_context("fork")
@@ -51,12 +50,21 @@ class _Waiting:
     told: list[Tell] = field(default_factory=list)
 
 
+@dataclass
+class _Projector:
+    """The process that computes UMAPs one after the other, kept since the first costs it most of a minute."""
+
+    process: ForkProcess
+    folders: Connection
+    awaited: list[str] = field(default_factory=list)
+
+
 class _Server:
     def __init__(self, owner: Connection) -> None:
         self._owner = owner
         self._trainers: dict[int, _Trainer] = {}
         self._waiting: dict[str, _Waiting] = {}
-        self._projector: tuple[ForkProcess, Connection] | None = None
+        self._projector: _Projector | None = None
         self._warm = False
 
     def serve(self) -> None:
@@ -66,6 +74,7 @@ class _Server:
                 trainers = list(self._trainers.values())
                 heard: list[Any] = [self._owner, *(each.process.sentinel for each in trainers)]
                 heard += [each.commands for each in trainers if not each.silent]
+                heard += [self._projector.folders] if self._projector else []
                 ready = multiprocessing.connection.wait(heard, timeout=None if self._warm else 0)
                 if not (ready or self._warm):
                     self._load_the_rest()
@@ -74,6 +83,8 @@ class _Server:
                         self._relay(attempt, each)
                     if each.process.sentinel in ready:
                         self._reap(attempt)
+                if self._projector and self._projector.folders in ready:
+                    self._relay_projection(self._projector)
                 if self._owner in ready:
                     self._obey(self._owner.recv())
 
@@ -103,8 +114,7 @@ class _Server:
             shutil.rmtree(order.folder, ignore_errors=True)
             self._owner.send(Said(order.attempt, REMOVED))
         else:
-            with suppress(OSError):  # no process could be started, or it has just ended: whoever wants the picture asks again
-                self._project(order)
+            self._project(order)
 
     def _tell(self, order: Tell) -> None:
         if order.attempt in self._trainers:
@@ -131,19 +141,45 @@ class _Server:
         theirs.close()
 
     def _project(self, order: Project) -> None:
-        if self._projector is None or not self._projector[0].is_alive():
-            ours, theirs = FORK.Pipe()
-            process = FORK.Process(target=_project, args=(theirs, [self._owner, ours, *self._connections()]))
+        try:
+            if self._projector is None:
+                self._projector = self._start_projector()
+            self._projector.awaited.append(order.folder)
+            self._projector.folders.send(order.folder)
+        except OSError as error:
+            if self._projector is None:
+                self._owner.send(Projected(order.folder, f"no process could be started for it: {os.strerror(error.errno or 0)}"))
+            # else it has just ended, which is read where its answers are
+
+    def _start_projector(self) -> _Projector:
+        ours, theirs = FORK.Pipe()
+        process = FORK.Process(target=_project, args=(theirs, [self._owner, ours, *self._connections()]))
+        try:
             process.start()
+        except OSError:
+            ours.close()
+            raise
+        finally:
             theirs.close()
-            if self._projector is not None:
-                self._projector[1].close()
-            self._projector = process, ours
-        self._projector[1].send(order.folder)
+        return _Projector(process, ours)
+
+    def _relay_projection(self, projector: _Projector) -> None:
+        try:
+            projected: Projected = projector.folders.recv()
+        except (EOFError, OSError):
+            projector.folders.close()
+            projector.process.join()
+            for folder in projector.awaited:
+                words = f"the process that computes it has ended (exit code {projector.process.exitcode}); press UMAP again"
+                self._owner.send(Projected(folder, words))
+            self._projector = None
+        else:
+            projector.awaited.remove(projected.folder)
+            self._owner.send(projected)
 
     def _connections(self) -> list[Connection]:
         """Ends of pipes that a fork must close: who holds one of them would hide from another process that this one is gone."""
-        return [each.commands for each in self._trainers.values()] + ([self._projector[1]] if self._projector else [])
+        return [each.commands for each in self._trainers.values()] + ([self._projector.folders] if self._projector else [])
 
     def _relay(self, attempt: int, of: _Trainer) -> None:
         try:
@@ -175,7 +211,7 @@ class _Server:
             connection.close()
         deadline = time.monotonic() + trainer.GRACE_S + 1
         if self._projector:
-            self._projector[0].kill()
+            self._projector.process.kill()
         for each in self._trainers.values():
             each.process.join(max(0.0, deadline - time.monotonic()))
             each.process.kill()
@@ -201,13 +237,17 @@ def _project(folders: Connection, others: list[Connection]) -> None:
     from experiments.explorer.live_umap import project_live
 
     _forked(others)
-    with suppress(EOFError):
+    with suppress(EOFError, OSError):
         while True:
-            folder = Path(folders.recv())
+            folder = folders.recv()
+            problem = ""
             try:
-                project_live(folder)
-            except (OSError, SafetensorError):  # the run has been removed meanwhile, or the disk is full
-                continue
+                project_live(Path(folder))
+            except ConfigError as error:
+                problem = str(error)
+            except Exception as error:  # whatever it is, a run removed meanwhile or a full disk, those that wait are told
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            folders.send(Projected(folder, problem))
 
 
 def main() -> None:

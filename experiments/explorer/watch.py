@@ -31,10 +31,6 @@ class Watch:
         run = self.run
         return tuple(map(_stamp, (run.history, run.path / LIVE, run.interventions, run.path / LIVE_UMAP, run.evaluation)))
 
-    def umap_stamp(self) -> int:
-        """When the newest UMAP that was asked for was written, 0 before."""
-        return _stamp(self.run.path / LIVE_UMAP)[0]
-
     def refresh(self) -> bool:
         """Read what has been written since the last time; whether that was anything. A history that is shorter than it was, or another
         file, is read anew: the run was begun again, or went on from a checkpoint."""

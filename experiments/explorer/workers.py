@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Literal
 
-from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Reset, Said, Tell, Train
+from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Projected, Reset, Said, Tell, Train
 from experiments.study import ROOT
 from experiments.sweep import cores
 from experiments.worker import note
@@ -50,6 +50,8 @@ class Workers:
         self._lock = threading.RLock()
         self._numbers = itertools.count()
         self._attempts: dict[str, _Attempt] = {}
+        self._projections: dict[str, str | None] = {}
+        """By a run's path, what was wrong with the UMAP that was last asked for: "" nothing, None while it is awaited."""
         self._server: subprocess.Popen[bytes] | None = None
         self._closed: list[subprocess.Popen[bytes]] = []
         self._connection: Connection
@@ -145,10 +147,19 @@ class Workers:
             return True
 
     def project(self, run: RunDirectory) -> None:
-        """Project a run's codes and features by UMAP, in a process of its own; `experiments.explorer.umap` says where the result lies."""
+        """Project a run's codes and features by UMAP, in a process of its own, unless that is being done; the result is what
+        `experiments.explorer.live_umap.read_live_umap` reads."""
         with self._lock:
             self.warm()
-            self._send(Project(str(run.path)))
+            if self._projections.get(str(run.path), "") is not None:
+                self._projections[str(run.path)] = None
+                self._send(Project(str(run.path)))
+
+    def projection(self, run: RunDirectory) -> str | None:
+        """What was wrong with the UMAP that was last asked for of a run: "" nothing, None while it is awaited."""
+        with self._lock:
+            self._listen()
+            return self._projections.get(str(run.path), "")
 
     def config_of(self, run: RunDirectory) -> TrainConfig | None:
         """The config of a run that this kernel trains, with changes that are on their way; None where it trains no such run."""
@@ -177,6 +188,8 @@ class Workers:
                     self._warm = True
                 elif isinstance(said, Said):
                     self._note(said)
+                elif isinstance(said, Projected):
+                    self._projections[said.folder] = said.problem
         except (EOFError, OSError):
             self._mourn()
 
@@ -196,7 +209,9 @@ class Workers:
         for path, attempt in self._attempts.items():
             if attempt.activity == "starting":
                 note(RunDirectory(path), "error", f"the process that starts trainers has ended: {last_words}; train the run again")
+        awaited = [path for path, problem in self._projections.items() if problem is None]
         self._lose()
+        self._projections |= dict.fromkeys(awaited, f"the process that starts others has ended: {last_words}; press UMAP again")
 
     def _lose(self) -> None:
         """The server is gone, or let go: trainers, seeing that, stop by themselves."""
@@ -207,6 +222,7 @@ class Workers:
         self._closed.append(self._server)
         self._server, self._warm = None, False
         self._attempts.clear()
+        self._projections.clear()
 
 
 WORKERS = Workers()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from explorer_runs import LONG, PATIENCE_S, config_of, until
 from toy_generators import TOY
 
 from experiments import sweep
 from experiments.ablations import ABLATIONS
+from experiments.explorer.run import ExplorerRun, Workers, new_run
 from experiments.projections import project_all
 from experiments.study import Study
 from experiments.sweep import Outcome, train_study
@@ -94,3 +97,28 @@ def copied(toy: None, trained_toy: tuple, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
     return Study("smoke", ("toy",))
+
+
+@pytest.fixture(scope="module")
+def workers(folders: Path) -> Iterator[Workers]:
+    """A server of trainers for a file of tests, warm."""
+    workers = Workers(device="cpu")
+    workers.warm()
+    until(lambda: workers.is_warm, "warm workers")
+    yield workers
+    workers.close(PATIENCE_S)
+
+
+@pytest.fixture
+def make_run(workers: Workers) -> Iterator[Callable[..., ExplorerRun]]:
+    """Makes a new run; what still trains at the end of the test is removed."""
+    made: list[ExplorerRun] = []
+
+    def run(steps: int = LONG, method: str = "ibq", **dotted: Any) -> ExplorerRun:
+        made.append(new_run(config_of(steps, method, **dotted), workers))
+        return made[-1]
+
+    yield run
+    for each in made:
+        workers.remove(each.directory)
+        assert each.wait(PATIENCE_S)

@@ -27,14 +27,6 @@ LONG = 100_000
 PATIENCE_S = 240.0
 
 
-@pytest.fixture(scope="module")
-def workers(folders: Path) -> Iterator[Workers]:
-    workers = Workers(device="cpu")
-    workers.warm()
-    yield workers
-    workers.close(PATIENCE_S)
-
-
 @pytest.fixture
 def panel(workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Panel]:
     monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
@@ -129,6 +121,18 @@ def test_the_figure_follows_the_run(panel: Panel) -> None:
     assert panel.painter.pid is None
     panel.tabs.value = "losses"  # somebody does
     until(panel, lambda: ">Losses: A" in panel.drawn.value, "it wakes up")
+
+
+def test_a_umap_that_cannot_be_made_is_said(panel: Panel) -> None:
+    assert panel.umap.disabled
+    panel.add(new_run(panel.settings.config(), panel.workers))
+    assert not panel.umap.disabled
+    panel.umap.click()
+    assert "UMAP of A is being computed" in panel.message.value
+    until(panel, lambda: "UMAP of A could not be made: it has no codes yet; press UMAP again" in panel.message.value, "a sentence")
+    assert "is being computed" not in panel.message.value
+    panel.umap.click()
+    assert "could not be made" not in panel.message.value
 
 
 def test_a_run_is_changed_while_it_trains(panel: Panel) -> None:

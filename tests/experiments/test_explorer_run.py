@@ -2,91 +2,35 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from explorer_runs import PATIENCE_S, config_of, trainer_of, training, until
 from filelock import FileLock
 from safetensors.torch import load_file
 from training_runs import assert_same_run, read_the_images_once  # noqa: F401
 
 from experiments import manage, rows
-from experiments.explorer.live_umap import read_live_umap
 from experiments.explorer.run import ExplorerRun, Workers, explore_folder, load_run, new_run
 from experiments.explorer.trainer import LIVE, runtime_of
-from experiments.recipes import get_preset, tokenizer
 from experiments.study import ROOT, Study
-from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.interventions import scheduled
 from ibq.run_directory import RunDirectory, append_line
 from ibq.train_tokenizer import train_tokenizer
 
-LONG = 100_000
-"""Steps that no test waits for."""
-PATIENCE_S = 240.0
-
-
-def config_of(steps: int, method: str = "ibq", **dotted: Any) -> TrainConfig:
-    return tokenizer(get_preset("smoke"), {"method": method}).with_fields(steps=steps, **dotted)
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def workers(folders: Path) -> Iterator[Workers]:
-    workers = Workers(device="cpu")
-    workers.warm()
-    until(lambda: workers.is_warm, "warm workers")
-    yield workers
-    workers.close(PATIENCE_S)
-
-
-@pytest.fixture
-def make(workers: Workers) -> Iterator[Callable[..., ExplorerRun]]:
-    """Makes a new run; what still trains at the end of the test is removed."""
-    made: list[ExplorerRun] = []
-
-    def run(steps: int = LONG, method: str = "ibq", **dotted: Any) -> ExplorerRun:
-        made.append(new_run(config_of(steps, method, **dotted), workers))
-        return made[-1]
-
-    yield run
-    for each in made:
-        workers.remove(each.directory)
-        assert each.wait(PATIENCE_S)
-
-
-def training(run: ExplorerRun, step: int = 1) -> ExplorerRun:
-    """The run once it has come so far."""
-    run.train()
-    until(lambda: run.step >= step and run.state == "training", f"step {step}")
-    return run
-
-
-def trainer_of(run: ExplorerRun) -> int:
-    return int([attempt for attempt in run.directory.read_attempts() if attempt["event"] == "started"][-1]["pid"])
-
-
 # --- The way of a run --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_from_new_to_finished(make: Callable[..., ExplorerRun]) -> None:
-    run = make(steps=40)
+def test_a_run_from_new_to_finished(make_run: Callable[..., ExplorerRun]) -> None:
+    run = make_run(steps=40)
     assert (run.state, run.step, run.steps) == ("new", 0, 40)
     run.train()
     assert run.state in ("starting", "training")
@@ -106,16 +50,16 @@ def test_a_run_from_new_to_finished(make: Callable[..., ExplorerRun]) -> None:
         run.train()
 
 
-def test_the_tokens_of_the_live_file_are_those_since_the_one_before(make: Callable[..., ExplorerRun]) -> None:
-    run = make(steps=3)
+def test_the_tokens_of_the_live_file_are_those_since_the_one_before(make_run: Callable[..., ExplorerRun]) -> None:
+    run = make_run(steps=3)
     run.train()
     assert run.wait(PATIENCE_S)
     tokens = int(load_file(run.directory.path / LIVE)["counts"].sum()) / (run.config.batch_size * run.config.tokens_per_image)
     assert tokens in (1, 2, 3)  # whole steps: all of them where the machine is fast, the last alone where each had a file of its own
 
 
-def test_pause_holds_it_between_two_steps(make: Callable[..., ExplorerRun]) -> None:
-    run = training(make())
+def test_pause_holds_it_between_two_steps(make_run: Callable[..., ExplorerRun]) -> None:
+    run = training(make_run())
     run.pause()
     assert run.state == "paused"
     time.sleep(0.3)  # the step that was under way
@@ -131,8 +75,8 @@ def test_pause_holds_it_between_two_steps(make: Callable[..., ExplorerRun]) -> N
     assert run.state == "stopped"
 
 
-def test_a_run_that_is_changed_paused_and_stopped_equals_one_that_is_not(make: Callable[..., ExplorerRun], tmp_path: Path) -> None:
-    run = make(steps=60)
+def test_a_run_that_is_changed_paused_and_stopped_equals_one_that_is_not(make_run: Callable[..., ExplorerRun], tmp_path: Path) -> None:
+    run = make_run(steps=60)
     training(run)
     run.intervene({"optim.lr": 3e-4, "quantizer.double": False})
     run.pause()
@@ -154,8 +98,8 @@ def test_a_run_that_is_changed_paused_and_stopped_equals_one_that_is_not(make: C
     assert_same_run(run.directory, quiet)
 
 
-def test_what_is_asked_before_a_stop_is_done_and_a_train_after_it_goes_on(make: Callable[..., ExplorerRun]) -> None:
-    run = training(make())
+def test_what_is_asked_before_a_stop_is_done_and_a_train_after_it_goes_on(make_run: Callable[..., ExplorerRun]) -> None:
+    run = training(make_run())
     run.pause()
     run.intervene({"optim.lr": 1e-4})
     run.stop()
@@ -176,9 +120,9 @@ def test_what_is_asked_before_a_stop_is_done_and_a_train_after_it_goes_on(make: 
 
 
 def test_a_killed_trainer_is_a_failure_with_a_sentence_and_goes_on_from_its_checkpoint(
-    make: Callable[..., ExplorerRun], tmp_path: Path
+    make_run: Callable[..., ExplorerRun], tmp_path: Path
 ) -> None:
-    run = make(steps=60)
+    run = make_run(steps=60)
     training(run, 5)
     run.stop()
     assert run.wait(PATIENCE_S)
@@ -197,8 +141,8 @@ def test_a_killed_trainer_is_a_failure_with_a_sentence_and_goes_on_from_its_chec
     assert_same_run(run.directory, RunDirectory(tmp_path))
 
 
-def test_reset_removes_a_run_that_trains_and_one_that_does_not(make: Callable[..., ExplorerRun]) -> None:
-    run = training(make())
+def test_reset_removes_a_run_that_trains_and_one_that_does_not(make_run: Callable[..., ExplorerRun]) -> None:
+    run = training(make_run())
     pid = trainer_of(run)
     run.reset()
     assert run.state == "new"
@@ -219,8 +163,8 @@ def test_reset_removes_a_run_that_trains_and_one_that_does_not(make: Callable[..
     until(lambda: run.step >= 1, "a first step anew")
 
 
-def test_no_method_waits(make: Callable[..., ExplorerRun]) -> None:
-    run = make()
+def test_no_method_waits(make_run: Callable[..., ExplorerRun]) -> None:
+    run = make_run()
     said: list[Callable[[], object]] = [
         run.train,
         lambda: run.state,
@@ -237,8 +181,8 @@ def test_no_method_waits(make: Callable[..., ExplorerRun]) -> None:
         assert time.perf_counter() - started < 0.3
 
 
-def test_four_runs_side_by_side(make: Callable[..., ExplorerRun]) -> None:
-    runs = [make(method=method) for method in ("ibq", "vq", "simvq", "gumbel")]
+def test_four_runs_side_by_side(make_run: Callable[..., ExplorerRun]) -> None:
+    runs = [make_run(method=method) for method in ("ibq", "vq", "simvq", "gumbel")]
     for run in runs:
         run.train()
     until(lambda: all(run.state == "training" for run in runs), "a point of each")
@@ -246,20 +190,6 @@ def test_four_runs_side_by_side(make: Callable[..., ExplorerRun]) -> None:
     assert runs[0].wait(PATIENCE_S)
     assert [run.state for run in runs] == ["stopped", "training", "training", "training"]
     assert len({run.name for run in runs}) == 4
-
-
-@pytest.mark.kills
-def test_umap_of_a_run_that_trains(make: Callable[..., ExplorerRun]) -> None:
-    run = training(make())
-    assert read_live_umap(run.directory) is None
-    run.project_umap()
-    until(lambda: read_live_umap(run.directory) is not None, "the projection")
-    projected = read_live_umap(run.directory)
-    assert projected is not None
-    assert projected.codes.shape == (run.config.quantizer.codebook_size, 2)
-    assert len(projected.features) == len(load_file(run.directory.path / LIVE)["features"])
-    assert projected.step >= 1
-    assert run.state == "training"
 
 
 # --- What goes wrong ---------------------------------------------------------------------------------------------------------------------
@@ -274,8 +204,10 @@ def test_umap_of_a_run_that_trains(make: Callable[..., ExplorerRun]) -> None:
         ({"optim.lr": 1e30}, "NaN or infinite"),
     ],
 )
-def test_what_cannot_be_trained_fails_with_one_sentence(make: Callable[..., ExplorerRun], dotted: dict[str, Any], sentence: str) -> None:
-    run = make(steps=20, method="vq", **dotted)
+def test_what_cannot_be_trained_fails_with_one_sentence(
+    make_run: Callable[..., ExplorerRun], dotted: dict[str, Any], sentence: str
+) -> None:
+    run = make_run(steps=20, method="vq", **dotted)
     run.train()
     assert run.wait(PATIENCE_S)
     assert run.state == "failed"
@@ -295,9 +227,9 @@ def test_what_cannot_be_trained_fails_with_one_sentence(make: Callable[..., Expl
     ],
 )
 def test_a_change_that_does_not_fit_is_refused_and_harms_nothing(
-    make: Callable[..., ExplorerRun], method: str, fields: dict[str, Any], restart_dead: bool, sentence: str
+    make_run: Callable[..., ExplorerRun], method: str, fields: dict[str, Any], restart_dead: bool, sentence: str
 ) -> None:
-    run = training(make(method=method))
+    run = training(make_run(method=method))
     with pytest.raises(ConfigError, match=sentence):
         run.intervene(fields, restart_dead)
     step = run.step
@@ -309,8 +241,8 @@ def test_a_change_that_does_not_fit_is_refused_and_harms_nothing(
         run.intervene({"optim.lr": 1e-4})
 
 
-def test_a_run_is_trained_once_however_often_it_is_loaded(make: Callable[..., ExplorerRun], workers: Workers) -> None:
-    run = training(make())
+def test_a_run_is_trained_once_however_often_it_is_loaded(make_run: Callable[..., ExplorerRun], workers: Workers) -> None:
+    run = training(make_run())
     again = load_run(run.name, workers)
     again.train()
     assert again.state == "training"
@@ -328,8 +260,8 @@ def test_a_run_is_trained_once_however_often_it_is_loaded(make: Callable[..., Ex
         of_another_kernel.reset()
 
 
-def test_a_lock_taken_in_between_trains_nothing(make: Callable[..., ExplorerRun]) -> None:
-    run = make()
+def test_a_lock_taken_in_between_trains_nothing(make_run: Callable[..., ExplorerRun]) -> None:
+    run = make_run()
     lock = FileLock(run.directory.lock)
     run.train()
     with lock:
@@ -362,8 +294,6 @@ def test_a_run_of_the_study_is_only_shown(own_folders: None, workers: Workers) -
     for method in (run.train, run.pause, run.stop, run.reset, lambda: run.intervene({"optim.lr": 1e-4})):
         with pytest.raises(ConfigError, match="is the study's and is only shown"):
             method()
-    run.project_umap()
-    until(lambda: read_live_umap(run.directory) is not None, "the projection of a snapshot")
     with pytest.raises(ConfigError, match=r"run 'nothing' cannot be chosen: no run has that id"):
         load_run("nothing", workers)
     explored = [new_run(config, workers) for _ in range(2)]
@@ -384,103 +314,6 @@ def test_the_log_cadence_hangs_on_the_steps_alone() -> None:
     assert [runtime_of(config_of(steps)).log_every for steps in (1, 199, 200, 300, 10_000)] == [1, 1, 2, 3, 5]
 
 
-# --- Processes ---------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.kills
-def test_ten_starts_and_stops_leak_nothing(folders: Path) -> None:
-    me = psutil.Process()
-    workers = Workers(device="cpu")
-
-    def cycle() -> None:
-        run = new_run(config_of(LONG, batch_size=2), workers)
-        run.train()
-        until(lambda: run.state == "training", "the first point")
-        run.stop()
-        assert run.wait(PATIENCE_S)
-        assert run.state == "stopped"
-
-    def held(process: psutil.Process) -> tuple[int, int, int]:
-        gc.collect()
-        return len(process.children(recursive=True)), process.num_fds(), process.num_threads()
-
-    before_all = held(me)
-    cycle()
-    until(lambda: workers.is_warm, "warm workers")
-    assert workers._server is not None
-    server = psutil.Process(workers._server.pid)
-    before, memory = [held(process) for process in (me, server)], [process.memory_info().rss for process in (me, server)]
-    for _ in range(10):
-        cycle()
-    grown = [(process.memory_info().rss - then) / 2**20 for process, then in zip((me, server), memory, strict=True)]
-    after = [held(process) for process in (me, server)]
-    print(f"ten cycles: children, descriptors, threads of kernel and server {before} -> {after}, MiB more {grown}")
-    for now, then in zip(after, before, strict=True):
-        assert all(n <= t for n, t in zip(now, then, strict=True))
-    assert max(grown) < 10
-    workers.close(PATIENCE_S)
-    assert held(me) == before_all
-    cycle()  # once more, from nothing
-    workers.close(PATIENCE_S)
-    assert held(me) == before_all
-
-
-KERNEL = """
-import sys, time
-from experiments.explorer.run import WORKERS, new_run
-from experiments.recipes import get_preset, tokenizer
-
-config = tokenizer(get_preset("smoke"), {"method": "vq"}).with_fields(steps=100_000)
-runs = [new_run(config) for _ in range(2)]
-for run in runs:
-    run.train()
-while not all(run.step for run in runs):
-    time.sleep(0.01)
-print("training", flush=True)
-time.sleep(1000)
-"""
-
-
-def processes_with(token: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("IBQ_EXPLORER_TOKEN") == token and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param(signal.SIGKILL, marks=pytest.mark.kills),
-        pytest.param(signal.SIGTERM, marks=pytest.mark.kills),
-        pytest.param("server killed", marks=pytest.mark.kills),
-    ],
-)
-def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(tmp_path: Path, workers: Workers, how: Any) -> None:
-    environment = os.environ | {"IBQ_RUNS": str(tmp_path), "IBQ_EXPLORER_TOKEN": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, "-c", KERNEL], env=environment, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    assert parent.stdout.readline() == "training\n"
-    mine = processes_with(str(tmp_path))
-    assert len(mine) == 4  # parent, server, two trainers
-    if how == "server killed":
-        server = next(process for process in mine if process.ppid() == parent.pid)
-        server.kill()
-        until(lambda: len(processes_with(str(tmp_path))) == 1, "the end of the trainers")
-        parent.kill()
-    else:
-        parent.send_signal(how)
-    parent.wait(PATIENCE_S)
-    parent.stdout.close()
-    until(lambda: not processes_with(str(tmp_path)), "the end of every process")
-    runs = [RunDirectory(path) for path in sorted((tmp_path / "explore").iterdir())]
-    assert [run.read_attempts()[-1]["event"] for run in runs] == ["stopped", "stopped"]
-
-
 def test_damaged_files_and_a_full_disk_are_said_in_one_sentence(
     own_folders: None, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,14 +330,3 @@ def test_damaged_files_and_a_full_disk_are_said_in_one_sentence(
     run.directory.row.write_text("{")
     assert run.state == "failed"
     assert "row.json is not JSON" in run.reason
-
-
-def test_a_server_that_cannot_start_says_why(make: Callable[..., ExplorerRun], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    run = make()
-    run.workers = Workers(device="cpu")
-    run.train()
-    assert run.wait(PATIENCE_S)
-    run.workers.close(PATIENCE_S)
-    assert run.state == "failed"
-    assert run.reason == "the process that starts trainers has ended: it said nothing; train the run again"

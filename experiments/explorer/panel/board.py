@@ -54,8 +54,6 @@ class Panel:
         self._pause_s = 0.0
         self._wanted = True
         self._pictures: dict[str, bytes] = {}
-        self._umaps: dict[str, int] = {}
-        """By letter, runs whose projection is awaited, and when the one before was written."""
         self._said = {"failure": "", "figure": "", "UMAP": ""}
         """What `message` shows, by what it is about."""
         self.settings = SettingsForm(config, train=self.train)
@@ -187,15 +185,12 @@ class Panel:
             self._wanted = True
 
     def _look_for_umaps(self) -> None:
-        """Say which projections are still awaited."""
-        if not self._umaps:
-            return
-        for card in self.cards:
-            if card.letter in self._umaps and card.watch.umap_stamp() > self._umaps[card.letter]:
-                del self._umaps[card.letter]
-        awaited = sorted(self._umaps.keys() & {card.letter for card in self.cards})
-        self._umaps = {letter: self._umaps[letter] for letter in awaited}
-        self._say("UMAP", note(f"UMAP of {', '.join(awaited)} is being computed; the first one takes most of a minute.") if awaited else "")
+        """Say which projections are still awaited, and which could not be made."""
+        problems = {card.letter: self.workers.projection(card.run.directory) for card in self.cards}
+        awaited = [letter for letter, words in problems.items() if words is None]
+        said = [note(f"UMAP of {', '.join(awaited)} is being computed; the first one takes most of a minute.")] if awaited else []
+        said += [problem(f"UMAP of {letter} could not be made: {words}") for letter, words in problems.items() if words]
+        self._say("UMAP", "".join(said))
 
     # ---------------------------------------------------------------- parts
 
@@ -231,6 +226,7 @@ class Panel:
         self._row.children = tuple(card.widget for card in self.cards) or (self._welcome,)
         self._wanted = True
         self._pictures.clear()
+        self.umap.disabled = not self.cards
         self.change.refresh()
         self.export.refresh()
         self.difference.value = note(difference_in_words(self.cards))
@@ -252,10 +248,8 @@ class Panel:
             self.picture.value = self._pictures[name]
 
     def _project(self) -> None:
-        if not self.cards:
-            self._say("UMAP", note("No run is shown, so there is nothing to project."))
+        self.wake()
         for card in self.cards:
-            self._umaps[card.letter] = card.watch.umap_stamp()
             self.workers.project(card.run.directory)
         self._look_for_umaps()
 
