@@ -26,6 +26,8 @@ from ibq.interventions import scheduled
 from ibq.run_directory import RunDirectory, append_line
 from ibq.train_tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.kills
+
 # --- The way of a run --------------------------------------------------------------------------------------------------------------------
 
 

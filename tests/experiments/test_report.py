@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -15,6 +16,7 @@ from experiments import claims, figures, report, rows, tables
 from experiments.ablations import ABLATIONS, Ablation, Arm
 from experiments.claims import UNTESTED, WORDS
 from experiments.effects import effects
+from experiments.figures.theme import theme
 from experiments.findings import findings
 from experiments.report import curves, layout, provenance
 from experiments.report.configs import differing_fields
@@ -22,6 +24,19 @@ from experiments.study import Study
 from ibq.run_directory import append_line, write_json
 
 ABLATION = ABLATIONS["vq_vs_ibq"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse_pictures() -> Iterator[None]:
+    """Of few pixels, and fonts of a PDF not subset: half of what a report takes, and nothing that is tested here."""
+
+    def coarse() -> None:
+        theme()
+        figures.plt.rcParams.update({"savefig.dpi": 60, "pdf.fonttype": 3})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "theme", coarse)
+        yield
 
 
 @pytest.fixture(scope="module")
