@@ -223,6 +223,7 @@ class Study:
         if not self.waiting:
             return []
         now, before = replace(self), {cell.run.path for cell in self.cells}
+        now.__dict__.update(_settled=self._settled)
         if len(now.waiting) < len(self.waiting):
             self.__dict__.update(_stages=now._stages, cells=now.cells, waiting=now.waiting)
         return [cell for cell in self.cells if cell.run.path not in before]
@@ -234,13 +235,22 @@ class Study:
         return part
 
     @cached_property
+    def _settled(self) -> dict[str, tuple[dict[str, TrainConfig], dict[str, list[Cell]]]]:
+        """By ablation what no finished run changes: each arm's config before any search, and the runs of its search."""
+        settled = {}
+        for ablation in self.ablations:
+            configs = {arm.name: self.config_of(ablation, arm) for arm in ablation.arms}
+            searches = {arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as}
+            settled[ablation.name] = configs, searches
+        return settled
+
+    @cached_property
     def _stages(self) -> Stages:
         stages = Stages([], [], [], [], [])
         ready, waiting = stages.ready, stages.waiting
         largest = max(self.preset.max_codebook_size, self._codebook_size(self.overrides)) if not self.grid else math.inf  # it was asked for
         for ablation in self.ablations:
-            configs = {arm.name: self.config_of(ablation, arm) for arm in ablation.arms}
-            searches = {arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as}
+            configs, searches = self._settled[ablation.name]
             ready += [cell for search in searches.values() for cell in search]
             small = [arm for arm in ablation.arms if configs[arm.name].quantizer.codebook_size <= largest]
             stages.too_large.extend(f"{ablation.name}/{arm.name}" for arm in ablation.arms if arm not in small)

@@ -163,7 +163,7 @@ class _Pool:
 
     def __init__(self, runtime: Any, threads: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["experiments.worker", "torchmetrics.functional.image"])
+        self._context.set_forkserver_preload(["experiments.preload"])
         self._stopping = False
         self._runtime, self._threads = runtime, threads
         self.running: dict[ForkServerProcess, Cell] = {}

@@ -19,14 +19,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from experiments import worker
 from experiments.explorer import trainer
 from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Projected, Reset, Said, Tell, Train
-from ibq.config import DataConfig, parse_train_config
-from ibq.data import DataError, Split, load_images
-from ibq.data.fashion_mnist import fashion_mnist_is_here
+from ibq.config import parse_train_config
 from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory
 
@@ -89,14 +87,8 @@ class _Server:
                     self._obey(self._owner.recv())
 
     def _load_the_rest(self) -> None:
-        """When there is nothing else to do: images, and what is slow to import and not needed before an evaluation."""
-        if fashion_mnist_is_here():
-            with suppress(DataError):  # a run that wants it says so
-                for split in get_args(Split):
-                    load_images(DataConfig(), split)
-        import torchmetrics.functional.image  # noqa: F401
-
-        import ibq.metrics.extractors  # noqa: F401
+        """When there is nothing else to do."""
+        import experiments.preload  # noqa: F401
 
         self._warm = True
         self._owner.send(WARM)
