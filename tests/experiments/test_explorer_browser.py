@@ -26,6 +26,7 @@ import pytest
 from playwright.sync_api import Error, Page, sync_playwright
 from playwright.sync_api import TimeoutError as TooLong
 
+from experiments.explorer.live_umap import LIVE_UMAP
 from experiments.explorer.presence import ABSENT_S
 from experiments.explorer.tabs import TABS
 from experiments.figures import compact
@@ -158,7 +159,7 @@ class Visit:
     """The notebook in a browser, run from top to bottom."""
 
     def __init__(self, page: Page, lab: Lab) -> None:
-        self.page = page
+        self.page, self.home = page, lab.home
         page.set_default_timeout(1000 * SLOW_S)
         page.goto(lab.notebook)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
@@ -219,6 +220,10 @@ class Visit:
     def drawn(self) -> str:
         """What the picture on the screen shows, in words."""
         return str(self.page.evaluate(f"{DRAWN}.innerText"))
+
+    def words(self) -> str:
+        """All that the interface says."""
+        return self.page.locator(".ibq-explorer").inner_text()
 
     def drawn_step(self, letter: str) -> int:
         found = re.search(rf"{letter} at step (\d+)", self.drawn())
@@ -314,7 +319,7 @@ def collapse(visit: Visit) -> list[float]:
     visit.turn("Change", shows="Apply changes")
     visit.fill("learning rate", "0.0003")
     visit.press("Apply changes")
-    until(lambda: "from its next step: learning rate 0.0003" in visit.page.locator(".ibq-explorer").inner_text(), "the change is said")
+    until(lambda: "from its next step: learning rate 0.0003" in visit.words(), "the change is said")
     step = visit.usage(0)[1]
     until(lambda: visit.drawn_step("A") > step, "the plot shows what comes of it")
     visit.screenshot("collapse")
@@ -335,5 +340,19 @@ def compare(visit: Visit) -> None:
     until(lambda: "B at step" in visit.drawn(), "both are in one plot")
     for name in TABS:
         visit.tab(name)
+        if name == "map":
+            project(visit)
         visit.screenshot(name)
     visit.tab("overview")
+
+
+def project(visit: Visit) -> None:
+    """UMAP of both runs on demand, while one of them trains."""
+    visit.press("UMAP")
+    until(lambda: "UMAP of A, B is being computed" in visit.words(), "that UMAP is computed is said")
+    before, step = visit.picture(), visit.usage(1)[1]
+    until(lambda: "is being computed" not in visit.words(), "it has been computed")
+    assert "could not be made" not in visit.words()
+    assert len(list(visit.home.rglob(LIVE_UMAP))) == 2
+    until(lambda: visit.picture() != before, "the plot shows it")
+    assert visit.usage(1)[1] > step

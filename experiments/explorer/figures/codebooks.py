@@ -61,7 +61,7 @@ def draw_map(figure: Figure, views: Sequence[View]) -> None:
     for column, view in enumerate(views):
         _draw_codes(axes[0, column], view, _principal(view), WAITING)
         if rows == 2:
-            _draw_codes(axes[1, column], view, view.projection, "No UMAP of this run yet: choose it and press UMAP.")
+            _draw_codes(axes[1, column], view, view.projection, "No UMAP of this run yet: press UMAP, which projects all runs shown.")
     style: dict[str, Any] = {"ls": "", "ms": 5}
     handles = [
         Line2D([], [], color=FEATURES, marker="o", label="features", **style),
