@@ -2,7 +2,7 @@
 # make study-all   the same with every ablation but the atlas
 # make atlas   the map of collapse, up to 60 cells (notebook 11)
 # make test    pytest, ruff, mypy           make test-browser   what needs Chromium: the report, and the explorer in JupyterLab
-# make test-notebooks   every notebook at smoke             make test-kills   commands stopped and killed, and gone on with
+# make test-notebooks   every notebook at smoke             make test-processes   groups of processes, and commands killed and gone on with
 # make test-latex   what needs pdfLaTeX: every table compiles
 # make faults  kill -9, full disks, 100 rounds; prints what was lost: nothing
 # make lab     JupyterLab on 127.0.0.1      make clean-env      forget the environment
@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: study study-all atlas test test-notebooks test-browser test-latex test-kills faults lab data clean-env
+.PHONY: study study-all atlas test test-notebooks test-browser test-latex test-processes faults lab data clean-env
 
 study: $(STAMP) data
 	$(BIN)/python -m experiments run --preset $(PRESET)
@@ -42,8 +42,8 @@ test-latex: $(STAMP)
 test-notebooks: $(STAMP)
 	$(BIN)/python -m pytest -m notebooks
 
-test-kills: $(STAMP)
-	$(BIN)/python -m pytest -m kills
+test-processes: $(STAMP)
+	$(BIN)/python -m pytest -m processes
 
 faults: $(STAMP)
 	$(BIN)/python tests/faults.py --rounds 100

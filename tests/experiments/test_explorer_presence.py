@@ -260,7 +260,7 @@ class Jupyter:
         self.process.wait(PATIENCE_S)
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_a_closed_tab_and_a_restarted_kernel_leave_no_process(tmp_path: Path) -> None:
     jupyter = Jupyter(tmp_path)
     try:

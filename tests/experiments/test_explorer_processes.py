@@ -23,7 +23,7 @@ from experiments.study import ROOT
 from ibq.run_directory import RunDirectory
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_ten_starts_and_stops_leak_nothing(folders: Path) -> None:
     me = psutil.Process()
     workers = Workers(device="cpu")
@@ -88,7 +88,7 @@ def processes_with(token: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, "server killed"])
 def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(tmp_path: Path, workers: Workers, how: Any) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path), "IBQ_EXPLORER_TOKEN": str(tmp_path), "PYTHONPATH": str(ROOT)}
@@ -122,7 +122,7 @@ def test_a_server_that_cannot_start_says_why(make_run: Callable[..., ExplorerRun
     assert run.reason == "the process that starts trainers has ended: it said nothing; train the run again"
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_umap_of_a_run_that_trains(make_run: Callable[..., ExplorerRun]) -> None:
     run = training(make_run())
     assert read_live_umap(run.directory) is None

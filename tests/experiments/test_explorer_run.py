@@ -26,7 +26,7 @@ from ibq.interventions import scheduled
 from ibq.run_directory import RunDirectory, append_line
 from ibq.train_tokenizer import train_tokenizer
 
-pytestmark = pytest.mark.kills
+pytestmark = pytest.mark.processes
 
 # --- The way of a run --------------------------------------------------------------------------------------------------------------------
 

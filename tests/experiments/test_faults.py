@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import TARGETS, Bench, faults, results_of
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_a_round_of_every_kill_loses_nothing_and_leaves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "quiet"))
     study = Study("smoke", ("double_quant_loss",))  # the smallest: every sweep that ends executes its notebook
@@ -27,7 +27,7 @@ def test_a_round_of_every_kill_loses_nothing_and_leaves_nobody(tmp_path: Path, m
     assert sum(counts[target] for target in TARGETS) >= 2
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_trainers_die_with_their_driver_though_their_runs_would_go_on_for_hours(tmp_path: Path) -> None:
     bench = Bench(tmp_path, steps=10_000_000, ablation="double_quant_loss")
     bench.round("driver", 0.0, early=False)

@@ -45,7 +45,7 @@ def test_a_run_ends_with_a_row_and_is_not_trained_again(pictures: Path, tmp_path
     assert events(run) == ["started", "finished"]
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_sigterm_stops_resumably_and_the_same_command_goes_on(pictures: Path, tmp_path: Path) -> None:
     run, environment = RunDirectory(tmp_path / "run"), os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

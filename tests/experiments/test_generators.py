@@ -177,7 +177,7 @@ def test_a_generator_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(copi
     assert {k: v for k, v in cell.run.read_row().items() if k not in TIMING} == {k: v for k, v in whole.items() if k not in TIMING}
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_a_killed_generator_goes_on_from_its_checkpoint_and_its_tokenizer_stays(copied: Study) -> None:
     """Killed as a whole process, in the middle of its steps."""
     changed = {"overrides": {"generator.steps": 300}}

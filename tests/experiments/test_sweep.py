@@ -128,7 +128,7 @@ def test_a_claimed_run_is_left_to_its_holder(tmp_path: Path, monkeypatch: pytest
     assert run.read_attempts() == []
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_trainers_die_with_a_killed_driver_and_the_run_goes_on_later(tmp_path: Path) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path), "IBQ_REPORTS": str(tmp_path / "reports")}
     command = [sys.executable, "-m", "experiments", "run", "--preset", "smoke", "--set", "steps=100000"]
@@ -162,7 +162,7 @@ def test_unique_runs_keep_the_first_cell() -> None:
     assert unique_runs(doubled) == [cells[0], cells[1]]
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 @pytest.mark.usefixtures("loaded_server")
 def test_a_hung_trainer_is_killed_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = small(tmp_path, monkeypatch, arms=1, steps=100_000)
@@ -177,7 +177,7 @@ def test_a_hung_trainer_is_killed_and_recorded(tmp_path: Path, monkeypatch: pyte
     assert rows.state(study.cells[0]) == "failed"
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_a_trainer_told_to_stop_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = small(tmp_path, monkeypatch, arms=2, steps=400)
     stopper = threading.Thread(target=lambda: os.kill(wait_for(lambda: started_pid(study)), signal.SIGTERM))
@@ -206,7 +206,7 @@ def started_pid(study: Study) -> int | None:
     return run.read_attempts()[-1]["pid"] if run.heartbeat.exists() else None
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_stop_within_ten_seconds_resumably(tmp_path: Path, signum: signal.Signals) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path / "runs"), "IBQ_REPORTS": str(tmp_path / "reports")}
@@ -228,7 +228,7 @@ def test_ctrl_c_and_sigterm_stop_within_ten_seconds_resumably(tmp_path: Path, si
     assert all((run.checkpoint / "meta.json").is_file() for run in runs)
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_two_drivers_share_a_study_and_train_nothing_twice(tmp_path: Path) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path / "runs"), "IBQ_REPORTS": str(tmp_path / "reports")}
     code = (

@@ -22,6 +22,8 @@ from experiments.cli import app
 from experiments.study import ROOT
 from ibq.run_directory import RunDirectory
 
+pytestmark = pytest.mark.processes
+
 STEPS = 200
 REPEATABLE = {"averages": "global", "loss.adversarial.norm": "group", "model.norm_groups": "2", "optim.lr": "1e-5"}
 """What one process and two train alike, at a rate at which what Adam makes of rounding stays small."""
@@ -113,7 +115,6 @@ def test_a_users_error_is_said_once(pictures: Path, tmp_path: Path, change: str,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.kills
 def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_the_same(pictures: Path, tmp_path: Path) -> None:
     run, whole = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "whole")
     arguments = command(pictures, run.path, STEPS, **REPEATABLE)
@@ -156,7 +157,6 @@ def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_th
     assert [line["step"] for line in run.read_history()] == [line["step"] for line in whole.read_history()]
 
 
-@pytest.mark.kills
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_a_generator_whose_process_was_killed_goes_on_by_the_same_command_and_ends_the_same(tmp_path: Path, sharding: str) -> None:
     pictures = write_pictures(tmp_path / "pictures", classes=2, side=64)

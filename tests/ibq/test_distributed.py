@@ -157,7 +157,7 @@ def lose_the_last(rank: int, ports: list[int], folder: Path) -> None:
             (folder / f"{how}-{rank}").write_text(f"{time.perf_counter() - started} {error}")
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_those_who_stay_hear_in_a_sentence_that_one_is_gone(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(lose_the_last, args=([free_port() for _ in range(3)], tmp_path), nprocs=WORLD)
     for how in ("error", "silence", "death"):

@@ -19,6 +19,8 @@ from ibq.metrics.distances import Distances
 from ibq.metrics.perceptual import LPIPS
 from ibq.models.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 N_IMAGES, BATCH_SIZE = 101, 10
 WORLDS = (2, 3)

@@ -41,7 +41,7 @@ def written(folder: Path) -> dict[Path, int]:
         return {}
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_a_run_that_is_killed_makes_no_finished_file_again(tmp_path: Path) -> None:
     quiet, run, cache = RunDirectory(tmp_path / "quiet"), RunDirectory(tmp_path / "run"), tmp_path / "cache"
     assert begin(tmp_path / "another cache", quiet).wait() == 0

@@ -45,6 +45,8 @@ from ibq.sharding import is_sharded, local
 from ibq.train_generator import train_generator
 from ibq.training import StopRequested
 
+pytestmark = pytest.mark.processes
+
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "two micro-batches": {"accumulate": 2, "optim.ema_decay": 0.5, "optim.clip_norm": 0.5},

@@ -145,7 +145,7 @@ def test_a_rerun_does_what_is_missing_or_changed(
     assert changed() == {"a.jpg.png"}
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_killed_at_any_moment_it_goes_on(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(400):
         draw(tmp_path / "pictures" / f"{number:03d}.png", 32, 32, seed=number)

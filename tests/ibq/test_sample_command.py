@@ -248,7 +248,7 @@ def test_another_batch_size_goes_on_and_is_noted(model: Path, tmp_path: Path) ->
     assert [machine["batch_size"] for machine in noted] == [3, 2]
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 def test_killed_at_any_moment_it_goes_on_to_the_same_files(model: Path, tmp_path: Path) -> None:
     options = [str(option) for option in ("--count", 48, "--batch-size", 2, "--npz")]
     command = [sys.executable, "-m", "ibq.sample", str(model)]

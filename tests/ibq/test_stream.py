@@ -335,7 +335,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.kills
+@pytest.mark.processes
 @pytest.mark.parametrize("end", ["wait", "leave"])
 def test_no_process_survives_the_trainer(end: str, make: Make, tmp_path: Path) -> None:
     """Killed, or at its end without having closed anything."""

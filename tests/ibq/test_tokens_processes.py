@@ -23,6 +23,8 @@ from ibq.sampling import Sampler
 from ibq.tokens import encode_split
 from ibq.training import Runtime, StopRequested
 
+pytestmark = pytest.mark.processes
+
 N_IMAGES = 130
 RUNTIME = Runtime(device="cpu", eval_images=N_IMAGES, eval_batch_size=40, samples=115, guidances=(1.0, 2.5))
 

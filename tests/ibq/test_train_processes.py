@@ -38,6 +38,8 @@ from ibq.train_tokenizer import train_tokenizer
 from ibq.training import Runtime, StopRequested
 from ibq.training_state import TrainingState
 
+pytestmark = pytest.mark.processes
+
 RUNTIME = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=10, eval_batch_size=4)
 MODEL = {"base_channels": 4, "channel_multipliers": (1, 2, 2), "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
 VQ = {"method": "vq", "codebook_init": "features", "beta_on": "commitment", "ema_decay": 0.9, "entropy_weight": 0.05}
