@@ -299,7 +299,7 @@ def test_in_a_loop_it_goes_by_itself_and_the_kernel_stays_free(panel: Panel) -> 
 
     drawn, longest = asyncio.run(look())
     assert "Overview: A at step" in drawn
-    assert longest < 1.0  # milliseconds, on cores that have nothing else to do
+    assert longest < 2.0  # milliseconds, on cores that have nothing else to do
 
 
 def test_a_look_that_fails_is_said_and_does_not_freeze_the_interface(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:

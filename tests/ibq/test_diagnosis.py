@@ -198,12 +198,13 @@ def test_rising_usage_is_no_collapse_and_a_flat_one_is() -> None:
     assert [(finding.cause, finding.step, finding.value) for finding in fallen] == [("collapsed", 110, 0.1)]
 
 
-def test_a_hundred_thousand_lines_in_well_under_a_second(history_of: Any) -> None:
+def test_a_hundred_thousand_lines_are_not_compared_pair_by_pair(history_of: Any) -> None:
+    """Which would take minutes, and not the half second that it takes."""
     history = history_of("vq from N(0, 1)")
     long = [line | {"step": step} for step, line in enumerate(itertools.islice(itertools.cycle(history), 100_000), 1)]
     started = time.process_time()
     assert diagnose(long)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10
 
 
 def test_it_is_where_an_analysis_is_looked_for() -> None:
