@@ -132,7 +132,8 @@ def test_a_search_that_fails_leaves_its_arms_waiting_and_the_command_unfinished(
     assert [cell.search.value for cell in outcome.failed if cell.search] == [1e-3]
     assert [cell.arm.name for cell in outcome.unfinished] == ["ibq", "ibq_single"]
     broken.config.unlink()
-    assert [cell.arm.name for cell in train_study(study, device="cpu", say=lambda _: None).finished][-2:] == ["ibq", "ibq_single"]
+    last = train_study(study, device="cpu", say=lambda _: None).finished[-2:]
+    assert {cell.arm.name for cell in last} == {"ibq", "ibq_single"}, "two trained at a time: either may end first"
 
 
 def test_a_stop_leaves_what_waits_for_later(small: Ablation) -> None:
