@@ -136,7 +136,7 @@ def _own_device(name: str, local_rank: int) -> torch.device:
 
 _LOST = re.compile(
     r"connection (closed|reset|refused)[a-z ]*|broken pipe|timed out[a-z0-9 ]*|[a-z]* ?time-?out|remote process exited|"
-    r"nccl(Remote|System)Error|communicator was aborted|watchdog",
+    r"nccl(Remote|System)Error|communicator was aborted|watchdog|(got|sent) 0 bytes",
     re.IGNORECASE,
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -15,11 +17,16 @@ from ibq.distributed import Processes, process_group
 Work = Callable[[Processes, Path], None]
 
 
+_ports = itertools.count(20_000 + 97 * os.getpid() % 10_000)
+"""Below the ports that the system gives to whoever asks for any: one that is used only later is not given away meanwhile."""
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+    for port in _ports:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 def set_environment(rank: int, world: int, port: int) -> None:

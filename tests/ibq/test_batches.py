@@ -56,7 +56,7 @@ def test_images_in_memory_come_as_they_are_from_any_step_on(tiny: Any, images: I
                 assert torch.equal(x_BCHW, images.batch(batch_indices(3, step, 50, 6), "cpu"))
                 assert x_BCHW.dtype == torch.float32
                 assert x_BCHW.is_contiguous(memory_format=torch.channels_last)
-            assert 0 < batches.waited_s < 5
+            assert 0 < batches.waited_s < 60
     assert torch.equal(torch.get_rng_state(), before)
 
 
