@@ -19,7 +19,8 @@ def run(
     time_budget_minutes: float | None = None,
     fail_fast: bool = False,
 ) -> Study:
-    """Train what has no row yet of the named ablations (none: the core study) and project what is new, as the command line does.
+    """Train what has no row yet of the named ablations (none: the core study) and project what is new, as the command
+    line does.
 
     Args:
         ablations: names.
@@ -27,7 +28,8 @@ def run(
         seeds: seeds of every arm; None: each arm's own number.
         overrides: fields changed in every arm, by dotted path.
         grid: values by dotted path; in place of ablations, every combination of them is an arm.
-        bases: arms that the grid starts from, as "ablation/arm", or the arm alone where one ablation has it; none: the published pair.
+        bases: arms that the grid starts from, as "ablation/arm", or the arm alone where one ablation has it; none: the
+            published pair.
         slots: runs at a time.
         time_budget_minutes: stop, resumably, after so long.
         fail_fast: stop at the first failure.
@@ -38,8 +40,8 @@ def run(
     Raises:
         ConfigError: a name, a field or a value that does not exist or fit; one sentence.
     """
-    from experiments.projections import project_all
-    from experiments.sweep import train_study
+    from experiments.analysis.projections import project_all
+    from experiments.runner.sweep import train_study
 
     study = Study(preset, ablations, seeds, overrides or {}, grid or {}, tuple(bases))
     budget_s = None if time_budget_minutes is None else 60 * time_budget_minutes

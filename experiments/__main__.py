@@ -8,6 +8,9 @@ if __name__ == "__main__":
     try:
         from experiments.cli import app
     except ModuleNotFoundError as error:
-        print(f"error: the package {error.name!r} is missing; install the project with pip install -e '.[study]'", file=sys.stderr)
+        print(
+            f"error: the package {error.name!r} is missing; install the project with pip install -e '.[study]'",
+            file=sys.stderr,
+        )
         sys.exit(2)
     app(prog_name="python -m experiments")

@@ -1,4 +1,5 @@
-"""Recipes: functions that return a complete config, and the presets that scale them. A preset changes scale, never the method."""
+"""Recipes: functions that return a complete config, and the presets that scale them. A preset changes scale, never the
+method."""
 
 from __future__ import annotations
 
@@ -8,16 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ibq.config import TrainConfig, flatten, parse_train_config
+from ibq.data.imagenet import imagenet_steps
 from ibq.errors import ConfigError, nearest
-from ibq.generator_config import GeneratorConfig, parse_generator_config
-from ibq.imagenet import imagenet_steps
-from ibq.training import Runtime
+from ibq.training.runtime import Runtime
+from ibq.transformer_config import TransformerTrainConfig, parse_transformer_config
 
 
 def imagenet_data() -> dict[str, Any]:
-    """ImageNet at 256×256 as in the paper: shorter side to 256, a random crop, no flip. It lies in the folder that the environment variable
-    IBQ_IMAGENET names, else in `imagenet` in the working directory."""
-    return {"name": f"imagefolder:{os.environ.get('IBQ_IMAGENET') or 'imagenet'}", "resolution": 256, "crop": "random", "flip": False}
+    """ImageNet at 256×256 as in the paper: shorter side to 256, a random crop, no flip. It lies in the folder that the
+    environment variable IBQ_IMAGENET names, else in `imagenet` in the working directory."""
+    return {
+        "name": f"imagefolder:{os.environ.get('IBQ_IMAGENET') or 'imagenet'}",
+        "resolution": 256,
+        "crop": "random",
+        "flip": False,
+    }
 
 
 @dataclass(frozen=True)
@@ -36,14 +42,14 @@ class Preset:
     """Fields of the DataConfig, read when a config is made, since a folder may come from the environment."""
     discriminator: Mapping[str, Any] = field(default_factory=dict)
     """The size of a discriminator, by dotted path, for arms that have one."""
-    generator: Mapping[str, Any] = field(default_factory=dict)
-    """The GeneratorConfig of arms that have a generator, without its tokenizer, data and seed."""
-    generator_tokenizer_steps: float = 1.0
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+    """The TransformerTrainConfig of arms that have a transformer, without its tokenizer, data and seed."""
+    transformer_tokenizer_steps: float = 1.0
     """Steps of the tokenizers of an ablation with `longer_tokenizers`, as a multiple of `steps`."""
     seconds_per_step: float | None = 0.2
     """None: no step of this scale has been measured, so that nothing is said of its time."""
-    generator_seconds_per_step: float | None = None
-    """Of a generator: its whole run, encoding and evaluation included, over its steps."""
+    transformer_seconds_per_step: float | None = None
+    """Of a transformer: its whole run, encoding and evaluation included, over its steps."""
     measured_on: str = "2 cores of a server CPU, two runs at a time"
     max_seeds: int = 1_000_000
     max_arms: int = 1_000_000
@@ -66,14 +72,20 @@ PRESETS = {
             codebook_size=32,
             code_dim=8,
             runtime=Runtime(
-                log_every=2, snapshots=3, checkpoint_every_s=0.5, eval_images=16, eval_batch_size=16, samples=16, guidances=(1.0, 2.0)
+                log_every=2,
+                snapshots=3,
+                checkpoint_every_s=0.5,
+                eval_images=16,
+                eval_batch_size=16,
+                samples=16,
+                guidances=(1.0, 2.0),
             ),
             projection="pca",
             discriminator={"loss.adversarial.channels": 8, "loss.adversarial.layers": 2},
-            generator={"transformer": {"depth": 2}, "steps": 4, "batch_size": 8},
-            generator_tokenizer_steps=3.0,
+            transformer={"transformer": {"depth": 2}, "steps": 4, "batch_size": 8},
+            transformer_tokenizer_steps=3.0,
             seconds_per_step=0.05,
-            generator_seconds_per_step=0.5,
+            transformer_seconds_per_step=0.5,
             max_seeds=1,
             max_arms=10,
             max_codebook_size=128,
@@ -90,21 +102,28 @@ PRESETS = {
             code_dim=64,
             runtime=Runtime(),
             discriminator={"loss.adversarial.channels": 16, "loss.adversarial.layers": 2},
-            generator={  # 700 steps of 32 images see no image of 60,000 twice, so that the paper's dropouts of 0.1 would only cost
+            # 700 steps of 32 images see no image of 60,000 twice, so that the paper's dropouts of 0.1 would only cost
+            transformer={
                 "transformer": {"depth": 2, "token_dropout": 0.0, "attention_dropout": 0.0, "ffn_dropout": 0.0},
                 "optim": {"lr": 4e-3},
                 "steps": 700,
                 "batch_size": 32,
             },
-            generator_tokenizer_steps=3.0,
+            transformer_tokenizer_steps=3.0,
             seconds_per_step=0.2,
-            generator_seconds_per_step=0.27,
+            transformer_seconds_per_step=0.27,
         ),
         Preset(
             name="gpu",
             purpose="one GPU: the paper's default codebook (16,384 codes of dimension 256) on Fashion-MNIST",
             fields={
-                "model": {"base_channels": 64, "channel_multipliers": [1, 2, 4], "norm_groups": 32, "z_channels": 256, "res_blocks": 2},
+                "model": {
+                    "base_channels": 64,
+                    "channel_multipliers": [1, 2, 4],
+                    "norm_groups": 32,
+                    "z_channels": 256,
+                    "res_blocks": 2,
+                },
                 "optim": {"lr": 4e-4, "ema_decay": 0.995},
                 "steps": 4000,
                 "batch_size": 256,
@@ -114,7 +133,7 @@ PRESETS = {
             code_dim=256,
             runtime=Runtime(log_every=50, eval_images=10_000, eval_batch_size=500, samples=10_000),
             discriminator={"loss.adversarial.channels": 32, "loss.adversarial.layers": 2},
-            generator={
+            transformer={
                 "transformer": {"depth": 12},
                 "optim": {"lr": 4e-4},
                 "steps": 20_000,
@@ -127,7 +146,9 @@ PRESETS = {
         ),
         Preset(
             name="paper",
-            purpose="the paper (PAPER sections 4 to 6): ImageNet 256×256 from the folder IBQ_IMAGENET, 330 epochs; many GPUs",
+            purpose="the paper (docs/method.md sections 4 to 6): ImageNet 256×256 from the folder IBQ_IMAGENET, 330 "
+            "epochs; "
+            "many GPUs",
             fields={
                 "model": {
                     "base_channels": 128,
@@ -138,7 +159,13 @@ PRESETS = {
                     "norm_groups": 32,
                 },
                 "loss": {"perceptual": "lpips-vgg", "adversarial": {"weight": 0.1}},
-                "optim": {"lr": 1e-4, "betas": [0.5, 0.9], "milestones": [250 / 330, 300 / 330], "decay_factor": 0.1, "ema_decay": 0.999},
+                "optim": {
+                    "lr": 1e-4,
+                    "betas": [0.5, 0.9],
+                    "milestones": [250 / 330, 300 / 330],
+                    "decay_factor": 0.1,
+                    "ema_decay": 0.999,
+                },
                 "steps": imagenet_steps(330),
                 "batch_size": 256,
                 "accumulate": 8,
@@ -148,8 +175,15 @@ PRESETS = {
             codebook_size=16384,
             code_dim=256,
             data=imagenet_data,
-            runtime=Runtime(log_every=100, checkpoint_every_s=600.0, workers=8, eval_images=50_000, eval_batch_size=32, samples=50_000),
-            generator={
+            runtime=Runtime(
+                log_every=100,
+                checkpoint_every_s=600.0,
+                workers=8,
+                eval_images=50_000,
+                eval_batch_size=32,
+                samples=50_000,
+            ),
+            transformer={
                 "transformer": {"depth": 16},
                 "classes": 1000,
                 "optim": {"lr": 3e-4},
@@ -187,13 +221,15 @@ def tokenizer(preset: Preset, quantizer: dict[str, Any], seed: int = 0) -> Train
     fields = preset.fields | {"data": preset.data(), "quantizer": sizes | quantizer, "seed": seed}
     config = parse_train_config(fields | {"accumulate": 1})
     micro_batches = preset.fields.get("accumulate", 1)
-    if micro_batches == 1 or config.quantizer.changes_in_forward:  # what moves or draws in the forward pass takes the batch whole
+    if (
+        micro_batches == 1 or config.quantizer.changes_in_forward
+    ):  # what moves or draws in the forward pass takes the batch whole
         return config
     return config.with_fields(accumulate=micro_batches)
 
 
-def generator(preset: Preset, of: TrainConfig, changes: Mapping[str, Any], seed: int = 0) -> GeneratorConfig:
-    """The preset's generator on the tokens of a tokenizer, trained on the tokenizer's data.
+def transformer(preset: Preset, of: TrainConfig, changes: Mapping[str, Any], seed: int = 0) -> TransformerTrainConfig:
+    """The preset's transformer on the tokens of a tokenizer, trained on the tokenizer's data.
 
     Args:
         preset: the scale.
@@ -201,15 +237,17 @@ def generator(preset: Preset, of: TrainConfig, changes: Mapping[str, Any], seed:
         changes: what is set otherwise, by dotted path.
         seed: of weights, data order and dropout.
     """
-    config = parse_generator_config({**preset.generator, "tokenizer": of.to_json_dict(), "data": of.data.model_dump(), "seed": seed})
+    config = parse_transformer_config(
+        {**preset.transformer, "tokenizer": of.to_json_dict(), "data": of.data.model_dump(), "seed": seed}
+    )
     return config.with_fields(**changes) if changes else config
 
 
 def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:
     """A config with some of its numbers multiplied.
 
-    Where `steps` is multiplied by a share s, `optim.ema_decay` becomes ema_decay ** (1 / s): the window of the averaged weights keeps its
-    share of the run, e.g. 0.98 at 300 steps and 0.96 at 150.
+    Where `steps` is multiplied by a share s, `optim.ema_decay` becomes ema_decay ** (1 / s): the window of the averaged
+    weights keeps its share of the run, e.g. 0.98 at 300 steps and 0.96 at 150.
 
     Args:
         config: what to start from.
@@ -219,5 +257,7 @@ def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:
     products = {path: numbers[path] * factor for path, factor in factors.items()}
     if "steps" in factors:
         products["optim.ema_decay"] = numbers["optim.ema_decay"] ** (1 / factors["steps"])
-    values = {path: max(1, round(x)) if isinstance(numbers[path], int) else float(f"{x:.6g}") for path, x in products.items()}
+    values = {
+        path: max(1, round(x)) if isinstance(numbers[path], int) else float(f"{x:.6g}") for path, x in products.items()
+    }
     return config.with_fields(**values) if values else config

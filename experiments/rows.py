@@ -7,20 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from experiments import border, diagnoses, tuning
+from experiments.ablations.collapse_atlas import bisection
+from experiments.ablations.quantizers import tuning
+from experiments.analysis import diagnoses
+from experiments.runner.sweep import failure_reason, last_step, result_of
+from experiments.runner.worker import TOKENIZER_ROW
 from experiments.study import Cell, Study
-from experiments.sweep import failure_reason, last_step, result_of
-from experiments.worker import TOKENIZER_ROW
 from ibq.config import flatten
-from ibq.diagnosis import summary
 from ibq.errors import ConfigError
+from ibq.evaluation.diagnosis import summary
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FIRST_COLUMNS = ["ablation", "arm", "method", "codebook_size", "code_dim", "seed", "status"]
 OF_THE_ROWS_IMAGES = ("fashion-cnn", "lpips-alex", "lpips-vgg")
-"""Evaluations of the very images that the row is of: they may bear plain names, and become columns beside the row's own."""
+"""Evaluations of the very images that the row is of: they may bear plain names, and become columns beside the row's
+own."""
 PLAIN = (*OF_THE_ROWS_IMAGES, diagnoses.NAME)
 """Evaluations that bear plain names: of images, no others; and what needs none."""
 
@@ -29,14 +32,15 @@ def load(study: Study | None = None) -> pd.DataFrame:
     """One line per arm and seed of a study (default: the core study at quick), whether finished or not.
 
     Returns:
-        Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "oom", "failed", "interrupted", "running",
-        "pending", "waiting" for a search, a tokenizer or neighbours; "oom" and "failed" also of a generator whose tokenizer is so), `stage`
-        ("tokenizer" or "generator"), then the facts and metrics of finished runs, the levels of the arm's factors as `factor.<name>`,
-        evaluations added later as `<evaluation>.<metric>` (those of PLAIN: as `<metric>`), and `reason` where there is no result.
-        Runs of a search have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss` what
-        decides. So have tokenizers of generators; `tokenizer_of` names the generator's arm. A generator's line has `tokenizer.<name>` for
-        what its tokenizer's row has, config fields left out. Lines of a map of collapse have `first.<name>` and `last.<name>` of their log
-        (`border.saturation`).
+        Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "oom", "failed",
+        "interrupted", "running", "pending", "waiting" for a search, a tokenizer or neighbours; "oom" and "failed" also
+        of a transformer whose tokenizer is so), `stage` ("tokenizer" or "transformer"), then the facts and metrics of
+        finished runs, the levels of the arm's factors as `factor.<name>`, evaluations added later as
+        `<evaluation>.<metric>` (those of PLAIN: as `<metric>`), and `reason` where there is no result. Runs of a search
+        have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss`
+        what decides. So have tokenizers of transformers; `tokenizer_of` names the transformer's arm. A transformer's
+        line has `tokenizer.<name>` for what its tokenizer's row has, config fields left out. Lines of a map of collapse
+        have `first.<name>` and `last.<name>` of their log (`bisection.saturation`).
 
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
@@ -50,7 +54,7 @@ def load(study: Study | None = None) -> pd.DataFrame:
 
 
 def of_arms(frame: pd.DataFrame) -> pd.DataFrame:
-    """The lines without those of generators' tokenizers, which no table and no figure shows as arms."""
+    """The lines without those of transformers' tokenizers, which no table and no figure shows as arms."""
     return frame[frame["tokenizer_of"].isna()] if "tokenizer_of" in frame else frame
 
 
@@ -64,7 +68,7 @@ def _line(cell: Cell) -> dict[str, Any]:
         line |= _of_tokenizer(cell, cell.tokenizer)
     if cell.run.finished:
         decides = {"search.loss": tuning.search_loss(cell.run)} if cell.search else {}
-        seen = border.saturation(cell.run) if cell.ablation.border else {}
+        seen = bisection.saturation(cell.run) if cell.ablation.border else {}
         return line | checked_row(cell) | _evaluations(cell) | decides | seen
     return line | {"run": cell.run.path.name, "status": state(cell), "reason": _reason(cell)}
 
@@ -72,7 +76,12 @@ def _line(cell: Cell) -> dict[str, Any]:
 def _arm_line(cell: Cell) -> dict[str, Any]:
     quantizer = cell.config.quantizer
     line: dict[str, Any] = {"ablation": cell.ablation.name, "arm": cell.arm.name, "method": quantizer.method}
-    line |= {"codebook_size": quantizer.codebook_size, "code_dim": quantizer.code_dim, "seed": cell.seed, "stage": cell.stage}
+    line |= {
+        "codebook_size": quantizer.codebook_size,
+        "code_dim": quantizer.code_dim,
+        "seed": cell.seed,
+        "stage": cell.stage,
+    }
     line |= {f"config.{name}": value for name, value in flatten(cell.config.identity()).items()}
     return line | {f"factor.{name}": level for name, level in cell.arm.levels.items()}
 
@@ -83,14 +92,16 @@ def _waiting_line(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def _state_of_waiting(study: Study, cell: Cell) -> tuple[str, str]:
-    """A waiting cell's state and why: "waiting", or that of its tokenizer where it is lost, so that no verdict passes over it."""
+    """A waiting cell's state and why: "waiting", or that of its tokenizer where it is lost, so that no verdict passes
+    over it."""
     if cell.tokenizer and (lost := state(cell.tokenizer)) in ("failed", "oom"):
         return lost, f"its tokenizer {cell.tokenizer.run.path.name}: {failure_reason(cell.tokenizer.run)}"
     return "waiting", waits_for(study, cell)
 
 
 def _of_tokenizer(cell: Cell, tokenizer: Cell) -> dict[str, Any]:
-    """What is known of the tokenizer that a generator was trained on: the copy of its row, and what was evaluated since of that one."""
+    """What is known of the tokenizer that a transformer was trained on: the copy of its row, and what was evaluated
+    since of that one."""
     copy = cell.run.path / TOKENIZER_ROW
     if not copy.is_file():
         return {}
@@ -107,18 +118,23 @@ def waits_for(study: Study, cell: Cell) -> str:
         return _waits_between(study, cell)
     arm = cell.ablation.arm(cell.tokenizer_of) if cell.tokenizer_of else cell.arm
     of = arm.tuned_as or arm.name
-    runs = [each.run for each in study.cells if each.ablation is cell.ablation and each.search and each.search.arm == of]
+    runs = [
+        each.run for each in study.cells if each.ablation is cell.ablation and each.search and each.search.arm == of
+    ]
     return f"waits for the search of {of}, {sum(run.finished for run in runs)} of {len(runs)} runs finished"
 
 
 def _waits_between(study: Study, cell: Cell) -> str:
     """What an arm between two others waits for: these, or those before it while there may be no room for it."""
-    neighbours = [each for each in study.cells if each.ablation is cell.ablation and each.arm.name in (cell.arm.between or ())]
+    neighbours = [
+        each for each in study.cells if each.ablation is cell.ablation and each.arm.name in (cell.arm.between or ())
+    ]
     finished = sum(each.run.finished for each in neighbours if each.seed == 0)
     if finished == 2:
         return "waits for the arms before it, which may take all the places that are left"
     return (
-        f"trained only if one of {' and '.join(cell.arm.between or ())} has collapsed and the other has not, {finished} of 2 runs finished"
+        f"trained only if one of {' and '.join(cell.arm.between or ())} has collapsed and the other has not, "
+        f"{finished} of 2 runs finished"
     )
 
 
@@ -142,7 +158,8 @@ def checked_row(cell: Cell) -> dict[str, Any]:
 
 
 def _evaluations(cell: Cell) -> dict[str, Any]:
-    """What was added after training: eval/<name>.json as columns <name>.<metric>, or, of evaluations that are PLAIN, <metric>."""
+    """What was added after training: eval/<name>.json as columns <name>.<metric>, or, of evaluations that are PLAIN,
+    <metric>."""
     columns: dict[str, Any] = {}
     for path in sorted((cell.run.path / "eval").glob("*.json")):
         prefix = "" if path.stem in PLAIN else f"{path.stem}."
@@ -151,7 +168,8 @@ def _evaluations(cell: Cell) -> dict[str, Any]:
 
 
 def state(cell: Cell) -> str:
-    """State of a run: that of its row, else running, oom, failed, interrupted (its trainer died without a word) or pending."""
+    """State of a run: that of its row, else running, oom, failed, interrupted (its trainer died without a word) or
+    pending."""
     if cell.run.finished:
         return str(checked_row(cell)["status"])
     if cell.run.lock.exists():

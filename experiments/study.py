@@ -13,24 +13,25 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from experiments import border, tuning
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
+from experiments.ablations.collapse_atlas import bisection
 from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
-from experiments.recipes import Preset, generator, get_preset, scaled, tokenizer
+from experiments.ablations.quantizers import tuning
+from experiments.recipes import Preset, get_preset, scaled, tokenizer, transformer
 from ibq.config import TrainConfig, flatten
 from ibq.data import data_hash_of
 from ibq.errors import ConfigError, nearest
-from ibq.generator_config import RunConfig
 from ibq.run_directory import RunDirectory
+from ibq.transformer_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
 CODEBOOK_SIZE = "quantizer.codebook_size"
 GAN_WEIGHT = "loss.adversarial.weight"
-GENERATOR = "generator."
-"""What the path of a changed field of generators begins with."""
-Stage = Literal["tokenizer", "generator"]
-STAGES: tuple[Stage, ...] = ("tokenizer", "generator")
+TRANSFORMER = "transformer."
+"""What the path of a changed field of transformers begins with."""
+Stage = Literal["tokenizer", "transformer"]
+STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
 
 
 class Search(NamedTuple):
@@ -42,7 +43,8 @@ class Search(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm at one seed; or a run that such a cell needs first, whose arm is none of the ablation's: of its search, or its tokenizer.
+    """One arm at one seed; or a run that such a cell needs first, whose arm is none of the ablation's: of its search,
+    or its tokenizer.
 
     Cells may share a run: the run's id hangs on its config alone.
     """
@@ -54,9 +56,9 @@ class Cell:
     run: RunDirectory
     search: Search | None = None
     tokenizer: Cell | None = None
-    """Of a generator: the cell of its tokenizer, whose run has to be finished first."""
+    """Of a transformer: the cell of its tokenizer, whose run has to be finished first."""
     tokenizer_of: str | None = None
-    """Of a generator's tokenizer: the generator's arm."""
+    """Of a transformer's tokenizer: the transformer's arm."""
 
     @property
     def name(self) -> str:
@@ -70,12 +72,12 @@ class Cell:
     @property
     def stage(self) -> Stage:
         """What its run trains."""
-        return "generator" if self.tokenizer else "tokenizer"
+        return "transformer" if self.tokenizer else "tokenizer"
 
 
 class Stages(NamedTuple):
-    """The cells that can be trained now, those that wait, and the arms that have none, as "ablation/arm": with too many codes for the
-    preset, between neighbours that agree, and beyond the most arms of a map."""
+    """The cells that can be trained now, those that wait, and the arms that have none, as "ablation/arm": with too many
+    codes for the preset, between neighbours that agree, and beyond the most arms of a map."""
 
     ready: list[Cell]
     waiting: list[Cell]
@@ -92,12 +94,15 @@ class Study:
         preset: name of the scale.
         ablations: names; none means the core study.
         seeds: seeds of every arm (0 to seeds - 1); None leaves each arm its own number.
-        overrides: fields changed in every arm, by dotted path: of its tokenizer, or those of its generator after `generator.`.
+        overrides: fields changed in every arm, by dotted path: of its tokenizer, or those of its transformer after
+            `transformer.`.
         grid: values by dotted path; in place of ablations, every combination of them is an arm.
-        bases: arms that the grid starts from, as "ablation/arm", or the arm alone where one ablation has it; none: the published pair.
+        bases: arms that the grid starts from, as "ablation/arm", or the arm alone where one ablation has it; none: the
+            published pair.
 
     Raises:
-        ConfigError: an unknown preset, ablation, base or field, seeds below 1, a grid beside ablations, a config that contradicts itself.
+        ConfigError: an unknown preset, ablation, base or field, seeds below 1, a grid beside ablations, a config that
+            contradicts itself.
     """
 
     preset_name: str = "quick"
@@ -116,19 +121,25 @@ class Study:
             raise ConfigError(f"seeds={self.seeds} must be at least 1")
         if self.grid and self.ablation_names:
             raise ConfigError(
-                f"--grid is a study of its own; leave out {' '.join(self.ablation_names)}, and name arms to start from by --base"
+                f"--grid is a study of its own; leave out {' '.join(self.ablation_names)}, and name arms to start from "
+                f"by --base"
             )
         if self.bases and not self.grid:
-            raise ConfigError(f"--base {self.bases[0]} names what a grid starts from; give the grid too, e.g. --grid optim.lr=1e-4,1e-3")
+            raise ConfigError(
+                f"--base {self.bases[0]} names what a grid starts from; give the grid too, e.g. --grid "
+                f"optim.lr=1e-4,1e-3"
+            )
         if both := [path for path in self.grid if path in self.overrides]:
             raise ConfigError(f"{both[0]} is in --grid and in --set; leave one out")
         _ = self.ablations  # a grid that cannot be is refused at once
-        if self._of_generators and not any(has_generators(ablation) for ablation in self.ablations):
-            path, value = next(iter(self._of_generators.items()))
+        if self._of_transformers and not any(has_transformers(ablation) for ablation in self.ablations):
+            path, value = next(iter(self._of_transformers.items()))
             named = ", ".join(ablation.name for ablation in self.ablations)
-            having = ", ".join(ablation.name for ablation in ABLATIONS.values() if ablation.generator)
+            having = ", ".join(ablation.name for ablation in ABLATIONS.values() if ablation.transformer)
             remedy = f"leave it out, or study {having}" if having and not self.grid else "leave it out"
-            raise ConfigError(f"generator.{path}={value} is of a generator, and no arm of {named} has one; {remedy}")
+            raise ConfigError(
+                f"transformer.{path}={value} is of a transformer, and no arm of {named} has one; {remedy}"
+            )
 
     @property
     def preset(self) -> Preset:
@@ -143,26 +154,34 @@ class Study:
     @property
     def _of_tokenizers(self) -> dict[str, Any]:
         """The overrides of tokenizers."""
-        return {path: value for path, value in self.overrides.items() if not path.startswith(GENERATOR)}
+        return {path: value for path, value in self.overrides.items() if not path.startswith(TRANSFORMER)}
 
     @property
-    def _of_generators(self) -> dict[str, Any]:
-        """The overrides of generators, by their own paths."""
-        return {path.removeprefix(GENERATOR): value for path, value in self.overrides.items() if path.startswith(GENERATOR)}
+    def _of_transformers(self) -> dict[str, Any]:
+        """The overrides of transformers, by their own paths."""
+        return {
+            path.removeprefix(TRANSFORMER): value
+            for path, value in self.overrides.items()
+            if path.startswith(TRANSFORMER)
+        }
 
     def overrides_of(self, *ablations: Ablation) -> dict[str, Any]:
-        """The overrides without those of generators, where none of these ablations has any: what a study of these alone accepts."""
-        return dict(self.overrides) if any(map(has_generators, ablations)) else self._of_tokenizers
+        """The overrides without those of transformers, where none of these ablations has any: what a study of these
+        alone accepts."""
+        return dict(self.overrides) if any(map(has_transformers, ablations)) else self._of_tokenizers
 
     @property
     def name(self) -> str:
         """Name of the report's folder: the preset, the changed fields where there are any, and the grid."""
         changes = "".join(
-            f"+{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in sorted(self.overrides.items())
+            f"+{path}={value if isinstance(value, str) else json.dumps(value)}"
+            for path, value in sorted(self.overrides.items())
         )
         if self.grid:
             base, *fields = self.ablations[0].factors
-            changes += "+grid" + "".join(f"+{of.name}={','.join(of.levels)}" for of in sorted(fields, key=lambda of: of.name))
+            changes += "+grid" + "".join(
+                f"+{of.name}={','.join(of.levels)}" for of in sorted(fields, key=lambda of: of.name)
+            )
             bases = references(self.bases)
             changes += f"+{base.name}={','.join(bases)}" if bases != PUBLISHED_PAIR else ""
         return file_name(self.preset_name + changes)
@@ -180,7 +199,7 @@ class Study:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Every arm and seed that can be trained now, the runs of searches and the tokenizers of generators.
+        """Every arm and seed that can be trained now, the runs of searches and the tokenizers of transformers.
 
         Seed 0 of everything comes first, so that a study that is cut short has one row of each arm.
         """
@@ -188,8 +207,9 @@ class Study:
 
     @cached_property
     def waiting(self) -> list[Cell]:
-        """What cannot be trained yet: arms and seeds whose search is not finished, with the config before the choice, none of which is ever
-        trained; generators whose tokenizer is not; and arms between others that are not, which are trained only if these disagree."""
+        """What cannot be trained yet: arms and seeds whose search is not finished, with the config before the choice,
+        none of which is ever trained; transformers whose tokenizer is not; and arms between others that are not, which
+        are trained only if these disagree."""
         return self._stages.waiting
 
     @property
@@ -215,11 +235,13 @@ class Study:
 
     @property
     def beyond(self) -> list[str]:
-        """Arms of maps that are not trained, since there are as many as there may be without them, as "ablation/arm"."""
+        """Arms of maps that are not trained, since there are as many as there may be without them, as
+        "ablation/arm"."""
         return self._stages.beyond
 
     def advance(self) -> list[Cell]:
-        """Let cells whose search, tokenizer or neighbours have finished in the meantime join `cells`; returns those that are new there."""
+        """Let cells whose search, tokenizer or neighbours have finished in the meantime join `cells`; returns those
+        that are new there."""
         if not self.waiting:
             return []
         now, before = replace(self), {cell.run.path for cell in self.cells}
@@ -240,7 +262,9 @@ class Study:
         settled = {}
         for ablation in self.ablations:
             configs = {arm.name: self.config_of(ablation, arm) for arm in ablation.arms}
-            searches = {arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as}
+            searches = {
+                arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as
+            }
             settled[ablation.name] = configs, searches
         return settled
 
@@ -248,7 +272,9 @@ class Study:
     def _stages(self) -> Stages:
         stages = Stages([], [], [], [], [])
         ready, waiting = stages.ready, stages.waiting
-        largest = max(self.preset.max_codebook_size, self._codebook_size(self.overrides)) if not self.grid else math.inf  # it was asked for
+        largest = (
+            max(self.preset.max_codebook_size, self._codebook_size(self.overrides)) if not self.grid else math.inf
+        )  # it was asked for
         for ablation in self.ablations:
             configs, searches = self._settled[ablation.name]
             ready += [cell for search in searches.values() for cell in search]
@@ -261,29 +287,41 @@ class Study:
                     (stages.agreeing if fate == "agreeing" else stages.beyond).append(f"{ablation.name}/{arm.name}")
                     continue
                 if ablation.tuning:
-                    search = searches[arm.tuned_as or arm.name]
-                    chosen = tuning.best({cell.search.value: tuning.search_loss(cell.run) for cell in search if cell.search})
-                    config, stage = (config, waiting) if chosen is None else (config.with_fields(**{ablation.tuning.field: chosen}), ready)
-                cells = [self._cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, self.preset, self.seeds)]
-                if ablation.generator is None:
+                    candidates = searches[arm.tuned_as or arm.name]
+                    chosen = tuning.best(
+                        {cell.search.value: tuning.search_loss(cell.run) for cell in candidates if cell.search}
+                    )
+                    config, stage = (
+                        (config, waiting)
+                        if chosen is None
+                        else (config.with_fields(**{ablation.tuning.field: chosen}), ready)
+                    )
+                cells = [
+                    self._cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, self.preset, self.seeds)
+                ]
+                if ablation.transformer is None:
                     stage += cells
                     continue
                 for cell in cells:
                     tokenizer = replace(cell, arm=Arm(f"tokenizer of {arm.name}", {}), tokenizer_of=arm.name)
-                    generator = self._generator_cell(ablation, arm, tokenizer)
+                    transformer = self._transformer_cell(ablation, arm, tokenizer)
                     stage.append(tokenizer)
-                    can_be_trained = stage is ready and (tokenizer.run.finished or generator.run.finished)
-                    (ready if can_be_trained else waiting).append(generator)
+                    can_be_trained = stage is ready and (tokenizer.run.finished or transformer.run.finished)
+                    (ready if can_be_trained else waiting).append(transformer)
         for cells in (ready, waiting):
             cells.sort(key=lambda cell: cell.seed)
         return stages
 
-    def _fates(self, ablation: Ablation, configs: Mapping[str, TrainConfig]) -> dict[str, border.Fate]:
+    def _fates(self, ablation: Ablation, configs: Mapping[str, TrainConfig]) -> dict[str, bisection.Fate]:
         """What becomes of each arm of an ablation with a border; nothing is said where it has none."""
         if ablation.border is None:
             return {}
-        runs = {arm.name: self._cell(ablation, arm, configs[arm.name], 0).run for arm in ablation.arms if arm.name in configs}
-        return border.fates(ablation, runs, self._most_arms(ablation))
+        runs = {
+            arm.name: self._cell(ablation, arm, configs[arm.name], 0).run
+            for arm in ablation.arms
+            if arm.name in configs
+        }
+        return bisection.fates(ablation, runs, self._most_arms(ablation))
 
     def _most_arms(self, ablation: Ablation) -> int:
         """Of an ablation with a border."""
@@ -318,7 +356,9 @@ class Study:
     def _build_config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         settings, overrides = ablation.settings(arm.levels), self._of_tokenizers
         if settings.get(GAN_WEIGHT, overrides.get(GAN_WEIGHT)):
-            settings = {path: value for path, value in self.preset.discriminator.items() if path not in overrides} | settings
+            settings = {
+                path: value for path, value in self.preset.discriminator.items() if path not in overrides
+            } | settings
         codebook_size = self._codebook_size({**overrides, **settings})  # from which an arm derives its own, and more
         fields = ablation.quantizer(arm.levels, codebook_size)
         overrides.pop(CODEBOOK_SIZE, None)
@@ -331,7 +371,7 @@ class Study:
             if path in {f"quantizer.{name}" for name in fields}:
                 remedy = f"give it as --grid {path}=VALUE" if self.grid else "set another field, or add an arm"
                 raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; {remedy}")
-        longer = {"steps": self.preset.generator_tokenizer_steps} if ablation.longer_tokenizers else {}
+        longer = {"steps": self.preset.transformer_tokenizer_steps} if ablation.longer_tokenizers else {}
         config = scaled(config, {**longer, **ablation.scales(arm.levels)})
         return config.with_fields(**settings) if settings else config  # once more: settings are not scaled
 
@@ -342,30 +382,38 @@ class Study:
 
     def _cell(self, ablation: Ablation, arm: Arm, config: RunConfig, seed: int) -> Cell:
         config = config.model_copy(update={"seed": seed})
-        return Cell(ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data))))
+        return Cell(
+            ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data)))
+        )
 
-    def _generator_cell(self, ablation: Ablation, arm: Arm, of: Cell) -> Cell:
-        """An arm's generator on the tokens of a tokenizer.
+    def _transformer_cell(self, ablation: Ablation, arm: Arm, of: Cell) -> Cell:
+        """An arm's transformer on the tokens of a tokenizer.
 
         Raises:
             ConfigError: its config contradicts itself, or what arms differ in was set for all of them.
         """
-        assert ablation.generator
+        assert ablation.transformer
         assert isinstance(of.config, TrainConfig)
-        changes = ablation.generator(arm.levels, generator(self.preset, of.config, {}))
-        for path in self._of_generators:
+        changes = ablation.transformer(arm.levels, transformer(self.preset, of.config, {}))
+        for path in self._of_transformers:
             if path == "seed":
-                raise ConfigError("--set generator.seed would give every arm one seed; use --seeds, which says how many")
+                raise ConfigError(
+                    "--set transformer.seed would give every arm one seed; use --seeds, which says how many"
+                )
             if path.partition(".")[0] in ("tokenizer", "tokenizer_sha256"):
                 raise ConfigError(
-                    f"generator.{path} is of a tokenizer, which the study trains; set its fields without generator.tokenizer."
+                    f"transformer.{path} is of a tokenizer, which the study trains; set its fields without "
+                    f"transformer.tokenizer."
                 )
             if path in changes:
-                raise ConfigError(f"generator.{path} is what the arms of {ablation.name} differ in; set another field, or add an arm")
+                raise ConfigError(
+                    f"transformer.{path} is what the arms of {ablation.name} differ in; set another field, or add an "
+                    f"arm"
+                )
         try:
-            config = generator(self.preset, of.config, {**self._of_generators, **changes})
+            config = transformer(self.preset, of.config, {**self._of_transformers, **changes})
         except ConfigError as error:
-            raise ConfigError(f"generator of {arm.name}: {error}") from None
+            raise ConfigError(f"transformer of {arm.name}: {error}") from None
         return replace(self._cell(ablation, arm, config, of.seed), tokenizer=of)
 
 
@@ -374,14 +422,15 @@ def runs_folder(default: Path | None = None) -> Path:
     return Path(os.environ.get("IBQ_RUNS") or default or ROOT / "runs")
 
 
-def has_generators(ablation: Ablation) -> bool:
-    """Whether generators are arms of an ablation, or of the one that has the other half of its question."""
+def has_transformers(ablation: Ablation) -> bool:
+    """Whether transformers are arms of an ablation, or of the one that has the other half of its question."""
     others = [ABLATIONS[ablation.continued.ablation]] if ablation.continued else []
-    return any(each.generator for each in [ablation, *others])
+    return any(each.transformer for each in [ablation, *others])
 
 
 def file_name(text: str) -> str:
-    """A text as a file name: plain ASCII, no separators, not hidden, of bounded length; where that changes it, a hash keeps it apart."""
+    """A text as a file name: plain ASCII, no separators, not hidden, of bounded length; where that changes it, a hash
+    keeps it apart."""
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "+=._-") else "_" for c in text)
     if safe == text and len(safe) <= LONGEST_NAME and not safe.startswith("."):
         return safe

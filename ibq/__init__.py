@@ -1,8 +1,9 @@
 """Index Backpropagation Quantization and the quantizers it is compared with (arXiv 2412.02692)."""
 
-from ibq.generator import Generator, load_generator
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.ops import index_backprop
+from ibq.pretrained.released import TrainedTransformer, load_released
+from ibq.pretrained.transformer import load_transformer
 from ibq.quantizers import (
     BinarySphericalQuantizer,
     BSQConfig,
@@ -21,7 +22,6 @@ from ibq.quantizers import (
     VQConfig,
     build_quantizer,
 )
-from ibq.released import load_released
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,6 @@ __all__ = [
     "BinarySphericalQuantizer",
     "FSQConfig",
     "FiniteScalarQuantizer",
-    "Generator",
     "GumbelConfig",
     "GumbelQuantizer",
     "IBQConfig",
@@ -41,11 +40,12 @@ __all__ = [
     "SimVQConfig",
     "SimVectorQuantizer",
     "Tokenizer",
+    "TrainedTransformer",
     "VQConfig",
     "VectorQuantizer",
     "build_quantizer",
     "index_backprop",
-    "load_generator",
     "load_released",
     "load_tokenizer",
+    "load_transformer",
 ]

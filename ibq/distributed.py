@@ -1,17 +1,21 @@
 """What several training processes share; every function is a no-op where torch.distributed is not initialised.
 
-Collective functions are called by all processes in the same order, or those that call wait for those that do not. Numbers, flags and
-objects travel through the CPU (gloo, also beside nccl): that costs no wait for a GPU, and gloo notices the end of a process at once.
+Collective functions are called by all processes in the same order, or those that call wait for those that do not.
+Numbers, flags and objects travel through the CPU (gloo, also beside nccl): that costs no wait for a GPU, and gloo
+notices the end of a process at once.
 Suffix: N rows of this process, M of all processes in the order of their ranks.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +32,8 @@ from ibq.errors import ConfigError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for a process that lives but does not come: longer than rank 0 measures or writes by itself."""
+"""How long a collective waits for a process that lives but does not come: longer than rank 0 measures or writes by
+itself."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -53,18 +58,20 @@ class Processes:
     local_rank: int
 
 
-# --- Beginning and end -------------------------------------------------------------------------------------------------------------------
+# --- Beginning and end ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def process_group(device_name: str = "auto") -> Iterator[Processes]:
-    """Joins the processes that torchrun has started, for the length of the block; without torchrun this process is the only one.
+    """Joins the processes that torchrun has started, for the length of the block; without torchrun this process is the
+    only one.
 
-    A group that exists already is used, and left as it is. Else the block's end destroys it; an error aborts it first, so that neither this
-    process waits for the others nor they for it.
+    A group that exists already is used, and left as it is. Else the block's end destroys it; an error aborts it first,
+    so that neither this process waits for the others nor they for it.
 
     Args:
-        device_name: "auto", "cpu" or "cuda": under torchrun each process has the GPU of its local rank.  Without it, as `resolve_device`.
+        device_name: "auto", "cpu" or "cuda": under torchrun each process has the GPU of its local rank.  Without it,
+        as `resolve_device`.
 
     Raises:
         ConfigError: torchrun's environment has gaps, a GPU is named, or there is none for this process.
@@ -79,7 +86,9 @@ def process_group(device_name: str = "auto") -> Iterator[Processes]:
         yield Processes(0, 1, resolve_device(device_name), 0)
         return
     if absent := [name for name in TORCHRUN if name not in os.environ]:
-        raise ConfigError(f"RANK and WORLD_SIZE are set but {' and '.join(absent)} not; start with torchrun, or unset them")
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set but {' and '.join(absent)} not; start with torchrun, or unset them"
+        )
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _own_device(device_name, local_rank)
     if device.type == "cuda":
@@ -111,7 +120,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r} was asked for but torch sees no CUDA device; use device='auto' or 'cpu'")
     if (device.index or 0) >= (gpus := max(1, torch.cuda.device_count())):
-        raise ConfigError(f"device={name!r} was asked for but torch sees {gpus} of them, counted from 0; use one of these")
+        raise ConfigError(
+            f"device={name!r} was asked for but torch sees {gpus} of them, counted from 0; use one of these"
+        )
     return device
 
 
@@ -125,10 +136,13 @@ def _own_device(name: str, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     if device.index is not None:
-        raise ConfigError(f"device={name!r} names one GPU for all processes; set device='cuda', which gives each its own")
+        raise ConfigError(
+            f"device={name!r} names one GPU for all processes; set device='cuda', which gives each its own"
+        )
     if local_rank >= (gpus := torch.cuda.device_count()):
         raise ConfigError(
-            f"process {local_rank} of this node, counted from 0, finds {gpus} GPUs; start torchrun with --nproc-per-node={gpus}, "
+            f"process {local_rank} of this node, counted from 0, finds {gpus} GPUs; start torchrun with "
+            f"--nproc-per-node={gpus}, "
             "or set device='cpu'"
         )
     return torch.device("cuda", local_rank)
@@ -146,16 +160,20 @@ def peers() -> Iterator[None]:
     """Says in one sentence that another process is gone, where a collective in the block has failed because of that.
 
     Raises:
-        PeerLostError: instead of what gloo, nccl or the store that processes meet at raise then; all other errors pass as they are.
+        PeerLostError: instead of what gloo, nccl or the store that processes meet at raise then; all other errors pass
+            as they are.
     """
     try:
         yield
     except RuntimeError as error:
-        of_collectives = isinstance(error, dist.DistError) or "gloo/" in str(error) or str(error).startswith("Application timeout")
+        of_collectives = (
+            isinstance(error, dist.DistError) or "gloo/" in str(error) or str(error).startswith("Application timeout")
+        )
         if not (of_collectives and (reason := _LOST.search(str(error)))):
             raise
         raise PeerLostError(
-            f"another process of this run has ended or does not answer ({reason.group().strip()}); what it said last tells why"
+            f"another process of this run has ended or does not answer ({reason.group().strip()}); what it said last "
+            f"tells why"
         ) from None
 
 
@@ -164,8 +182,10 @@ LAST_WORDS_S = 8.0
 
 
 def last_words(sentence: str, *, interrupted: bool) -> None:
-    """Say on stderr how a command ends, before its process does. Under torchrun the other processes of the node leave that to the first
-    one, and wait for it: torchrun ends all of them with the first that ends. `interrupted`: by Ctrl-C, which it has passed on to all.
+    """Say on stderr how a command ends, before its process does. Under torchrun the other processes of the node leave
+    that to the first
+    one, and wait for it: torchrun ends all of them with the first that ends. `interrupted`: by Ctrl-C, which it has
+        passed on to all.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(sentence, file=sys.stderr, flush=True)
@@ -174,7 +194,7 @@ def last_words(sentence: str, *, interrupted: bool) -> None:
         time.sleep(LAST_WORDS_S)
 
 
-# --- Who am I ----------------------------------------------------------------------------------------------------------------------------
+# --- Who am I ---------------------------------------------------------------------------------------------------------
 
 
 def initialized() -> bool:
@@ -194,7 +214,7 @@ def is_writer() -> bool:
     return rank() == 0
 
 
-# --- Collectives -------------------------------------------------------------------------------------------------------------------------
+# --- Collectives ------------------------------------------------------------------------------------------------------
 
 
 def sum_over_ranks(*tensors: torch.Tensor) -> None:
@@ -274,7 +294,8 @@ def gather_rows(rows_Nx: torch.Tensor) -> torch.Tensor:
 
 
 def is_first_here(key: str) -> bool:
-    """True on the process that asks first under this key; unlike a collective it waits for none, so that it serves when some are gone."""
+    """True on the process that asks first under this key; unlike a collective it waits for none, so that it serves when
+    some are gone."""
     try:
         return not initialized() or c10d._get_default_store().add(key, 1) == 1
     except RuntimeError:  # where they meet is gone too
@@ -288,10 +309,12 @@ def barrier() -> None:
 
 @contextmanager
 def shared_errors(*types: type[Exception]) -> Iterator[None]:
-    """An error of these types on one process is raised on all of them at the end of the block, so that none waits for another.
+    """An error of these types on one process is raised on all of them at the end of the block, so that none waits for
+    another.
 
     Args:
-        types: of errors that are made of one message. The block does no collective: whoever fails would leave the others in it.
+        types: of errors that are made of one message. The block does no collective: whoever fails would leave the
+            others in it.
     """
     own: Exception | None = None
     try:
@@ -308,3 +331,16 @@ def shared_errors(*types: type[Exception]) -> Iterator[None]:
 def _meeting_place() -> str:
     """The device whose tensors reach all processes; the CPU, unless someone has made a group of nccl alone."""
     return "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
+
+
+def exit_with_parent() -> None:
+    """Watch the process that started this one by multiprocessing, and end this one, without ceremony, once it has
+    ended."""
+    threading.Thread(target=_exit_once_it_has_ended, daemon=True).start()
+
+
+def _exit_once_it_has_ended() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)

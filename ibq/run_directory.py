@@ -1,4 +1,5 @@
-"""One directory a run: what is in it, and how its files are written so that a kill at any moment loses nothing finished."""
+"""One directory a run: what is in it, and how its files are written so that a kill at any moment loses nothing
+finished."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from ibq.errors import ConfigError
 
 
 class _Member:
-    """A path in a run's directory, made on first use: a study has thousands of runs, and most commands look at one file of each."""
+    """A path in a run's directory, made on first use: a study has thousands of runs, and most commands look at one file
+    of each."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -35,13 +37,13 @@ class _Member:
 class RunDirectory:
     """Paths and files of one run (DESIGN, contract 'Run directory').
 
-    config.json       the TrainConfig or GeneratorConfig
+    config.json       the TrainConfig or TransformerTrainConfig
     history.jsonl     a line per log step
     snapshots/        of a tokenizer: tensors at up to 8 points of training
-    tokenizer/        of a generator: its tokenizer, as `Tokenizer.save` writes one
+    tokenizer/        of a transformer: its tokenizer, as `Tokenizer.save` writes one
     checkpoint/       for resuming; removed when the run is finished
-    samples/          of a generator: parts of an evaluation that is not whole; removed as well
-    model.safetensors the averaged weights of a finished run; a generator's as they are where it averages none
+    samples/          of a transformer: parts of an evaluation that is not whole; removed as well
+    model.safetensors the averaged weights of a finished run; a transformer's as they are where it averages none
     eval/             what the evaluation saw: code counts and pictures, or samples
     attempts.jsonl    every start, how it ended, what was damaged
     interventions.jsonl  what was changed while it trained, where anything was
@@ -156,7 +158,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what was written under it takes the place of `path` when the block ends without an error.
+    """A temporary name beside `path`; what was written under it takes the place of `path` when the block ends without
+    an error.
 
     A kill leaves a hidden file, whose name begins with a dot and that of `path`.
     """
@@ -173,7 +176,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @cache
 def source_commit() -> str:
-    """Commit of the source tree this package runs from, with '+' where it has uncommitted changes; 'unknown' outside a checkout."""
+    """Commit of the source tree this package runs from, with '+' where it has uncommitted changes; 'unknown' outside a
+    checkout."""
     root = Path(__file__).resolve().parents[1]
     try:
         commit, changed = (

@@ -1,16 +1,18 @@
-"""Images of tokens, sampled from a transformer one token after the other, each sample from a stream of random numbers of its own.
+"""Images of tokens, sampled from a transformer one token after the other, each sample from a stream of random numbers
+of its own.
 
 A symbol (a token, or a sub-token of it) is drawn in this order:
 1. guidance: uncond + s * (cond - uncond) of the logits, s by schedule;
 2. temperature: the logits divided by it; 0 takes the symbol with the largest, the first of equals;
 3. top-k: the k most probable symbols stay; of equals at the border the first ones;
-4. top-p: of these, scaled to a sum of 1, the fewest that together have at least the probability p, counted from the most probable;
+4. top-p: of these, scaled to a sum of 1, the fewest that together have at least the probability p, counted from the
+    most probable;
 5. min-p: of these, the ones that are at least min_p times as probable as the most probable;
 6. the inverse of the cumulative distribution, over the symbols in their own order, at the stream's next number.
 All of it in float64, whatever the precision of the transformer.
 
-Suffixes: B samples, R sequences (B, or 2 * B under guidance: the conditional ones, then the unconditional), N tokens of an image, J symbols
-of a token, K values of a symbol, W width.
+Suffixes: B samples, R sequences (B, or 2 * B under guidance: the conditional ones, then the unconditional), N tokens of
+an image, J symbols of a token, K values of a symbol, W width.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ibq.errors import ConfigError, NonFiniteError, nearest
-from ibq.evaluation import evaluating
-from ibq.models.subtokens import join
+from ibq.evaluation.tokenizer import evaluating
 from ibq.models.transformer import Transformer
+from ibq.models.transformer.subtokens import join
 
 Schedule = Literal["constant", "linear", "cosine", "interval"]
 
@@ -39,8 +41,9 @@ class Guidance:
 
     Attributes:
         scale: 1 is no guidance, 0 is no class.
-        schedule: "constant": `scale` at every step. "linear" and "cosine" go from 1 at the first step to `scale` at the last, while r goes
-            from 0 to 1: by r, or by (1 - cos(pi * r**power)) / 2. "interval": `scale` where start <= step / steps < end, else 1.
+        schedule: "constant": `scale` at every step. "linear" and "cosine" go from 1 at the first step to `scale` at the
+            last, while r goes from 0 to 1: by r, or by (1 - cos(pi * r**power)) / 2. "interval": `scale` where start <=
+            step / steps < end, else 1.
         power: of the cosine; the larger, the later it rises.
         start, end: of the interval, in [0, 1].
 
@@ -56,16 +59,26 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if self.schedule not in get_args(Schedule):
-            raise ConfigError(f"schedule={self.schedule!r} of guidance is not known; {nearest(str(self.schedule), get_args(Schedule))}")
-        _require("guidance scale", self.scale, 0 <= self.scale < math.inf, "a finite number of at least 0; 1 is no guidance")
+            raise ConfigError(
+                f"schedule={self.schedule!r} of guidance is not known; "
+                f"{nearest(str(self.schedule), get_args(Schedule))}"
+            )
+        _require(
+            "guidance scale", self.scale, 0 <= self.scale < math.inf, "a finite number of at least 0; 1 is no guidance"
+        )
         _require("guidance power", self.power, 0 < self.power < math.inf, "a finite number above 0")
         if not 0 <= self.start < self.end <= 1:
-            raise ConfigError(f"guidance from start={self.start} to end={self.end} is no interval; choose 0 <= start < end <= 1")
+            raise ConfigError(
+                f"guidance from start={self.start} to end={self.end} is no interval; choose 0 <= start < end <= 1"
+            )
         if self.power != 1 and self.schedule != "cosine":
-            raise ConfigError(f"guidance power={self.power} is of schedule 'cosine', and schedule is {self.schedule!r}; leave it at 1")
+            raise ConfigError(
+                f"guidance power={self.power} is of schedule 'cosine', and schedule is {self.schedule!r}; leave it at 1"
+            )
         if (self.start, self.end) != (0, 1) and self.schedule != "interval":
             raise ConfigError(
-                f"guidance from start={self.start} to end={self.end} is of schedule 'interval', and schedule is {self.schedule!r}; "
+                f"guidance from start={self.start} to end={self.end} is of schedule 'interval', and schedule is "
+                f"{self.schedule!r}; "
                 "leave them at 0 and 1"
             )
 
@@ -74,7 +87,9 @@ class Guidance:
         if self.schedule == "interval":
             return self.scale if self.start <= step / steps < self.end else 1.0
         progress = step / (steps - 1) if steps > 1 else 1.0
-        risen = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress**self.power)) / 2}[self.schedule]
+        risen = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress**self.power)) / 2}[
+            self.schedule
+        ]
         return 1 + (self.scale - 1) * risen
 
 
@@ -99,7 +114,12 @@ class Sampling:
     guidance: Guidance = field(default_factory=Guidance)
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "a finite number of at least 0; 0 is greedy")
+        _require(
+            "temperature",
+            self.temperature,
+            0 <= self.temperature < math.inf,
+            "a finite number of at least 0; 0 is greedy",
+        )
         _require("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1, or None for all")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]; 1 is all")
         _require("min_p", self.min_p, 0 <= self.min_p < 1, "in [0, 1); 0 is all")
@@ -114,8 +134,9 @@ class Sampler:
     """Samples batches of a fixed size with a cache of keys and values; the transformer computes each position once.
 
     Args:
-        transformer: whole (not sharded), on the device and in the precision to sample in. It is looked at again at each call, so its
-            weights may change in between. Sampling is in eval mode without gradients; the mode before is restored.
+        transformer: whole (not sharded), on the device and in the precision to sample in. It is looked at again at each
+            call, so its weights may change in between. Sampling is in eval mode without gradients; the mode before is
+            restored.
         sampling: how symbols are drawn.
         seed: in [0, 2**64).
         batch_size: samples that are computed at once; fewer are filled up. Memory grows with it.
@@ -125,7 +146,9 @@ class Sampler:
         ConfigError: a seed or batch size out of range.
     """
 
-    def __init__(self, transformer: Transformer, sampling: Sampling, *, seed: int, batch_size: int, compile: bool = False) -> None:
+    def __init__(
+        self, transformer: Transformer, sampling: Sampling, *, seed: int, batch_size: int, compile: bool = False
+    ) -> None:
         _require("batch_size", batch_size, batch_size >= 1, "at least 1")
         _require_seed(seed)
         self.transformer, self.sampling, self.seed, self.batch_size = transformer, sampling, seed, batch_size
@@ -138,8 +161,8 @@ class Sampler:
         """Tokens (B, N) of samples, int64, row-major, on the transformer's device.
 
         Args:
-            numbers_B: int64, the samples' own numbers, at least 0: with the seed they alone decide the random numbers of a sample, whatever
-                batch, process or device it is in.
+            numbers_B: int64, the samples' own numbers, at least 0: with the seed they alone decide the random numbers
+                of a sample, whatever batch, process or device it is in.
             classes_B: int64 in [0, classes). B is at most `batch_size`.
 
         Raises:
@@ -189,7 +212,9 @@ class _Batch(nn.Module):
         before_B = self.tokens_BN.index_select(1, (position_1 - 1).clamp(min=0))[:, 0]
         hidden_RW = self.transformer.step(before_B.repeat(self.copies), self.position, self.cache)
         uniforms_BJ = self.uniforms_BNJ.index_select(1, position_1)[:, 0]
-        tokens_B, finite_B = draw_tokens(self.transformer, hidden_RW, uniforms_BJ, self.sampling, self.scales_N.index_select(0, position_1))
+        tokens_B, finite_B = draw_tokens(
+            self.transformer, hidden_RW, uniforms_BJ, self.sampling, self.scales_N.index_select(0, position_1)
+        )
         self.tokens_BN.index_copy_(1, position_1, tokens_B[:, None])
         self.finite_BN.index_copy_(1, position_1, finite_B[:, None])
 
@@ -197,7 +222,8 @@ class _Batch(nn.Module):
 def sample_uncached(
     transformer: Transformer, sampling: Sampling, *, seed: int, numbers_B: torch.Tensor, classes_B: torch.Tensor
 ) -> torch.Tensor:
-    """What a Sampler gives, by a full forward pass for every token: slow, and what it is compared with. Arguments and errors are its."""
+    """What a Sampler gives, by a full forward pass for every token: slow, and what it is compared with. Arguments and
+    errors are its."""
     _require_seed(seed)
     _require_fitting(transformer, numbers_B, classes_B)
     device, N, J = transformer.head_nm.rmsnorm.weight.device, transformer.config.tokens, len(transformer.symbols)
@@ -216,13 +242,18 @@ def sample_uncached(
     return tokens_BT
 
 
-# --- One token ---------------------------------------------------------------------------------------------------------------------------
+# --- One token --------------------------------------------------------------------------------------------------------
 
 
 def draw_tokens(
-    transformer: Transformer, hidden_RW: torch.Tensor, uniforms_BJ: torch.Tensor, sampling: Sampling, scale_1: torch.Tensor
+    transformer: Transformer,
+    hidden_RW: torch.Tensor,
+    uniforms_BJ: torch.Tensor,
+    sampling: Sampling,
+    scale_1: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next tokens (B,), symbol by symbol, and of which samples (B,) all logits were finite; the tokens of the others mean nothing.
+    """The next tokens (B,), symbol by symbol, and of which samples (B,) all logits were finite; the tokens of the
+    others mean nothing.
 
     Args:
         hidden_RW: at the position before; under guidance of the conditional sequences, then of the unconditional ones.
@@ -252,7 +283,8 @@ def draw(logits_BK: torch.Tensor, uniforms_B: torch.Tensor, sampling: Sampling) 
 
 
 def probabilities(logits_BK: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """What symbols are drawn by at a temperature above 0, up to a factor for each row: (B, K) float64; 0 for those that are cut off."""
+    """What symbols are drawn by at a temperature above 0, up to a factor for each row: (B, K) float64; 0 for those that
+    are cut off."""
     scaled_BK = (logits_BK - logits_BK.amax(1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled_BK.shape[1]:
         scaled_BK = scaled_BK.masked_fill(~_largest(scaled_BK, sampling.top_k), -math.inf)
@@ -272,7 +304,8 @@ def _largest(scores_BK: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _nucleus(p_BK: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Which are the fewest of a row, counted from the largest (the first of equals), that together have at least top_p."""
+    """Which are the fewest of a row, counted from the largest (the first of equals), that together have at least
+    top_p."""
     sorted_BK, order_BK = p_BK.sort(dim=1, descending=True, stable=True)
     before_BK = F.pad(sorted_BK.cumsum(1)[:, :-1], (1, 0))
     kept_BK = before_BK < top_p
@@ -282,15 +315,16 @@ def _nucleus(p_BK: torch.Tensor, top_p: float) -> torch.Tensor:
 def random_numbers(seed: int, numbers: Sequence[int], count: int) -> torch.Tensor:
     """The first `count` numbers of each sample's stream: (B, count) float64 in [0, 1), on the CPU.
 
-    The stream is Philox with (seed, number) as its key: no two of them share a stream, as they would in torch's own generator, which keeps
-    32 bits of a seed. Numbers are multiples of 2**-52, so that a sum of probabilities times one of them is never rounded up to the sum.
+    The stream is Philox with (seed, number) as its key: no two of them share a stream, as they would in torch's own
+    generator, which keeps 32 bits of a seed. Numbers are multiples of 2**-52, so that a sum of probabilities times one
+    of them is never rounded up to the sum.
     """
     raw = [np.random.Philox(key=np.array([seed, number], dtype=np.uint64)).random_raw(count) for number in numbers]
     bits_BC = np.array(raw, dtype=np.uint64).reshape(len(numbers), count) >> np.uint64(12)
     return torch.from_numpy(bits_BC.astype(np.float64) * 2.0**-52)
 
 
-# --- What is refused ---------------------------------------------------------------------------------------------------------------------
+# --- What is refused --------------------------------------------------------------------------------------------------
 
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:
@@ -305,7 +339,8 @@ def _require_seed(seed: int) -> None:
 def _require_fitting(transformer: Transformer, numbers_B: torch.Tensor, classes_B: torch.Tensor) -> None:
     if numbers_B.dim() != 1 or numbers_B.shape != classes_B.shape:
         raise ConfigError(
-            f"numbers of shape {tuple(numbers_B.shape)} and classes of shape {tuple(classes_B.shape)} do not fit; pass (B,) and (B,)"
+            f"numbers of shape {tuple(numbers_B.shape)} and classes of shape {tuple(classes_B.shape)} do not fit; pass "
+            f"(B,) and (B,)"
         )
     classes = transformer.config.classes
     for wrong in (label for label in classes_B.tolist() if not 0 <= label < classes):
@@ -319,6 +354,7 @@ def _require_finite(finite_BN: torch.Tensor, numbers_B: torch.Tensor, first_step
     if not bool(finite_BN.all()):
         step, sample = (~finite_BN).T.nonzero()[0].tolist()
         raise NonFiniteError(
-            f"the transformer's logits of sample {int(numbers_B[sample])} are not finite at step {first_step + step}, counted from 0; "
+            f"the transformer's logits of sample {int(numbers_B[sample])} are not finite at step {first_step + step}, "
+            f"counted from 0; "
             "its weights are damaged, or its precision is too low"
         )

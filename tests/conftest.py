@@ -13,7 +13,7 @@ from hypothesis import settings
 from ibq.config import TrainConfig, parse_train_config
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before ibq.ops.kernels is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before ibq.ops.triton_kernels is imported
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=30)
 settings.load_profile("repeatable")
@@ -23,7 +23,8 @@ MakeConfig = Callable[..., TrainConfig]
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers: one trains the smoke study and runs all tests that read it; meanwhile the other runs the rest, module by module."""
+    """Two workers: one trains the smoke study and runs all tests that read it; meanwhile the other runs the rest,
+    module by module."""
     items.sort(key=lambda item: "trained" not in item.fixturenames)
     if "PYTEST_XDIST_WORKER" in os.environ:
         for item in items:
@@ -45,7 +46,13 @@ def tiny() -> MakeConfig:
     """Makes the smallest config that still has every part; takes a method and changes by dotted path."""
 
     def make(method: str = "ibq", **dotted: Any) -> TrainConfig:
-        model = {"base_channels": 4, "channel_multipliers": (1, 2, 2), "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
+        model = {
+            "base_channels": 4,
+            "channel_multipliers": (1, 2, 2),
+            "res_blocks": 1,
+            "z_channels": 8,
+            "norm_groups": 4,
+        }
         quantizer = {"method": method, "codebook_size": 16, "code_dim": 8}
         config = parse_train_config({"model": model, "quantizer": quantizer, "steps": 8, "batch_size": 4})
         return config.with_fields(**dotted)

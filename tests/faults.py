@@ -1,7 +1,8 @@
-"""kill -9 at random moments of trainer, sweep driver, papermill and its kernel, in turn, on a small study. `make faults` runs 100 rounds.
+"""kill -9 at random moments of trainer, sweep driver, papermill and its kernel, in turn, on a small study. `make
+faults` runs 100 rounds.
 
-After every round: rows that were there are there and unchanged, no run was trained to its end twice, and no process is left over. In the
-end the study is finished quietly and must equal, bit for bit, one that nobody disturbed.
+After every round: rows that were there are there and unchanged, no run was trained to its end twice, and no process is
+left over. In the end the study is finished quietly and must equal, bit for bit, one that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("trainer", "driver", "papermill", "kernel")
 TIMING = {"train_seconds", "peak_memory_gib", "seconds", "images_per_s", "data_wait_pct", "commit"}
 STOP_WITHIN_S = 120.0
-"""A trainer is gone at once and papermill soon after its kernel; so long only because a loaded machine may have other things to do. That
-hides nothing where runs would go on for longer, as those of one test in test_faults.py do, for hours."""
+"""A trainer is gone at once and papermill soon after its kernel; so long only because a loaded machine may have other
+things to do. That hides nothing where runs would go on for longer, as those of one test in test_faults.py do, for
+hours."""
 STEPS = 60
 
 
 @dataclass
 class Bench:
-    """One study in a folder of its own. Every process it starts carries a token in its environment, by which strays are found."""
+    """One study in a folder of its own. Every process it starts carries a token in its environment, by which strays are
+    found."""
 
     folder: Path
     steps: int
@@ -53,7 +56,9 @@ class Bench:
         }
 
     def sweep(self) -> subprocess.Popen[bytes]:
-        return self._start("-m", "experiments", "run", self.ablation, "--preset", "smoke", "--set", f"steps={self.steps}")
+        return self._start(
+            "-m", "experiments", "run", self.ablation, "--preset", "smoke", "--set", f"steps={self.steps}"
+        )
 
     def papermill(self) -> subprocess.Popen[bytes]:
         notebook, out = ROOT / "notebooks" / f"{ABLATIONS[self.ablation].notebook}.ipynb", self.folder / "out.ipynb"
@@ -62,10 +67,16 @@ class Bench:
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         with open(self.folder / "log.txt", "ab") as log:
-            return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+            return subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, env=self.environment, stdout=log, stderr=log
+            )
 
     def runs(self) -> list[RunDirectory]:
-        return [RunDirectory(path) for path in sorted((self.folder / "runs").glob("*/")) if (path / "attempts.jsonl").is_file()]
+        return [
+            RunDirectory(path)
+            for path in sorted((self.folder / "runs").glob("*/"))
+            if (path / "attempts.jsonl").is_file()
+        ]
 
     def rows(self) -> dict[str, bytes]:
         return {run.path.name: run.row.read_bytes() for run in self.runs() if run.finished}
@@ -136,7 +147,11 @@ class Bench:
     def _check(self, target: str, before: dict[str, bytes]) -> None:
         after = self.rows()
         self.trouble += [f"row lost after killing {target}: {name}" for name in before if name not in after]
-        self.trouble += [f"row changed after killing {target}: {name}" for name in before if after.get(name, before[name]) != before[name]]
+        self.trouble += [
+            f"row changed after killing {target}: {name}"
+            for name in before
+            if after.get(name, before[name]) != before[name]
+        ]
         for run in self.runs():
             finished = sum(attempt["event"] == "finished" for attempt in run.read_attempts())
             if finished > 1:
@@ -170,7 +185,8 @@ def quiet_results(folder: Path, steps: int) -> dict[str, object]:
 def faults(
     rounds: int, seed: int, folder: Path, expected: dict[str, object], steps: int, ablation: str = "vq_vs_ibq"
 ) -> tuple[Counter[str], list[str]]:
-    """Run the rounds, a fresh study whenever one is complete; returns how often each process was killed, and all that went wrong."""
+    """Run the rounds, a fresh study whenever one is complete; returns how often each process was killed, and all that
+    went wrong."""
     chance, counts, studies = random.Random(seed), Counter[str](), 0
     trouble: list[str] = []
     bench = Bench(folder / "study-0", steps, ablation)
@@ -182,7 +198,9 @@ def faults(
         if len(bench.rows()) == len(expected) or i == rounds - 1:
             bench.finish()
             found = results_of(bench.runs())
-            bench.trouble += [f"differs from the quiet run: {name}" for name, value in found.items() if value != expected.get(name)]
+            bench.trouble += [
+                f"differs from the quiet run: {name}" for name, value in found.items() if value != expected.get(name)
+            ]
             bench.trouble += [f"missing in the end: {name}" for name in expected if name not in found]
             counts += bench.rounds
             trouble += bench.trouble
@@ -193,22 +211,31 @@ def faults(
 
 
 def full_disk(folder: Path, expected: dict[str, object], steps: int) -> list[str]:
-    """Run the study on a file system that fills up: one sentence, then, with space, every result as on a quiet machine."""
+    """Run the study on a file system that fills up: one sentence, then, with space, every result as on a quiet
+    machine."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
-        print("full disk: mounts are not allowed here; tests/experiments/test_disk_full.py makes the writes fail instead")
+        print(
+            "full disk: mounts are not allowed here; tests/experiments/test_disk_full.py makes the writes fail instead"
+        )
         return []
     try:
         bench, ballast = Bench(folder / "study", steps), folder / "ballast"
         ballast.write_bytes(b"0" * (15 * 2**20))
         code = bench.sweep().wait()
         said = (bench.folder / "log.txt").read_text()
-        trouble = [] if code and said.count("is full; make space") == 1 else [f"full disk: code {code}, said {said[-500:]!r}"]
+        trouble = (
+            [] if code and said.count("is full; make space") == 1 else [f"full disk: code {code}, said {said[-500:]!r}"]
+        )
         ballast.unlink()
         bench.finish()
         found = results_of(bench.runs())
-        return trouble + bench.trouble + [f"differs after a full disk: {name}" for name in expected if found.get(name) != expected[name]]
+        return (
+            trouble
+            + bench.trouble
+            + [f"differs after a full disk: {name}" for name in expected if found.get(name) != expected[name]]
+        )
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -223,7 +250,16 @@ def main() -> None:
         counts, trouble = faults(arguments.rounds, arguments.seed, Path(folder), expected, STEPS)
         trouble += full_disk(Path(folder) / "full disk", expected, STEPS)
     print(f"killed: {', '.join(f'{name} {n}' for name, n in counts.items())}")
-    for kind in ("row lost", "row changed", "trained twice", "stray", "differs", "missing", "full disk", "the undisturbed"):
+    for kind in (
+        "row lost",
+        "row changed",
+        "trained twice",
+        "stray",
+        "differs",
+        "missing",
+        "full disk",
+        "the undisturbed",
+    ):
         print(f"{kind}: {sum(line.startswith(kind) for line in trouble)}")
     print("\n".join(trouble))
     sys.exit(bool(trouble))

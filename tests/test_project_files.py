@@ -44,7 +44,9 @@ def test_environment_yml_installs_what_pyproject_declares() -> None:
 
 def test_constraints_record_every_declared_package() -> None:
     recorded = {
-        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
     }
     assert declared() <= recorded
 

@@ -1,5 +1,5 @@
-"""The ablations, one file each; `ABLATIONS` lists them in the order of their notebooks, `CORE` those that a study without names has, `ALL`
-those of a study of all."""
+"""The ablations, one file each; `ABLATIONS` lists them in the order of their notebooks, `CORE` those that a study
+without names has, `ALL` those of a study of all."""
 
 from experiments.ablations import (
     code_dimension,
@@ -13,7 +13,20 @@ from experiments.ablations import (
     quantizers,
     vq_vs_ibq,
 )
-from experiments.ablations.base import Ablation, Anatomy, Arm, Axis, Border, Continuation, Contrast, Factor, PaperRow, Part, Remedy, Tuning
+from experiments.ablations.base import (
+    Ablation,
+    Anatomy,
+    Arm,
+    Axis,
+    Border,
+    Continuation,
+    Contrast,
+    Factor,
+    PaperRow,
+    Part,
+    Remedy,
+    Tuning,
+)
 
 _IN_ORDER = (
     vq_vs_ibq,

@@ -1,4 +1,5 @@
-"""What an ablation is: a claim stated before its numbers, arms that differ in named factors, and what the paper reports."""
+"""What an ablation is: a claim stated before its numbers, arms that differ in named factors, and what the paper
+reports."""
 
 from __future__ import annotations
 
@@ -9,14 +10,15 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from experiments.recipes import Preset
-from ibq.generator_config import GeneratorConfig
+from ibq.transformer_config import TransformerTrainConfig
 
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One configuration of an ablation, described by the level of each factor; its config follows from the levels alone."""
+    """One configuration of an ablation, described by the level of each factor; its config follows from the levels
+    alone."""
 
     name: str
     levels: Mapping[str, str]
@@ -24,7 +26,8 @@ class Arm:
     focal: bool = False
     """Drawn in colour, and kept in the figures that show only a few arms."""
     tuned_as: str | None = None
-    """The arm whose search decides this arm's value too, where the ablation tunes a field; None: it has a search of its own."""
+    """The arm whose search decides this arm's value too, where the ablation tunes a field; None: it has a search of its
+    own."""
     between: tuple[str, str] | None = None
     """Two arms before it, where the ablation has a border: it is trained only if exactly one of them has collapsed."""
 
@@ -42,9 +45,9 @@ class Factor:
 class Contrast:
     """A claim and the pair of arms that tests it.
 
-    Stated before the numbers: `outcome` (one of `experiments.effects.OUTCOMES`) changes from `without` to `with_` by at least `effect` (its
-    sign is the direction) in every seed; or, where the claim is that something `keeps`, by less than that. `paper` says where the paper
-    makes this claim; empty: the question is this study's own.
+    Stated before the numbers: `outcome` (one of `experiments.analysis.effects.OUTCOMES`) changes from `without` to
+    `with_` by at least `effect` (its sign is the direction) in every seed; or, where the claim is that something
+    `keeps`, by less than that. `paper` says where the paper makes this claim; empty: the question is this study's own.
     """
 
     name: str
@@ -74,7 +77,8 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a method: the arm that lacks it alone, and the arm that has it alone, each None where there is no such thing."""
+    """A part of a method: the arm that lacks it alone, and the arm that has it alone, each None where there is no such
+    thing."""
 
     name: str
     removed: str | None
@@ -85,8 +89,9 @@ class Part:
 class Anatomy:
     """What a method is made of.
 
-    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one whose run did not stay
-    finite. A part is necessary if `whole` without it collapses, and sufficient if `bare`, which collapses, does not once it has this part.
+    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one
+    whose run did not stay finite. A part is necessary if `whole` without it collapses, and sufficient if `bare`, which
+    collapses, does not once it has this part.
     """
 
     whole: str
@@ -97,8 +102,8 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Remedy:
-    """An arm that shows what mends a collapse: the case that it is of, what was done, and whether it is the case itself, unmended or its
-    counterpart that never collapsed."""
+    """An arm that shows what mends a collapse: the case that it is of, what was done, and whether it is the case
+    itself, unmended or its counterpart that never collapsed."""
 
     case: str
     what: str
@@ -108,11 +113,12 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Border:
-    """A map of where codebooks collapse, which is drawn coarsely first and then along its border by arms `between` others.
+    """A map of where codebooks collapse, which is drawn coarsely first and then along its border by arms `between`
+    others.
 
-    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one whose run did not stay
-    finite. Seed 0 decides for all seeds. At most `most_arms` are trained: those that are between no others come first, then the others in
-    their order.
+    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one
+    whose run did not stay finite. Seed 0 decides for all seeds. At most `most_arms` are trained: those that are between
+    no others come first, then the others in their order.
     """
 
     collapse: float
@@ -122,7 +128,8 @@ class Border:
 
 @dataclass(frozen=True)
 class Axis:
-    """The factor whose levels are sizes, and the column of a row that says how large: what figures of scaling have below."""
+    """The factor whose levels are sizes, and the column of a row that says how large: what figures of scaling have
+    below."""
 
     factor: str
     column: str
@@ -131,8 +138,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of a table of the paper: its numbers by column, those that it does not report left out; `arm` is the arm that comes closest to
-    it, if there is one."""
+    """A row of a table of the paper: its numbers by column, those that it does not report left out; `arm` is the arm
+    that comes closest to it, if there is one."""
 
     method: str
     reported: Mapping[str, float]
@@ -141,7 +148,8 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class Continuation:
-    """The other half of a question, which another ablation answers: its name, a title, and the arms and contrasts that belong to it."""
+    """The other half of a question, which another ablation answers: its name, a title, and the arms and contrasts that
+    belong to it."""
 
     ablation: str
     title: str
@@ -153,10 +161,11 @@ class Continuation:
 class Ablation:
     """One study: see `experiments/ablations/`.
 
-    An arm's config is the preset's recipe around `quantizer(levels, K)`, with the numbers that `scales(levels)` names multiplied and the
-    fields of `settings(levels)` set. With `generator` an arm is a generator on the tokens of that tokenizer, which is trained first: the
-    preset's one, given as the second argument, with the fields of `generator(levels, of_preset)` set, by dotted path. Figures choose
-    colours by the first factor; `figures`, `tables` and `columns` name what the report shows, in the registries of those modules.
+    An arm's config is the preset's recipe around `quantizer(levels, K)`, with the numbers that `scales(levels)` names
+    multiplied and the fields of `settings(levels)` set. With `transformer` an arm is a transformer on the tokens of
+    that tokenizer, which is trained first: the preset's one, given as the second argument, with the fields of
+    `transformer(levels, of_preset)` set, by dotted path. Figures choose colours by the first factor; `figures`,
+    `tables` and `columns` name what the report shows, in the registries of those modules.
     """
 
     name: str
@@ -178,9 +187,9 @@ class Ablation:
     """The columns that the closest arms show beside them."""
     scales: Callable[[Mapping[str, str]], dict[str, float]] = lambda levels: {}
     settings: Callable[[Mapping[str, str]], dict[str, Any]] = lambda levels: {}
-    generator: Callable[[Mapping[str, str], GeneratorConfig], dict[str, Any]] | None = None
+    transformer: Callable[[Mapping[str, str], TransformerTrainConfig], dict[str, Any]] | None = None
     longer_tokenizers: bool = False
-    """Whether the steps of its tokenizers are multiplied by the preset's `generator_tokenizer_steps`."""
+    """Whether the steps of its tokenizers are multiplied by the preset's `transformer_tokenizer_steps`."""
     marker: str | None = None
     """The factor that rate against distortion shows by the shape of a point."""
     fill: str | None = None

@@ -1,11 +1,14 @@
 """The dimension of a code: where VQ and cosine VQ lose their codebook, and whether IBQ gains by it.
 
-Paper: code dimension under IBQ, "usage rises markedly with D and rFID improves" (numbers not reported). Table 1 has LlamaGen (cosine VQ,
-K = 16,384): 97% usage and rFID 2.19 at D = 8, 0.29% and 9.21 at D = 256. Users of IBQ say that outside its recipe usage drops to 0% at
-D = 256 and not at D = 32 (SEED-Voken #59), which the arms without entropy penalty look into.
-Cost: 16 runs at quick, 3 of them also runs of vq_vs_ibq; about 6 minutes on 2 cores.  Command: python -m experiments run code_dimension
+Paper: code dimension under IBQ, "usage rises markedly with D and rFID improves" (numbers not reported). Table 1 has
+LlamaGen (cosine VQ, K = 16,384): 97% usage and rFID 2.19 at D = 8, 0.29% and 9.21 at D = 256. Users of IBQ say that
+outside its recipe usage drops to 0% at D = 256 and not at D = 32 (SEED-Voken #59), which the arms without entropy
+penalty look into.
+Cost: 16 runs at quick, 3 of them also runs of vq_vs_ibq; about 6 minutes on 2 cores.
+Command: python -m experiments run code_dimension
 
-Encoder and decoder keep their width, so above the preset's z_channels (32 at quick) the features are a linear map of fewer channels.
+Encoder and decoder keep their width, so above the preset's z_channels (32 at quick) the features are a linear map of
+fewer channels.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ ABLATION = Ablation(
         Factor(
             "method",
             tuple(METHODS),
-            "vq_published, the same with cosine distance as in LlamaGen (N(0, 1) codes, 0.25 on the commitment term), ibq_published, and "
+            "vq_published, the same with cosine distance as in LlamaGen (N(0, 1) codes, 0.25 on the commitment term), "
+            "ibq_published, and "
             "that without its entropy penalty",
         ),
         Factor("D", tuple(str(D) for D in DIMENSIONS), "dimension of a code"),
@@ -129,9 +133,28 @@ ABLATION = Ablation(
     quantizer=quantizer,
     axis=Axis("D", "code_dim", "code dimension D"),
     marker="D",
-    figures=("scaling", "usage_over_training", "rate_distortion", "logits_over_training", "gap_over_training", "reconstructions"),
+    figures=(
+        "scaling",
+        "usage_over_training",
+        "rate_distortion",
+        "logits_over_training",
+        "gap_over_training",
+        "reconstructions",
+    ),
     tables=("arms", "verdicts", "paper"),
-    columns=("perplexity", "usage", "bits", "l1", "psnr_db", "ssim", "fid", "quantization_error", "gap", "parameters", "step_ms"),
+    columns=(
+        "perplexity",
+        "usage",
+        "bits",
+        "l1",
+        "psnr_db",
+        "ssim",
+        "fid",
+        "quantization_error",
+        "gap",
+        "parameters",
+        "step_ms",
+    ),
     paper_source="Table 1 (ImageNet 256x256, 50k validation images, K = 16,384)",
     paper_rows=(
         PaperRow("LlamaGen, D = 8", {"rFID": 2.19, "usage %": 97.0}, "cosine_8"),

@@ -1,12 +1,15 @@
 """The number of codes: what VQ, VQ with every help of notebook 01, and IBQ as released make of 64 times as many.
 
-Paper: Table 4, IBQ with 1,024, 8,192, 16,384 and 262,144 codes of dimension 256: rFID 2.24, 1.87, 1.37, 1.00 at 99, 98, 96, 84% usage. Of
-VQGAN Table 1 has 44% usage of 1,024 codes and 5.9% of 16,384, at rFID 7.94 and 4.98 (the recipes differ).
-Cost: 12 runs at quick, 3 of them also runs of vq_vs_ibq, those with 4,096 codes three times as long as those with 1,024; about 5 minutes on
+Paper: Table 4, IBQ with 1,024, 8,192, 16,384 and 262,144 codes of dimension 256: rFID 2.24, 1.87, 1.37, 1.00 at 99, 98,
+96, 84% usage. Of VQGAN Table 1 has 44% usage of 1,024 codes and 5.9% of 16,384, at rFID 7.94 and 4.98 (the recipes
+differ).
+Cost: 12 runs at quick, 3 of them also runs of vq_vs_ibq, those with 4,096 codes three times as long as those with
+1,024; about 5 minutes on
 2 cores.  Command: python -m experiments run codebook_size
 
-Sizes are multiples of the preset's K: at quick 64 to 4,096 codes, at gpu the paper's 1,024 to 262,144. Batch, steps, learning rate and the
-temperature of the entropy penalty do not follow K, as in the paper; the tokens of a batch bound the entropy of their mean assignment.
+Sizes are multiples of the preset's K: at quick 64 to 4,096 codes, at gpu the paper's 1,024 to 262,144. Batch, steps,
+learning rate and the temperature of the entropy penalty do not follow K, as in the paper; the tokens of a batch bound
+the entropy of their mean assignment.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ def codes(size: str, codebook_size: int) -> int:
     """
     share = Fraction(size.removeprefix("×")) * codebook_size
     if share.denominator != 1:
-        raise ConfigError(f"quantizer.codebook_size={codebook_size} cannot be taken {size} times; choose a multiple of 16")
+        raise ConfigError(
+            f"quantizer.codebook_size={codebook_size} cannot be taken {size} times; choose a multiple of 16"
+        )
     return int(share)
 
 
@@ -64,7 +69,8 @@ ABLATION = Ablation(
         Factor(
             "method",
             tuple(METHODS),
-            "vq_published, vq_fair (codes that begin as features, entropy penalty, 0.25 on the commitment term) and ibq_published of "
+            "vq_published, vq_fair (codes that begin as features, entropy penalty, 0.25 on the commitment term) and "
+            "ibq_published of "
             "notebook 01",
         ),
         Factor("K", tuple(SIZES.values()), "number of codes, as a multiple of the preset's"),
@@ -121,7 +127,8 @@ ABLATION = Ablation(
             "strongest VQ: quality",
             "vq_strong_fourfold",
             "ibq_fourfold",
-            "With four times the preset's codes IBQ reconstructs better than the strongest VQ, by at least 0.003 of L1.",
+            "With four times the preset's codes IBQ reconstructs better than the strongest VQ, by at least 0.003 of "
+            "L1.",
             "l1",
             -0.003,
         ),
@@ -129,9 +136,28 @@ ABLATION = Ablation(
     quantizer=quantizer,
     axis=AXIS,
     marker="K",
-    figures=("scaling", "usage_over_training", "rate_distortion", "logits_over_training", "gap_over_training", "reconstructions"),
+    figures=(
+        "scaling",
+        "usage_over_training",
+        "rate_distortion",
+        "logits_over_training",
+        "gap_over_training",
+        "reconstructions",
+    ),
     tables=("arms", "verdicts", "paper"),
-    columns=("codebook_size", "perplexity", "usage", "bits", "l1", "psnr_db", "ssim", "fid", "quantization_error", "gap", "step_ms"),
+    columns=(
+        "codebook_size",
+        "perplexity",
+        "usage",
+        "bits",
+        "l1",
+        "psnr_db",
+        "ssim",
+        "fid",
+        "quantization_error",
+        "gap",
+        "step_ms",
+    ),
     paper_source="Tables 1 and 4 (ImageNet 256x256, 50k validation images, D = 256)",
     paper_rows=(
         PaperRow("VQGAN, K = 1,024", {"rFID": 7.94, "usage %": 44.0}, "vq_sixteenth"),

@@ -1,10 +1,13 @@
 """The double quantization term of IBQ: what it does in the released recipe, and in other surroundings.
 
-Paper: the third row of Table 2, "+ double quantization loss", stands between IBQ in place of VQ (1.67 rFID, 98% usage) and a deeper model
-(1.37 rFID); its own numbers are not reported. The term is |z_q - z|^2 without stop-gradient, beside the two one-sided terms.
-Cost: 8 runs, 3 of them also runs of vq_vs_ibq; at quick about 2 minutes on 2 cores.  Command: python -m experiments run double_quant_loss
+Paper: the third row of Table 2, "+ double quantization loss", stands between IBQ in place of VQ (1.67 rFID, 98% usage)
+and a deeper model (1.37 rFID); its own numbers are not reported. The term is |z_q - z|^2 without stop-gradient, beside
+the two one-sided terms.
+Cost: 8 runs, 3 of them also runs of vq_vs_ibq; at quick about 2 minutes on 2 cores.
+Command: python -m experiments run double_quant_loss
 
-The decisive corner is the released recipe (entropy penalty, 0.25 on the codebook term, the recipe's learning rate) without and with the
+The decisive corner is the released recipe (entropy penalty, 0.25 on the codebook term, the recipe's learning rate)
+without and with the
 term: that is the step of the paper's ladder. The other arms move one factor each away from it, so that the term is
 varied alone in four surroundings and every other factor in two. All arms are IBQ with codes drawn from N(0, 1).
 """
@@ -19,7 +22,11 @@ from experiments.ablations.base import COLUMNS, Ablation, Arm, Contrast, Factor,
 
 FACTORS = (
     Factor("loss", ("single", "double"), "without or with the extra term |z_q - z|^2 that has no stop-gradient"),
-    Factor("beta on", ("codebook", "commitment"), "which quantization term carries the 0.25: the released order, or that of VQ-VAE"),
+    Factor(
+        "beta on",
+        ("codebook", "commitment"),
+        "which quantization term carries the 0.25: the released order, or that of VQ-VAE",
+    ),
     Factor("entropy", ("off", "on"), "entropy penalty of weight 0.05 at temperature 0.01"),
     Factor("learning rate", ("×0.3", "×1"), "multiple of the recipe's learning rate (1e-3 at quick)"),
 )
@@ -30,9 +37,12 @@ def levels(loss: str, beta_on: str = "codebook", entropy: str = "on", rate: str 
 
 
 def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    """Quantizer fields of an arm: those of the arm of vq_vs_ibq that differs in nothing, so that the two share a run."""
+    """Quantizer fields of an arm: those of the arm of vq_vs_ibq that differs in nothing, so that the two share a
+    run."""
     double = "on" if levels["loss"] == "double" else "off"
-    return vq_vs_ibq.quantizer(vq_vs_ibq.levels("IBQ", "normal", levels["entropy"], levels["beta on"], double), codebook_size)
+    return vq_vs_ibq.quantizer(
+        vq_vs_ibq.levels("IBQ", "normal", levels["entropy"], levels["beta on"], double), codebook_size
+    )
 
 
 def scales(levels: Mapping[str, str]) -> dict[str, float]:
@@ -45,7 +55,8 @@ ABLATION = Ablation(
     name="double_quant_loss",
     title="The double quantization loss",
     notebook="02_double_quant_loss",
-    question="Does the double quantization term improve IBQ, or does it mend what the loss order, the entropy penalty or the rate does?",
+    question="Does the double quantization term improve IBQ, or does it mend what the loss order, the entropy penalty "
+    "or the rate does?",
     factors=FACTORS,
     arms=(
         Arm("single", SINGLE, focal=True),
@@ -88,7 +99,8 @@ ABLATION = Ablation(
             "other loss order: quality",
             "single_commitment",
             "double_commitment",
-            "The gain does not hang on the loss order: with 0.25 on the commitment term the double term lowers L1 by at least 0.003 too.",
+            "The gain does not hang on the loss order: with 0.25 on the commitment term the double term lowers L1 by "
+            "at least 0.003 too.",
             "l1",
             -0.003,
         ),

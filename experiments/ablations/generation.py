@@ -1,15 +1,18 @@
-"""Stage two: the same autoregressive transformer on the tokens of VQ, LFQ and IBQ, with factorized tokens, and at three depths.
+"""Stage two: the same autoregressive transformer on the tokens of VQ, LFQ and IBQ, with factorized tokens, and at three
+depths.
 
-Paper: Table 5, K = 16,384 and the same transformer without factorized tokens: IBQ better than LFQ in generation (numbers not reported
-here). Table 7: gFID 2.88 of IBQ B down to 2.05 of XXL; Open-MAGVIT2, whose tokens are factorized, 3.08 to 2.33.
-Cost: 7 generators and the 4 tokenizers that they need.  Command: python -m experiments run generation
+Paper: Table 5, K = 16,384 and the same transformer without factorized tokens: IBQ better than LFQ in generation
+(numbers not reported here). Table 7: gFID 2.88 of IBQ B down to 2.05 of XXL; Open-MAGVIT2, whose tokens are factorized,
+3.08 to 2.33.
+Cost: 7 transformers and the 4 tokenizers that they need.  Command: python -m experiments run generation
 
-At quick the tokenizers train three times the preset's steps (900), since after 300 a classifier of Fashion-MNIST recognises 60% of what IBQ
-reconstructs, and no generator can be better than its tokenizer; so there they share no run with other ablations. Every arm has the same K,
-data, and steps of tokenizer and transformer; depth alone sets the size of the transformer, but that factorized tokens bring a small one of
-their own (at quick half as many parameters again, instead of the wide head and embedding). The dropouts of 0.1 in the paper are 0 at quick,
-where 700 steps of 32 images see no image twice.
-FID[fashion-cnn] is that at the guidance where it is lowest, which is chosen on the very samples that it is of, in every arm alike.
+At quick the tokenizers train three times the preset's steps (900), since after 300 a classifier of Fashion-MNIST
+recognises 60% of what IBQ reconstructs, and no transformer can be better than its tokenizer; so there they share no run
+with other ablations. Every arm has the same K, data, and steps of tokenizer and transformer; depth alone sets the size
+of the transformer, but that factorized tokens bring a small one of their own (at quick half as many parameters again,
+instead of the wide head and embedding). The dropouts of 0.1 in the paper are 0 at quick, where 700 steps of 32 images
+see no image twice. FID[fashion-cnn] is that at the guidance where it is lowest, which is chosen on the very samples
+that it is of, in every arm alike.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from experiments.ablations import codebook_size as sizes
 from experiments.ablations import lfq_comparison, vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
 from experiments.ablations.quantizers import bits_of
-from ibq.generator_config import GeneratorConfig
+from ibq.transformer_config import TransformerTrainConfig
 
 METHODS = ("VQ", "VQ, strongest", "LFQ", "IBQ")
 DEPTHS = ("×1/2", "×1", "×3/2")
@@ -40,8 +43,9 @@ def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
     return vq_vs_ibq.quantizer(sizes.METHODS[levels["method"]], codebook_size)
 
 
-def generator(levels: Mapping[str, str], base: GeneratorConfig) -> dict[str, Any]:
-    """What an arm changes of the preset's generator; a fractional depth is rounded up, so that a transformer has at least one block."""
+def transformer(levels: Mapping[str, str], base: TransformerTrainConfig) -> dict[str, Any]:
+    """What an arm changes of the preset's transformer; a fractional depth is rounded up, so that a transformer has at
+    least one block."""
     depth = math.ceil(Fraction(levels["depth"].removeprefix("×")) * base.transformer.depth)
     bits = bits_of(base.quantizer.codebook_size) if levels["token"] == "halves" else 0
     return {"transformer.depth": depth, "transformer.subtoken_bits": [bits // 2, bits - bits // 2] if bits else []}
@@ -51,15 +55,24 @@ ABLATION = Ablation(
     name="generation",
     title="Generation",
     notebook="08_generation",
-    question="Do images come out better where the same transformer learns the tokens of IBQ, and better still where it is deeper?",
+    question="Do images come out better where the same transformer learns the tokens of IBQ, and better still where it "
+    "is deeper?",
     factors=(
-        Factor("method", METHODS, "the tokenizer: vq_published, vq_fair and ibq_published of notebook 01, LFQ of notebook 05"),
+        Factor(
+            "method",
+            METHODS,
+            "the tokenizer: vq_published, vq_fair and ibq_published of notebook 01, LFQ of notebook 05",
+        ),
         Factor(
             "token",
             ("halves", "whole"),
             "predicted whole, or as two sub-tokens of half of its bits each, by a small transformer of their own",
         ),
-        Factor("depth", DEPTHS, "blocks of the transformer, and with them its width, as a multiple of the preset's (2 at quick)"),
+        Factor(
+            "depth",
+            DEPTHS,
+            "blocks of the transformer, and with them its width, as a multiple of the preset's (2 at quick)",
+        ),
     ),
     arms=(
         Arm("vq_tokens", levels("VQ"), focal=True),
@@ -75,7 +88,8 @@ ABLATION = Ablation(
             "IBQ against LFQ",
             "lfq_tokens",
             "ibq_tokens",
-            "With as many codes, tokens predicted whole, FID[fashion-cnn] of images generated from IBQ's tokens is at least 10% lower than "
+            "With as many codes, tokens predicted whole, FID[fashion-cnn] of images generated from IBQ's tokens is at "
+            "least 10% lower than "
             "from LFQ's.",
             "fid",
             -0.152,
@@ -85,7 +99,8 @@ ABLATION = Ablation(
             "IBQ against factorized LFQ",
             "lfq_halves",
             "ibq_tokens",
-            "FID[fashion-cnn] of images generated from IBQ's tokens, predicted whole, is at least 5% lower than from LFQ's, factorized.",
+            "FID[fashion-cnn] of images generated from IBQ's tokens, predicted whole, is at least 5% lower than from "
+            "LFQ's, factorized.",
             "fid",
             -0.074,
             paper="Table 7: gFID 2.88 of IBQ B, 3.08 of Open-MAGVIT2 343M",
@@ -119,7 +134,8 @@ ABLATION = Ablation(
             "collapse: quality",
             "vq_tokens",
             "ibq_tokens",
-            "Whatever the bits, FID[fashion-cnn] of images generated from IBQ's tokens is at least 10% lower than from VQ's as published.",
+            "Whatever the bits, FID[fashion-cnn] of images generated from IBQ's tokens is at least 10% lower than from "
+            "VQ's as published.",
             "fid",
             -0.152,
         ),
@@ -127,7 +143,8 @@ ABLATION = Ablation(
             "IBQ against the strongest VQ",
             "vq_strong_tokens",
             "ibq_tokens",
-            "FID[fashion-cnn] of images generated from IBQ's tokens is at least 10% lower than from those of VQ kept alive.",
+            "FID[fashion-cnn] of images generated from IBQ's tokens is at least 10% lower than from those of VQ kept "
+            "alive.",
             "fid",
             -0.152,
         ),
@@ -150,7 +167,7 @@ ABLATION = Ablation(
         ),
     ),
     quantizer=quantizer,
-    generator=generator,
+    transformer=transformer,
     longer_tokenizers=True,
     axis=Axis("depth", "parameters", "parameters of the transformer"),
     marker="depth",
@@ -175,7 +192,8 @@ ABLATION = Ablation(
         "label_agreement",
         "samples_per_s",
     ),
-    paper_source="Tables 5 and 7 (ImageNet 256x256; gFID and IS with the guidance of each model); of Table 5 no number is known here, and "
+    paper_source="Tables 5 and 7 (ImageNet 256x256; gFID and IS with the guidance of each model); of Table 5 no number "
+    "is known here, and "
     "sizes of Table 7 stand beside depths by their order alone",
     paper_columns=("gFID", "IS"),
     beside_paper=("guidance", "fid", "is"),

@@ -1,11 +1,12 @@
-"""A grid over config fields that nobody foresaw: an ablation made on the command line, from arms of other ablations and lists of values.
+"""A grid over config fields that nobody foresaw: an ablation made on the command line, from arms of other ablations and
+lists of values.
 
 Cost: bases times the product of the values; `plan` says it first.
 Command: python -m experiments run --grid quantizer.codebook_size=256,1024 --grid optim.lr=1e-4,1e-3 --base vq_fair
 
-Every point is a base arm with the fields of the grid set as they stand, after all else that the base sets or scales, so that a point which
-equals an arm of another ablation is that arm's run. A base that derives fields from K (D = log2 K of LFQ) derives them from the grid's K.
-Nothing is claimed beforehand, so there are no contrasts.
+Every point is a base arm with the fields of the grid set as they stand, after all else that the base sets or scales, so
+that a point which equals an arm of another ablation is that arm's run. A base that derives fields from K (D = log2 K of
+LFQ) derives them from the grid's K. Nothing is claimed beforehand, so there are no contrasts.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] =
 
     Args:
         grid: values by dotted path of a config field.
-        base_names: arms to start from, as "ablation/arm", or the arm alone where one ablation has it; none: the published pair.
+        base_names: arms to start from, as "ablation/arm", or the arm alone where one ablation has it; none: the
+            published pair.
 
     Raises:
-        ConfigError: a base or a field that does not exist, a field that a base's method does not have, no value or the same one twice, or
-            more than MOST_ARMS arms. Whether values fit, the configs say.
+        ConfigError: a base or a field that does not exist, a field that a base's method does not have, no value or the
+            same one twice, or more than MOST_ARMS arms. Whether values fit, the configs say.
     """
     bases = [find_base(name) for name in references(base_names)]
     names = [base.arm.name for base in bases]
@@ -71,9 +73,14 @@ def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] =
         _check_field(field, bases)
     if (size := len(bases) * math.prod(map(len, levels.values()))) > MOST_ARMS:
         counts = " × ".join(
-            [f"{len(bases)} base{'s' if len(bases) > 1 else ''}", *(f"{len(of)} of {field}" for field, of in levels.items())]
+            [
+                f"{len(bases)} base{'s' if len(bases) > 1 else ''}",
+                *(f"{len(of)} of {field}" for field, of in levels.items()),
+            ]
         )
-        raise ConfigError(f"the grid has {size:,} arms ({counts}); give at most {MOST_ARMS}, in several grids if need be")
+        raise ConfigError(
+            f"the grid has {size:,} arms ({counts}); give at most {MOST_ARMS}, in several grids if need be"
+        )
 
     def settings(point: Mapping[str, str]) -> dict[str, Any]:
         return {field: levels[field][point[field]] for field in grid}
@@ -82,7 +89,9 @@ def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] =
         base = by_label[point[BASE]]
         if LEVELS not in grid:
             return base.ablation.quantizer(base.arm.levels, codebook_size)
-        return base.ablation.quantizer(base.arm.levels, ANY_SIZE) | {"codebook_size": ANY_SIZE}  # the levels make K, and any K at all
+        return base.ablation.quantizer(base.arm.levels, ANY_SIZE) | {
+            "codebook_size": ANY_SIZE
+        }  # the levels make K, and any K at all
 
     arms = []
     for label, *point in product(by_label, *levels.values()):
@@ -92,7 +101,8 @@ def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] =
         name="grid",
         title=f"Grid over {', '.join(grid)}",
         notebook=None,
-        question=f"How do usage and quality of {', '.join(by_label)} change with {', '.join(grid)}? Nothing was claimed beforehand.",
+        question=f"How do usage and quality of {', '.join(by_label)} change with {', '.join(grid)}? Nothing was "
+        f"claimed beforehand.",
         factors=(
             Factor(BASE, tuple(by_label), _meaning(bases, grid)),
             *(Factor(field, tuple(levels[field]), "config field, set as it stands") for field in grid),
@@ -118,7 +128,7 @@ def find_base(name: str) -> Base:
     """An arm of any ablation, by "ablation/arm" or by its own name.
 
     Raises:
-        ConfigError: no arm has that name (the nearest is named), several have, or it is a generator's.
+        ConfigError: no arm has that name (the nearest is named), several have, or it is a transformer's.
     """
     bases = [Base(ablation, arm) for ablation in ABLATIONS.values() for arm in ablation.arms]
     found = [base for base in bases if name in (base.reference, base.arm.name)]
@@ -126,9 +136,13 @@ def find_base(name: str) -> Base:
         known = [base.reference if "/" in name else base.arm.name for base in bases]
         raise ConfigError(f"base {name!r} is no arm of any ablation; {nearest(name, known)}")
     if len(found) > 1:
-        raise ConfigError(f"base {name!r} is an arm of several ablations; write {' or '.join(base.reference for base in found)}")
-    if found[0].ablation.generator:
-        raise ConfigError(f"base {name!r} is a generator, and a grid is of tokenizers; name an arm of another ablation")
+        raise ConfigError(
+            f"base {name!r} is an arm of several ablations; write {' or '.join(base.reference for base in found)}"
+        )
+    if found[0].ablation.transformer:
+        raise ConfigError(
+            f"base {name!r} is a transformer, and a grid is of tokenizers; name an arm of another ablation"
+        )
     return found[0]
 
 
@@ -163,7 +177,9 @@ def _levels(field: str, values: Sequence[Any]) -> dict[str, Any]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise ConfigError(f"the grid's values {field}={values!r} are not a list; give e.g. [{values!r}]")
     if not values or "" in values:
-        raise ConfigError(f"the grid's values {field}={','.join(map(text, values))} hold an empty one; write e.g. {field}=VALUE,VALUE")
+        raise ConfigError(
+            f"the grid's values {field}={','.join(map(text, values))} hold an empty one; write e.g. {field}=VALUE,VALUE"
+        )
     for i, value in enumerate(values):
         if value in values[:i]:
             raise ConfigError(f"the grid has {field}={text(value)} twice; leave one out")
@@ -174,29 +190,44 @@ def _levels(field: str, values: Sequence[Any]) -> dict[str, Any]:
 def _check_field(field: str, bases: Sequence[Base]) -> None:
     """Refuse a field that cannot be swept, or that a base does not have."""
     if field == "seed":
-        raise ConfigError("the grid cannot have the field seed, since seeds are averaged; use --seeds, which says how many")
-    if field.startswith("generator."):
         raise ConfigError(
-            f"the grid cannot have the field {field}, since it is of a generator and a grid is of tokenizers; use --set {field}=VALUE"
+            "the grid cannot have the field seed, since seeds are averaged; use --seeds, which says how many"
+        )
+    if field.startswith("transformer."):
+        raise ConfigError(
+            f"the grid cannot have the field {field}, since it is of a transformer and a grid is of tokenizers; use "
+            f"--set {field}=VALUE"
         )
     if field == "quantizer.method":
         raise ConfigError(
-            "the grid cannot have the field quantizer.method, since methods have different fields; name arms by --base instead"
+            "the grid cannot have the field quantizer.method, since methods have different fields; name arms by --base "
+            "instead"
         )
-    shared = set(flatten(parse_train_config({"quantizer": {"method": "vq"}}).model_dump(mode="json", exclude={"quantizer"})))
-    own = {method: {f"quantizer.{name}" for name in of.config_class.model_fields} for method, of in Quantizer.registry.items()}
+    shared = set(
+        flatten(parse_train_config({"quantizer": {"method": "vq"}}).model_dump(mode="json", exclude={"quantizer"}))
+    )
+    own = {
+        method: {f"quantizer.{name}" for name in of.config_class.model_fields}
+        for method, of in Quantizer.registry.items()
+    }
     if field not in shared.union(*own.values()):
         known = shared.union(*(own[base.method] for base in bases)) - {"seed", "quantizer.method"}
         raise ConfigError(f"the grid's field {field!r} does not exist; {nearest(field, known)}")
     for base in bases:
         if field not in shared | own[base.method]:
-            raise ConfigError(f"base {base.reference}, whose method is {base.method!r}, has no field {field!r}; leave out one of the two")
+            raise ConfigError(
+                f"base {base.reference}, whose method is {base.method!r}, has no field {field!r}; leave out one of the "
+                f"two"
+            )
 
 
 def _equations(point: Mapping[str, str]) -> list[str]:
     """field=value, fields by their last part where that is enough."""
     leaves = [field.rsplit(".", 1)[-1] for field in point]
-    return [f"{leaf if leaves.count(leaf) == 1 else field}={level}" for leaf, (field, level) in zip(leaves, point.items(), strict=True)]
+    return [
+        f"{leaf if leaves.count(leaf) == 1 else field}={level}"
+        for leaf, (field, level) in zip(leaves, point.items(), strict=True)
+    ]
 
 
 def _figures(arms: int) -> tuple[str, ...]:
@@ -207,11 +238,14 @@ def _figures(arms: int) -> tuple[str, ...]:
 
 
 def _meaning(bases: Sequence[Base], grid: Mapping[str, Sequence[Any]]) -> str:
-    """Which arms the bases are, and what they bring along that the grid does not set: scaled numbers, a search that is left out."""
+    """Which arms the bases are, and what they bring along that the grid does not set: scaled numbers, a search that is
+    left out."""
     named = []
     for base in bases:
         scaled = [
-            f"{field} ×{factor:g}" for field, factor in base.ablation.scales(base.arm.levels).items() if factor != 1 and field not in grid
+            f"{field} ×{factor:g}"
+            for field, factor in base.ablation.scales(base.arm.levels).items()
+            if factor != 1 and field not in grid
         ]
         tuned = base.ablation.tuning
         untuned = [f"{tuned.field} not searched"] if tuned and tuned.field not in grid else []

@@ -1,7 +1,9 @@
 """The size of encoder and decoder: more ResBlocks a level, under VQ and under IBQ.
 
-Paper: Table 6, more ResBlocks, better rFID (numbers not reported here); in Table 2 "+ deeper model" is the last step, to rFID 1.37.
-Cost: 9 runs, 3 of them also runs of vq_vs_ibq; four times the ResBlocks take about three times as long, at quick 5 minutes on 2 cores.
+Paper: Table 6, more ResBlocks, better rFID (numbers not reported here); in Table 2 "+ deeper model" is the last step,
+    to rFID 1.37.
+Cost: 9 runs, 3 of them also runs of vq_vs_ibq; four times the ResBlocks take about three times as long, at quick 5
+    minutes on 2 cores.
 Command: python -m experiments run model_size
 """
 
@@ -33,7 +35,11 @@ ABLATION = Ablation(
     question="Do deeper encoders and decoders reconstruct better, and do they keep or lose the codebook?",
     factors=(
         Factor("method", tuple(sizes.METHODS), "vq_published, vq_fair and ibq_published of notebook 01"),
-        Factor("ResBlocks", tuple(DEPTHS.values()), "ResBlocks a level of the encoder, as a multiple of the preset's (1 at quick)"),
+        Factor(
+            "ResBlocks",
+            tuple(DEPTHS.values()),
+            "ResBlocks a level of the encoder, as a multiple of the preset's (1 at quick)",
+        ),
     ),
     arms=tuple(
         Arm(f"{prefix}_{depth}", {"method": method, "ResBlocks": level}, focal=depth != "twofold")

@@ -1,12 +1,15 @@
-"""The terms of the tokenizer's objective, around IBQ as released: pixel error, perceptual term, and a discriminator in its variants.
+"""The terms of the tokenizer's objective, around IBQ as released: pixel error, perceptual term, and a discriminator in
+its variants.
 
-Paper: L1, LPIPS on VGG-16 of weight 1 and a PatchGAN of weight 0.1 (hinge, BatchNorm, LeCam 0.05, from step 0) are one fixed recipe; of
-leaving out or changing any of them no number is reported. The contrasts are this study's own.
-The perceptual term here is the stand-in `fashion-cnn`, features of a classifier of Fashion-MNIST, not LPIPS. The FID of the tables is in
-features of the same classifier, so that this term is judged by the network that it was trained with: its claim says so. Every other arm
-is compared with one that has the same perceptual term.
-The discriminator's size is the preset's: pictures of 32×32 want fewer channels and layers than the paper's.
-Cost: 11 runs, one of them also a run of vq_vs_ibq; an arm with a discriminator takes about half as long again as one without.
+Paper: L1, LPIPS on VGG-16 of weight 1 and a PatchGAN of weight 0.1 (hinge, BatchNorm, LeCam 0.05, from step 0) are one
+fixed recipe; of leaving out or changing any of them no number is reported. The contrasts are this study's own. The
+perceptual term here is the stand-in `fashion-cnn`, features of a classifier of Fashion-MNIST, not LPIPS. The FID of the
+tables is in
+features of the same classifier, so that this term is judged by the network that it was trained with: its claim says so.
+Every other arm is compared with one that has the same perceptual term. The discriminator's size is the preset's:
+pictures of 32×32 want fewer channels and layers than the paper's.
+Cost: 11 runs, one of them also a run of vq_vs_ibq; an arm with a discriminator takes about half as long again as one
+    without.
 Command: python -m experiments run objective
 """
 
@@ -53,7 +56,14 @@ def without_discriminator(pixel: str = "L1", perceptual: str = "none") -> Mappin
 
 def with_discriminator(**changed: str) -> Mapping[str, str]:
     """The whole objective as released, but for the named levels."""
-    whole = {"pixel": "L1", "perceptual": "fashion-cnn", "discriminator": "hinge", "weight": "0.1", "LeCam": "on", "norm": "batch"}
+    whole = {
+        "pixel": "L1",
+        "perceptual": "fashion-cnn",
+        "discriminator": "hinge",
+        "weight": "0.1",
+        "LeCam": "on",
+        "norm": "batch",
+    }
     return {**whole, "start": "step 0", **changed}
 
 
@@ -78,24 +88,45 @@ ABLATION = Ablation(
     name="objective",
     title="The terms of the objective",
     notebook=None,
-    question="What do the perceptual term and the discriminator add to the pixel error under IBQ, and which of their variants matter?",
+    question="What do the perceptual term and the discriminator add to the pixel error under IBQ, and which of their "
+    "variants matter?",
     factors=(
         Factor("pixel", ("L1", "L2"), "mean absolute or mean squared difference of pixels"),
-        Factor("perceptual", ("none", "fashion-cnn"), "distance in the features of a classifier of Fashion-MNIST, weight 1; not LPIPS"),
-        Factor("discriminator", ("none", *DISCRIMINATORS), "PatchGAN and its loss; the generator's term is the released one in both"),
-        Factor("weight", (NONE, *WEIGHTS), "of the generator's term: fixed, or times VQGAN's ratio of gradients at the last layer"),
+        Factor(
+            "perceptual",
+            ("none", "fashion-cnn"),
+            "distance in the features of a classifier of Fashion-MNIST, weight 1; not LPIPS",
+        ),
+        Factor(
+            "discriminator",
+            ("none", *DISCRIMINATORS),
+            "PatchGAN and its loss; the generator's term is the released one in both",
+        ),
+        Factor(
+            "weight",
+            (NONE, *WEIGHTS),
+            "of the generator's term: fixed, or times VQGAN's ratio of gradients at the last layer",
+        ),
         Factor("LeCam", (NONE, "on", "off"), "LeCam of weight 0.05 on the discriminator"),
         Factor("norm", (NONE, "batch", "group", "none"), "of the discriminator's layers"),
         Factor("start", (NONE, *STARTS), "when discriminator and generator's term begin"),
     ),
     arms=ARMS,
     contrasts=(
-        Contrast("pixel", "pixel_l1", "pixel_l2", "Trained for L2 in place of L1, L1 is worse by at least 0.003.", "l1", 0.003),
+        Contrast(
+            "pixel",
+            "pixel_l1",
+            "pixel_l2",
+            "Trained for L2 in place of L1, L1 is worse by at least 0.003.",
+            "l1",
+            0.003,
+        ),
         Contrast(
             "perceptual: distribution",
             "pixel_l1",
             "perceptual",
-            "The perceptual term lowers FID[fashion-cnn] by at least 10%, in features of the very network that it was trained with.",
+            "The perceptual term lowers FID[fashion-cnn] by at least 10%, in features of the very network that it was "
+            "trained with.",
             "fid",
             -TENTH,
         ),
@@ -149,8 +180,17 @@ ABLATION = Ablation(
             "fid",
             -TENTH,
         ),
-        Contrast("loss", "whole", "vanilla", "Vanilla in place of hinge makes FID[fashion-cnn] worse by at least 11%.", "fid", TENTH),
-        Contrast("LeCam", "whole", "no_lecam", "Without LeCam FID[fashion-cnn] is worse by at least 11%.", "fid", TENTH),
+        Contrast(
+            "loss",
+            "whole",
+            "vanilla",
+            "Vanilla in place of hinge makes FID[fashion-cnn] worse by at least 11%.",
+            "fid",
+            TENTH,
+        ),
+        Contrast(
+            "LeCam", "whole", "no_lecam", "Without LeCam FID[fashion-cnn] is worse by at least 11%.", "fid", TENTH
+        ),
         Contrast(
             "group norm",
             "whole",
@@ -160,7 +200,9 @@ ABLATION = Ablation(
             TENTH,
             keeps=True,
         ),
-        Contrast("no norm", "whole", "no_norm", "Without a norm FID[fashion-cnn] is worse by at least 11%.", "fid", TENTH),
+        Contrast(
+            "no norm", "whole", "no_norm", "Without a norm FID[fashion-cnn] is worse by at least 11%.", "fid", TENTH
+        ),
         Contrast(
             "late start",
             "whole",

@@ -1,12 +1,14 @@
 """VQ against IBQ as released (the paper's Table 2), and which part of the bundle carries the difference.
 
-Paper: re-implemented VQGAN 3.98 rFID at 5.3% usage; IBQ in its place 1.67 at 98%; then the double term; then a deeper model, 1.37
-(ImageNet 256x256, K = 16,384). IBQ in place of VQ, without the double term, is arm ibq_single here; with it, ibq_published.
+Paper: re-implemented VQGAN 3.98 rFID at 5.3% usage; IBQ in its place 1.67 at 98%; then the double term; then a deeper
+model, 1.37 (ImageNet 256x256, K = 16,384). IBQ in place of VQ, without the double term, is arm ibq_single here; with
+it, ibq_published.
 Cost: 21 runs; at quick about 9 minutes on 2 cores.  Command: python -m experiments run vq_vs_ibq
 
-The published pair differs in estimator, entropy penalty, initialisation and double term at once. The arms are a thinned factorial: every
-factor is varied alone in at least two pairs of arms that differ in nothing else (each change of the initialisation in one), and its effect
-is read from those. The factor "estimator" is what makes a quantizer VQ or IBQ: search, logits and gradient together.
+The published pair differs in estimator, entropy penalty, initialisation and double term at once. The arms are a thinned
+factorial: every factor is varied alone in at least two pairs of arms that differ in nothing else (each change of the
+initialisation in one), and its effect is read from those. The factor "estimator" is what makes a quantizer VQ or IBQ:
+search, logits and gradient together.
 """
 
 from __future__ import annotations
@@ -20,10 +22,15 @@ FACTORS = (
     Factor(
         "estimator",
         ("VQ", "IBQ"),
-        "Euclidean search, logits -|z - c|^2 and a straight-through copy; or dot-product search, logits z.c and index backpropagation",
+        "Euclidean search, logits -|z - c|^2 and a straight-through copy; or dot-product search, logits z.c and index "
+        "backpropagation",
     ),
     Factor("entropy", ("off", "on"), "entropy penalty of weight 0.05 at temperature 0.01"),
-    Factor("init", ("uniform", "normal", "features"), "codes drawn from U(-1/K, 1/K), N(0, 1), or the first batches' features"),
+    Factor(
+        "init",
+        ("uniform", "normal", "features"),
+        "codes drawn from U(-1/K, 1/K), N(0, 1), or the first batches' features",
+    ),
     Factor("beta on", ("codebook", "commitment"), "which quantization term carries the 0.25"),
     Factor("double", ("off", "on"), "the extra term |z_q - z|^2 without stop-gradient (IBQ only)"),
 )
@@ -117,10 +124,12 @@ ABLATION = Ablation(
         Contrast(
             "published pair: gap",
             *PUBLISHED,
-            "At the end of training the gap between features and codes under IBQ as released is at most half of naive VQ's.",
+            "At the end of training the gap between features and codes under IBQ as released is at most half of naive "
+            "VQ's.",
             "gap",
             -1.0,
-            paper="Background and t-SNE figure: under VQ unselected codes never move, and their gap to the features widens",
+            paper="Background and t-SNE figure: under VQ unselected codes never move, and their gap to the features "
+            "widens",
         ),
         Contrast(
             "fairest pair: usage",

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from experiments import figures, tables
+from experiments.report import figures, tables
 from experiments.study import ROOT
 from ibq.distributed import device_name
 from ibq.errors import ConfigError
@@ -24,8 +24,8 @@ from ibq.run_directory import source_commit, write_json, write_text
 
 
 def folder(benchmark: str, device: torch.device, script: str, *packages: str) -> Path:
-    """Where cells of a benchmark are kept for this machine, its threads, torch and the code that is measured: a script of this folder and
-    packages of the repository."""
+    """Where cells of a benchmark are kept for this machine, its threads, torch and the code that is measured: a script
+    of this folder and packages of the repository."""
     sources = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
     code = [path.read_text() for path in (*sources, Path(__file__).with_name(script))]
     of = {name: value for name, value in facts(device).items() if name != "commit"}
@@ -34,21 +34,31 @@ def folder(benchmark: str, device: torch.device, script: str, *packages: str) ->
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    return {"machine": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": source_commit()}
+    return {
+        "machine": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": source_commit(),
+    }
 
 
 def cached(folder: Path, cell: dict[str, Any], module: str, name: str = "") -> dict[str, Any]:
     """The measurement of a cell that the folder holds, or else a new one by `python -m MODULE CELL`, written whole.
 
     Returns:
-        what the process printed last, as JSON; or, where it failed, a status that says why, which is not kept: the next call tries again.
+        what the process printed last, as JSON; or, where it failed, a status that says why, which is not kept: the next
+        call tries again.
     """
     path = folder / f"{name or '_'.join(f'{key}{value}' for key, value in cell.items())}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
     done = subprocess.run([sys.executable, "-m", module, json.dumps(cell)], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        reason = f"killed by signal {-done.returncode}" if done.returncode < 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
+        reason = (
+            f"killed by signal {-done.returncode}"
+            if done.returncode < 0
+            else (done.stderr.strip().splitlines() or ["no word"])[-1]
+        )
         return {"status": f"failed: {reason}"}
     result = dict(json.loads(done.stdout.splitlines()[-1]))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,16 +67,25 @@ def cached(folder: Path, cell: dict[str, Any], module: str, name: str = "") -> d
 
 
 def write_report(
-    benchmark: str, rows: pd.DataFrame, table: pd.DataFrame, caption: str, figure: Figure, publish: bool, *, unpublished: str = ""
+    benchmark: str,
+    rows: pd.DataFrame,
+    table: pd.DataFrame,
+    caption: str,
+    figure: Figure,
+    publish: bool,
+    *,
+    unpublished: str = "",
 ) -> Path:
-    """Write rows.csv, the table and the figure into reports/benchmarks/, and with `publish` into reports/published/ too, but for the file
-    named `unpublished`; returns the former folder."""
+    """Write rows.csv, the table and the figure into reports/benchmarks/, and with `publish` into reports/published/
+    too, but for the file named `unpublished`; returns the former folder."""
     folder = report_folder(benchmark)
     write_text(folder / "rows.csv", rows.to_csv(index=False))
     tables.write(table, folder, "table", caption)
     figures.save(figure, folder, "figure")
     if publish:
-        shutil.copytree(folder, published_folder(benchmark), dirs_exist_ok=True, ignore=shutil.ignore_patterns(unpublished))
+        shutil.copytree(
+            folder, published_folder(benchmark), dirs_exist_ok=True, ignore=shutil.ignore_patterns(unpublished)
+        )
     return folder
 
 

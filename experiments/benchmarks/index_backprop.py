@@ -1,7 +1,8 @@
 """Time and memory of index backpropagation against the released formulation, over tokens N and codes K.
 
 Command: python -m experiments bench index-backprop   (2 CPU cores: about 15 minutes; a GPU: not measured yet)
-Every cell runs in a process of its own and is kept under runs/benchmarks/; the same command measures only what is missing.
+Every cell runs in a process of its own and is kept under runs/benchmarks/; the same command measures only what is
+missing.
 """
 
 from __future__ import annotations
@@ -17,22 +18,28 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import figures
 from experiments.benchmarks import cells
+from experiments.report import figures
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 
 NAME, MEASURE = "index_backprop", "experiments.benchmarks.measure"
 METHODS = ("released", "dense", "chunked", "triton")
-GRIDS = {"cuda": ((1024, 4096, 16384, 65536), (1024, 16384, 262144, 1048576)), "cpu": ((1024, 4096), (1024, 16384, 262144))}
+GRIDS = {
+    "cuda": ((1024, 4096, 16384, 65536), (1024, 16384, 262144, 1048576)),
+    "cpu": ((1024, 4096), (1024, 16384, 262144)),
+}
 OPERATIONS = {True: 16, False: 12}
-"""Operations per N·K·D with and without entropy: forward, backward and the passes that need a row's statistics first."""
+"""Operations per N·K·D with and without entropy: forward, backward and the passes that need a row's statistics
+first."""
 
 NO_ROOM = "does not fit"
 
 CAPTION = (
-    "Forward and backward pass of index backpropagation, fresh N(0, 0.3²) inputs, median after one pass of warm-up; peak memory above the "
-    "inputs, gradients included. Operations are counted as 16·N·K·D with entropy, 12 without, whatever a method really computes."
+    "Forward and backward pass of index backpropagation, fresh N(0, 0.3²) inputs, median after one pass of warm-up; "
+    "peak memory above the "
+    "inputs, gradients included. Operations are counted as 16·N·K·D with entropy, 12 without, whatever a method really "
+    "computes."
 )
 
 
@@ -60,7 +67,9 @@ def run(
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r} is not known; use 'float32' or 'bfloat16'")
     if dtype == "bfloat16" and device.type != "cuda":
-        raise ConfigError("dtype='bfloat16' on a CPU would compare different arithmetic; use 'float32' there, or a CUDA device")
+        raise ConfigError(
+            "dtype='bfloat16' on a CPU would compare different arithmetic; use 'float32' there, or a CUDA device"
+        )
     own_tokens, own_codes = GRIDS["cuda" if device.type == "cuda" else "cpu"]
     tokens, codes = tokens or own_tokens, codes or own_codes
     if smallest := [size for size in (*tokens, *codes, dim) if size < 1]:
@@ -81,7 +90,9 @@ def run(
     return pd.DataFrame(rows)
 
 
-def _cells(device: torch.device, dtype: str, tokens: tuple[int, ...], codes: tuple[int, ...], dim: int) -> Iterator[dict[str, Any]]:
+def _cells(
+    device: torch.device, dtype: str, tokens: tuple[int, ...], codes: tuple[int, ...], dim: int
+) -> Iterator[dict[str, Any]]:
     """Small sizes first, the rivals of one size one after another."""
     methods = METHODS if device.type == "cuda" else METHODS[:-1]
     for K, N, entropy, method in itertools.product(codes, tokens, (True, False), methods):
@@ -89,10 +100,12 @@ def _cells(device: torch.device, dtype: str, tokens: tuple[int, ...], codes: tup
 
 
 def _name(cell: dict[str, Any]) -> str:
-    return f"{cell['method']} N={cell['N']} K={cell['K']} D={cell['D']} {'with' if cell['entropy'] else 'without'} entropy"
+    return (
+        f"{cell['method']} N={cell['N']} K={cell['K']} D={cell['D']} {'with' if cell['entropy'] else 'without'} entropy"
+    )
 
 
-# --- Table and figure --------------------------------------------------------------------------------------------------------------------
+# --- Table and figure -------------------------------------------------------------------------------------------------
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -113,14 +126,20 @@ def figure(rows: pd.DataFrame) -> Figure:
     """Time and memory against K, a column for each N; crosses at the upper edge: does not fit."""
     figures.theme()
     tokens = sorted(rows["N"].unique())
-    drawn, axes = plt.subplots(2, len(tokens), figsize=(3.4 * len(tokens) + 1.2, 5.2), sharex=True, sharey="row", squeeze=False)
+    drawn, axes = plt.subplots(
+        2, len(tokens), figsize=(3.4 * len(tokens) + 1.2, 5.2), sharex=True, sharey="row", squeeze=False
+    )
     colors = dict(zip(METHODS, figures.LINE_COLORS, strict=False))
     methods = [method for method in METHODS if method in set(rows["method"])]
     for column, N in enumerate(tokens):
-        for line, (quantity, label) in enumerate({"seconds": "time, s", "peak_gib": "peak memory above inputs, GiB"}.items()):
+        for line, (quantity, label) in enumerate(
+            {"seconds": "time, s", "peak_gib": "peak memory above inputs, GiB"}.items()
+        ):
             axis = axes[line, column]
             for method, entropy in itertools.product(methods, (True, False)):
-                mine = rows[(rows["N"] == N) & (rows["method"] == method) & (rows["entropy"] == entropy)].sort_values("K")
+                mine = rows[(rows["N"] == N) & (rows["method"] == method) & (rows["entropy"] == entropy)].sort_values(
+                    "K"
+                )
                 fits = mine[mine["status"] == "ok"]
                 axis.plot(fits["K"], fits[quantity], color=colors[method], ls="-" if entropy else ":", marker="o", ms=4)
                 misfits = mine[mine["status"] == NO_ROOM]["K"] * 1.3 ** methods.index(method)  # side by side
@@ -137,7 +156,9 @@ def figure(rows: pd.DataFrame) -> Figure:
             if column == 0:
                 axis.set_ylabel(label)
     handles = [Line2D([], [], color=colors[method], marker="o", ms=4, label=method) for method in methods]
-    handles += [Line2D([], [], color="0.3", ls=style, label=label) for style, label in (("-", "with entropy"), (":", "without"))]
+    handles += [
+        Line2D([], [], color="0.3", ls=style, label=label) for style, label in (("-", "with entropy"), (":", "without"))
+    ]
     handles.append(Line2D([], [], color="0.3", marker="x", ls="", label="does not fit"))
     drawn.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return drawn

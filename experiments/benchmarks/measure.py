@@ -1,6 +1,8 @@
-"""One cell of the benchmark of index backpropagation, in a process of its own: python -m experiments.benchmarks.measure CELL, CELL as JSON.
+"""One cell of the benchmark of index backpropagation, in a process of its own: python -m experiments.benchmarks.measure
+CELL, CELL as JSON.
 
-Prints one JSON line: the median time of a forward and backward pass, its peak memory above the inputs, or that it does not fit.
+Prints one JSON line: the median time of a forward and backward pass, its peak memory above the inputs, or that it does
+    not fit.
 Suffixes: N tokens, K codes, D code dimension, B images of L tokens.
 """
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 from ibq.ops import index_backprop
-from ibq.ops.door import Backend
+from ibq.ops.arguments import Backend
 
 TOKENS_PER_IMAGE = 256
 """16 x 16, as in the paper's images."""
@@ -30,11 +32,13 @@ REPEATS = ((1.0, 7), (10.0, 3), (float("inf"), 1))
 """How often a pass of up to so many seconds is timed, after the first, which warms up and is measured for memory."""
 
 
-def released(z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The released formulation (PAPER sections 3 and 4), in whatever precision autocast gives.
+def released(
+    z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The released formulation (docs/method.md sections 3 and 4), in whatever precision autocast gives.
 
-    (B, K, L) tensors of images of 256 tokens, one-hot products for z_q and for the selected code, a softmax over K and one at tau over
-    rearranged rows. Returns the sum of both products (N, D), and the entropy penalty.
+    (B, K, L) tensors of images of 256 tokens, one-hot products for z_q and for the selected code, a softmax over K and
+    one at tau over rearranged rows. Returns the sum of both products (N, D), and the entropy penalty.
     """
     N, D = z_ND.shape
     z_BDL = z_ND.reshape(-1, TOKENS_PER_IMAGE if N % TOKENS_PER_IMAGE == 0 else N, D).mT
@@ -53,7 +57,11 @@ def released(z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float |
 
 
 def operator(
-    backend: Backend, matmul_dtype: torch.dtype, z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None
+    backend: Backend,
+    matmul_dtype: torch.dtype,
+    z_ND: torch.Tensor,
+    codebook_KD: torch.Tensor,
+    temperature: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same by `ibq.index_backprop`."""
     z_q_ND, indices_N, sample_entropy, codebook_entropy = index_backprop(
@@ -65,11 +73,14 @@ def operator(
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
-    """Seconds (median, fastest, slowest, how many) and peak GiB above the inputs of one cell, or status 'does not fit'."""
+    """Seconds (median, fastest, slowest, how many) and peak GiB above the inputs of one cell, or status 'does not
+    fit'."""
     device, dtype = resolve_device(cell["device"]), getattr(torch, cell["dtype"])
     if device.type != "cuda":
         if not Path("/proc/self/clear_refs").exists():
-            raise ConfigError("memory on a CPU is read from Linux's /proc, which this system lacks; measure on Linux or on CUDA")
+            raise ConfigError(
+                "memory on a CPU is read from Linux's /proc, which this system lacks; measure on Linux or on CUDA"
+            )
         limit_memory()
     torch.manual_seed(0)
     method = released if cell["method"] == "released" else partial(operator, cell["method"], dtype)
@@ -102,7 +113,12 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         if not any(words in str(error) for words in ("out of memory", "allocate memory", "ALLOC_FAILED")):
             raise
         return {"status": "does not fit"}
-    spread = {"seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds), "timed": len(seconds)}
+    spread = {
+        "seconds": statistics.median(seconds),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "timed": len(seconds),
+    }
     return {"status": "ok", "peak_gib": peak / 2**30} | spread
 
 
@@ -144,7 +160,9 @@ def peak_bytes(device: torch.device) -> int:
 
 def _status(file: str, name: str) -> int:
     """Bytes that the kernel states under a name."""
-    return next(int(line.split()[1]) * 1024 for line in Path(file).read_text().splitlines() if line.startswith(name + ":"))
+    return next(
+        int(line.split()[1]) * 1024 for line in Path(file).read_text().splitlines() if line.startswith(name + ":")
+    )
 
 
 if __name__ == "__main__":
@@ -152,4 +170,6 @@ if __name__ == "__main__":
     if "method" in given:
         print(json.dumps(measure(given)))
     else:
-        print(json.dumps({"matrix_tflops": matrix_rate(resolve_device(given["device"]), getattr(torch, given["dtype"]))}))
+        print(
+            json.dumps({"matrix_tflops": matrix_rate(resolve_device(given["device"]), getattr(torch, given["dtype"]))})
+        )

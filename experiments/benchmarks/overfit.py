@@ -1,8 +1,10 @@
-"""Can the objective be driven down at all? Sixteen photo crops of 64×64, trained to more than 30 dB with every term but LPIPS.
+"""Can the objective be driven down at all? Sixteen photo crops of 64×64, trained to more than 30 dB with every term but
+LPIPS.
 
-L1, the quantization and entropy terms of IBQ as released, and a PatchGAN of weight 0.1 with LeCam from the first step, by the real trainer
-on a folder of sixteen pictures that are both its training and its test split. The learning curve of PSNR comes from stopping the run every
-so many steps, as a user would, reconstructing all sixteen with the averaged weights of the checkpoint, and going on from it.
+L1, the quantization and entropy terms of IBQ as released, and a PatchGAN of weight 0.1 with LeCam from the first step,
+by the real trainer on a folder of sixteen pictures that are both its training and its test split. The learning curve of
+PSNR comes from stopping the run every so many steps, as a user would, reconstructing all sixteen with the averaged
+weights of the checkpoint, and going on from it.
 Command: python -m experiments bench overfit   (2 CPU cores: about 10 minutes)
 """
 
@@ -21,18 +23,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments import figures
 from experiments.benchmarks import cells
-from ibq.checkpoint import load_checkpoint, part_of
+from experiments.report import figures
 from ibq.config import DataConfig, TrainConfig, parse_train_config
 from ibq.data import load_images
 from ibq.distributed import resolve_device
-from ibq.evaluation import evaluate
+from ibq.evaluation.tokenizer import evaluate
 from ibq.metrics.distances import to_uint8
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, append_line, read_lines, write_tensors
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import Runtime, StopRequested
+from ibq.training.checkpoint import load_checkpoint, part_of
+from ibq.training.runtime import Runtime, StopRequested
+from ibq.training.tokenizer import train_tokenizer
 
 NAME = "overfit"
 CROPS, SIDE = 16, 64
@@ -41,13 +43,15 @@ MEASURED = ("psnr_db", "l1", "perplexity")
 PICTURES = "pictures.safetensors"
 
 CAPTION = (
-    "Sixteen photo crops of 64×64 overfitted with L1, IBQ's quantization and entropy terms and a PatchGAN with LeCam: PSNR of all sixteen "
+    "Sixteen photo crops of 64×64 overfitted with L1, IBQ's quantization and entropy terms and a PatchGAN with LeCam: "
+    "PSNR of all sixteen "
     "under the averaged weights, seconds of training and the most memory that the process has needed so far."
 )
 
 
 def config_of(folder: Path, small: bool = False) -> TrainConfig:
-    """The whole objective but for the perceptual term; `small`: a few steps of a tiny network, to try the benchmark itself."""
+    """The whole objective but for the perceptual term; `small`: a few steps of a tiny network, to try the benchmark
+    itself."""
     fields: dict[str, Any] = {
         "data": {"name": f"imagefolder:{folder}", "resolution": SIDE},
         "model": {"base_channels": 16, "channel_multipliers": [1, 2, 4], "norm_groups": 8, "z_channels": 64},
@@ -58,7 +62,10 @@ def config_of(folder: Path, small: bool = False) -> TrainConfig:
         "batch_size": 4,
     }
     if small:
-        fields |= {"model": {"base_channels": 4, "channel_multipliers": [1, 1, 2], "norm_groups": 4, "z_channels": 8}, "steps": 6}
+        fields |= {
+            "model": {"base_channels": 4, "channel_multipliers": [1, 1, 2], "norm_groups": 4, "z_channels": 8},
+            "steps": 6,
+        }
         fields["quantizer"] = {"method": "ibq", "codebook_size": 32, "code_dim": 8}
     return parse_train_config(fields)
 
@@ -73,7 +80,13 @@ def run(device_name: str = "auto", small: bool = False, say: Callable[[str], Non
     folder = cells.folder(NAME, device, "overfit.py", "ibq") / ("small" if small else "full")
     write_crops(folder / "crops")
     config, trained = config_of(folder / "crops", small), RunDirectory(folder / "run")
-    runtime = Runtime(device=device_name, log_every=max(1, config.steps // 100), snapshots=0, checkpoint_every_s=1e9, eval_images=CROPS)
+    runtime = Runtime(
+        device=device_name,
+        log_every=max(1, config.steps // 100),
+        snapshots=0,
+        checkpoint_every_s=1e9,
+        eval_images=CROPS,
+    )
     points = POINTS if not small else 3
     curve = read_lines(folder / "curve.jsonl")
     for step in [config.steps * point // points for point in range(1, points)][len(curve) :]:
@@ -86,9 +99,17 @@ def run(device_name: str = "auto", small: bool = False, say: Callable[[str], Non
         pass
     row = trained.read_row()
     end = {"step": config.steps, "seconds": row["train_seconds"]} | {name: row[name] for name in MEASURED}
-    say(f"step {config.steps} of {config.steps}: {end['psnr_db']:.2f} dB, {end['seconds']:.0f} s; wanted: over {WANTED_DB:g} dB")
+    say(
+        f"step {config.steps} of {config.steps}: {end['psnr_db']:.2f} dB, {end['seconds']:.0f} s; wanted: over "
+        f"{WANTED_DB:g} dB"
+    )
     write_tensors(cells.report_folder(NAME) / PICTURES, pictures(load_tokenizer(trained.path), config))
-    facts = {"peak_gib": row["peak_memory_gib"], "parameters": row["parameters"], "codebook_size": row["codebook_size"], "small": small}
+    facts = {
+        "peak_gib": row["peak_memory_gib"],
+        "parameters": row["parameters"],
+        "codebook_size": row["codebook_size"],
+        "small": small,
+    }
     return pd.DataFrame([*curve, end]).assign(**facts, **cells.facts(device))
 
 
@@ -142,10 +163,15 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(rows: pd.DataFrame, of_crops: dict[str, torch.Tensor]) -> Figure:
-    """The sixteen crops above their reconstructions, and beside them PSNR against steps with the line that was wanted."""
+    """The sixteen crops above their reconstructions, and beside them PSNR against steps with the line that was
+    wanted."""
     figures.theme()
     drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=[1.9, 1])
-    strips = [torch.cat(list(half), 2) for i in (0, CROPS // 2) for half in (of_crops[name][i : i + CROPS // 2] for name in of_crops)]
+    strips = [
+        torch.cat(list(half), 2)
+        for i in (0, CROPS // 2)
+        for half in (of_crops[name][i : i + CROPS // 2] for name in of_crops)
+    ]
     left.imshow(torch.cat(strips, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
     left.set(xticks=[], yticks=[], title="rows 1 and 3: crops; rows 2 and 4: their reconstructions")
     left.grid(False)

@@ -1,8 +1,11 @@
-"""Images a second of sampling from a transformer: a cache of keys and values against a full pass for every token; guidance, compilation.
+"""Images a second of sampling from a transformer: a cache of keys and values against a full pass for every token;
+guidance, compilation.
 
 Command: python -m experiments bench sampling   (2 CPU cores: about 5 minutes; no GPU has been measured yet)
-On a CPU size S and 64 tokens; on CUDA sizes B and L and the paper's 256 tokens, also compiled, and beside them what the memory's bandwidth
-would allow. Every cell is measured in a process of its own and kept under runs/benchmarks/; the same command measures only what is missing.
+On a CPU size S and 64 tokens; on CUDA sizes B and L and the paper's 256 tokens, also compiled, and beside them what
+the memory's bandwidth
+would allow. Every cell is measured in a process of its own and kept under runs/benchmarks/; the same command measures
+only what is missing.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments import figures
 from experiments.benchmarks import cells
+from experiments.report import figures
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 
@@ -26,15 +29,22 @@ GUIDANCES = (1.0, 2.0)
 MODES = ("uncached", "cached", "compiled")
 
 CAPTION = (
-    "Sampling of class-conditional tokens from transformers with random weights, images a second: a full forward pass for every token; a "
-    "cache of keys and values, median of three; the same as one CUDA graph by torch.compile. Each after a batch to warm up, all in one "
-    "process. Guidance other than 1 computes two sequences for an image. Of floor: the fastest, as a share of what the device's memory "
-    "would allow if each step read every weight once and keys and values up to its position, at the rate of a copy. Equal: samples whose "
-    "tokens are all the same with and without a cache; as neither is computed in float64, a draw at the border of two symbols may differ."
+    "Sampling of class-conditional tokens from transformers with random weights, images a second: a full forward pass "
+    "for every token; a "
+    "cache of keys and values, median of three; the same as one CUDA graph by torch.compile. Each after a batch to "
+    "warm up, all in one "
+    "process. Guidance other than 1 computes two sequences for an image. Of floor: the fastest, as a share of what the "
+    "device's memory "
+    "would allow if each step read every weight once and keys and values up to its position, at the rate of a copy. "
+    "Equal: samples whose "
+    "tokens are all the same with and without a cache; as neither is computed in float64, a draw at the border of two "
+    "symbols may differ."
 )
 
 
-def run(device_name: str = "auto", batch: int | None = None, small: bool = False, say: Callable[[str], None] = print) -> pd.DataFrame:
+def run(
+    device_name: str = "auto", batch: int | None = None, small: bool = False, say: Callable[[str], None] = print
+) -> pd.DataFrame:
     """Measure what is missing of the grid and return its rows.
 
     Args:
@@ -108,7 +118,9 @@ def figure(rows: pd.DataFrame) -> Figure:
         axis.bar(at, rows[f"{mode}_images_per_second"].fillna(0), 0.25, color=figures.LINE_COLORS[place], label=mode)
     if "floor_images_per_second" in rows:
         left, right = ([i + side * 0.42 for i in range(len(rows))] for side in (-1, 1))
-        axis.hlines(rows["floor_images_per_second"], left, right, color="0.3", ls="--", lw=1, label="bandwidth of memory")
+        axis.hlines(
+            rows["floor_images_per_second"], left, right, color="0.3", ls="--", lw=1, label="bandwidth of memory"
+        )
     labels = [f"{size}, guidance {guidance:g}" for size, guidance in zip(rows["size"], rows["guidance"], strict=True)]
     axis.set_xticks(range(len(rows)), labels)
     axis.set(ylabel="images/s")

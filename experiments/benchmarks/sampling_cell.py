@@ -1,6 +1,8 @@
-"""One cell of the benchmark of sampling, in a process of its own: python -m experiments.benchmarks.sampling_cell CELL, CELL as JSON.
+"""One cell of the benchmark of sampling, in a process of its own: python -m experiments.benchmarks.sampling_cell CELL,
+CELL as JSON.
 
-Prints one JSON line: images a second without a cache, with one and, on CUDA, compiled, and the most that the device's memory would allow.
+Prints one JSON line: images a second without a cache, with one and, on CUDA, compiled, and the most that the device's
+    memory would allow.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import nn
 from experiments.benchmarks import measure
 from ibq.distributed import resolve_device
 from ibq.models.transformer import Transformer
-from ibq.models.transformer_config import SIZES, TransformerConfig
+from ibq.models.transformer.config import SIZES, TransformerConfig
 from ibq.sampling import Guidance, Sampler, Sampling, sample_uncached
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,7 +31,8 @@ REPEATS = 3
 
 
 def measure_sampling(cell: dict[str, Any]) -> dict[str, Any]:
-    """Images a second in each mode, after a batch of other samples to warm up, and of how many samples all tokens are equal."""
+    """Images a second in each mode, after a batch of other samples to warm up, and of how many samples all tokens are
+    equal."""
     device = resolve_device(cell["device"])
     transformer = random_transformer(cell).to(device, DTYPES[cell["precision"]])
     sampling, batch = Sampling(guidance=Guidance(cell["guidance"])), cell["batch"]
@@ -58,8 +61,11 @@ def measure_sampling(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_transformer(cell: dict[str, Any]) -> Transformer:
-    """With weights at which class, position and all tokens before count, as after training; they cost what any weights cost."""
-    config = TransformerConfig(depth=SIZES[cell["size"]], codebook_size=cell["K"], classes=CLASSES, grid=math.isqrt(cell["tokens"]))
+    """With weights at which class, position and all tokens before count, as after training; they cost what any weights
+    cost."""
+    config = TransformerConfig(
+        depth=SIZES[cell["size"]], codebook_size=cell["K"], classes=CLASSES, grid=math.isqrt(cell["tokens"])
+    )
     torch.manual_seed(0)
     transformer = Transformer(config).requires_grad_(False)
     for module in transformer.modules():
@@ -69,10 +75,14 @@ def random_transformer(cell: dict[str, Any]) -> Transformer:
 
 
 def bytes_of_a_batch(transformer: Transformer, sequences: int) -> float:
-    """What all steps of a batch must read at least: every weight of blocks and head but AdaLN's, which are needed once, and the keys and
-    values up to each position."""
+    """What all steps of a batch must read at least: every weight of blocks and head but AdaLN's, which are needed once,
+    and the keys and values up to each position."""
     config = transformer.config
-    read = [p for name, p in transformer.named_parameters() if not any(part in name for part in ("tok_emb", "class_emb", "ada_lin"))]
+    read = [
+        p
+        for name, p in transformer.named_parameters()
+        if not any(part in name for part in ("tok_emb", "class_emb", "ada_lin"))
+    ]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in read)
     position = 2 * config.depth * config.width * read[0].element_size() * sequences
     return config.tokens * (weights + position * (config.tokens + 1) / 2)

@@ -1,7 +1,9 @@
-"""One cell of the benchmark of training, in a process of its own: python -m experiments.benchmarks.training_cell CELL, CELL as JSON.
+"""One cell of the benchmark of training, in a process of its own: python -m experiments.benchmarks.training_cell CELL,
+CELL as JSON.
 
-The trainer is the real one; it is left after the last step, before it evaluates. Three things stand in for what a measurement does without:
-pictures of noise in memory for ImageNet, random weights for VGG-16's, and, where the cell says so, the operator's (N, K) matrix.
+The trainer is the real one; it is left after the last step, before it evaluates. Three things stand in for what a
+measurement does without: pictures of noise in memory for ImageNet, random weights for VGG-16's, and, where the cell
+says so, the operator's (N, K) matrix.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from ibq import ops
 from ibq.config import TrainConfig
 from ibq.distributed import resolve_device
 from ibq.models.tokenizer import Tokenizer
-from ibq.ops.door import Backend
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import Runtime
+from ibq.ops.arguments import Backend
+from ibq.training.runtime import Runtime
+from ibq.training.tokenizer import train_tokenizer
 
 WARM_UP, TIMED = 8, 16
 RECIPE_OF = {"ibq": "imagenet256_ibq_16384", "vq": "imagenet256_vqgan_16384", "lfq": "imagenet256_lfq_16384"}
@@ -44,9 +46,15 @@ SMALL = {
 
 
 def config_of(cell: dict[str, Any], folder: Path) -> TrainConfig:
-    """The method's recipe with the cell's K, batch, micro-batches and precision, on images of a folder that are held in memory."""
+    """The method's recipe with the cell's K, batch, micro-batches and precision, on images of a folder that are held in
+    memory."""
     fields = {"data.name": f"imagefolder:{folder}", "data.crop": "center", "quantizer.codebook_size": cell["K"]}
-    fields |= {"batch_size": cell["batch"], "accumulate": cell["accumulate"], "precision": cell["precision"], "steps": WARM_UP + TIMED}
+    fields |= {
+        "batch_size": cell["batch"],
+        "accumulate": cell["accumulate"],
+        "precision": cell["precision"],
+        "steps": WARM_UP + TIMED,
+    }
     fields |= SMALL if cell["small"] else {}
     if cell["method"] == "lfq":  # a code is its signs
         fields["quantizer.code_dim"] = (cell["K"] - 1).bit_length()
@@ -65,7 +73,9 @@ def measure_training(cell: dict[str, Any]) -> dict[str, Any]:
         _write_noise(folder / "images", config.batch_size, config.data.resolution)
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in Tokenizer(config).parameters())
-        runtime = Runtime(device=cell["device"], log_every=WARM_UP, snapshots=0, checkpoint_every_s=1e9, compile=cell["compiled"])
+        runtime = Runtime(
+            device=cell["device"], log_every=WARM_UP, snapshots=0, checkpoint_every_s=1e9, compile=cell["compiled"]
+        )
         seconds = {}
         with (
             mock.patch("ibq.losses.backbone_weights", return_value=_random_vgg()),

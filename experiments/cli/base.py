@@ -1,4 +1,5 @@
-"""What all commands share: the app, where they print, how a user's error ends, and how a command line becomes a study."""
+"""What all commands share: the app, where they print, how a user's error ends, and how a command line becomes a
+study."""
 
 from __future__ import annotations
 
@@ -18,29 +19,39 @@ from safetensors import SafetensorError
 from experiments.ablations import ALL
 from experiments.imagenet256 import RECIPES
 from experiments.recipes import PRESETS
+from experiments.runner.sweep import terminable
 from experiments.study import Study
-from experiments.sweep import terminable
 from ibq.data import DataError
 from ibq.distributed import PeerLostError, last_words
 from ibq.errors import ConfigError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers."
+)
 INTERRUPTED = 130
 console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
-Names = Annotated[list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one but collapse_atlas")]
+Names = Annotated[
+    list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one but collapse_atlas")
+]
 PresetOption = Annotated[str, typer.Option("--preset", help=f"scale: {', '.join(PRESETS)}")]
 SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4 or generator.steps=500; repeatable")
+    list[str] | None,
+    typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4 or transformer.steps=500; repeatable"),
 ]
 GridOption = Annotated[
     list[str] | None,
-    typer.Option("--grid", help="field=value,value in place of ablations, every combination an arm, e.g. optim.lr=1e-4,1e-3; repeatable"),
+    typer.Option(
+        "--grid",
+        help="field=value,value in place of ablations, every combination an arm, e.g. optim.lr=1e-4,1e-3; repeatable",
+    ),
 ]
 BaseOption = Annotated[
     list[str] | None,
-    typer.Option("--base", help="arm that the grid starts from, e.g. vq_vs_ibq/vq_fair; repeatable; none: the published pair"),
+    typer.Option(
+        "--base", help="arm that the grid starts from, e.g. vq_vs_ibq/vq_fair; repeatable; none: the published pair"
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 
@@ -50,7 +61,8 @@ FOLDERS = ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE", "IBQ_WEIGHTS", "I
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's error is one line on stderr and exit code 2, never a traceback; Ctrl-C and SIGTERM stop resumably, code 130.
+    """A user's error is one line on stderr and exit code 2, never a traceback; Ctrl-C and SIGTERM stop resumably, code
+    130.
 
     Of the processes that torchrun has started on a node, the first one says it.
     """
@@ -66,10 +78,14 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (ConfigError, DataError, PeerLostError) as error:
             raise _ended(f"error: {error}", 2) from None
         except SafetensorError as error:
-            raise _ended(f"error: a run's tensors cannot be read ({error}); forget that run and train it again", 2) from None
+            raise _ended(
+                f"error: a run's tensors cannot be read ({error}); forget that run and train it again", 2
+            ) from None
         except OSError as error:
             what = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-            raise _ended(f"error: {what}: {error.filename or 'while reading or writing'}; nothing finished is lost", 2) from None
+            raise _ended(
+                f"error: {what}: {error.filename or 'while reading or writing'}; nothing finished is lost", 2
+            ) from None
         except KeyboardInterrupt:
             raise _ended("stopped; the same command goes on from here", INTERRUPTED) from None
 
@@ -91,13 +107,17 @@ def study_of(
 ) -> Study:
     """The study that a command line names."""
     if recipes := [name for name in names or [] if name in RECIPES]:
-        raise ConfigError(f"{recipes[0]!r} is a recipe, not an ablation; use train: python -m experiments train {recipes[0]}")
+        raise ConfigError(
+            f"{recipes[0]!r} is a recipe, not an ablation; use train: python -m experiments train {recipes[0]}"
+        )
     values: dict[str, list[Any]] = {}
     for path, text in (_equation("--grid", line) for line in grid or []):
         if path in values:
             raise ConfigError(f"--grid has {path} twice; give all its values in one, e.g. --grid {path}=VALUE,VALUE")
         values[path] = _values(text)
-    return Study(preset, ALL if names == ["all"] else tuple(names or ()), seeds, changes(set_), values, tuple(base or ()))
+    return Study(
+        preset, ALL if names == ["all"] else tuple(names or ()), seeds, changes(set_), values, tuple(base or ())
+    )
 
 
 def of_a_study(command: Callable[..., None]) -> Callable[..., None]:

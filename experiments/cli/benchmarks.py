@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from experiments import tables
 from experiments.cli.base import DeviceOption, app, one_sentence_errors, say
+from experiments.report import tables
 from ibq.errors import ConfigError, nearest
 
 BENCHMARKS = {
@@ -27,14 +27,21 @@ def bench(
     tokens: Annotated[str, typer.Option(help="N, e.g. 1024,4096; default: a grid for the device")] = "",
     codes: Annotated[str, typer.Option(help="K, likewise")] = "",
     dim: Annotated[int | None, typer.Option(help="D; default: 256")] = None,
-    batch: Annotated[int | None, typer.Option(help="images a step, default: 32; or sampled together, default: 16, on CUDA 64")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="images a step, default: 32; or sampled together, default: 16, on CUDA 64")
+    ] = None,
     method: Annotated[str, typer.Option(help="ibq, vq or lfq; default: ibq")] = "",
-    accumulate: Annotated[int | None, typer.Option(help="micro-batches of a step; default: 8, as the recipes have it")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or, in training, float16; default: bfloat16 on CUDA")] = "",
+    accumulate: Annotated[
+        int | None, typer.Option(help="micro-batches of a step; default: 8, as the recipes have it")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or, in training, float16; default: bfloat16 on CUDA")
+    ] = "",
     small: Annotated[bool, typer.Option("--small", help="a tiny network, to try the benchmark itself")] = False,
     publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
 ) -> None:
-    """Measure: an operator against its rivals, training at the paper's size, whether the objective can overfit, or sampling."""
+    """Measure: an operator against its rivals, training at the paper's size, whether the objective can overfit, or
+    sampling."""
     from experiments.benchmarks import index_backprop, overfit, sampling, tokenizer_training
 
     given = {"--tokens": tokens, "--codes": codes, "--dim": dim, "--batch": batch, "--dtype": dtype, "--small": small}

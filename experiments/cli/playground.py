@@ -14,7 +14,9 @@ from experiments.cli.base import app, one_sentence_errors, say
 @one_sentence_errors
 def playground(
     out: Annotated[Path, typer.Option("--out", metavar="FILE.gif", help="where the GIF goes")],
-    methods: Annotated[list[str] | None, typer.Option("--method", help="a panel, e.g. 'VQ, linear codes'; repeatable; none: six")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="a panel, e.g. 'VQ, linear codes'; repeatable; none: six")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="pictures of the round; default: 60")] = None,
     seed: Annotated[int, typer.Option(help="of features, codes and restarts")] = 0,
     lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 0.01,

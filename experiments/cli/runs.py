@@ -8,7 +8,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import manage
 from experiments.ablations import ABLATIONS
 from experiments.cli.base import (
     BaseOption,
@@ -22,6 +21,7 @@ from experiments.cli.base import (
     say,
     study_of,
 )
+from experiments.runner import runs
 from experiments.study import Study
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
@@ -31,9 +31,9 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as s
 @one_sentence_errors
 def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
     """Remove a run for good."""
-    run = manage.find_run(Study(preset), run_id)
-    kept = manage.kept_copies(run)
-    manage.forget(run)
+    run = runs.find_run(Study(preset), run_id)
+    kept = runs.kept_copies(run)
+    runs.forget(run)
     print("; ".join(part for part in (f"forgot {run.path.name}", kept) if part))
 
 
@@ -49,14 +49,14 @@ def rerun(
 ) -> None:
     """Train a run again, and say what changed."""
     study = study_of(None if grid else list(ABLATIONS), preset, seeds, set_, grid, base)
-    run = manage.find_run(study, run_id)
-    before, after = manage.rerun(study, run, say=say)
+    run = runs.find_run(study, run_id)
+    before, after = runs.rerun(study, run, say=say)
     if before and after:
         changed = [name for name in after if before.get(name) != after[name]]
         print(f"entries that differ from the former row: {', '.join(changed) or 'none'}")
     if not after:
         raise typer.Exit(1)
-    if kept := manage.kept_copies(run):
+    if kept := runs.kept_copies(run):
         print(kept)
 
 
@@ -64,8 +64,8 @@ def rerun(
 @one_sentence_errors
 def compare(one: RunArgument, other: RunArgument, preset: PresetOption = "quick") -> None:
     """Config fields and results in which two runs differ."""
-    runs = [manage.find_run(Study(preset), name) for name in (one, other)]
-    table = Table("", *(run.path.name for run in runs), box=None)
-    for line in manage.compare(*runs):
+    pair = [runs.find_run(Study(preset), name) for name in (one, other)]
+    table = Table("", *(run.path.name for run in pair), box=None)
+    for line in runs.compare(*pair):
         table.add_row(*(escape(str(value)) for value in line))
     console.print(table)

@@ -12,7 +12,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import manage
 from experiments.ablations import ABLATIONS
 from experiments.cli.base import (
     BaseOption,
@@ -29,22 +28,29 @@ from experiments.cli.base import (
     say,
     study_of,
 )
+from experiments.cli.quantizer_options import options_table
 from experiments.imagenet256 import RECIPES
-from experiments.quantizer_options import options_table
 from experiments.recipes import PRESETS
+from experiments.runner import runs
+from experiments.runner.sweep import HANG_S, train_study
 from experiments.study import Study
-from experiments.sweep import HANG_S, train_study
 from ibq.errors import ConfigError, nearest
-from ibq.generator_config import GeneratorConfig
+from ibq.transformer_config import TransformerTrainConfig
 
-MetricOption = Annotated[str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in manage.EVALUATIONS.items()))]
-SlotsOption = Annotated[int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")]
+MetricOption = Annotated[
+    str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in runs.EVALUATIONS.items()))
+]
+SlotsOption = Annotated[
+    int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")
+]
 
 
 @app.command("list")
 @one_sentence_errors
 def list_ablations(
-    quantizers: Annotated[bool, typer.Option("--quantizers", help="the quantizers instead, with their options and papers")] = False,
+    quantizers: Annotated[
+        bool, typer.Option("--quantizers", help="the quantizers instead, with their options and papers")
+    ] = False,
 ) -> None:
     """The ablations, recipes and presets there are."""
     if quantizers:
@@ -69,7 +75,9 @@ def list_ablations(
 @one_sentence_errors
 def plan(
     context: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(help="ablations as for run, or recipes as list shows them")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="ablations as for run, or recipes as list shows them")
+    ] = None,
     preset: PresetOption = "quick",
     seeds: SeedsOption = None,
     set_: SetOption = None,
@@ -81,12 +89,16 @@ def plan(
     """Arms, steps and expected minutes, or what a recipe would cost; trains nothing."""
     if recipes := [name for name in names or [] if name in RECIPES]:
         if others := [name for name in names or [] if name not in RECIPES]:
-            raise ConfigError(f"{others[0]!r} is no recipe, as {recipes[0]!r} is; plan ablations and recipes one after the other")
+            raise ConfigError(
+                f"{others[0]!r} is no recipe, as {recipes[0]!r} is; plan ablations and recipes one after the other"
+            )
         _refuse_idle(context, "a recipe", ("preset", "seeds", "grid", "base", "slots"), "--set and --gpus")
         print("\n\n".join(_plan_of_recipe(name, changes(set_), gpus) for name in recipes))
         return
     if unknown := [name for name in names or [] if name not in ABLATIONS and name != "all"]:
-        raise ConfigError(f"ablation or recipe {unknown[0]!r} does not exist; {nearest(unknown[0], [*ABLATIONS, *RECIPES])}")
+        raise ConfigError(
+            f"ablation or recipe {unknown[0]!r} does not exist; {nearest(unknown[0], [*ABLATIONS, *RECIPES])}"
+        )
     _refuse_idle(context, "an ablation", ("gpus",), "--preset, --seeds, --set, --grid, --base and --slots")
     _plan_study(study_of(names, preset, seeds, set_, grid, base), slots)
 
@@ -98,10 +110,14 @@ def _refuse_idle(context: typer.Context, what: str, options: tuple[str, ...], ot
 
 
 def _plan_of_recipe(name: str, overrides: dict[str, Any], gpus: int) -> str:
-    from experiments import generator_plan, recipe_plan
+    from experiments.imagenet256 import tokenizer_plan, transformer_plan
 
     config = RECIPES[name]().with_fields(**overrides)
-    lines = generator_plan.plan(config, gpus) if isinstance(config, GeneratorConfig) else recipe_plan.plan(config, gpus)
+    lines = (
+        transformer_plan.plan(config, gpus)
+        if isinstance(config, TransformerTrainConfig)
+        else tokenizer_plan.plan(config, gpus)
+    )
     heading = str(inspect.getdoc(RECIPES[name]))
     if overrides:
         changed = ", ".join(f"{field}={value}" for field, value in overrides.items())
@@ -110,7 +126,7 @@ def _plan_of_recipe(name: str, overrides: dict[str, Any], gpus: int) -> str:
 
 
 def _plan_study(study: Study, slots: int | None) -> None:
-    from experiments import plan as plan_module
+    from experiments.runner import plan as plan_module
 
     for ablation in study.ablations:
         lines = plan_module.plan_table(study, ablation)
@@ -129,24 +145,35 @@ def run(
     slots: SlotsOption = None,
     time_budget: Annotated[float | None, typer.Option(help="minutes; then stop, resumably")] = None,
     fail_fast: Annotated[bool, typer.Option(help="stop everything at the first failed run")] = False,
-    hang_timeout: Annotated[float, typer.Option(help="minutes without a sign of life after which a trainer is killed")] = HANG_S / 60,
+    hang_timeout: Annotated[
+        float, typer.Option(help="minutes without a sign of life after which a trainer is killed")
+    ] = HANG_S / 60,
     device: DeviceOption = "auto",
 ) -> None:
     """Train all arms that have no row yet, execute the notebooks, write the report."""
     started = time.monotonic()
     budget_s = None if time_budget is None else 60 * time_budget
-    outcome = train_study(study, slots=slots, device=device, time_budget_s=budget_s, fail_fast=fail_fast, hang_s=60 * hang_timeout, say=say)
-    from experiments import notebooks, projections, report
+    outcome = train_study(
+        study,
+        slots=slots,
+        device=device,
+        time_budget_s=budget_s,
+        fail_fast=fail_fast,
+        hang_s=60 * hang_timeout,
+        say=say,
+    )
+    from experiments.analysis import projections
+    from experiments.report import notebooks, pages
 
     complete = not (outcome.unfinished or outcome.failed)
     if complete:
         projections.project_all((cell for cell in study.cells if cell.seed == 0), study.preset.projection, say)
     if outcome.finished:
         command = f"python -m experiments {shlex.join(sys.argv[1:])}"
-        report.record_session(study, command, len(outcome.finished), (time.monotonic() - started) / 60)
+        pages.record_session(study, command, len(outcome.finished), (time.monotonic() - started) / 60)
     if complete:
         notebooks.execute_changed(study, say)
-    print(f"report: {report.write(report.widened(study))}")
+    print(f"report: {pages.write(pages.widened(study))}")
     _suggest_gpu(study)
     if not complete:
         print(f"{len(outcome.failed)} failed, {len(outcome.unfinished)} unfinished; the same command goes on from here")
@@ -170,10 +197,11 @@ def status(study: Study) -> None:
 @one_sentence_errors
 @of_a_study
 def report(
-    study: Study, publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False
+    study: Study,
+    publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
 ) -> None:
     """Tables, figures and the page, from the rows there are."""
-    from experiments import report as report_module
+    from experiments.report import pages as report_module
 
     study = report_module.widened(study)
     print(f"report: {report_module.write(study)}")
@@ -186,11 +214,14 @@ def report(
 @of_a_study
 def evaluate(study: Study, metric: MetricOption = "full_test") -> None:
     """Add an evaluation to finished runs, without training."""
-    print(f"{manage.evaluate_finished(study, metric, say)} runs evaluated with {metric}; the rows have its columns")
+    print(f"{runs.evaluate_finished(study, metric, say)} runs evaluated with {metric}; the rows have its columns")
 
 
 def _suggest_gpu(study: Study) -> None:
     import torch
 
     if torch.cuda.is_available() and study.preset_name == "quick":
-        print(f"a GPU is here ({torch.cuda.get_device_name()}): make study PRESET=gpu runs the study at the paper's codebook size")
+        print(
+            f"a GPU is here ({torch.cuda.get_device_name()}): make study PRESET=gpu runs the study at the paper's "
+            f"codebook size"
+        )

@@ -1,4 +1,5 @@
-"""The settings of a run as something that trains it elsewhere: a recipe, which is a whole Python file, and a command."""
+"""The settings of a run as something that trains it elsewhere: a recipe, which is a whole Python file, and a
+command."""
 
 from __future__ import annotations
 
@@ -9,24 +10,25 @@ from typing import Any
 from experiments.ablations import ABLATIONS
 from experiments.ablations.grid import Base
 from experiments.explorer.trainer import runtime_of
-from experiments.plan import command
 from experiments.recipes import PRESETS
+from experiments.runner.plan import command
 from experiments.study import Study
 from ibq.config import TrainConfig, flatten
 from ibq.errors import ConfigError
-from ibq.interventions import Intervention
+from ibq.training.interventions import Intervention
 
 RECIPE = '''\
-"""A run of the collapse explorer as a recipe: as a script it trains into a folder beside it, or goes on where it was stopped."""
+"""A run of the collapse explorer as a recipe: as a script it trains into a folder beside it, or goes on where it was
+stopped."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ibq.config import TrainConfig, parse_train_config
-from ibq.interventions import Intervention, scheduled
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import Runtime
+from ibq.training.interventions import Intervention, scheduled
+from ibq.training.runtime import Runtime
+from ibq.training.tokenizer import train_tokenizer
 
 
 def recipe() -> TrainConfig:
@@ -43,7 +45,8 @@ INTERVENTIONS: list[Intervention] = {interventions}
 def main() -> None:
     runtime = Runtime(log_every={log_every})  # a restart of dead codes goes by the tokens since the last log step
     for event in train_tokenizer(recipe(), Path(__file__).with_suffix(""), runtime, intervene=scheduled(INTERVENTIONS)):
-        print(f"step {{event.step}} of {{event.steps}}: loss {{event.record['loss']:.4f}}, usage {{event.record['usage']:.3f}}", flush=True)
+        loss, usage = event.record["loss"], event.record["usage"]
+        print(f"step {{event.step}} of {{event.steps}}: loss {{loss:.4f}}, usage {{usage:.3f}}", flush=True)
 
 
 if __name__ == "__main__":
@@ -52,7 +55,8 @@ if __name__ == "__main__":
 
 
 def recipe_text(config: TrainConfig, interventions: Iterable[Intervention] = ()) -> str:
-    """A Python file: `recipe()` returns the config, `INTERVENTIONS` holds what was changed by hand, and run as a script it trains both.
+    """A Python file: `recipe()` returns the config, `INTERVENTIONS` holds what was changed by hand, and run as a script
+    it trains both.
 
     Args:
         config: what the run began with.
@@ -68,18 +72,22 @@ def recipe_text(config: TrainConfig, interventions: Iterable[Intervention] = ())
 
 
 def command_text(config: TrainConfig) -> str:
-    """The command that trains this very config headless, as a grid of one point; of the seeds below the config's, too, where it has any.
+    """The command that trains this very config headless, as a grid of one point; of the seeds below the config's, too,
+    where it has any.
 
     It starts from the preset and the arm that need the fewest changes.
 
     Raises:
         ConfigError: no arm of any ablation has the method.
     """
-    bases = [Base(ablation, arm) for ablation in ABLATIONS.values() if not ablation.generator for arm in ablation.arms]
+    bases = [
+        Base(ablation, arm) for ablation in ABLATIONS.values() if not ablation.transformer for arm in ablation.arms
+    ]
     bases = [base for base in bases if base.method == config.quantizer.method]
     if not bases:
         raise ConfigError(
-            f"no arm of any ablation has method={config.quantizer.method!r}, which a command could start from; use the recipe"
+            f"no arm of any ablation has method={config.quantizer.method!r}, which a command could start from; use the "
+            f"recipe"
         )
     presets = [preset.name for preset in PRESETS.values() if config.seed < preset.max_seeds]
     studies = [study for preset in presets for base in bases if (study := _study(config, preset, base.reference))]
@@ -106,7 +114,11 @@ def _study(config: TrainConfig, preset: str, base: str) -> Study | None:
 
 
 def _intervention(intervention: Intervention) -> str:
-    fields = f"    fields={textwrap.indent(_literal(intervention.fields), '    ').lstrip()},\n" if intervention.fields else ""
+    fields = (
+        f"    fields={textwrap.indent(_literal(intervention.fields), '    ').lstrip()},\n"
+        if intervention.fields
+        else ""
+    )
     restart = "    restart_dead=True,\n" if intervention.restart_dead else ""
     return f"Intervention(\n    step={intervention.step},\n{fields}{restart})"
 
@@ -114,7 +126,11 @@ def _intervention(intervention: Intervention) -> str:
 def _literal(value: Any) -> str:
     """A value as Python source: a dict an entry a line, a long string in parts, all else on one line."""
     if isinstance(value, dict):
-        return "{\n" + "".join(f'    "{key}": {textwrap.indent(_literal(of), "    ").lstrip()},\n' for key, of in value.items()) + "}"
+        return (
+            "{\n"
+            + "".join(f'    "{key}": {textwrap.indent(_literal(of), "    ").lstrip()},\n' for key, of in value.items())
+            + "}"
+        )
     if isinstance(value, str):
         parts = _parts(value)
         return parts[0] if len(parts) == 1 else "(\n" + "".join(f"    {part}\n" for part in parts) + ")"
@@ -123,6 +139,8 @@ def _literal(value: Any) -> str:
 
 def _parts(text: str) -> list[str]:
     """A text as string literals in plain ASCII, each of which fits on a line."""
-    length = 100 if text.isascii() and text.isprintable() and not {'"', "\\"} & set(text) else 10  # what is escaped takes up to ten signs
+    length = (
+        80 if text.isascii() and text.isprintable() and not {'"', "\\"} & set(text) else 10
+    )  # what is escaped takes up to ten signs
     parts = [text[i : i + length] for i in range(0, max(1, len(text)), length)]
     return ['"' + part.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"' for part in parts]

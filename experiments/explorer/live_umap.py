@@ -1,4 +1,5 @@
-"""Codes and features of a run as they are now, in two dimensions by UMAP: on demand, since it takes seconds, and the first time more."""
+"""Codes and features of a run as they are now, in two dimensions by UMAP: on demand, since it takes seconds, and the
+first time more."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from experiments.analysis.projections import Projection, reduce
 from experiments.explorer.trainer import LIVE
-from experiments.projections import Projection, reduce
 from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory, write_tensors
 
@@ -16,7 +17,8 @@ LIVE_UMAP = "live-umap.safetensors"
 
 
 def newest_tensors(run: RunDirectory) -> dict[str, torch.Tensor] | None:
-    """What `live.safetensors` holds, `step` among it; of a run that was trained elsewhere its last snapshot, None where it has none."""
+    """What `live.safetensors` holds, `step` among it; of a run that was trained elsewhere its last snapshot, None where
+    it has none."""
     if (run.path / LIVE).is_file():
         return load_file(run.path / LIVE)
     if not (steps := run.snapshot_steps()):
@@ -25,7 +27,8 @@ def newest_tensors(run: RunDirectory) -> dict[str, torch.Tensor] | None:
 
 
 def project_live(folder: Path) -> None:
-    """Project a run's newest codes and features and keep the result in its directory; ConfigError where it has none yet."""
+    """Project a run's newest codes and features and keep the result in its directory; ConfigError where it has none
+    yet."""
     if (tensors := newest_tensors(RunDirectory(folder))) is None:
         raise ConfigError("it has no codes yet; press UMAP again when it has its first point")
     n_codes = len(tensors["codes"])

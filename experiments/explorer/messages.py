@@ -1,4 +1,5 @@
-"""What the kernel's side and the server of trainers say to each other; a module of its own, since the server's is its main one."""
+"""What the kernel's side and the server of trainers say to each other; a module of its own, since the server's is its
+main one."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ WARM, ENDED, REMOVED = "warm", "ended", "removed"
 
 
 class Train(NamedTuple):
-    """Begin to train, once a trainer of the same folder has ended; `attempt` is what messages about it are told apart by."""
+    """Begin to train, once a trainer of the same folder has ended; `attempt` is what messages about it are told apart
+    by."""
 
     attempt: int
     config: dict[str, Any]

@@ -34,7 +34,8 @@ class Request(NamedTuple):
 
 
 class Painting(NamedTuple):
-    """A drawn figure as a PNG, or why there is none; how far each run was in it, by place; and the seconds that it took."""
+    """A drawn figure as a PNG, or why there is none; how far each run was in it, by place; and the seconds that it
+    took."""
 
     request: Request
     png: bytes
@@ -84,8 +85,8 @@ class Painter:
         self._try()
 
     def poll(self) -> Painting | None:
-        """The figure that was asked for, once it is there; a process that has died over it is started anew, and the second time that is
-        the figure's problem."""
+        """The figure that was asked for, once it is there; a process that has died over it is started anew, and the
+        second time that is the figure's problem."""
         try:
             if self._process is not None and self._connection.poll():
                 painting: Painting = self._connection.recv()
@@ -99,7 +100,10 @@ class Painter:
             self._try()
             return None
         self._request = None
-        words = f"the figure {request.name!r} could not be drawn: the process that draws has ended; it is tried again when a run has more"
+        words = (
+            f"the figure {request.name!r} could not be drawn: the process that draws has ended; it is tried again "
+            f"when a run has more"
+        )
         return Painting(request, b"", {}, words, time.monotonic() - self._asked)
 
     def close(self, timeout_s: float = 2.0) -> None:

@@ -1,8 +1,8 @@
 """The process that draws, so that the notebook's kernel never waits for matplotlib.
 
-`python -m experiments.explorer.painting FD` is started by `experiments.explorer.painter`, which it talks to over the connection FD, and
-ends with it. Requests name a figure and the folders of runs; this process reads those folders itself, and of several requests that wait it
-draws the newest alone.
+`python -m experiments.explorer.painting FD` is started by `experiments.explorer.painter`, which it talks to over the
+connection FD, and ends with it. Requests name a figure and the folders of runs; this process reads those folders
+itself, and of several requests that wait it draws the newest alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ NICENESS = 5
 
 
 def paint(request: Request) -> tuple[bytes, dict[int, int]]:
-    """The PNG of a request, from the folders it names, and the newest step of each place; a run that has been removed is left out."""
+    """The PNG of a request, from the folders it names, and the newest step of each place; a run that has been removed
+    is left out."""
     views = []
     for folder, slot in request.shown:
         with suppress(ConfigError):
@@ -53,8 +54,14 @@ def main() -> None:
             started = time.perf_counter()
             try:
                 (png, steps), problem = paint(request), ""
-            except Exception as error:  # one figure that fails must not end the others; it is said where the figure would be
-                png, steps, problem = b"", {}, f"the figure {request.name!r} could not be drawn: {type(error).__name__}: {error}"
+            except (
+                Exception
+            ) as error:  # one figure that fails must not end the others; it is said where the figure would be
+                png, steps, problem = (
+                    b"",
+                    {},
+                    f"the figure {request.name!r} could not be drawn: {type(error).__name__}: {error}",
+                )
             owner.send(Painting(request, png, steps, problem, time.perf_counter() - started))
     os._exit(0)
 

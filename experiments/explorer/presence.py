@@ -1,6 +1,8 @@
-"""Whether a browser still looks at this kernel: closing its tab leaves a kernel running, which cannot see that, but its Jupyter server can.
+"""Whether a browser still looks at this kernel: closing its tab leaves a kernel running, which cannot see that, but its
+Jupyter server can.
 
-The server's REST API says how many connections a kernel has. Where this kernel is no server's (papermill, VS Code, a script), nothing is
+The server's REST API says how many connections a kernel has. Where this kernel is no server's (papermill, VS Code, a
+script), nothing is
 watched: whoever started it then ends it.
 """
 
@@ -31,8 +33,8 @@ class Closes(Protocol):
 
 
 class Presence:
-    """A thread that stops all runs, resumably, and closes what has processes, once a kernel that had a connection has had none for
-    ABSENT_S; then it waits for the next one.
+    """A thread that stops all runs, resumably, and closes what has processes, once a kernel that had a connection has
+    had none for ABSENT_S; then it waits for the next one.
 
     Args:
         workers: what has processes: the workers, or an interface that has some beside them.

@@ -1,7 +1,8 @@
-"""A run that is handled by hand: started, paused, changed while it trains, stopped, gone on with, removed. No method but `wait` ever waits.
+"""A run that is handled by hand: started, paused, changed while it trains, stopped, gone on with, removed. No method
+but `wait` ever waits.
 
-All that there is to see of a run lies in its directory (`experiments.explorer.trainer` says what). Those of the explorer are
-runs/explore/NNNN-method-..., outside the study's rows, which never look there.
+All that there is to see of a run lies in its directory (`experiments.explorer.trainer` says what). Those of the
+explorer are runs/explore/NNNN-method-..., outside the study's rows, which never look there.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from experiments.explorer.workers import WORKERS, Workers
-from experiments.manage import find_run, forget, read_config
+from experiments.runner.runs import find_run, forget, read_config
+from experiments.runner.sweep import failure_reason
 from experiments.study import Study, runs_folder
-from experiments.sweep import failure_reason
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError, one_sentence
-from ibq.interventions import Intervention, after, read_interventions
 from ibq.run_directory import RunDirectory, write_json
+from ibq.training.interventions import Intervention, after, read_interventions
 
 __all__ = ["WORKERS", "ExplorerRun", "Workers", "explore_folder", "load_run", "new_run"]
 
@@ -49,7 +50,8 @@ class ExplorerRun:
     """One run, and what may be done with it.
 
     Args:
-        directory: its directory; the run can be trained if that lies in `explore_folder()`, and is only shown otherwise.
+        directory: its directory; the run can be trained if that lies in `explore_folder()`, and is only shown
+            otherwise.
         config: what it began with, or is to begin with.
         workers: who trains it.
     """
@@ -73,9 +75,9 @@ class ExplorerRun:
 
     @property
     def state(self) -> State:
-        """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopping" until its process has
-        ended, "stopped" resumably, "finished" with a row, "failed", of which `reason` says why, or "loaded": a run of the study, which is
-        only shown."""
+        """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopping" until
+        its process has ended, "stopped" resumably, "finished" with a row, "failed", of which `reason` says why, or
+        "loaded": a run of the study, which is only shown."""
         if self.read_only:
             return "loaded"
         activity = self.workers.activity(self.directory)
@@ -98,8 +100,14 @@ class ExplorerRun:
         if self.directory.finished:
             return self._lost
         if shutil.disk_usage(self.directory.path).free < ROOM_BYTES:
-            return f"the disk under {self.directory.path.parent} is full; make space and train the run again, it goes on from where it was"
-        return failure_reason(self.directory) or "its trainer ended without a word; train it again, it goes on from its last checkpoint"
+            return (
+                f"the disk under {self.directory.path.parent} is full; make space and train the run again, it goes "
+                f"on from where it was"
+            )
+        return (
+            failure_reason(self.directory)
+            or "its trainer ended without a word; train it again, it goes on from its last checkpoint"
+        )
 
     @property
     def _lost(self) -> str:
@@ -111,14 +119,18 @@ class ExplorerRun:
         return "" if row["status"] == "ok" else str(row["reason"])
 
     def train(self) -> None:
-        """Begin, or go on after a stop or a failure from the last checkpoint, interventions included; a run that trains goes on training.
+        """Begin, or go on after a stop or a failure from the last checkpoint, interventions included; a run that trains
+        goes on training.
 
         Raises:
             ConfigError: the run is only shown, is finished, did not stay finite, or is trained by another process.
         """
         self._require_own("trained")
         if self.directory.finished:
-            raise ConfigError(f"run {self.name} has its row and cannot be trained further; reset it, or make a new run with more steps")
+            raise ConfigError(
+                f"run {self.name} has its row and cannot be trained further; reset it, or make a new run with more "
+                f"steps"
+            )
         activity = self.workers.activity(self.directory)
         if activity in (None, "removing", "stopping"):
             self._require_free()
@@ -128,7 +140,8 @@ class ExplorerRun:
             self.workers.tell(self.directory, "resume")
 
     def pause(self) -> None:
-        """Hold the trainer before its next step; what is asked meanwhile takes effect at that step. ConfigError: as `stop`."""
+        """Hold the trainer before its next step; what is asked meanwhile takes effect at that step. ConfigError: as
+        `stop`."""
         self._require_own("paused")
         self._require_free()
         self.workers.tell(self.directory, "pause")
@@ -138,7 +151,8 @@ class ExplorerRun:
         self.train()
 
     def stop(self) -> None:
-        """Ask the trainer to write a checkpoint before its next step, and to end; later `train` goes on from it, bit for bit.
+        """Ask the trainer to write a checkpoint before its next step, and to end; later `train` goes on from it, bit
+        for bit.
 
         Raises:
             ConfigError: the run is only shown, or is trained by another process.
@@ -171,11 +185,12 @@ class ExplorerRun:
         """Change the run while it trains, from its next step on, once for all later ones.
 
         Args:
-            fields: values by dotted path, of `ibq.interventions.live_fields`.
+            fields: values by dotted path, of `ibq.training.interventions.live_fields`.
             restart_dead: put dead codes on features.
 
         Raises:
-            ConfigError: a field cannot change while a run trains, a value does not fit, or the run is neither training nor paused.
+            ConfigError: a field cannot change while a run trains, a value does not fit, or the run is neither training
+                nor paused.
         """
         self._require_own("changed")
         try:
@@ -184,10 +199,13 @@ class ExplorerRun:
             raise ConfigError(one_sentence(error)) from None
         if not self.workers.intervene(self.directory, intervention):
             state = "stopping" if self.workers.activity(self.directory) == "stopping" else self.state
-            raise ConfigError(f"run {self.name} is {state}, and only a run that trains or is paused can be changed; train it first")
+            raise ConfigError(
+                f"run {self.name} is {state}, and only a run that trains or is paused can be changed; train it first"
+            )
 
     def project_umap(self) -> None:
-        """Have the newest codes and features projected by UMAP; `experiments.explorer.live_umap.read_live_umap` gives the result, later."""
+        """Have the newest codes and features projected by UMAP; `experiments.explorer.live_umap.read_live_umap` gives
+        the result, later."""
         self.workers.project(self.directory)
 
     @property
@@ -207,7 +225,10 @@ class ExplorerRun:
 
     def _require_own(self, done: str) -> None:
         if self.read_only:
-            raise ConfigError(f"run {self.name} is the study's and is only shown, so it cannot be {done}; make a new run of its settings")
+            raise ConfigError(
+                f"run {self.name} is the study's and is only shown, so it cannot be {done}; make a new run of its "
+                f"settings"
+            )
 
     def _require_free(self) -> None:
         if self.workers.activity(self.directory) is None and _held(self.directory):
@@ -232,19 +253,26 @@ def new_run(config: TrainConfig, workers: Workers = WORKERS) -> ExplorerRun:
 
 
 def load_run(run_id: str, workers: Workers = WORKERS) -> ExplorerRun:
-    """A run by its id, or by an unambiguous beginning of it: one of the explorer's, or of the study, which is only shown.
+    """A run by its id, or by an unambiguous beginning of it: one of the explorer's, or of the study, which is only
+    shown.
 
     Raises:
-        ConfigError: no run or several begin so, or it is a generator's.
+        ConfigError: no run or several begin so, or it is a transformer's.
     """
     explored = sorted(path.parent for path in explore_folder().glob("*/config.json"))
-    matches = [path for path in explored if path.name == run_id] or [path for path in explored if run_id and path.name.startswith(run_id)]
+    matches = [path for path in explored if path.name == run_id] or [
+        path for path in explored if run_id and path.name.startswith(run_id)
+    ]
     if len(matches) > 1:
-        raise ConfigError(f"run {run_id!r} cannot be chosen: {len(matches)} runs of the explorer begin with it; give more of its id")
+        raise ConfigError(
+            f"run {run_id!r} cannot be chosen: {len(matches)} runs of the explorer begin with it; give more of its id"
+        )
     run = RunDirectory(matches[0]) if matches else find_run(Study(), run_id)
     config = read_config(run)
     if not isinstance(config, TrainConfig):
-        raise ConfigError(f"run {run.path.name} is a generator's, and the explorer shows tokenizers; load its tokenizer's run")
+        raise ConfigError(
+            f"run {run.path.name} is a transformer's, and the explorer shows tokenizers; load its tokenizer's run"
+        )
     return ExplorerRun(run, config, workers)
 
 

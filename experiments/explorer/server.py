@@ -1,8 +1,10 @@
 """The process that forks trainers: what they need is loaded once, so that a run begins to train within a second or two.
 
-`python -m experiments.explorer.server FD` is started by `experiments.explorer.workers`, which it talks to over the connection FD, and ends
-with it: once that side is closed or gone, trainers are asked to stop, and what has not ended in time is killed. Python's own fork server
-would live as long as its parent, and have loaded what the first of its users wants, a sweep perhaps.
+`python -m experiments.explorer.server FD` is started by `experiments.explorer.workers`, which it talks to over the
+connection FD, and ends
+with it: once that side is closed or gone, trainers are asked to stop, and what has not ended in time is killed.
+Python's own fork server would live as long as its parent, and have loaded what the first of its users wants, a sweep
+perhaps.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
-from experiments import worker
 from experiments.explorer import trainer
 from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Projected, Reset, Said, Tell, Train
+from experiments.runner import worker
 from ibq.config import parse_train_config
 from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory
@@ -42,7 +44,8 @@ class _Trainer:
 
 @dataclass
 class _Waiting:
-    """A run that is to be trained once its trainer of before, which has been asked to stop, has ended; and what it is to be told then."""
+    """A run that is to be trained once its trainer of before, which has been asked to stop, has ended; and what it is
+    to be told then."""
 
     order: Train
     told: list[Tell] = field(default_factory=list)
@@ -88,7 +91,7 @@ class _Server:
 
     def _load_the_rest(self) -> None:
         """When there is nothing else to do."""
-        import experiments.preload  # noqa: F401
+        import experiments.runner.preload  # noqa: F401
 
         self._warm = True
         self._owner.send(WARM)
@@ -125,7 +128,11 @@ class _Server:
         try:
             process.start()
         except OSError as error:
-            worker.note(RunDirectory(order.folder), "error", f"no process could be started for the run: {os.strerror(error.errno or 0)}")
+            worker.note(
+                RunDirectory(order.folder),
+                "error",
+                f"no process could be started for the run: {os.strerror(error.errno or 0)}",
+            )
             self._owner.send(Said(order.attempt, ENDED))
             ours.close()
         else:
@@ -140,7 +147,9 @@ class _Server:
             self._projector.folders.send(order.folder)
         except OSError as error:
             if self._projector is None:
-                self._owner.send(Projected(order.folder, f"no process could be started for it: {os.strerror(error.errno or 0)}"))
+                self._owner.send(
+                    Projected(order.folder, f"no process could be started for it: {os.strerror(error.errno or 0)}")
+                )
             # else it has just ended, which is read where its answers are
 
     def _start_projector(self) -> _Projector:
@@ -162,7 +171,9 @@ class _Server:
             projector.folders.close()
             projector.process.join()
             for folder in projector.awaited:
-                words = f"the process that computes it has ended (exit code {projector.process.exitcode}); press UMAP again"
+                words = (
+                    f"the process that computes it has ended (exit code {projector.process.exitcode}); press UMAP again"
+                )
                 self._owner.send(Projected(folder, words))
             self._projector = None
         else:
@@ -170,8 +181,11 @@ class _Server:
             self._owner.send(projected)
 
     def _connections(self) -> list[Connection]:
-        """Ends of pipes that a fork must close: who holds one of them would hide from another process that this one is gone."""
-        return [each.commands for each in self._trainers.values()] + ([self._projector.folders] if self._projector else [])
+        """Ends of pipes that a fork must close: who holds one of them would hide from another process that this one is
+        gone."""
+        return [each.commands for each in self._trainers.values()] + (
+            [self._projector.folders] if self._projector else []
+        )
 
     def _relay(self, attempt: int, of: _Trainer) -> None:
         try:
@@ -237,7 +251,9 @@ def _project(folders: Connection, others: list[Connection]) -> None:
                 project_live(Path(folder))
             except ConfigError as error:
                 problem = str(error)
-            except Exception as error:  # whatever it is, a run removed meanwhile or a full disk, those that wait are told
+            except (
+                Exception
+            ) as error:  # whatever it is, a run removed meanwhile or a full disk, those that wait are told
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             folders.send(Projected(folder, problem))
 

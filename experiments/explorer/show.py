@@ -1,4 +1,5 @@
-"""What notebook 09 calls: the interface, or, where nobody looks, runs through the same engine and the same figures as plain output."""
+"""What notebook 09 calls: the interface, or, where nobody looks, runs through the same engine and the same figures as
+plain output."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from experiments.explorer.view import LETTERS, describe
 from experiments.recipes import get_preset, tokenizer
 from experiments.study import Study
 from ibq.config import TrainConfig
-from ibq.diagnosis import diagnose
 from ibq.errors import ConfigError
+from ibq.evaluation.diagnosis import diagnose
 
 PAIR = ("vq", "ibq")
 CODES = 256
@@ -33,7 +34,9 @@ _shown: list[Panel] = []
 """The interface of this kernel, if there is one."""
 
 
-def explore(preset: str = "quick", autostart: Sequence[str] = (), headless: bool | None = None) -> Panel | list[ExplorerRun]:
+def explore(
+    preset: str = "quick", autostart: Sequence[str] = (), headless: bool | None = None
+) -> Panel | list[ExplorerRun]:
     """Display the explorer, or train and display without it.
 
     Args:
@@ -73,13 +76,16 @@ def settings(preset: str, method: str) -> TrainConfig:
 
 
 def show_headless(configs: Sequence[TrainConfig]) -> list[ExplorerRun]:
-    """Train runs side by side, wait for them, display every figure of them and what is seen in words; no process is left.
+    """Train runs side by side, wait for them, display every figure of them and what is seen in words; no process is
+    left.
 
     Raises:
         ConfigError: there are more runs than places, or a run failed.
     """
     if len(configs) > len(LETTERS):
-        raise ConfigError(f"{len(configs)} runs were asked for and {len(LETTERS)} have room side by side; train fewer at a time")
+        raise ConfigError(
+            f"{len(configs)} runs were asked for and {len(LETTERS)} have room side by side; train fewer at a time"
+        )
     from experiments.explorer.painting import paint  # here, since the interface's kernel does without matplotlib
 
     runs = [new_run(config) for config in configs]
@@ -89,7 +95,8 @@ def show_headless(configs: Sequence[TrainConfig]) -> list[ExplorerRun]:
         for run in runs:
             if not run.wait(LONGEST_S) or run.state != "finished":
                 raise ConfigError(
-                    f"run {run.name} is {run.state} after {run.step} steps of {run.steps}: {run.reason or 'it takes too long'}"
+                    f"run {run.name} is {run.state} after {run.step} steps of {run.steps}: "
+                    f"{run.reason or 'it takes too long'}"
                 )
     finally:
         WORKERS.close(timeout_s=20.0)
@@ -98,6 +105,9 @@ def show_headless(configs: Sequence[TrainConfig]) -> list[ExplorerRun]:
         display(Markdown(f"**{tab.title}.** *{tab.caption}*"))
         display(Image(data=paint(Request(name, shown, FIGURE_SIZE))[0], format="png"))
     for letter, run in zip(LETTERS, runs, strict=False):
-        sentences = "".join(f"\n- {finding.sentence}" for finding in diagnose(run.directory.read_history())) or "\n- Nothing wrong is seen."
+        sentences = (
+            "".join(f"\n- {finding.sentence}" for finding in diagnose(run.directory.read_history()))
+            or "\n- Nothing wrong is seen."
+        )
         display(Markdown(f"**Diagnosis of {letter}, {describe(run.config)}, after {run.step} steps**\n{sentences}"))
     return runs

@@ -1,8 +1,9 @@
-"""The process that trains one run of the explorer: `train_tokenizer`, which it lets pause, stop and be changed between two steps.
+"""The process that trains one run of the explorer: `train_tokenizer`, which it lets pause, stop and be changed between
+two steps.
 
-What there is to see lies in the run's directory, so that a viewer needs no pipe: history.jsonl, attempts.jsonl, interventions.jsonl,
-row.json, and `live.safetensors`, which is replaced while the run goes on: what `take_snapshot` gives, `step`, and images_BCHW and
-reconstructions_BCHW (uint8) of the first test images.
+What there is to see lies in the run's directory, so that a viewer needs no pipe: history.jsonl, attempts.jsonl,
+interventions.jsonl, row.json, and `live.safetensors`, which is replaced while the run goes on: what `take_snapshot`
+gives, `step`, and images_BCHW and reconstructions_BCHW (uint8) of the first test images.
 
 Suffixes: B images, C channels, H W pixels, K codes.
 """
@@ -19,17 +20,17 @@ from multiprocessing.connection import Connection
 import torch
 from filelock import FileLock, Timeout
 
-from experiments import worker
+from experiments.runner import worker
 from ibq.config import TrainConfig
 from ibq.data import ImageSource, load_images
 from ibq.errors import NonFiniteInputError
-from ibq.evaluation import SHOWN_IMAGES, measuring
-from ibq.interventions import Intervention
+from ibq.evaluation.tokenizer import SHOWN_IMAGES, measuring
 from ibq.metrics.distances import to_uint8
 from ibq.models.tokenizer import Tokenizer
-from ibq.observation import take_snapshot
 from ibq.run_directory import RunDirectory, write_tensors
-from ibq.training import LogEvent, Runtime
+from ibq.training.interventions import Intervention
+from ibq.training.logging import take_snapshot
+from ibq.training.runtime import LogEvent, Runtime
 
 LIVE = "live.safetensors"
 LIVE_EVERY_S = 0.5
@@ -38,7 +39,8 @@ GRACE_S = 8.0
 
 
 def runtime_of(config: TrainConfig, device: str = "auto") -> Runtime:
-    """How the explorer watches a run: at least a hundred points, and every fifth step of a long one. The cadence hangs on the config alone,
+    """How the explorer watches a run: at least a hundred points, and every fifth step of a long one. The cadence hangs
+    on the config alone,
     since a restart of dead codes goes by the tokens since the last log step: a run that goes on must have the same."""
     return Runtime(device=device, log_every=max(1, min(5, config.steps // 100)))
 
@@ -51,8 +53,8 @@ def train(config: TrainConfig, folder: str, runtime: Runtime, threads: int, comm
         folder: the run's directory.
         runtime: device and cadences.
         threads: of torch on the CPU.
-        commands: brings "pause", "resume", "stop" and Interventions; its end means that nobody is left to watch, and so stops the run as
-            well, at once where that takes too long. Takes "training" and "paused" as they come true.
+        commands: brings "pause", "resume", "stop" and Interventions; its end means that nobody is left to watch, and so
+            stops the run as well, at once where that takes too long. Takes "training" and "paused" as they come true.
     """
     torch.set_num_threads(threads)
     run, asked = RunDirectory(folder), Commands(commands)
@@ -66,7 +68,11 @@ def train(config: TrainConfig, folder: str, runtime: Runtime, threads: int, comm
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):
             todo = config.to_json_dict()
-            code = 0 if run.finished else worker.attempt(run, todo, runtime, asked.should_stop, seen, intervene=asked.intervene)
+            code = (
+                0
+                if run.finished
+                else worker.attempt(run, todo, runtime, asked.should_stop, seen, intervene=asked.intervene)
+            )
     except Timeout:
         raise SystemExit(worker.BUSY) from None
     except OSError as error:  # even the attempt could not be noted
@@ -112,7 +118,9 @@ class Commands:
                 self.say("paused")
                 self._changed.wait_for(lambda: self._stop or not self._paused)
                 self.say("training")
-            return self._stop and not self._interventions  # what was asked for before the stop is done, and recorded, first
+            return (
+                self._stop and not self._interventions
+            )  # what was asked for before the stop is done, and recorded, first
 
     def intervene(self, step: int) -> list[Intervention]:
         """What is to change before the next step."""
@@ -129,7 +137,8 @@ class Commands:
 
 
 class _Live:
-    """Keeps `live.safetensors` up to date, at most one every LIVE_EVERY_S, with the tokens of each code since the one before."""
+    """Keeps `live.safetensors` up to date, at most one every LIVE_EVERY_S, with the tokens of each code since the one
+    before."""
 
     def __init__(self, run: RunDirectory, config: TrainConfig) -> None:
         self._path, self._config = run.path / LIVE, config

@@ -1,4 +1,5 @@
-"""What there is to see of one run, read from its folder alone: a run of the explorer that trains, or any tokenizer's run of the study.
+"""What there is to see of one run, read from its folder alone: a run of the explorer that trains, or any tokenizer's
+run of the study.
 
 Nothing here waits for a lock or trusts a file: a trainer may be writing, or may have been killed, at any moment.
 """
@@ -17,15 +18,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from experiments.analysis.projections import Projection, project
 from experiments.explorer.live_umap import read_live_umap
 from experiments.explorer.trainer import LIVE
-from experiments.projections import Projection, project
 from ibq.config import TrainConfig, flatten
-from ibq.diagnosis import Finding, diagnose
 from ibq.errors import ConfigError
-from ibq.generator_config import parse_run_config
-from ibq.interventions import Intervention
+from ibq.evaluation.diagnosis import Finding, diagnose
 from ibq.run_directory import RunDirectory, read_lines
+from ibq.training.interventions import Intervention
+from ibq.transformer_config import parse_run_config
 
 LETTERS = "ABCD"
 SHORT_NAMES = {
@@ -51,8 +52,9 @@ class View:
         name: of the run's folder.
         slot: its place among the runs side by side, 0 to 3, which decides letter, colour and marker.
         config: what it began with.
-        history: a line a log step, sorted by `step`; columns as they are logged, NaN where a line lacks one; no line: no column but `step`.
-        tensors: of the newest whole snapshot (`ibq.observation.take_snapshot`); {} while there is none.
+        history: a line a log step, sorted by `step`; columns as they are logged, NaN where a line lacks one; no line:
+            no column but `step`.
+        tensors: of the newest whole snapshot (`ibq.training.logging.take_snapshot`); {} while there is none.
         tensors_step: finished updates at that snapshot.
         interventions: in the order of their steps.
         findings: what `diagnose` says of the history.
@@ -111,7 +113,7 @@ def read_view(run: RunDirectory, slot: int = 0) -> View:
         slot: 0 to 3, see `View`.
 
     Raises:
-        ConfigError: there is no config that can be read, or it is a generator's.
+        ConfigError: there is no config that can be read, or it is a transformer's.
     """
     records = clean_history(run)
     tensors, step = _newest_tensors(run)
@@ -141,16 +143,22 @@ def read_config(run: RunDirectory) -> TrainConfig:
     except OSError:
         raise ConfigError(f"{run.path.name} holds no config.json, so it is no run; give the folder of a run") from None
     except ValueError as error:
-        raise ConfigError(f"the config of {run.path.name} cannot be read ({' '.join(str(error).split())}); give another run") from None
+        raise ConfigError(
+            f"the config of {run.path.name} cannot be read ({' '.join(str(error).split())}); give another run"
+        ) from None
     if not isinstance(config, TrainConfig):
-        raise ConfigError(f"{run.path.name} is a generator's run, and the explorer shows tokenizers'; give a tokenizer's run")
+        raise ConfigError(
+            f"{run.path.name} is a transformer's run, and the explorer shows tokenizers'; give a tokenizer's run"
+        )
     return config
 
 
 def clean_history(run: RunDirectory) -> list[dict[str, float]]:
     """The lines of the history that are numbers by name, each step once (the newest line of it counts), ascending."""
     lines = (line for line in read_lines(run.history) if isinstance(line, dict) and isinstance(line.get("step"), int))
-    by_step = {line["step"]: {name: value for name, value in line.items() if isinstance(value, (int, float))} for line in lines}
+    by_step = {
+        line["step"]: {name: value for name, value in line.items() if isinstance(value, (int, float))} for line in lines
+    }
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -193,8 +201,9 @@ def _newest_projection(run: RunDirectory) -> Projection | None:
 
 
 def planar(points_ND: torch.Tensor) -> np.ndarray:
-    """The first two principal components of points (N, D), as (N, 2), each with the sign that makes its largest loading positive; a
-    dimension that is missing is 0. Fast enough for every redraw: the eigenvectors are of a (D, D) matrix."""
+    """The first two principal components of points (N, D), as (N, 2), each with the sign that makes its largest loading
+    positive; a dimension that is missing is 0. Fast enough for every redraw: the eigenvectors are of a (D, D)
+    matrix."""
     points_ND = points_ND.double()
     points_ND = points_ND - points_ND.mean(0)
     _, axes_DD = torch.linalg.eigh(points_ND.T @ points_ND)

@@ -1,4 +1,5 @@
-"""What the kernel itself looks at of a run's folder, twice a second: what has changed, and new lines of its history; no tensors."""
+"""What the kernel itself looks at of a run's folder, twice a second: what has changed, and new lines of its history; no
+tensors."""
 
 from __future__ import annotations
 
@@ -29,10 +30,13 @@ class Watch:
     def signature(self) -> tuple[tuple[int, int], ...]:
         """What changes whenever a figure of this run would."""
         run = self.run
-        return tuple(map(_stamp, (run.history, run.path / LIVE, run.interventions, run.path / LIVE_UMAP, run.evaluation)))
+        return tuple(
+            map(_stamp, (run.history, run.path / LIVE, run.interventions, run.path / LIVE_UMAP, run.evaluation))
+        )
 
     def refresh(self) -> bool:
-        """Read what has been written since the last time; whether that was anything. A history that is shorter than it was, or another
+        """Read what has been written since the last time; whether that was anything. A history that is shorter than it
+        was, or another
         file, is read anew: the run was begun again, or went on from a checkpoint."""
         try:
             with open(self.run.history, "rb") as file:

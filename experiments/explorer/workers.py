@@ -1,7 +1,7 @@
 """The processes of the explorer as a notebook's kernel sees them.
 
-Nothing here waits: orders are small messages to the server, which reads them when it can, and what became of them is read when it is asked
-for.
+Nothing here waits: orders are small messages to the server, which reads them when it can, and what became of them is
+read when it is asked for.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from multiprocessing.connection import Connection, Pipe
 from typing import IO, Literal
 
 from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Projected, Reset, Said, Tell, Train
+from experiments.runner.sweep import cores
+from experiments.runner.worker import note
 from experiments.study import ROOT
-from experiments.sweep import cores
-from experiments.worker import note
 from ibq.config import TrainConfig
-from ibq.interventions import Intervention, after
 from ibq.run_directory import RunDirectory
+from ibq.training.interventions import Intervention, after
 
 MOST_RUNS = 4
 """Runs that are trained side by side: what the cores are shared by."""
@@ -39,7 +39,8 @@ class _Attempt:
 
 
 class Workers:
-    """One server that forks trainers, started when it is first wanted, and the attempts it makes; safe to call from any thread.
+    """One server that forks trainers, started when it is first wanted, and the attempts it makes; safe to call from any
+    thread.
 
     Args:
         device: that runs train on, as `Runtime` has it.
@@ -51,7 +52,8 @@ class Workers:
         self._numbers = itertools.count()
         self._attempts: dict[str, _Attempt] = {}
         self._projections: dict[str, str | None] = {}
-        """By a run's path, what was wrong with the UMAP that was last asked for: "" nothing, None while it is awaited."""
+        """By a run's path, what was wrong with the UMAP that was last asked for: "" nothing, None while it is
+        awaited."""
         self._server: subprocess.Popen[bytes] | None = None
         self._closed: list[subprocess.Popen[bytes]] = []
         self._connection: Connection
@@ -75,7 +77,8 @@ class Workers:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
-                start_new_session=True,  # a signal for the kernel's group is not for trainers, which have their own way of ending
+                # a signal for the kernel's group is not for trainers, which have their own way of ending
+                start_new_session=True,
             )
             theirs.close()
 
@@ -104,14 +107,17 @@ class Workers:
             self.warm()
             attempt, last = _Attempt(next(self._numbers), amended_config), self._attempts.get(str(run.path))
             environment = {name: value for name, value in os.environ.items() if name.startswith("IBQ_")}
-            threads = max(1, cores() // MOST_RUNS)  # of the machine alone: sums, and so runs, depend on it in their last bits
+            threads = max(
+                1, cores() // MOST_RUNS
+            )  # of the machine alone: sums, and so runs, depend on it in their last bits
             if last and last.activity == "stopping":
                 attempt.config = last.config
             self._attempts[str(run.path)] = attempt
             self._send(Train(attempt.number, config.to_json_dict(), str(run.path), self.device, threads, environment))
 
     def intervene(self, run: RunDirectory, intervention: Intervention) -> bool:
-        """Change a run that is trained; False where this kernel trains no such run. ConfigError: the change does not fit it."""
+        """Change a run that is trained; False where this kernel trains no such run. ConfigError: the change does not
+        fit it."""
         with self._lock:
             if self.activity(run) in (None, "stopping", "removing"):
                 return False
@@ -147,8 +153,8 @@ class Workers:
             return True
 
     def project(self, run: RunDirectory) -> None:
-        """Project a run's codes and features by UMAP, in a process of its own, unless that is being done; the result is what
-        `experiments.explorer.live_umap.read_live_umap` reads."""
+        """Project a run's codes and features by UMAP, in a process of its own, unless that is being done; the result is
+        what `experiments.explorer.live_umap.read_live_umap` reads."""
         with self._lock:
             self.warm()
             if self._projections.get(str(run.path), "") is not None:
@@ -162,7 +168,8 @@ class Workers:
             return self._projections.get(str(run.path), "")
 
     def config_of(self, run: RunDirectory) -> TrainConfig | None:
-        """The config of a run that this kernel trains, with changes that are on their way; None where it trains no such run."""
+        """The config of a run that this kernel trains, with changes that are on their way; None where it trains no such
+        run."""
         with self._lock:
             return None if self.activity(run) is None else self._attempts[str(run.path)].config
 
@@ -203,15 +210,22 @@ class Workers:
                 attempt.activity = said.state  # type: ignore[assignment]
 
     def _mourn(self) -> None:
-        """The server has ended by itself. Trainers record that they stop; of runs that have not got one it is recorded here."""
+        """The server has ended by itself. Trainers record that they stop; of runs that have not got one it is recorded
+        here."""
         self._log.seek(0)
         last_words = (self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
         for path, attempt in self._attempts.items():
             if attempt.activity == "starting":
-                note(RunDirectory(path), "error", f"the process that starts trainers has ended: {last_words}; train the run again")
+                note(
+                    RunDirectory(path),
+                    "error",
+                    f"the process that starts trainers has ended: {last_words}; train the run again",
+                )
         awaited = [path for path, problem in self._projections.items() if problem is None]
         self._lose()
-        self._projections |= dict.fromkeys(awaited, f"the process that starts others has ended: {last_words}; press UMAP again")
+        self._projections |= dict.fromkeys(
+            awaited, f"the process that starts others has ended: {last_words}; press UMAP again"
+        )
 
     def _lose(self) -> None:
         """The server is gone, or let go: trainers, seeing that, stop by themselves."""

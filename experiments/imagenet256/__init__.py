@@ -1,15 +1,16 @@
-"""The paper's recipes on ImageNet 256×256: of its tokenizers, and of the generators that are trained on a tokenizer's indices."""
+"""The paper's recipes on ImageNet 256×256: of its tokenizers, and of the transformers that are trained on a tokenizer's
+indices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from experiments.imagenet256.generators import GENERATORS
 from experiments.imagenet256.tokenizers import TOKENIZERS
+from experiments.imagenet256.transformers import TRANSFORMERS
 from ibq.errors import ConfigError, nearest
-from ibq.generator_config import RunConfig
+from ibq.transformer_config import RunConfig
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {**TOKENIZERS, **GENERATORS}
+RECIPES: dict[str, Callable[[], RunConfig]] = {**TOKENIZERS, **TRANSFORMERS}
 """What `train` and `plan` know by name."""
 
 

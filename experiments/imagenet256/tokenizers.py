@@ -1,17 +1,19 @@
 """The paper's tokenizers on ImageNet 256×256: a function each, which returns the complete config of its training.
 
-All take PAPER sections 4 and 5: the VQGAN autoencoder with 4 ResBlocks a level, L1, LPIPS and a PatchGAN with LeCam, batches of 256 for 330
-epochs, float16 autocast. What they differ in is said at each.
+All take docs/method.md sections 4 and 5: the VQGAN autoencoder with 4 ResBlocks a level, L1, LPIPS and a PatchGAN with
+LeCam, batches of 256 for 330 epochs, float16 autocast. What they differ in is said at each.
 
-Means are local, as released (`averages="local"`): the mean assignment of the entropy penalty is over 4 images of one GPU, and so are the
-statistics of the discriminator's BatchNorm. The commands here give each of 8 GPUs 32 images a step, in 8 micro-batches of 4
-(`accumulate=8`); on other numbers of GPUs choose `accumulate` so that 256 / GPUs / accumulate stays 4, e.g. --set accumulate=1 on 64, which
-also saves the second forward pass that micro-batches need (`ibq.train_tokenizer`).
+Means are local, as released (`averages="local"`): the mean assignment of the entropy penalty is over 4 images of one
+GPU, and so are the statistics of the discriminator's BatchNorm. The commands here give each of 8 GPUs 32 images a step,
+in 8 micro-batches of 4 (`accumulate=8`); on other numbers of GPUs choose `accumulate` so that 256 / GPUs / accumulate
+stays 4, e.g. --set accumulate=1 on 64, which also saves the second forward pass that micro-batches need
+(`ibq.training.tokenizer`).
 
 What a recipe costs in memory and hours: python -m experiments plan RECIPE.
 
-Logits and entropies are float32 inside autocast, where the released code has float16 (PAPER section 4). Expected numbers are those of PAPER
-section 7, on 50,000 validation images; nothing here has been trained at this scale.
+Logits and entropies are float32 inside autocast, where the released code has float16 (docs/method.md section 4).
+Expected numbers are those of docs/method.md section 7, on 50,000 validation images; nothing here has been trained at
+this scale.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 from experiments.recipes import get_preset, tokenizer
 from ibq.config import TrainConfig
-from ibq.imagenet import imagenet_steps
+from ibq.data.imagenet import imagenet_steps
 
 
 def _tokenizer(method: str, codebook_size: int, **fields: Any) -> TrainConfig:
@@ -47,7 +49,9 @@ def imagenet256_ibq_8192() -> TrainConfig:
     Expected: rFID 1.87, LPIPS 0.2437, usage 98%.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_ibq_8192 --data IMAGENET
     """
-    return _tokenizer("ibq", 8192).with_fields(**{"steps": imagenet_steps(280), "optim.milestones": [250 / 280], "precision": "bf16"})
+    return _tokenizer("ibq", 8192).with_fields(
+        **{"steps": imagenet_steps(280), "optim.milestones": [250 / 280], "precision": "bf16"}
+    )
 
 
 def imagenet256_ibq_16384() -> TrainConfig:
@@ -73,13 +77,16 @@ def imagenet256_ibq_262144() -> TrainConfig:
 
 
 def imagenet256_vqgan_16384() -> TrainConfig:
-    """VQ with 16,384 codes of dimension 256, the baseline that collapses: taming-transformers' quantizer in the recipe of IBQ.
+    """VQ with 16,384 codes of dimension 256, the baseline that collapses: taming-transformers' quantizer in the recipe
+    of IBQ.
 
-    Euclidean search, straight-through copy, codes from U(-1/K, 1/K), 0.25 on the codebook term, no entropy penalty, no double term.
+    Euclidean search, straight-through copy, codes from U(-1/K, 1/K), 0.25 on the codebook term, no entropy penalty, no
+    double term.
 
     Claim: with 16,384 codes of dimension 256 plain VQ leaves most of its codebook unused (Tables 1 and 2).
     Cost: 1,651,320 steps of 256 images (330 epochs), 111.0 M parameters.
-    Expected: rFID 3.98, usage 5.3% as the paper re-implemented it (with a shallower model); VQGAN itself 4.98, 5.9%. LPIPS not reported.
+    Expected: rFID 3.98, usage 5.3% as the paper re-implemented it (with a shallower model); VQGAN itself 4.98, 5.9%.
+        LPIPS not reported.
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_vqgan_16384 --data IMAGENET
     """
     return _tokenizer("vq", 16384, codebook_init="uniform", beta_on="codebook", beta=0.25, entropy_weight=0.0)
@@ -101,7 +108,8 @@ def imagenet256_lfq_16384() -> TrainConfig:
 def imagenet256_lfq_262144() -> TrainConfig:
     """LFQ with 262,144 codes: the quantizer of Open-MAGVIT2 in the autoencoder and the recipe of IBQ.
 
-    A code is 18 signs; entropy weight 0.1, commitment 0.25. Not Open-MAGVIT2, whose decoder differs and which trained for 270 epochs.
+    A code is 18 signs; entropy weight 0.1, commitment 0.25. Not Open-MAGVIT2, whose decoder differs and which trained
+    for 270 epochs.
 
     Claim: with as many codes IBQ reconstructs better than LFQ (Table 1: rFID 1.00 against 1.17).
     Cost: 1,651,320 steps of 256 images (330 epochs), 106.7 M parameters.

@@ -62,6 +62,11 @@ def write_animation(
     indexed = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [FRAME_MS] * (frames - 1) + [LAST_FRAME_MS]
     with replacing(out) as temporary:
-        indexed[0].save(temporary, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=True)
+        indexed[0].save(
+            temporary, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=True
+        )
     megabytes = out.stat().st_size / 1e6
-    say(f"{out}: {frames} frames, {megabytes:.2f} MB" + (f", more than {LARGEST_MB} MB; give fewer --frames" * (megabytes > LARGEST_MB)))
+    say(
+        f"{out}: {frames} frames, {megabytes:.2f} MB"
+        + (f", more than {LARGEST_MB} MB; give fewer --frames" * (megabytes > LARGEST_MB))
+    )

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from experiments.figures.theme import COLORS, LINE_COLORS, theme
 from experiments.playground.simulation import CODES, METHODS, Observation, Playground
-from ibq.analysis import ADAM_EPS
+from experiments.report.figures.theme import COLORS, LINE_COLORS, theme
+from ibq.metrics.codebook import ADAM_EPS
 
 LIMIT = 3.9
 """What a panel shows to the left and right of the origin."""
@@ -33,7 +33,11 @@ SHORTEST, LONGEST = 0.22, 0.75
 DPI = 100
 UNUSED = COLORS[3]
 ARROWS = colormaps["viridis_r"]
-DOT_PRODUCT = [label for label, fields in METHODS.items() if fields["method"] in ("ibq", "gumbel") and fields.get("similarity") != "cosine"]
+DOT_PRODUCT = [
+    label
+    for label, fields in METHODS.items()
+    if fields["method"] in ("ibq", "gumbel") and fields.get("similarity") != "cosine"
+]
 STYLES = ("-", "--", "-.", ":")
 
 
@@ -63,7 +67,9 @@ class Board:
         for i, label in enumerate(labels):
             left, top = (i % columns) * panel + 6, (i // columns) * (panel - 24 + title) + title
             axes = self.figure.add_axes(_box(left, top, panel - 12, panel - 30, width, height))
-            axes.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT * (panel - 30) / (panel - 12), LIMIT * (panel - 30) / (panel - 12)))
+            axes.set(
+                xlim=(-LIMIT, LIMIT), ylim=(-LIMIT * (panel - 30) / (panel - 12), LIMIT * (panel - 30) / (panel - 12))
+            )
             self._panels[label] = _Panel(axes, label, i, unit_inches=(panel - 12) / DPI / (2 * LIMIT))
         axes = self.figure.add_axes(_box(46, height - legend - curves + 14, width - 58, curves - 48, width, height))
         self._curves = _Curves(axes, labels)
@@ -104,7 +110,8 @@ class Board:
         return file.getvalue()
 
     def palette(self) -> Image.Image:
-        """At most 256 colours for all images of this board: those that it draws with, each also paler as the edges of marks have it."""
+        """At most 256 colours for all images of this board: those that it draws with, each also paler as the edges of
+        marks have it."""
         drawn = [*(LINE_COLORS[i % len(LINE_COLORS)] for i in range(len(self._panels))), COLORS[0], UNUSED]
         drawn += [ARROWS(i / 11)[:3] for i in range(12)]
         colors = [(gray, gray, gray) for gray in np.linspace(0.1, 1, 8)]
@@ -145,8 +152,10 @@ class _Panel(_Part):
         self._unused = axes.scatter([], [], s=17, color=UNUSED, marker="x", linewidths=1.0, **moving)
         zeros_K = np.zeros(CODES)
         self._arrows = axes.quiver(
-            zeros_K, zeros_K, zeros_K, zeros_K, zeros_K, cmap=ARROWS, norm=Normalize(-DECADES, 0), angles="uv", units="inches",
-            scale_units="inches", scale=1 / unit_inches, width=0.016, headwidth=3.6, headlength=4.2, headaxislength=3.8, **moving,
+            zeros_K, zeros_K, zeros_K, zeros_K, zeros_K, cmap=ARROWS, norm=Normalize(-DECADES, 0), angles="uv",
+            units="inches",
+            scale_units="inches", scale=1 / unit_inches, width=0.016, headwidth=3.6, headlength=4.2,
+            headaxislength=3.8, **moving,
         )  # fmt: skip
         self._used = axes.scatter([], [], s=15, color="0.1", linewidths=0, **moving)
         text: dict[str, Any] = {"transform": axes.transAxes, "va": "bottom", "animated": True}
@@ -173,7 +182,9 @@ class _Panel(_Part):
         self._arrows.set_offsets(codes_KD)
         self._arrows.set_UVC(masked_KD[:, 0], masked_KD[:, 1], np.ma.array(exponent_K, mask=hidden_K))
         self._in_use.set_text(f"{seen.in_use} of {CODES} in use")
-        self._numbers.set_text(f"perplexity {seen.perplexity:.1f} · pulled {seen.pulled}, reach {seen.reach:.0f} · error {seen.error:.3f}")
+        self._numbers.set_text(
+            f"perplexity {seen.perplexity:.1f} · pulled {seen.pulled}, reach {seen.reach:.0f} · error {seen.error:.3f}"
+        )
 
 
 class _Curves(_Part):
@@ -185,7 +196,13 @@ class _Curves(_Part):
         self._in_use: dict[str, list[int]] = {label: [] for label in labels}
         self._lines = {
             label: axes.plot(
-                [], [], color=LINE_COLORS[i % len(LINE_COLORS)], ls=STYLES[i % len(STYLES)], lw=1.5, label=label, animated=True
+                [],
+                [],
+                color=LINE_COLORS[i % len(LINE_COLORS)],
+                ls=STYLES[i % len(STYLES)],
+                lw=1.5,
+                label=label,
+                animated=True,
             )[0]
             for i, label in enumerate(labels)
         }
@@ -196,8 +213,10 @@ class _Curves(_Part):
         axes.set_ylabel("codes in use", fontsize=8)
         lines = self._lines.items()
         axes.figure.legend(
-            handles=[Line2D([], [], color=line.get_color(), ls=line.get_linestyle(), lw=1.5, label=label) for label, line in lines],
-            loc="lower center", bbox_to_anchor=(0.5, 1.0), bbox_transform=axes.transAxes, ncols=len(labels), frameon=False, fontsize=8,
+            handles=[Line2D([], [], color=line.get_color(), ls=line.get_linestyle(), lw=1.5, label=label) for label,
+            line in lines],
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), bbox_transform=axes.transAxes, ncols=len(labels),
+            frameon=False, fontsize=8,
             handlelength=2.6, columnspacing=1.4, borderaxespad=0.1,
         )  # fmt: skip
         self.artists = list(self._lines.values())
@@ -220,12 +239,14 @@ class _Curves(_Part):
 def arrow_shapes(pull_KD: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Arrows (K, 2) in the plane's units and log10 (K,) of their size relative to the largest, in [-4, 0].
 
-    Directions are those of the pull, lengths go with the logarithm of its size. Where the pull is below Adam's eps, so that the code hardly
-    moves, the second is not a number.
+    Directions are those of the pull, lengths go with the logarithm of its size. Where the pull is below Adam's eps, so
+    that the code hardly moves, the second is not a number.
     """
     norm_K = pull_KD.double().norm(dim=1)
     largest = float(norm_K.max())
-    exponent_K = torch.where(norm_K / 2**0.5 > ADAM_EPS, (norm_K / (largest or 1.0)).log10().clamp_min(-DECADES), float("nan"))
+    exponent_K = torch.where(
+        norm_K / 2**0.5 > ADAM_EPS, (norm_K / (largest or 1.0)).log10().clamp_min(-DECADES), float("nan")
+    )
     length_K = SHORTEST + (LONGEST - SHORTEST) * (1 + exponent_K / DECADES)
     direction_KD = pull_KD.double() / norm_K.clamp_min(1e-300)[:, None] * length_K.nan_to_num(0.0)[:, None]
     return direction_KD.numpy(), exponent_K.numpy()
@@ -248,7 +269,9 @@ def convex_hull(points_KD: np.ndarray) -> np.ndarray:
     return np.array([*halves[0], *halves[1], halves[0][0]])
 
 
-def _box(left: float, top: float, box_width: float, box_height: float, width: float, height: float) -> tuple[float, float, float, float]:
+def _box(
+    left: float, top: float, box_width: float, box_height: float, width: float, height: float
+) -> tuple[float, float, float, float]:
     """A rectangle in pixels from the top left corner as matplotlib's fractions from the bottom left."""
     return left / width, 1 - (top + box_height) / height, box_width / width, box_height / height
 
@@ -263,7 +286,8 @@ def _legend(figure: Figure, share: float, columns: int) -> None:
         Line2D([], [], lw=0.9, ls=(0, (4, 3)), color="0.45", label="convex hull: all that a dot product can choose"),
     ]
     figure.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, share), ncols=5 if columns > 2 else 3, frameon=False, fontsize=8,
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, share), ncols=5 if columns > 2 else 3,
+        frameon=False, fontsize=8,
         handletextpad=0.4, columnspacing=1.4,
     )  # fmt: skip
     axes = figure.add_axes((0.56, share * 0.27, 0.2, share * 0.14))
@@ -272,5 +296,10 @@ def _legend(figure: Figure, share: float, columns: int) -> None:
     axes.tick_params(labelsize=7, length=0, pad=1)
     axes.grid(False)
     figure.text(
-        0.545, share * 0.34, "arrow: where the loss pulls a code; size, of the panel's largest:", fontsize=8, ha="right", va="center"
+        0.545,
+        share * 0.34,
+        "arrow: where the loss pulls a code; size, of the panel's largest:",
+        fontsize=8,
+        ha="right",
+        va="center",
     )

@@ -1,4 +1,5 @@
-"""Where the features come from: a mixture of Gaussians that wanders round the origin, turns, and jumps to the other side.
+"""Where the features come from: a mixture of Gaussians that wanders round the origin, turns, and jumps to the other
+side.
 
 Suffixes: N features, G components, D = 2.
 """
@@ -19,8 +20,8 @@ RADII = (1.0, 0.55)
 class Drift:
     """The mixture at a phase; a phase of 1 is one round, after which everything is where it began.
 
-    The middle goes a quarter of the way round the origin, jumps to the other side at phase 1/2, and goes on for another quarter; meanwhile
-    the mixture turns once about its middle.
+    The middle goes a quarter of the way round the origin, jumps to the other side at phase 1/2, and goes on for another
+    quarter; meanwhile the mixture turns once about its middle.
 
     Args:
         distance: of the middle from the origin, at least 0. At 0 the mixture stays and only turns.

@@ -40,7 +40,9 @@ def scale_of(preset: str) -> Scale:
     return SCALES[preset]
 
 
-def stills(methods: Sequence[str], settings: Settings, steps: int, moments: Sequence[float]) -> Iterator[tuple[int, bytes]]:
+def stills(
+    methods: Sequence[str], settings: Settings, steps: int, moments: Sequence[float]
+) -> Iterator[tuple[int, bytes]]:
     """The board after each of some shares of so many steps, ascending: the step, and a PNG file."""
     playground = Playground(methods, settings)
     board = Board(playground, columns=3)
@@ -53,7 +55,9 @@ def stills(methods: Sequence[str], settings: Settings, steps: int, moments: Sequ
         yield playground.steps, board.png()
 
 
-def measure(scale: Scale, methods: Sequence[str] = tuple(METHODS), distances: Sequence[float] = DISTANCES) -> pd.DataFrame:
+def measure(
+    scale: Scale, methods: Sequence[str] = tuple(METHODS), distances: Sequence[float] = DISTANCES
+) -> pd.DataFrame:
     """A row for every method, distance and seed, with what is observed after the last step."""
     rows = []
     for distance in distances:
@@ -62,8 +66,8 @@ def measure(scale: Scale, methods: Sequence[str] = tuple(METHODS), distances: Se
             playground.advance(scale.steps)
             rows += [
                 {
-                    "method": label, "distance": distance, "seed": seed, "in use": seen.in_use, "perplexity": seen.perplexity,
-                    "pulled": seen.pulled, "reach": seen.reach, "error": seen.error,
+                    "method": label, "distance": distance, "seed": seed, "in use": seen.in_use,
+                    "perplexity": seen.perplexity, "pulled": seen.pulled, "reach": seen.reach, "error": seen.error,
                 }
                 for label, seen in playground.observe().items()
             ]  # fmt: skip
@@ -71,7 +75,8 @@ def measure(scale: Scale, methods: Sequence[str] = tuple(METHODS), distances: Se
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds: codes in use and error at each distance; perplexity, pulled codes and reach at the last one."""
+    """Mean ± standard deviation over seeds: codes in use and error at each distance; perplexity, pulled codes and reach
+    at the last one."""
     digits = {"in use": 1, "error": 3, "perplexity": 1, "pulled": 1, "reach": 1}
     distances = list(dict.fromkeys(rows["distance"]))
     shown = [(name, distance) for name in ("in use", "error") for distance in distances]
@@ -81,7 +86,9 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         line = {"method": method}
         for name, distance in shown:
             values = rows[(rows["method"] == method) & (rows["distance"] == distance)][name]
-            line[f"{name}, distance {distance:g}"] = f"{values.mean():.{digits[name]}f} ± {values.std():.{digits[name]}f}"
+            line[f"{name}, distance {distance:g}"] = (
+                f"{values.mean():.{digits[name]}f} ± {values.std():.{digits[name]}f}"
+            )
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -95,16 +102,20 @@ def sentences(rows: pd.DataFrame) -> list[str]:
         usage, error = ("more" if ibq[name] > vq[name] else "not more" for name in ("in use", "error"))
         best = mean["in use"].idxmax()
         said.append(
-            f"Distance {distance:g}: a step pulls {vq['pulled']:.0f} of {CODES} codes under VQ and {ibq['pulled']:.0f} under IBQ as "
-            f"released (effective reach {vq['reach']:.0f} and {ibq['reach']:.0f}). IBQ ends with {usage} codes in use than VQ "
-            f"({ibq['in use']:.0f} and {vq['in use']:.0f}) and {error} error ({ibq['error']:.3f} and {vq['error']:.3f}). "
+            f"Distance {distance:g}: a step pulls {vq['pulled']:.0f} of {CODES} codes under VQ and {ibq['pulled']:.0f} "
+            f"under IBQ as "
+            f"released (effective reach {vq['reach']:.0f} and {ibq['reach']:.0f}). IBQ ends with {usage} codes in use "
+            f"than VQ "
+            f"({ibq['in use']:.0f} and {vq['in use']:.0f}) and {error} error ({ibq['error']:.3f} and "
+            f"{vq['error']:.3f}). "
             f"Most codes in use: {best}, {mean.loc[best, 'in use']:.0f}, at an error of {mean.loc[best, 'error']:.3f}."
         )
     return said
 
 
 def choosable(dims: Sequence[int] = (2, 4, 8, 16), seeds: int = 5, directions: int = 2**14) -> pd.DataFrame:
-    """How many of 64 codes at N(0, 1) some feature can choose by dot product: those that any of many random directions chooses.
+    """How many of 64 codes at N(0, 1) some feature can choose by dot product: those that any of many random directions
+    chooses.
 
     These are corners of the codes' convex hull, and a lower bound of their number.
     """
@@ -116,5 +127,7 @@ def choosable(dims: Sequence[int] = (2, 4, 8, 16), seeds: int = 5, directions: i
             codes_KD, z_ND = torch.randn(CODES, D, generator=generator), torch.randn(directions, D, generator=generator)
             found.append(len((z_ND @ codes_KD.T).argmax(1).unique()))
         counts = pd.Series(found)
-        lines.append({"D": D, f"codes of {CODES} that a dot product can choose": f"{counts.mean():.1f} ± {counts.std():.1f}"})
+        lines.append(
+            {"D": D, f"codes of {CODES} that a dot product can choose": f"{counts.mean():.1f} ± {counts.std():.1f}"}
+        )
     return pd.DataFrame(lines)

@@ -1,8 +1,8 @@
 """One step of learning after another for several quantizers on the same features, and what is to be seen of each.
 
-Features are data here: there is no encoder that could move them, and the decoder is the identity. So the loss is the reconstruction error
-|z_q - z|^2 (mean over elements) and the quantizer's own terms with its config's weights, and Adam moves the quantizer's parameters alone,
-with the betas that the study trains with. Suffixes: N features, K codes, D = 2.
+Features are data here: there is no encoder that could move them, and the decoder is the identity. So the loss is the
+reconstruction error |z_q - z|^2 (mean over elements) and the quantizer's own terms with its config's weights, and Adam
+moves the quantizer's parameters alone, with the betas that the study trains with. Suffixes: N features, K codes, D = 2.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from experiments.playground.drift import Drift
-from ibq.analysis import gradient_reach
 from ibq.config import OptimConfig
 from ibq.errors import ConfigError, nearest
+from ibq.metrics.codebook import gradient_reach
 from ibq.metrics.usage import usage_metrics
 from ibq.quantizers import Quantizer, build_quantizer
 from ibq.quantizers.vq import VectorQuantizer
@@ -27,7 +27,8 @@ CODES = 64
 FEATURES = 256
 """A step."""
 PROBE = 1024
-"""Features of the mixture as it stands, on which usage and error are counted: the same draw throughout, moved along with the centres."""
+"""Features of the mixture as it stands, on which usage and error are counted: the same draw throughout, moved along
+with the centres."""
 STEPS_A_ROUND = 500
 """At speed 1."""
 
@@ -46,14 +47,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "IBQ, no double term": {"method": "ibq", "double": False},
     "IBQ, cosine": {"method": "ibq", "similarity": "cosine"},
 }
-"""Fields of each quantizer's config. Codes begin at N(0, 1), the same draw for all, where a method or its label does not say otherwise."""
+"""Fields of each quantizer's config. Codes begin at N(0, 1), the same draw for all, where a method or its label does
+not say otherwise."""
 DEFAULT_METHODS = ("VQ", "VQ, restarts", "SimVQ", "IBQ as released")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a playground begins with: seed, Adam's learning rate, speed of the drift in rounds per 500 steps, and the mixture's distance
-    from the origin (`Drift`).
+    """What a playground begins with: seed, Adam's learning rate, speed of the drift in rounds per 500 steps, and the
+    mixture's distance from the origin (`Drift`).
 
     Raises:
         ConfigError: a value that no playground can have.
@@ -68,7 +70,9 @@ class Settings:
         for name, least, strict in (("seed", 0, False), ("lr", 0, True), ("speed", 0, False), ("distance", 0, False)):
             value = getattr(self, name)
             if not math.isfinite(value) or value < least or (strict and value == least):
-                raise ConfigError(f"{name}={value} must be a finite number {'above' if strict else 'of at least'} {least}")
+                raise ConfigError(
+                    f"{name}={value} must be a finite number {'above' if strict else 'of at least'} {least}"
+                )
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Observation:
         restarted_K: bool, put on a feature since the observation before.
         error: mean squared error of the probe, over elements, against the features themselves.
         pulled, reach: codes whose pull exceeds Adam's eps, and the effective number of codes that the pull reaches
-            (`ibq.analysis.gradient_reach`).
+            (`ibq.metrics.codebook.gradient_reach`).
     """
 
     codes_KD: torch.Tensor
@@ -153,9 +157,9 @@ class Learner:
     def pull(self) -> torch.Tensor:
         """Where the loss (or the moving average) wants each code (K, 2), before Adam makes a step of it.
 
-        For codes that are parameters themselves it is minus their gradient. For codes that are a function of parameters (a linear map, unit
-        length) it is what a small step of plain gradient descent on these does to the codes, per unit of learning rate. For moving averages
-        it is the move itself, beyond rounding.
+        For codes that are parameters themselves it is minus their gradient. For codes that are a function of parameters
+        (a linear map, unit length) it is what a small step of plain gradient descent on these does to the codes, per
+        unit of learning rate. For moving averages it is the move itself, beyond rounding.
         """
         average = self.quantizer.moving_average if isinstance(self.quantizer, VectorQuantizer) else None
         if average is not None:
@@ -164,11 +168,15 @@ class Learner:
             average.apply_to(moved_KD)
             move_KD = moved_KD - codes_KD
             rounding = 32 * torch.finfo(codes_KD.dtype).eps
-            return torch.where(move_KD.norm(dim=1, keepdim=True) > rounding * codes_KD.norm(dim=1, keepdim=True), move_KD, 0.0)
+            return torch.where(
+                move_KD.norm(dim=1, keepdim=True) > rounding * codes_KD.norm(dim=1, keepdim=True), move_KD, 0.0
+            )
         codes_KD = self.quantizer.codebook
         learnt = [parameter for parameter in self.quantizer.parameters() if parameter.grad is not None]
         descent = [-parameter.grad for parameter in learnt if parameter.grad is not None]
-        probe_KD = torch.zeros_like(codes_KD, requires_grad=True)  # the derivative of J^T v by v, along the descent, is J times the descent
+        probe_KD = torch.zeros_like(
+            codes_KD, requires_grad=True
+        )  # the derivative of J^T v by v, along the descent, is J times the descent
         pulled_back = torch.autograd.grad(codes_KD, learnt, probe_KD, create_graph=True)
         (pull_KD,) = torch.autograd.grad(pulled_back, probe_KD, descent)
         return pull_KD

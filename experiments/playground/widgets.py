@@ -1,7 +1,8 @@
-"""The playground in a notebook: an image that is redrawn while an asyncio task of the kernel learns a few steps a frame.
+"""The playground in a notebook: an image that is redrawn while an asyncio task of the kernel learns a few steps a
+frame.
 
-No thread and no process: between two frames the kernel is free for other cells. At most one interface is open in a kernel; the next one
-closes it.
+No thread and no process: between two frames the kernel is free for other cells. At most one interface is open in a
+kernel; the next one closes it.
 """
 
 from __future__ import annotations
@@ -44,16 +45,26 @@ class Interface:
         wide = {"description_width": "initial"}
         self.play = widgets.ToggleButton(description="Play", icon="play", button_style="primary")
         self.step = widgets.Button(description="Step", icon="step-forward", tooltip="one step of learning")
-        self.reset = widgets.Button(description="Reset", icon="refresh", tooltip="begin anew, with the methods and the seed chosen here")
+        self.reset = widgets.Button(
+            description="Reset", icon="refresh", tooltip="begin anew, with the methods and the seed chosen here"
+        )
         self.arrows = widgets.Checkbox(True, description="arrows", indent=False, layout={"width": "80px"})
-        self.seed = widgets.BoundedIntText(settings.seed, min=0, max=10**6, description="seed", layout={"width": "150px"})
-        self.speed = widgets.FloatSlider(settings.speed, min=0, max=4, step=0.1, description="drift, rounds per 500 steps", style=wide)
+        self.seed = widgets.BoundedIntText(
+            settings.seed, min=0, max=10**6, description="seed", layout={"width": "150px"}
+        )
+        self.speed = widgets.FloatSlider(
+            settings.speed, min=0, max=4, step=0.1, description="drift, rounds per 500 steps", style=wide
+        )
         self.lr = widgets.FloatLogSlider(
             settings.lr, min=-4, max=-0.5, step=0.1, description="learning rate", readout_format=".4f", style=wide
         )
-        self.distance = widgets.FloatSlider(settings.distance, min=0, max=2.5, step=0.1, description="distance from the origin", style=wide)
+        self.distance = widgets.FloatSlider(
+            settings.distance, min=0, max=2.5, step=0.1, description="distance from the origin", style=wide
+        )
         self.steps_a_frame = widgets.IntSlider(3, min=1, max=20, description="steps a frame", style=wide)
-        self.methods = widgets.SelectMultiple(options=list(METHODS), value=DEFAULT_METHODS, rows=8, layout={"width": "220px"})
+        self.methods = widgets.SelectMultiple(
+            options=list(METHODS), value=DEFAULT_METHODS, rows=8, layout={"width": "220px"}
+        )
         self.image = widgets.Image(format="png")
         self.status = widgets.HTML()
         self.play.observe(self._played, "value")
@@ -68,7 +79,9 @@ class Interface:
         """The whole interface as one widget."""
         buttons = widgets.HBox([self.play, self.step, self.reset, self.arrows, self.seed])
         sliders = widgets.VBox([buttons, self.speed, self.lr, self.distance, self.steps_a_frame, self.status])
-        chosen = widgets.VBox([widgets.HTML(f"methods (Ctrl or Shift: several, at most {MOST_PANELS}; then Reset)"), self.methods])
+        chosen = widgets.VBox(
+            [widgets.HTML(f"methods (Ctrl or Shift: several, at most {MOST_PANELS}; then Reset)"), self.methods]
+        )
         return widgets.VBox([widgets.HBox([sliders, chosen]), self.image])
 
     @property
@@ -80,7 +93,9 @@ class Interface:
         self._stop()
         try:
             if len(self.methods.value) > MOST_PANELS:
-                raise ConfigError(f"{len(self.methods.value)} methods are too many for one screen; choose at most {MOST_PANELS}")
+                raise ConfigError(
+                    f"{len(self.methods.value)} methods are too many for one screen; choose at most {MOST_PANELS}"
+                )
             settings = Settings(self.seed.value, self.lr.value, self.speed.value, self.distance.value)
             self.playground = Playground(self.methods.value, settings)
         except ConfigError as error:

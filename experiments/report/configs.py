@@ -1,4 +1,5 @@
-"""What arms differ in, read from the configs of their runs: only these fields, and beside them what all have in common."""
+"""What arms differ in, read from the configs of their runs: only these fields, and beside them what all have in
+common."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pandas as pd
 from experiments.ablations import Ablation
 from experiments.study import Study
 from ibq.config import AdversarialConfig, flatten
-from ibq.generator_config import GeneratorConfig, RunConfig
+from ibq.transformer_config import RunConfig, TransformerTrainConfig
 
 ABSENT = "–"
 
@@ -19,8 +20,8 @@ def differing_fields(study: Study, ablation: Ablation) -> tuple[pd.DataFrame, di
     """Config fields of the arms, seeds and runs of searches left out.
 
     Returns:
-        A line per arm with the fields in which arms differ ("–" where the method has no such field, "not chosen yet" where a search goes
-        on), and the fields that all arms have in common, by dotted path.
+        A line per arm with the fields in which arms differ ("–" where the method has no such field, "not chosen yet"
+        where a search goes on), and the fields that all arms have in common, by dotted path.
     """
     configs = _configs(study, ablation)
     names = list(dict.fromkeys(name for config in configs.values() for name in config))
@@ -34,23 +35,29 @@ def differing_fields(study: Study, ablation: Ablation) -> tuple[pd.DataFrame, di
 
 def _configs(study: Study, ablation: Ablation) -> dict[str, dict[str, str]]:
     """Fields and values, as texts, of every arm that the study has."""
-    ready, waiting = ([cell for cell in cells if cell.ablation.name == ablation.name] for cells in (study.cells, study.waiting))
-    of_arm = {cell.arm.name: cell.config for cell in waiting} | {cell.arm.name: cell.config for cell in ready if not cell.search}
+    ready, waiting = (
+        [cell for cell in cells if cell.ablation.name == ablation.name] for cells in (study.cells, study.waiting)
+    )
+    of_arm = {cell.arm.name: cell.config for cell in waiting} | {
+        cell.arm.name: cell.config for cell in ready if not cell.search
+    }
     searching = {cell.tokenizer_of or cell.arm.name for cell in waiting if cell.stage == "tokenizer"}
     configs = {}
     for arm in ablation.arms:
         if config := of_arm.get(arm.name):
             fields = {name: _text(value) for name, value in active_fields(config).items()}
             if ablation.tuning and arm.name in searching:
-                fields[f"tokenizer.{ablation.tuning.field}" if ablation.generator else ablation.tuning.field] = "not chosen yet"
+                fields[f"tokenizer.{ablation.tuning.field}" if ablation.transformer else ablation.tuning.field] = (
+                    "not chosen yet"
+                )
             configs[arm.name] = fields
     return configs
 
 
 def active_fields(config: RunConfig) -> dict[str, Any]:
-    """All fields by dotted path but the seed and those that are idle: of a discriminator, perceptual term or schedule that is not there.
-    Those of a generator's tokenizer begin with `tokenizer.`."""
-    if isinstance(config, GeneratorConfig):
+    """All fields by dotted path but the seed and those that are idle: of a discriminator, perceptual term or schedule
+    that is not there. Those of a transformer's tokenizer begin with `tokenizer.`."""
+    if isinstance(config, TransformerTrainConfig):
         own = flatten(config.to_json_dict() | {"tokenizer": active_fields(config.tokenizer)})
         idle = ["seed", *([] if config.tokenizer_sha256 else ["tokenizer_sha256"])]
         return {name: value for name, value in own.items() if name not in idle}
@@ -59,7 +66,9 @@ def active_fields(config: RunConfig) -> dict[str, Any]:
         idle += [f"loss.adversarial.{name}" for name in AdversarialConfig.model_fields if name != "weight"]
     if config.loss.perceptual == "none":
         idle.append("loss.perceptual_weight")
-    idle += ["optim.final_factor"] if config.optim.schedule == "multi-step" else ["optim.milestones", "optim.decay_factor"]
+    idle += (
+        ["optim.final_factor"] if config.optim.schedule == "multi-step" else ["optim.milestones", "optim.decay_factor"]
+    )
     return {name: value for name, value in flatten(config.to_json_dict()).items() if name not in idle}
 
 

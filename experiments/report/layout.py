@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Item:
-    """A figure, or a table where `html` is given: its name, its file without the suffix, its caption, and a note below it."""
+    """A figure, or a table where `html` is given: its name, its file without the suffix, its caption, and a note below
+    it."""
 
     name: str
     file: str
@@ -26,7 +27,7 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("The grid", ("heat_map", "grid")),
-    Section("What the generators draw", ("samples",)),
+    Section("What the transformers draw", ("samples",)),
     Section("Guidance", ("guidance_sweep",)),
     Section("Bits and quality", ("bits_and_distortion",)),
     Section("Over size", ("scaling", "depth_scaling")),
@@ -38,7 +39,15 @@ SECTIONS = (
     Section("Usage and quality side by side", ("rate_distortion", "arms", "reconstructions")),
     Section(
         "How codes and features look",
-        ("code_frequency", "code_map", "map_over_training", "gap_over_training", "logits_over_training", "geometry", "gradient_reach"),
+        (
+            "code_frequency",
+            "code_map",
+            "map_over_training",
+            "gap_over_training",
+            "logits_over_training",
+            "geometry",
+            "gradient_reach",
+        ),
     ),
     Section("Beside the paper", ("paper",)),
 )
@@ -49,7 +58,10 @@ ELSEWHERE = ("verdicts",)
 
 def arrange(items: list[Item]) -> list[tuple[str, list[Item]]]:
     """Items under their headings, in the order of SECTIONS; headings without items are left out."""
-    arranged = [(section.heading, [item for name in section.names for item in items if item.name == name]) for section in SECTIONS]
+    arranged = [
+        (section.heading, [item for name in section.names for item in items if item.name == name])
+        for section in SECTIONS
+    ]
     known = {name for section in SECTIONS for name in section.names} | set(ELSEWHERE)
     arranged.append((LAST, [item for item in items if item.name not in known]))
     return [(heading, below) for heading, below in arranged if below]

@@ -1,4 +1,5 @@
-"""How rows were made: machine, versions, commit, protocol, minutes, commands; and a warning where rows of several kinds stand together."""
+"""How rows were made: machine, versions, commit, protocol, minutes, commands; and a warning where rows of several kinds
+stand together."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments import tuning
 from experiments.ablations import Ablation
+from experiments.ablations.quantizers import tuning
 from experiments.rows import of_arms
 
 FACTS = {
@@ -27,13 +28,18 @@ HASHES = ("protocol.tokenizer_sha256",)
 
 
 def facts(rows: pd.DataFrame) -> dict[str, str]:
-    """Machine, versions, commit and protocol of the finished rows; several values stand side by side, so that a mixture shows."""
+    """Machine, versions, commit and protocol of the finished rows; several values stand side by side, so that a mixture
+    shows."""
     finished = rows[rows["status"] == "ok"]
     if finished.empty:
         return {}
     shown = {label: _values(finished[name]) for name, label in FACTS.items() if name in finished}
-    arms = of_arms(finished)  # the protocol of generators' tokenizers stands with the table
-    shown |= {name.removeprefix(PROTOCOL): _values(arms[name]) for name in sorted(arms) if name.startswith(PROTOCOL) and name not in HASHES}
+    arms = of_arms(finished)  # the protocol of transformers' tokenizers stands with the table
+    shown |= {
+        name.removeprefix(PROTOCOL): _values(arms[name])
+        for name in sorted(arms)
+        if name.startswith(PROTOCOL) and name not in HASHES
+    }
     runs = finished.drop_duplicates("run")
     shown["runs"] = f"{len(runs)} finished, {minutes(rows):.1f} minutes of training in all"
     shown["parameters a run"] = _values(runs["parameters"].sort_values().map(lambda n: f"{int(n):,}"))
@@ -53,8 +59,8 @@ def minutes(rows: pd.DataFrame) -> float:
 
 
 def warnings(rows: pd.DataFrame, by: str) -> list[str]:
-    """A sentence for each fact that should be one and is several, with the runs of every value and, but for the most frequent value, their
-    arms (or ablations: `by`); and one on commits with uncommitted changes."""
+    """A sentence for each fact that should be one and is several, with the runs of every value and, but for the most
+    frequent value, their arms (or ablations: `by`); and one on commits with uncommitted changes."""
     finished = rows[rows["status"] == "ok"]
     sentences = []
     for name, plural in MIXED.items():
@@ -64,10 +70,13 @@ def warnings(rows: pd.DataFrame, by: str) -> list[str]:
         kinds = [f"{_values(groups[0][1][name])} ({_runs(groups[0][1])})"]
         kinds += [f"{_values(group[name])} ({_runs(group)}: {', '.join(_named(group, by))})" for _, group in groups[1:]]
         sentences.append(
-            f"These rows span {len(kinds)} {plural}, so that differences may be of the code or the machine: {'; '.join(kinds)}."
+            f"These rows span {len(kinds)} {plural}, so that differences may be of the code or the machine: "
+            f"{'; '.join(kinds)}."
         )
     if "commit" in finished and len(changed := finished[finished["commit"].astype(str).str.endswith("+")]):
-        sentences.append(f"{_runs(changed)} trained from a tree with uncommitted changes ({_values(changed['commit'])}).")
+        sentences.append(
+            f"{_runs(changed)} trained from a tree with uncommitted changes ({_values(changed['commit'])})."
+        )
     return sentences
 
 
@@ -85,15 +94,19 @@ def _runs(rows: pd.DataFrame) -> str:
 
 
 def protocol(ablation: Ablation, rows: pd.DataFrame) -> str:
-    """Without this a number means nothing: split, images, tokens, weights, what uniform sampling would give, and how a field was tuned."""
+    """Without this a number means nothing: split, images, tokens, weights, what uniform sampling would give, and how a
+    field was tuned."""
     finished = rows[rows["status"] == "ok"]
     if finished.empty:
         return ""
-    sentences = _of_tokenizers(finished[finished["stage"] == "tokenizer"]) + _of_generators(finished[finished["stage"] == "generator"])
+    sentences = _of_tokenizers(finished[finished["stage"] == "tokenizer"]) + _of_transformers(
+        finished[finished["stage"] == "transformer"]
+    )
     if ablation.tuning:
         times = ", ".join(f"{factor:g}" for factor in ablation.tuning.factors)
         sentences.append(
-            f"Tuning: {ablation.tuning.field} at {times} times the recipe's value, in runs of {100 * ablation.tuning.step_share:.0f}% "
+            f"Tuning: {ablation.tuning.field} at {times} times the recipe's value, in runs of "
+            f"{100 * ablation.tuning.step_share:.0f}% "
             f"of the steps with the whole schedule, seed 0; {tuning.RULE}."
         )
     return " ".join(sentences)
@@ -101,28 +114,35 @@ def protocol(ablation: Ablation, rows: pd.DataFrame) -> str:
 
 def _of_tokenizers(finished: pd.DataFrame) -> list[str]:
     sentences = []
-    for (split, n_images, weights, tokens), group in _groups(finished, "protocol.split", "protocol.n_images", "protocol.weights", "tokens"):
+    for (split, n_images, weights, tokens), group in _groups(
+        finished, "protocol.split", "protocol.n_images", "protocol.weights", "tokens"
+    ):
         sizes = group.drop_duplicates("codebook_size").sort_values("codebook_size")
         uniform = [
             f"{100 * usage:.1f}% of {int(K):,} codes at a perplexity of {perplexity:,.0f}"
-            for K, usage, perplexity in zip(sizes["codebook_size"], sizes["uniform_usage"], sizes["uniform_perplexity"], strict=True)
+            for K, usage, perplexity in zip(
+                sizes["codebook_size"], sizes["uniform_usage"], sizes["uniform_perplexity"], strict=True
+            )
         ]
         sentences.append(
-            f"Protocol: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} weights; as many tokens "
+            f"Protocol: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} "
+            f"weights; as many tokens "
             f"drawn uniformly would use {', '.join(uniform)}."
         )
     return sentences
 
 
-def _of_generators(finished: pd.DataFrame) -> list[str]:
+def _of_transformers(finished: pd.DataFrame) -> list[str]:
     sentences = []
     for (split, n_images, weights, samples, guidances), group in _groups(
         finished, "protocol.split", "protocol.n_images", "protocol.weights", "protocol.samples", "protocol.guidances"
     ):
         sampling = _values(group["protocol.sampling"].str.replace(r"seed \d+", "the run's seed", regex=True))
         sentences.append(
-            f"Protocol of generators: {weights} weights; bits of the first {int(n_images):,} images of the {split} split; {int(samples):,} "
-            f"samples at each guidance ({guidances}), against the same images; {sampling}. Metrics of samples are those at "
+            f"Protocol of transformers: {weights} weights; bits of the first {int(n_images):,} images of the {split} "
+            f"split; {int(samples):,} "
+            f"samples at each guidance ({guidances}), against the same images; {sampling}. Metrics of samples are "
+            f"those at "
             "the guidance with the lowest FID[fashion-cnn], which is chosen on these very samples."
         )
     return sentences
@@ -134,8 +154,13 @@ def _groups(rows: pd.DataFrame, *columns: str) -> list[tuple[tuple[Any, ...], pd
 
 
 def missing(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows without a result by status and reason: status, reason, and arms with their seeds, e.g. "vq_published seeds 0, 2"."""
-    lost = rows[rows["status"] != "ok"].fillna({"reason": ""}) if "reason" in rows else rows[rows["status"] != "ok"].assign(reason="")
+    """Rows without a result by status and reason: status, reason, and arms with their seeds, e.g. "vq_published seeds
+    0, 2"."""
+    lost = (
+        rows[rows["status"] != "ok"].fillna({"reason": ""})
+        if "reason" in rows
+        else rows[rows["status"] != "ok"].assign(reason="")
+    )
     groups = []
     for (status, reason), group in lost.groupby(["status", "reason"], sort=False):
         arms = []

@@ -1,6 +1,8 @@
-"""The images that tokenizers train on: Fashion-MNIST, crops of photographs that arrive inside Python wheels, folders of one's own.
+"""The images that tokenizers train on: Fashion-MNIST, crops of photographs that arrive inside Python wheels, folders of
+one's own.
 
-`python -m ibq.data` fetches what is missing and prints one line per split, so that a training run never waits for a download.
+`python -m ibq.data` fetches what is missing and prints one line per split, so that a training run never waits for a
+download.
 """
 
 from __future__ import annotations
@@ -40,27 +42,30 @@ __all__ = [
 def load_images(config: DataConfig, split: Split) -> ImageSource:
     """One split of the images that `config` names, fetched on first use.
 
-    fashion-mnist: its 28×28 images stand in the middle of 32×32 with the background value 0 around them. It is sought in the folder
-    IBQ_DATA, in Debian's package dataset-fashion-mnist, in the cache folder, and then fetched. An IBQ_DATA folder that holds none of the
-    four files may belong to other data and is passed over; one that does not exist or holds some of the four is an error.
+    fashion-mnist: its 28×28 images stand in the middle of 32×32 with the background value 0 around them. It is sought
+    in the folder IBQ_DATA, in Debian's package dataset-fashion-mnist, in the cache folder, and then fetched. An
+    IBQ_DATA folder that holds none of the four files may belong to other data and is passed over; one that does not
+    exist or holds some of the four is an error.
 
     photos: overlapping (train) or adjacent (test) RGB crops of seven photographs.
 
-    imagefolder:PATH: every .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff and .gif (first frame) in the folder and below, hidden ones left
-    out, links followed. Where PATH holds train/ and one of val/, test/ (the first of these), they are the splits; the longer names
-    training, valid, validation and testing do as well, in any case. Otherwise every tenth file of the sorted listing, from the first on,
-    is for testing and the rest for training. Where a split's folder holds only subfolders, they are its classes, numbered by their sorted
-    names in both splits. A file that cannot be used is left out: `Images.skipped` says why, and one line on stderr how many.
-    How an image becomes a square: `ibq.data.folder.square_rgb`. With crop="random" no image is opened until it is wanted: centre squares
-    are decoded on demand and `ibq.data.batches.TrainingBatches` reads random ones; small images are scaled up, broken ones replaced.
+    imagefolder:PATH: every .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff and .gif (first frame) in the folder and below,
+    hidden ones left out, links followed. Where PATH holds train/ and one of val/, test/ (the first of these), they are
+    the splits; the longer names training, valid, validation and testing do as well, in any case. Otherwise every tenth
+    file of the sorted listing, from the first on, is for testing and the rest for training. Where a split's folder
+    holds only subfolders, they are its classes, numbered by their sorted names in both splits. A file that cannot be
+    used is left out: `Images.skipped` says why, and one line on stderr how many.
+    How an image becomes a square: `ibq.data.folder.square_rgb`. With crop="random" no image is opened until it is
+    wanted: centre squares are decoded on demand and `ibq.data.loader.TrainingBatches` reads random ones; small images
+    are scaled up, broken ones replaced.
 
     Args:
         config: name, resolution (pixels a side) and crop.
         split: "train" or "test".
 
     Returns:
-        The images, uint8 (N, C, resolution, resolution): for Fashion-MNIST 60,000 or 10,000 of 1 channel with labels, else of 3; in memory
-        (`Images`) or, with crop="random", read when they are wanted (`StreamedImages`).
+        The images, uint8 (N, C, resolution, resolution): for Fashion-MNIST 60,000 or 10,000 of 1 channel with labels,
+        else of 3; in memory (`Images`) or, with crop="random", read when they are wanted (`StreamedImages`).
 
     Raises:
         DataError: the data is absent, damaged, too large for memory, or does not come at this resolution.
@@ -86,10 +91,12 @@ def data_hash_of(config: DataConfig) -> str:
 
 
 def data_hash(train_images: ImageSource, test_images: ImageSource) -> str:
-    """What stands for the data in a run's identity: SHA-256 (hex) of the training images and, where it may change alone, the test split.
+    """What stands for the data in a run's identity: SHA-256 (hex) of the training images and, where it may change
+    alone, the test split.
 
-    The test split of the built-in data sets is as fixed as they are; that of a folder can change by itself, and with it every metric.
-    With crop="random" names and sizes of the files stand for their content (`StreamedImages.content_hash`).
+    The test split of the built-in data sets is as fixed as they are; that of a folder can change by itself, and with it
+    every metric. With crop="random" names and sizes of the files stand for their content
+    (`StreamedImages.content_hash`).
     """
     if train_images.name in DATA_SETS:
         return train_images.content_hash

@@ -15,9 +15,12 @@ from ibq.errors import one_sentence
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Fetch a data set where need be and print, for each split: number, shape, content hash, source; of a folder also how many it skips."""
+    """Fetch a data set where need be and print, for each split: number, shape, content hash, source; of a folder also
+    how many it skips."""
     parser = argparse.ArgumentParser(prog="python -m ibq.data", description=main.__doc__)
-    parser.add_argument("name", nargs="?", default="fashion-mnist", help="fashion-mnist, photos or imagefolder:PATH (%(default)s)")
+    parser.add_argument(
+        "name", nargs="?", default="fashion-mnist", help="fashion-mnist, photos or imagefolder:PATH (%(default)s)"
+    )
     parser.add_argument("--resolution", type=int, default=FASHION_MNIST_RESOLUTION, help="pixels a side (%(default)s)")
     given = parser.parse_args(arguments)
     try:

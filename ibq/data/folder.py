@@ -1,4 +1,5 @@
-"""A folder of one's own images: which files make which split, how any image becomes a square of RGB bytes, what cannot be used and why."""
+"""A folder of one's own images: which files make which split, how any image becomes a square of RGB bytes, what cannot
+be used and why."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """Told by a file's content, whatever its ending; foreign files get at none of Pillow's other readers."""
 SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test", "testing")}
 MAX_PIXELS = 2**27
-"""Width times height that a file may declare (134 million): a larger image is refused by its header, before a pixel is decoded."""
+"""Width times height that a file may declare (134 million): a larger image is refused by its header, before a pixel is
+decoded."""
 MAX_BYTES = 8 * 2**30
 """Memory that the images of one split may take: 8 GiB."""
 NAMED_ON_STDERR = 3
@@ -40,7 +42,8 @@ Place = Callable[[int, int], tuple[float, float]]
 
 
 def load_folder(given: str, resolution: int, split: Split) -> Images:
-    """One split of a folder's images, decoded into memory; `ibq.data.load_images` tells how files become splits and classes.
+    """One split of a folder's images, decoded into memory; `ibq.data.load_images` tells how files become splits and
+    classes.
 
     Args:
         given: the folder; a leading ~ is the home folder.
@@ -48,10 +51,12 @@ def load_folder(given: str, resolution: int, split: Split) -> Images:
         split: "train" or "test".
 
     Returns:
-        uint8 (N, 3, R, R) in the order of the sorted paths; the same bytes for the same files, wherever the folder lies.
+        uint8 (N, 3, R, R) in the order of the sorted paths; the same bytes for the same files, wherever the folder
+        lies.
 
     Raises:
-        DataError: the folder is absent, unreadable, without usable images for this split, or its images would take more than MAX_BYTES.
+        DataError: the folder is absent, unreadable, without usable images for this split, or its images would take more
+            than MAX_BYTES.
     """
     listing = list_split(given, split)
     images_NCHW, kept, unusable = _decode_all(listing.folder, listing.files, resolution)
@@ -64,7 +69,7 @@ def load_folder(given: str, resolution: int, split: Split) -> Images:
     return Images("imagefolder", split, images_NCHW, listing.labels(kept), listing.source, tuple(skipped))
 
 
-# --- Files -------------------------------------------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,10 @@ def list_split(given: str, split: Split) -> Listing:
     source = quoted(place)
     if not folders:
         if len(files) == 1:
-            raise DataError(f"{source} holds a single image file, which cannot be both for training and for testing; add more images")
+            raise DataError(
+                f"{source} holds a single image file, which cannot be both for training and for testing; add more "
+                f"images"
+            )
         files = files[::10] if split == "test" else [name for position, name in enumerate(files) if position % 10]
         source += f" ({'every tenth file' if split == 'test' else 'nine files in ten'})"
     names = sorted(set().union(*map(_classes, folders.values() or [root]))) if _classes(place) else []
@@ -129,7 +137,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folders of the two splits, or none where `root` has neither; a DataError where it has but one."""
-    by_name = {entry.name.casefold(): Path(entry.path) for entry in sorted(_entries(root), key=lambda e: e.name) if _is_folder(entry)}
+    by_name = {
+        entry.name.casefold(): Path(entry.path)
+        for entry in sorted(_entries(root), key=lambda e: e.name)
+        if _is_folder(entry)
+    }
     found = {}
     for split, names in SPLIT_FOLDERS.items():
         if present := [by_name[name] for name in names if name in by_name]:
@@ -137,7 +149,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
     if len(found) == 1:
         (there,), absent = found.values(), SPLIT_FOLDERS["test" if "train" in found else "train"]
         raise DataError(
-            f"{quoted(root)} holds {quoted(there.name)} but no folder {_or(absent)} beside it; add one, or name the folder "
+            f"{quoted(root)} holds {quoted(there.name)} but no folder {_or(absent)} beside it; add one, or name the "
+            f"folder "
             "that holds the images, of which every tenth is then for testing"
         )
     return found
@@ -147,11 +160,14 @@ def _classes(folder: Path) -> set[str]:
     """Names of the subfolders of a folder that holds no image itself; else none."""
     entries = _entries(folder)
     names = {entry.name for entry in entries if _is_folder(entry)}
-    return set() if any(entry.name not in names and entry.name.lower().endswith(ENDINGS) for entry in entries) else names
+    return (
+        set() if any(entry.name not in names and entry.name.lower().endswith(ENDINGS) for entry in entries) else names
+    )
 
 
 def image_files(root: Path) -> tuple[list[str], list[str]]:
-    """Paths of the image files below `root`, relative to it and sorted part by part, and a sentence for each subfolder that is closed.
+    """Paths of the image files below `root`, relative to it and sorted part by part, and a sentence for each subfolder
+    that is closed.
 
     Raises:
         DataError: the folder is absent or unreadable, or there is neither a file nor a sentence.
@@ -176,11 +192,14 @@ def image_files(root: Path) -> tuple[list[str], list[str]]:
             elif entry.name.lower().endswith(ENDINGS):
                 files.append(entry.path.removeprefix(prefix))
     if not files and not skipped:
-        raise DataError(f"{quoted(root)} holds no image: nothing in it or below it ends in {_or(ENDINGS)} (hidden files are left out)")
+        raise DataError(
+            f"{quoted(root)} holds no image: nothing in it or below it ends in {_or(ENDINGS)} (hidden files are left "
+            f"out)"
+        )
     return sorted(files, key=lambda name: name.split(os.sep)), sorted(skipped)
 
 
-# --- Pixels ------------------------------------------------------------------------------------------------------------------------------
+# --- Pixels -----------------------------------------------------------------------------------------------------------
 
 
 def _decode_all(place: Path, files: list[str], resolution: int) -> tuple[torch.Tensor, list[str], list[str]]:
@@ -199,7 +218,9 @@ def _decode_all(place: Path, files: list[str], resolution: int) -> tuple[torch.T
     with decoding(), ThreadPoolExecutor(DECODING_THREADS) as pool:  # in chunks, so that few images wait to be copied
         for start in range(0, len(files), _CHUNK):
             chunk = files[start : start + _CHUNK]
-            for name, image_CHW in zip(chunk, pool.map(lambda name: read_square(place / name, resolution), chunk), strict=True):
+            for name, image_CHW in zip(
+                chunk, pool.map(lambda name: read_square(place / name, resolution), chunk), strict=True
+            ):
                 if isinstance(image_CHW, str):
                     unusable.append(f"{quoted(name)} {image_CHW}")
                 else:
@@ -255,7 +276,8 @@ def read_image(path: Path, use: Callable[[Image.Image], Pixels | str]) -> Pixels
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
             return "is not a regular file"
-        # By its bytes, not its name: Pillow would map a raw file into memory, and mapped it turns a TIFF on its side into noise.
+        # By its bytes, not its name: Pillow would map a raw file into memory, and mapped it turns a TIFF on its side
+        # into noise.
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
@@ -272,10 +294,11 @@ def read_image(path: Path, use: Callable[[Image.Image], Pixels | str]) -> Pixels
 
 
 def square_rgb(image: Image.Image, resolution: int, place: Place = centre) -> Image.Image:
-    """Any image as an RGB square: the centre square of `upright_rgb` or another, scaled by Pillow's antialiased bicubic filter.
+    """Any image as an RGB square: the centre square of `upright_rgb` or another, scaled by Pillow's antialiased bicubic
+    filter.
 
-    An image of resolution×resolution keeps its pixels. (A JPEG of 6 times the resolution or more has been decoded at a half, a quarter or
-    an eighth by then, to no less than 3 times it.)
+    An image of resolution×resolution keeps its pixels. (A JPEG of 6 times the resolution or more has been decoded at a
+    half, a quarter or an eighth by then, to no less than 3 times it.)
 
     Args:
         image: of any size.
@@ -298,8 +321,8 @@ def square_rgb(image: Image.Image, resolution: int, place: Place = centre) -> Im
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Any image as RGB, upright as its EXIF orientation says.
 
-    Transparent parts stand on white; grey, palette and CMYK become RGB; 16-bit grey is scaled from 0 to 65,535 down to 0 to 255 and
-    rounded. Colour profiles are not applied.
+    Transparent parts stand on white; grey, palette and CMYK become RGB; 16-bit grey is scaled from 0 to 65,535 down to
+    0 to 255 and rounded. Colour profiles are not applied.
 
     Raises:
         ValueError: its pixels are floating-point numbers or exceed 16 bits: what would be white is not known.

@@ -1,4 +1,5 @@
-"""One split of a data set: what every kind of it offers, the kind that is whole in memory, and the error that says why there is none."""
+"""One split of a data set: what every kind of it offers, the kind that is whole in memory, and the error that says why
+there is none."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class ImageSource(Protocol):
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """A sentence for every file or folder that could not be used, as far as it has been tried; no part of their identity either."""
+        """A sentence for every file or folder that could not be used, as far as it has been tried; no part of their
+        identity either."""
 
     @property
     def content_hash(self) -> str:
@@ -79,11 +81,17 @@ class Images:
         images, labels, shape = (self.images_NCHW, self.labels_N, tuple(self.images_NCHW.shape))
         if images.dtype != torch.uint8 or images.ndim != 4 or not images.is_contiguous():
             layout = "contiguous" if images.is_contiguous() else "not contiguous"
-            raise DataError(f"images must be a contiguous uint8 tensor (N, C, H, W), but these are {images.dtype} {shape}, {layout}")
+            raise DataError(
+                f"images must be a contiguous uint8 tensor (N, C, H, W), but these are {images.dtype} {shape}, {layout}"
+            )
         if len(images) == 0 or shape[1] not in (1, 3) or shape[2] != shape[3] or shape[2] == 0:
-            raise DataError(f"images must be square, of 1 or 3 channels and at least one, but their shape (N, C, H, W) is {shape}")
+            raise DataError(
+                f"images must be square, of 1 or 3 channels and at least one, but their shape (N, C, H, W) is {shape}"
+            )
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != shape[:1]):
-            raise DataError(f"labels must be int64 of shape {shape[:1]}, but these are {labels.dtype} {tuple(labels.shape)}")
+            raise DataError(
+                f"labels must be int64 of shape {shape[:1]}, but these are {labels.dtype} {tuple(labels.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.images_NCHW)
@@ -118,11 +126,13 @@ def to_float(bytes_BCHW: torch.Tensor, device: torch.device | str) -> torch.Tens
 
 
 def one_line(reason: object) -> str:
-    """An error, or what a program complained of, as part of a sentence: one line without a full stop, an error's type where it is mute."""
+    """An error, or what a program complained of, as part of a sentence: one line without a full stop, an error's type
+    where it is mute."""
     text = " ".join(str(reason).split()).rstrip(".")
     return text or ("" if isinstance(reason, str) else type(reason).__name__)
 
 
 def quoted(text: object) -> str:
-    """A path as it stands in a message: as it is, or, where it holds line breaks or other signs that do not print, as repr writes it."""
+    """A path as it stands in a message: as it is, or, where it holds line breaks or other signs that do not print, as
+    repr writes it."""
     return text if (text := str(text)).isprintable() else repr(text)

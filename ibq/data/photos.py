@@ -13,17 +13,27 @@ from PIL import Image
 from ibq.data.images import DataError, Images, Split, one_line
 
 PHOTOS = {
-    "skimage": ("data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/rocket.jpg", "data/motorcycle_left.png"),
+    "skimage": (
+        "data/astronaut.png",
+        "data/chelsea.png",
+        "data/coffee.png",
+        "data/rocket.jpg",
+        "data/motorcycle_left.png",
+    ),
     "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
 }
 
 
 def load_photos(resolution: int, split: Split) -> Images:
-    """One split as uint8 (N, 3, resolution, resolution). DataError: a photo is absent or damaged, or smaller than a crop."""
+    """One split as uint8 (N, 3, resolution, resolution). DataError: a photo is absent or damaged, or smaller than a
+    crop."""
     regions = [split_regions(_read_photo(path)) for path in _photo_paths()]
     largest = min(min(region.shape[1:]) for pair in regions for region in pair)
     if resolution > largest:
-        raise DataError(f"photos come at resolution={largest} at most, as the smallest test region allows, not at resolution={resolution}")
+        raise DataError(
+            f"photos come at resolution={largest} at most, as the smallest test region allows, not at "
+            f"resolution={resolution}"
+        )
     if split == "train":
         crops = [crop_grid(train_CHW, resolution, stride=resolution // 2) for train_CHW, _ in regions]
     else:
@@ -37,11 +47,15 @@ def _photo_paths() -> list[Path]:
     for package, names in PHOTOS.items():
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise DataError(f"photos are files of the package {package}, which is not installed; pip install 'ibq-study[study]'")
+            raise DataError(
+                f"photos are files of the package {package}, which is not installed; pip install 'ibq-study[study]'"
+            )
         paths += [Path(spec.submodule_search_locations[0]) / name for name in names]
     for path in paths:
         if not os.path.isfile(path):
-            raise DataError(f"the photo {path} is not in the installed package; pip install --force-reinstall 'ibq-study[study]'")
+            raise DataError(
+                f"the photo {path} is not in the installed package; pip install --force-reinstall 'ibq-study[study]'"
+            )
     return paths
 
 
@@ -50,12 +64,15 @@ def _read_photo(path: Path) -> torch.Tensor:
         with Image.open(path) as photo:
             photo_HWC = np.array(photo.convert("RGB"))
     except OSError as error:
-        raise DataError(f"the photo {path} cannot be read ({one_line(error)}); pip install --force-reinstall 'ibq-study[study]'") from None
+        raise DataError(
+            f"the photo {path} cannot be read ({one_line(error)}); pip install --force-reinstall 'ibq-study[study]'"
+        ) from None
     return torch.from_numpy(photo_HWC).permute(2, 0, 1)
 
 
 def split_regions(photo_CHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The left three quarters of a photo, for training, and the right quarter, for testing: views that share no pixel."""
+    """The left three quarters of a photo, for training, and the right quarter, for testing: views that share no
+    pixel."""
     border = photo_CHW.shape[2] * 3 // 4
     return photo_CHW[:, :, :border], photo_CHW[:, :, border:]
 

@@ -1,8 +1,10 @@
-"""A folder of images that is read while it is used: centre squares on demand, and random squares for training from processes of their own.
+"""A folder of images that is read while it is used: centre squares on demand, and random squares for training from
+processes of their own.
 
-A square is what is left of an image whose shorter side is scaled to R when a part as wide as that side is cut out (PAPER section 5). Here
-the part is cut out first and then scaled, by the same factor both ways (what scales first must round the longer side to a whole number of
-pixels, and stretches the image by that little). Unlike those of a folder that is held in memory, images whose shorter side is below R are
+A square is what is left of an image whose shorter side is scaled to R when a part as wide as that side is cut out
+(docs/method.md section 5). Here the part is cut out first and then scaled, by the same factor both ways (what scales
+first must round the longer side to a whole number of pixels, and stretches the image by that little). Unlike those of a
+folder that is held in memory, images whose shorter side is below R are
 scaled up: in a folder of this size there are many.
 
 Suffixes: B images, C channels, H W pixels; R pixels a side.
@@ -33,18 +35,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from ibq.data.folder import DECODING_THREADS, Listing, Pixels, decoding, first_few, list_split, read_square
 from ibq.data.images import DataError, Split, one_line, quoted, to_float
-from ibq.processes import exit_with_parent
+from ibq.distributed import exit_with_parent
 
 UNUSABLE_SHARE, UNUSABLE_FILES = 0.01, 10
-"""More than this share of the files, and more than this number of them, is not bad luck any more but a damaged or a wrong folder."""
+"""More than this share of the files, and more than this number of them, is not bad luck any more but a damaged or a
+wrong folder."""
 TRIES = 16
 """So many files one after another that cannot be used are taken to be all of them."""
 FETCHED_AHEAD = 2
 
 
 class Draw(NamedTuple):
-    """One image that a step trains on: its file, relative to the folder, and (seed, epoch, position in the split), from which everything
-    random about it follows; nothing depends on the process that reads it, on the batch it is in, or on what came before."""
+    """One image that a step trains on: its file, relative to the folder, and (seed, epoch, position in the split), from
+    which everything random about it follows; nothing depends on the process that reads it, on the batch it is in, or on
+    what came before."""
 
     file: str
     key: tuple[int, int, int]
@@ -59,7 +63,8 @@ Read = Callable[[str, np.random.Generator], Pixels | str]
 
 @dataclass(eq=False)
 class Unusable:
-    """What could not be decoded: kept count of, said once, and replaced; that some files are broken is known only when they are read."""
+    """What could not be decoded: kept count of, said once, and replaced; that some files are broken is known only when
+    they are read."""
 
     listing: Listing
     split: Split
@@ -67,8 +72,8 @@ class Unusable:
     images_read: int = 0
 
     def replacement(self, draw: Draw, reason: str, read: Read) -> Pixels:
-        """Another image of the split, and of its class where there are classes, drawn from what belongs to this one alone, so that the same
-        always stands in.
+        """Another image of the split, and of its class where there are classes, drawn from what belongs to this one
+        alone, so that the same always stands in.
 
         Raises:
             DataError: too many files cannot be used, or none.
@@ -108,14 +113,16 @@ class Unusable:
         known = min(self.images_read, len(self.listing.files))
         if len(self.sentences) > max(UNUSABLE_FILES, UNUSABLE_SHARE * known):
             raise DataError(
-                f"{len(self.sentences):,} of the {known:,} images read so far of {self.listing.source} cannot be used, over the limit of "
+                f"{len(self.sentences):,} of the {known:,} images read so far of {self.listing.source} cannot be used, "
+                f"over the limit of "
                 f"{UNUSABLE_SHARE:.0%}: {first_few(list(self.sentences.values()))}; mend or remove them"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedImages:
-    """One split of a folder, as `ibq.data.images.ImageSource` asks for it: centre squares, decoded when they are wanted by a few threads.
+    """One split of a folder, as `ibq.data.images.ImageSource` asks for it: centre squares, decoded when they are wanted
+    by a few threads.
 
     An image that cannot be decoded is replaced by another of its class; `skipped` tells of those met so far.
 
@@ -148,8 +155,9 @@ class StreamedImages:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) over the sorted relative paths and sizes in bytes of the split's files, not over what is in them: to read the
-        150 GB of ImageNet takes an hour, and every start of a run needs this. Files changed at equal size go unnoticed."""
+        """SHA-256 (hex) over the sorted relative paths and sizes in bytes of the split's files, not over what is in
+        them: to read the 150 GB of ImageNet takes an hour, and every start of a run needs this. Files changed at equal
+        size go unnoticed."""
         digest = hashlib.sha256()
         for file in self.listing.files:
             digest.update(b"%s\0%d\0" % (os.fsencode(file), _size(self.listing.folder / file)))
@@ -170,11 +178,14 @@ class StreamedImages:
             squares = list(pool.map(lambda draw: self._centre_square(draw.file), draws))
             for position, square in enumerate(squares):
                 if isinstance(square, str):
-                    squares[position] = self.unusable.replacement(draws[position], square, lambda file, _: self._centre_square(file))
+                    squares[position] = self.unusable.replacement(
+                        draws[position], square, lambda file, _: self._centre_square(file)
+                    )
         return torch.from_numpy(np.stack([square for square in squares if not isinstance(square, str)]))
 
     def batch(self, indices_B: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-        """Centre squares of chosen images as float32 (B, 3, R, R) on the device; 0 becomes exactly -1 and 255 exactly 1."""
+        """Centre squares of chosen images as float32 (B, 3, R, R) on the device; 0 becomes exactly -1 and 255 exactly
+        1."""
         return to_float(self.pixels(indices_B), device)
 
     def draws(self, indices_B: torch.Tensor, seed: int, epoch: int) -> list[Draw]:
@@ -204,7 +215,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-# --- Random squares, decoded by other processes ------------------------------------------------------------------------------------------
+# --- Random squares, decoded by other processes -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -240,8 +251,14 @@ class RandomSquares(Dataset[tuple[torch.Tensor, list[tuple[int, str]]]]):
         def place(width: int, height: int) -> tuple[float, float]:
             """At a whole pixel of the image that is scaled until its shorter side is R."""
             side = min(width, height)
-            steps = [int(chance.integers(length * self.resolution // side - self.resolution + 1)) for length in (width, height)]
-            left, top = (min(step * side / self.resolution, length - side) for step, length in zip(steps, (width, height), strict=True))
+            steps = [
+                int(chance.integers(length * self.resolution // side - self.resolution + 1))
+                for length in (width, height)
+            ]
+            left, top = (
+                min(step * side / self.resolution, length - side)
+                for step, length in zip(steps, (width, height), strict=True)
+            )
             return left, top
 
         square = read_square(self.folder / file, self.resolution, place, enlarge=True)
@@ -251,11 +268,13 @@ class RandomSquares(Dataset[tuple[torch.Tensor, list[tuple[int, str]]]]):
 def random_squares(
     images: StreamedImages, steps: Iterable[list[Draw]], *, flip: bool, workers: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Random squares of what each step draws, uint8 (B, 3, R, R) on the CPU, in page-locked memory where the device is a GPU.
+    """Random squares of what each step draws, uint8 (B, 3, R, R) on the CPU, in page-locked memory where the device is
+    a GPU.
 
-    The processes begin to decode at once, a few steps ahead, and end when the iterator is closed or forgotten, or this process ends in any
-    way. They are spawned (a fork of a process that computes is not safe), so a script that trains guards its top level by
-    `if __name__ == "__main__"`. torch's and numpy's random numbers in this process are not touched.
+    The processes begin to decode at once, a few steps ahead, and end when the iterator is closed or forgotten, or this
+    process ends in any way. They are spawned (a fork of a process that computes is not safe), so a script that trains
+    guards its top level by `if __name__ == "__main__"`. torch's and numpy's random numbers in this process are not
+    touched.
 
     Args:
         images: a split.
@@ -268,7 +287,10 @@ def random_squares(
         DataError: (from the iterator) too many files cannot be used, or a process that decodes was lost.
     """
     if workers and multiprocessing.current_process().daemon:
-        print("imagefolder: a daemonic process may start no others, so it decodes the images itself, one after another", file=sys.stderr)
+        print(
+            "imagefolder: a daemonic process may start no others, so it decodes the images itself, one after another",
+            file=sys.stderr,
+        )
         workers = 0
     squares = RandomSquares(images.listing.folder, images.resolution, flip)
     drawn: list[list[Draw]] = []  # what is under way, the oldest first
@@ -289,7 +311,8 @@ def random_squares(
             prefetch_factor=FETCHED_AHEAD if workers else None,
             multiprocessing_context="spawn" if workers else None,
             worker_init_fn=_begin_to_decode if workers else None,
-            generator=torch.Generator(),  # else a seed for the workers is drawn from the numbers that training draws from
+            # else a seed for the workers is drawn from the numbers that training draws from
+            generator=torch.Generator(),
             pin_memory=pinned,
         )
         with torch.cuda.device(device) if pinned else nullcontext():  # where the thread that locks pages belongs
@@ -298,7 +321,10 @@ def random_squares(
 
 
 def _whole(
-    loaded: Iterator[tuple[torch.Tensor, list[tuple[int, str]]]], drawn: list[list[Draw]], squares: RandomSquares, unusable: Unusable
+    loaded: Iterator[tuple[torch.Tensor, list[tuple[int, str]]]],
+    drawn: list[list[Draw]],
+    squares: RandomSquares,
+    unusable: Unusable,
 ) -> Iterator[torch.Tensor]:
     """Batches with something in the place of what is missing; other processes' failures as one sentence."""
     failure = ""
@@ -315,7 +341,9 @@ def _whole(
         unusable.images_read += len(draws)
         with decoding():
             for position, reason in missing:
-                squares_BCHW[position] = torch.from_numpy(unusable.replacement(draws[position], reason, squares.read).copy())
+                squares_BCHW[position] = torch.from_numpy(
+                    unusable.replacement(draws[position], reason, squares.read).copy()
+                )
         yield squares_BCHW
     del loaded
     raise DataError(failure)
@@ -323,9 +351,12 @@ def _whole(
 
 def _what_was_lost(error: Exception) -> str:
     last_line = one_line(str(error).strip().rpartition("\n")[2])
-    if isinstance(error, (ConnectionError, EOFError)) or (isinstance(error, RuntimeError) and "exited unexpectedly" in str(error)):
+    if isinstance(error, (ConnectionError, EOFError)) or (
+        isinstance(error, RuntimeError) and "exited unexpectedly" in str(error)
+    ):
         return (
-            f"a process that decodes images was lost, killed by hand or for lack of memory or of space in /dev/shm ({last_line}); "
+            f"a process that decodes images was lost, killed by hand or for lack of memory or of space in /dev/shm "
+            f"({last_line}); "
             "run again, with fewer workers if need be"
         )
     return f"decoding images failed: {last_line or type(error).__name__}"
@@ -333,7 +364,8 @@ def _what_was_lost(error: Exception) -> str:
 
 @contextmanager
 def _no_interruption() -> Iterator[None]:
-    """torch would have the death of a worker raise an error in whatever line the main thread has come to; `next` finds out by itself."""
+    """torch would have the death of a worker raise an error in whatever line the main thread has come to; `next` finds
+    out by itself."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -345,8 +377,11 @@ def _no_interruption() -> Iterator[None]:
 
 
 def _begin_to_decode(_: int) -> None:
-    """In a new process. Ctrl-C and a scheduler's SIGTERM go to a whole group: the trainer decides what they mean, and ends this process."""
+    """In a new process. Ctrl-C and a scheduler's SIGTERM go to a whole group: the trainer decides what they mean, and
+    ends this process."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent()
-    atexit.register(os._exit, 0)  # an interpreter that a spawned process takes down in good order aborts now and then in torch's threads
+    atexit.register(
+        os._exit, 0
+    )  # an interpreter that a spawned process takes down in good order aborts now and then in torch's threads

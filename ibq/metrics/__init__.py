@@ -1,7 +1,7 @@
 """Metrics, each with its protocol: code usage from counts, image quality from reconstructions.
 
-Those in the features of trained networks are in modules of their own, since such networks take seconds to import: `distances` (FID and its
-kin), `perceptual` (LPIPS).
+Those in the features of trained networks are in modules of their own, since such networks take seconds to import:
+`distances` (FID and its kin), `perceptual` (LPIPS).
 """
 
 from ibq.metrics.quality import ImageQuality

@@ -1,15 +1,21 @@
-"""Distances between a set of images and its references in the features of a network: FID, KID, inception score, precision and recall.
+"""Distances between a set of images and its references in the features of a network: FID, KID, inception score,
+precision and recall.
 
-Protocol. Everything between features and number is torch-fidelity's own code (the functions that its command calls), with its defaults, so
-that a number equals what `torch_fidelity.calculate_metrics` gives on the same pictures saved as PNG, told the same `kid_subset_size`:
-- images are rounded to 8 bits, as a PNG holds them; references are the tensors that the encoder saw, not files resized by other software;
-- FID is the Fréchet distance of Gaussians (Heusel et al. 2017; mean and covariance in float64). KID is the unbiased polynomial MMD
-  (Binkowski et al. 2018), the mean over 100 subsets; a subset is a tenth of the images, at most 1,000, since subsets of 1,000 among 2,000
-  images cost much and say no more. Unbiased means for independent sets: reconstructions pair with their references, so it can go below 0.
-  The inception score (Salimans et al. 2016) is the mean of 10 splits. Precision and recall are those of Kynkäänniemi et al. (2019) with 3
-  neighbours, in the same features;
-- under their plain names the numbers are of Inception-v3 as FID has it; a network that stands in for it labels each: `fid[fashion-cnn]`.
-Left out: clean-fid's resizing, as nothing is resized but by Inception itself; the standard deviations of KID and inception score.
+Protocol. Everything between features and number is torch-fidelity's own code (the functions that its command calls),
+with its defaults, so that a number equals what `torch_fidelity.calculate_metrics` gives on the same pictures saved as
+PNG, told the same `kid_subset_size`:
+- images are rounded to 8 bits, as a PNG holds them; references are the tensors that the encoder saw, not files resized
+    by other software;
+- FID is the Fréchet distance of Gaussians (Heusel et al. 2017; mean and covariance in float64). KID is the unbiased
+  polynomial MMD (Binkowski et al. 2018), the mean over 100 subsets; a subset is a tenth of the images, at most 1,000,
+  since subsets of 1,000 among 2,000 images cost much and say no more. Unbiased means for independent sets:
+  reconstructions pair with their references, so it can go below 0. The inception score (Salimans et al. 2016) is the
+  mean of 10 splits. Precision and recall are those of Kynkäänniemi et al. (2019) with 3 neighbours, in the same
+  features;
+- under their plain names the numbers are of Inception-v3 as FID has it; a network that stands in for it labels each:
+    `fid[fashion-cnn]`.
+Left out: clean-fid's resizing, as nothing is resized but by Inception itself; the standard deviations of KID and
+    inception score.
 
 A number that would mean nothing (too few images) is absent, and the protocol says why.
 
@@ -36,7 +42,7 @@ from ibq.ops.precision import full_float32
 from ibq.run_directory import write_tensors
 
 if TYPE_CHECKING:
-    from ibq.metrics.extractors import Extractor
+    from ibq.pretrained.extractors import Extractor
 
 NAMES = ("fid", "kid", "is", "precision", "recall")
 FEWEST_IMAGES = 100
@@ -63,8 +69,8 @@ References = Iterable[torch.Tensor]
 class Distances:
     """Gathers the features of images batch by batch; `compute` gives the distances to the references.
 
-    Several processes share the work thus: each adds some of the images and has some of the references, both in the order of their ranks;
-    each calls `finish` and `reduce`, and then any of them `compute`.
+    Several processes share the work thus: each adds some of the images and has some of the references, both in the
+    order of their ranks; each calls `finish` and `reduce`, and then any of them `compute`.
 
     Args:
         extractor: the network.
@@ -94,7 +100,8 @@ class Distances:
         self._stream.add(to_uint8(images_BCHW))
 
     def finish(self) -> None:
-        """Extract what is left to extract, after the last update; no collective, since this may fail on one process alone."""
+        """Extract what is left to extract, after the last update; no collective, since this may fail on one process
+        alone."""
         if self._own_reference_features_NF is None:
             self._own_reference_features_NF = reference_features(self.extractor, self.references)
         if not self._rows:
@@ -107,7 +114,8 @@ class Distances:
     def compute(self) -> tuple[dict[str, float], dict[str, Any]]:
         """The distances that mean something, labelled with the network's suffix, and their protocol.
 
-        The protocol has an entry `distances` (with the suffix), and one under a metric's own name where that one alone is absent: why.
+        The protocol has an entry `distances` (with the suffix), and one under a metric's own name where that one alone
+        is absent: why.
         """
         self.finish()
         features_NF, logits_NL, reference_features_NF = self._rows
@@ -131,7 +139,8 @@ def distances(
         reference_features_NF: of the references.
 
     Returns:
-        metrics under NAMES (FID not below 0, which rounding can give for a set against itself); reasons for what is missing.
+        metrics under NAMES (FID not below 0, which rounding can give for a set against itself); reasons for what is
+        missing.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
@@ -144,26 +153,38 @@ def distances(
     x_NF, y_NF = features_NF.double(), reference_features_NF.double()
     metrics: dict[str, float] = {}
     if fewest > F:  # else the covariances are singular and FID measures little but the number of images
-        fid = fid_statistics_to_metric(fid_features_to_statistics(x_NF), fid_features_to_statistics(y_NF), verbose=False)
+        fid = fid_statistics_to_metric(
+            fid_features_to_statistics(x_NF), fid_features_to_statistics(y_NF), verbose=False
+        )
         metrics["fid"] = max(fid[KEY_METRIC_FID], 0.0)  # in this order NaN stays NaN
     kid_subset_size = _kid_subset_size(len(x_NF), len(y_NF))
     kid = kid_features_to_metric(x_NF, y_NF, kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset_size, verbose=False)
     metrics["kid"] = kid[KEY_METRIC_KID_MEAN]
     metrics["is"] = isc_features_to_metric(logits_NL, splits=IS_SPLITS)[KEY_METRIC_ISC_MEAN]
     neighbours = prc_features_to_metric(
-        features_NF, reference_features_NF, prc_neighborhood=NEIGHBOURS, prc_batch_size=DISTANCE_ROWS, save_cpu_ram=True, verbose=False
+        features_NF,
+        reference_features_NF,
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=DISTANCE_ROWS,
+        save_cpu_ram=True,
+        verbose=False,
     )
     metrics |= {"precision": neighbours[KEY_METRIC_PRECISION], "recall": neighbours[KEY_METRIC_RECALL]}
-    absent = {} if fewest > F else {"fid": f"{fewest} images are too few for a covariance of {F} features, {F + 1} are needed"}
+    absent = (
+        {}
+        if fewest > F
+        else {"fid": f"{fewest} images are too few for a covariance of {F} features, {F + 1} are needed"}
+    )
     absent |= {name: "it is not a finite number" for name, value in metrics.items() if not math.isfinite(value)}
     return {name: value for name, value in metrics.items() if name not in absent}, absent
 
 
 def reference_features(extractor: Extractor, references: References) -> torch.Tensor:
-    """Features of references (N, F), float32 on the CPU: from the cache if the same were extracted before, else extracted and kept there.
+    """Features of references (N, F), float32 on the CPU: from the cache if the same were extracted before, else
+    extracted and kept there.
 
-    The cache is the folder `features` where fetched data lie too (IBQ_CACHE). A damaged file counts as absent, and a folder that cannot be
-    written costs the time of extracting again, no more.
+    The cache is the folder `features` where fetched data lie too (IBQ_CACHE). A damaged file counts as absent, and a
+    folder that cannot be written costs the time of extracting again, no more.
     """
     try:
         folder = cache_folder() / "features"
@@ -205,7 +226,9 @@ def _read_features(path: Path, n_images: int) -> torch.Tensor | None:
 
 
 def _digest_tensor(features_NF: torch.Tensor) -> torch.Tensor:
-    return torch.frombuffer(bytearray(hashlib.sha256(features_NF.contiguous().numpy().data).digest()), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(hashlib.sha256(features_NF.contiguous().numpy().data).digest()), dtype=torch.uint8
+    )
 
 
 def _extract(extractor: Extractor, references: References) -> torch.Tensor:
@@ -216,7 +239,8 @@ def _extract(extractor: Extractor, references: References) -> torch.Tensor:
 
 
 class _FeatureStream:
-    """Features of uint8 images, extracted in batches of its own, so that the caller's batch size does not change even the rounding."""
+    """Features of uint8 images, extracted in batches of its own, so that the caller's batch size does not change even
+    the rounding."""
 
     def __init__(self, extractor: Extractor) -> None:
         self._extractor = extractor
@@ -235,7 +259,9 @@ class _FeatureStream:
         for batch_BCHW in self._waiting:
             self._extract(batch_BCHW)
         self._waiting = []
-        return (torch.cat(self._features), torch.cat(self._logits)) if self._features else (torch.empty(0), torch.empty(0))
+        return (
+            (torch.cat(self._features), torch.cat(self._logits)) if self._features else (torch.empty(0), torch.empty(0))
+        )
 
     @torch.no_grad()
     def _extract(self, images_BCHW: torch.Tensor) -> None:
@@ -260,9 +286,11 @@ def _provenance(extractor: Extractor, n_images: int, n_references: int) -> str:
 
 
 class PairedDistances:
-    """The distances of `Distances` where originals and reconstructions come in pairs, batch by batch, of any size and in any order.
+    """The distances of `Distances` where originals and reconstructions come in pairs, batch by batch, of any size and
+    in any order.
 
-    Nothing but features is kept. Of images of several sizes only a network that resizes, as Inception does, makes anything.
+    Nothing but features is kept. Of images of several sizes only a network that resizes, as Inception does, makes
+    anything.
 
     Args:
         extractor: the network.
@@ -276,7 +304,8 @@ class PairedDistances:
         self._logits: list[torch.Tensor] = []
 
     def update(self, positions: list[int], originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> None:
-        """Add a batch of pairs: float in [-1, 1], clamped to it; `positions` are the places that the pairs have among all."""
+        """Add a batch of pairs: float in [-1, 1], clamped to it; `positions` are the places that the pairs have among
+        all."""
         features_BF, _ = _features_and_logits(self.extractor, to_uint8(originals_BCHW))
         self._originals.append(features_BF)
         features_BF, logits_BL = _features_and_logits(self.extractor, to_uint8(reconstructions_BCHW))
@@ -292,7 +321,9 @@ class PairedDistances:
         )
         metrics, absent = distances(reconstructions_NF, logits_NL, originals_NF)
         suffix = self.extractor.suffix
-        return {f"{name}{suffix}": value for name, value in metrics.items()}, {f"{name}{suffix}": why for name, why in absent.items()}
+        return {f"{name}{suffix}": value for name, value in metrics.items()}, {
+            f"{name}{suffix}": why for name, why in absent.items()
+        }
 
     def provenance(self) -> str:
         """The protocol of all of them."""

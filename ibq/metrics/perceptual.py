@@ -1,9 +1,11 @@
-"""LPIPS: how far a reconstruction is from its original in the features of a classifier, image by image (Zhang et al. 2018).
+"""LPIPS: how far a reconstruction is from its original in the features of a classifier, image by image (Zhang et al.
+2018).
 
-Protocol. The lpips package's own network and heads, version 0.1, on backbones as torchvision has them (AlexNet: the authors' choice for
-measuring; VGG-16: closer to what VQGANs are trained with, and what many report). Images are floats in [-1, 1], reconstructions clamped to
-it, neither rounded nor resized; a grey image is repeated to three channels. The number is the mean over images, summed in float64.
-Comparable with numbers of other sources at the same resolution and backbone only. Left out: resizing to 64 pixels, as some do for speed.
+Protocol. The lpips package's own network and heads, version 0.1, on backbones as torchvision has them (AlexNet: the
+authors' choice for measuring; VGG-16: closer to what VQGANs are trained with, and what many report). Images are floats
+in [-1, 1], reconstructions clamped to it, neither rounded nor resized; a grey image is repeated to three channels. The
+number is the mean over images, summed in float64. Comparable with numbers of other sources at the same resolution and
+backbone only. Left out: resizing to 64 pixels, as some do for speed.
 
 Suffixes: B images, C channels, H W pixels.
 """
@@ -21,7 +23,7 @@ from torch import nn
 from ibq.data.images import DataError
 from ibq.distributed import sum_of_numbers
 from ibq.ops.precision import full_float32
-from ibq.pretrained import load_pretrained
+from ibq.pretrained.weights import load_pretrained
 
 Backbone = Literal["alex", "vgg"]
 SMALLEST_SIDE, PAIRS_AT_ONCE = 32, 16
@@ -53,7 +55,9 @@ class LPIPS:
         """
         if reason := too_small(originals_BCHW):
             raise DataError(reason)
-        for pair in zip(originals_BCHW.split(PAIRS_AT_ONCE), reconstructions_BCHW.clamp(-1, 1).split(PAIRS_AT_ONCE), strict=True):
+        for pair in zip(
+            originals_BCHW.split(PAIRS_AT_ONCE), reconstructions_BCHW.clamp(-1, 1).split(PAIRS_AT_ONCE), strict=True
+        ):
             rgb_pair = (images_BCHW.float().expand(-1, 3, -1, -1).to(self.device) for images_BCHW in pair)
             with full_float32(self.device, convolutions=True):
                 self._sum += float(self.network(*rgb_pair).double().sum())
@@ -68,7 +72,9 @@ class LPIPS:
         """The mean, and its protocol, both under `lpips[alex]` or `lpips[vgg]`."""
         name = f"lpips[{self.backbone}]"
         package = f"lpips {importlib.metadata.version('lpips')}"
-        return {name: self._sum / self.images}, {name: f"{package} (v0.1), {self.images} pairs, float in [-1, 1], clamped"}
+        return {name: self._sum / self.images}, {
+            name: f"{package} (v0.1), {self.images} pairs, float in [-1, 1], clamped"
+        }
 
 
 def too_small(images_BCHW: torch.Tensor) -> str | None:
@@ -80,11 +86,14 @@ def too_small(images_BCHW: torch.Tensor) -> str | None:
 
 
 def backbone_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """ImageNet weights of AlexNet or VGG-16, as torchvision has them. DataError: absent or damaged; see `ibq.pretrained`."""
+    """ImageNet weights of AlexNet or VGG-16, as torchvision has them. DataError: absent or damaged; see
+    `ibq.pretrained.weights`."""
     from torchvision.models import AlexNet_Weights, VGG16_Weights
 
     weights = {"alex": AlexNet_Weights.IMAGENET1K_V1, "vgg": VGG16_Weights.IMAGENET1K_V1}[backbone]
-    return load_pretrained(weights.url, {"alex": "AlexNet (for lpips[alex])", "vgg": "VGG-16 (for lpips[vgg])"}[backbone])
+    return load_pretrained(
+        weights.url, {"alex": "AlexNet (for lpips[alex])", "vgg": "VGG-16 (for lpips[vgg])"}[backbone]
+    )
 
 
 def lpips_network(backbone: Backbone, weights: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -105,5 +114,7 @@ def lpips_network(backbone: Backbone, weights: Mapping[str, torch.Tensor]) -> nn
     for part in slices.children():
         for position, layer in part.named_children():  # lpips keeps the positions of torchvision's `features`
             prefix = f"features.{position}."
-            layer.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)})
+            layer.load_state_dict(
+                {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            )
     return network.eval().requires_grad_(False)

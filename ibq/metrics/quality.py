@@ -35,7 +35,9 @@ class ImageQuality:
             shapes = f"{tuple(originals_BCHW.shape)} and {tuple(reconstructions_BCHW.shape)}"
             raise ValueError(f"originals and reconstructions must share one shape, not {shapes}")
         if float(originals_BCHW.abs().max()) > 1:
-            raise ValueError(f"originals reach {float(originals_BCHW.abs().max()):.3f} in magnitude; scale them to [-1, 1]")
+            raise ValueError(
+                f"originals reach {float(originals_BCHW.abs().max()):.3f} in magnitude; scale them to [-1, 1]"
+            )
         for name, values_B in pixel_errors(originals_BCHW, reconstructions_BCHW).items():
             self._sums[name] += float(values_B.sum())
         self._sums["ssim"] += float(ssim(originals_BCHW, reconstructions_BCHW).sum())
@@ -61,11 +63,14 @@ def pixel_errors(originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tenso
 
 def ssim(originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> torch.Tensor:
     """SSIM of each image (B,), float64; H and W at least SSIM_WINDOW; the reconstructions are clamped here."""
-    # torchmetrics takes longer to import than everything else together, and a command line that only lists runs needs none of it
+    # torchmetrics takes longer to import than everything else together, and a command line that only lists runs needs
+    # none of it
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     y_BCHW = reconstructions_BCHW.float().clamp(-1, 1)
     # in float32, where its window sums are ten times faster than in float64
-    ssim_B = structural_similarity_index_measure((y_BCHW + 1) / 2, (originals_BCHW + 1) / 2, data_range=1.0, reduction="none")
+    ssim_B = structural_similarity_index_measure(
+        (y_BCHW + 1) / 2, (originals_BCHW + 1) / 2, data_range=1.0, reduction="none"
+    )
     assert isinstance(ssim_B, torch.Tensor)
     return ssim_B.double()

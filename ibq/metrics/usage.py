@@ -1,7 +1,7 @@
 """Codebook usage from code counts, next to what uniform sampling of the same number of tokens would give.
 
-Usage alone depends on the tokens counted: 2,048 uniform tokens touch only 86% of 1,024 codes. Every number here is therefore a function of
-a count vector whose sum stands beside it. Sums are float64. Suffix K: codes.
+Usage alone depends on the tokens counted: 2,048 uniform tokens touch only 86% of 1,024 codes. Every number here is
+therefore a function of a count vector whose sum stands beside it. Sums are float64. Suffix K: codes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ def usage_metrics(counts_K: torch.Tensor) -> dict[str, float]:
         counts_K: tokens assigned to each code (K,), non-negative integers, at least one token.
 
     Returns:
-        tokens: sum of the counts; usage: share of codes with a token; dead_codes: number without one; bits: entropy of the empirical
-        distribution in bits a token; perplexity: 2 ** bits, in codes; perplexity_share: perplexity over K; top1pct_mass: share of the
-        tokens on the ceil(K / 100) most frequent codes; uniform_usage, uniform_perplexity: what as many uniform tokens would give.
+        tokens: sum of the counts; usage: share of codes with a token; dead_codes: number without one; bits: entropy of
+        the empirical distribution in bits a token; perplexity: 2 ** bits, in codes; perplexity_share: perplexity over
+        K; top1pct_mass: share of the tokens on the ceil(K / 100) most frequent codes; uniform_usage,
+        uniform_perplexity: what as many uniform tokens would give.
 
     Raises:
         ValueError: the counts are empty, negative or sum to zero.
@@ -28,10 +29,15 @@ def usage_metrics(counts_K: torch.Tensor) -> dict[str, float]:
     counts_K = counts_K.detach().cpu().to(torch.float64)
     tokens = float(counts_K.sum())
     if counts_K.dim() != 1 or tokens <= 0 or float(counts_K.min()) < 0:
-        raise ValueError(f"counts of shape {tuple(counts_K.shape)} summing to {tokens} are not a count vector with at least one token")
+        raise ValueError(
+            f"counts of shape {tuple(counts_K.shape)} summing to {tokens} are not a count vector with at least one "
+            f"token"
+        )
     K = len(counts_K)
     share_K = counts_K / tokens
-    bits = max(0.0, float(-torch.special.xlogy(share_K, share_K).sum()) / math.log(2))  # not -0.0 where one code has every token
+    bits = max(
+        0.0, float(-torch.special.xlogy(share_K, share_K).sum()) / math.log(2)
+    )  # not -0.0 where one code has every token
     used = int((counts_K > 0).sum())
     uniform_usage, uniform_perplexity = expected_uniform(K, int(tokens))
     return {
@@ -48,10 +54,11 @@ def usage_metrics(counts_K: torch.Tensor) -> dict[str, float]:
 
 
 def expected_uniform(codebook_size: int, tokens: int) -> tuple[float, float]:
-    """Expected usage, and the exponential of the expected entropy, of `tokens` uniform draws from `codebook_size` codes.
+    """Expected usage, and the exponential of the expected entropy, of `tokens` uniform draws from `codebook_size`
+    codes.
 
-    The count of one code is binomial(n, 1/K); the sum over its values runs within 12 standard deviations of the mean, where all of the
-    mass lies in float64.
+    The count of one code is binomial(n, 1/K); the sum over its values runs within 12 standard deviations of the mean,
+    where all of the mass lies in float64.
     """
     n, p = tokens, 1 / codebook_size
     usage = 1.0 if p == 1 else -math.expm1(n * math.log1p(-p))
@@ -59,6 +66,8 @@ def expected_uniform(codebook_size: int, tokens: int) -> tuple[float, float]:
         return usage, 1.0
     spread = 12 * math.sqrt(n * p) + 30
     j = torch.arange(max(1, int(n * p - spread)), min(n, int(n * p + spread)) + 1, dtype=torch.float64)
-    log_pmf = math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1) + j * math.log(p) + (n - j) * math.log1p(-p)
+    log_pmf = (
+        math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1) + j * math.log(p) + (n - j) * math.log1p(-p)
+    )
     share = j / n
     return usage, math.exp(codebook_size * float((log_pmf.exp() * -share * share.log()).sum()))

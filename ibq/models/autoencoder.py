@@ -1,4 +1,5 @@
-"""The VQGAN encoder and decoder (arXiv 2012.09841), sized by config, with the parameter names of the released IBQ checkpoints.
+"""The VQGAN encoder and decoder (arXiv 2012.09841), sized by config, with the parameter names of the released IBQ
+checkpoints.
 
 Suffixes: B images, C channels, H W pixels of the level, L = H*W positions.
 """
@@ -73,10 +74,19 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The ResBlocks of one resolution, each followed by attention where the config wants it, then at most one change of resolution."""
+    """The ResBlocks of one resolution, each followed by attention where the config wants it, then at most one change of
+    resolution."""
 
     def __init__(
-        self, inputs: int, outputs: int, blocks: int, attention: bool, groups: int, *, downsample: bool = False, upsample: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        attention: bool,
+        groups: int,
+        *,
+        downsample: bool = False,
+        upsample: bool = False,
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))
@@ -124,7 +134,9 @@ class Encoder(nn.Module):
         inputs = config.base_channels
         for i, width in enumerate(widths):
             attention, last = resolution >> i in config.attention_resolutions, i == len(widths) - 1
-            self.down.append(Level(inputs, width, config.res_blocks, attention, config.norm_groups, downsample=not last))
+            self.down.append(
+                Level(inputs, width, config.res_blocks, attention, config.norm_groups, downsample=not last)
+            )
             inputs = width
         self.mid = Middle(inputs, config.norm_groups)
         self.norm_out = _norm(inputs, config.norm_groups)
@@ -149,7 +161,9 @@ class Decoder(nn.Module):
         levels: list[Level] = []
         for i in reversed(range(len(widths))):
             attention = resolution >> i in config.attention_resolutions
-            levels.insert(0, Level(inputs, widths[i], config.res_blocks + 1, attention, config.norm_groups, upsample=i > 0))
+            levels.insert(
+                0, Level(inputs, widths[i], config.res_blocks + 1, attention, config.norm_groups, upsample=i > 0)
+            )
             inputs = widths[i]
         self.up = nn.ModuleList(levels)  # `up.{i}` is the level of resolution / 2**i, as released
         self.norm_out = _norm(inputs, config.norm_groups)

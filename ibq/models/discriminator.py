@@ -1,4 +1,5 @@
-"""The PatchGAN discriminator (arXiv 1611.07004) as VQGANs use it, with the parameter names of the released IBQ checkpoints.
+"""The PatchGAN discriminator (arXiv 1611.07004) as VQGANs use it, with the parameter names of the released IBQ
+checkpoints.
 
 Suffixes: B images, C channels, H W pixels in images and patches in logits.
 """
@@ -12,10 +13,11 @@ from ibq.config import DISCRIMINATOR_GROUPS, AdversarialConfig
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, C, H, W) to one logit a patch (B, 1, h, w): 4x4 convolutions, `layers` of stride 2, then two of stride 1.
+    """Images (B, C, H, W) to one logit a patch (B, 1, h, w): 4x4 convolutions, `layers` of stride 2, then two of stride
+    1.
 
-    Every layer but the first and the last is normalised: "batch" (with the statistics of the process's own images, as released), "group"
-    or "none". Convolutions begin as N(0, 0.02) and scales as N(1, 0.02), as in pix2pix.
+    Every layer but the first and the last is normalised: "batch" (with the statistics of the process's own images, as
+    released), "group" or "none". Convolutions begin as N(0, 0.02) and scales as N(1, 0.02), as in pix2pix.
     """
 
     def __init__(self, config: AdversarialConfig, channels: int) -> None:

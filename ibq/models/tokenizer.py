@@ -23,7 +23,8 @@ from ibq.run_directory import write_json, write_tensors
 
 
 class Reconstruction(NamedTuple):
-    """A forward pass: images (B, C, H, W) as decoded, the features (B, D, h, w) before quantization, and what the quantizer returned."""
+    """A forward pass: images (B, C, H, W) as decoded, the features (B, D, h, w) before quantization, and what the
+    quantizer returned."""
 
     images: torch.Tensor
     features: torch.Tensor
@@ -56,9 +57,15 @@ class Tokenizer(nn.Module):
             ValueError: the images' channels or size do not fit the architecture.
         """
         channels, f = self.config.data.channels, self.config.model.downsampling
-        if images_BCHW.dim() != 4 or images_BCHW.shape[1] != channels or images_BCHW.shape[2] % f or images_BCHW.shape[3] % f:
+        if (
+            images_BCHW.dim() != 4
+            or images_BCHW.shape[1] != channels
+            or images_BCHW.shape[2] % f
+            or images_BCHW.shape[3] % f
+        ):
             raise ValueError(
-                f"images of shape {tuple(images_BCHW.shape)} do not fit; pass (B, {channels}, H, W) with H and W multiples of {f}"
+                f"images of shape {tuple(images_BCHW.shape)} do not fit; pass (B, {channels}, H, W) with H and W "
+                f"multiples of {f}"
             )
         z_BDHW: torch.Tensor = self.quant_conv(self.encoder(images_BCHW))
         return z_BDHW
@@ -103,24 +110,34 @@ def digest_of(network: nn.Module, architecture: Any) -> str:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote or that a finished run directory holds (its averaged weights), in eval mode on the CPU.
+    """The tokenizer that `Tokenizer.save` wrote or that a finished run directory holds (its averaged weights), in eval
+    mode on the CPU.
 
     Raises:
-        ConfigError: the folder lacks a file or is a generator's, its config is not valid, or the weights do not fit the config.
+        ConfigError: the folder lacks a file or is a transformer's, its config is not valid, or the weights do not fit
+            the config.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise ConfigError(f"{folder} holds no {name}; pass a folder written by Tokenizer.save or the directory of a finished run")
+            raise ConfigError(
+                f"{folder} holds no {name}; pass a folder written by Tokenizer.save or the directory of a finished run"
+            )
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'} is not JSON ({error}); pass the folder of another run or save it again") from None
+        raise ConfigError(
+            f"{folder / 'config.json'} is not JSON ({error}); pass the folder of another run or save it again"
+        ) from None
     if isinstance(config, dict) and "transformer" in config:
-        raise ConfigError(f"{folder} is a generator's run, not a tokenizer's; pass its tokenizer, {folder / 'tokenizer'}")
+        raise ConfigError(
+            f"{folder} is a transformer's run, not a tokenizer's; pass its tokenizer, {folder / 'tokenizer'}"
+        )
     tokenizer = Tokenizer(parse_train_config(config))
     try:
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:
-        raise ConfigError(f"{folder / 'model.safetensors'} does not hold this config's weights: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{folder / 'model.safetensors'} does not hold this config's weights: {' '.join(str(error).split())}"
+        ) from None
     return tokenizer.eval()

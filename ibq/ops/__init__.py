@@ -1,5 +1,6 @@
-"""Operators on features and codebooks whose N x K matrix need not exist. One door each; `index_backprop` picks its backend."""
+"""Operators on features and codebooks whose N x K matrix need not exist: `index_backprop` and `nearest_code`."""
 
-from ibq.ops.door import index_backprop, nearest_code
+from ibq.ops.index_backprop import index_backprop
+from ibq.ops.nearest_code import nearest_code
 
 __all__ = ["index_backprop", "nearest_code"]

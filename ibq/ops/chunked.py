@@ -1,8 +1,10 @@
-"""Index backpropagation over chunks of rows, on any device: the (N, K) matrix never exists whole, the backward pass recomputes it.
+"""Index backpropagation over chunks of rows, on any device: the (N, K) matrix never exists whole, the backward pass
+recomputes it.
 
-`forward` and `backward` are one of the two ways in which `ibq.ops.operator` computes; `ibq.ops.tiled` is the other. Only two buffers are as
-wide as the codebook; what is elementwise runs over blocks of their columns that stay in the cache. Suffixes: N tokens, n tokens of one
-chunk, D code dimension, K codes, k codes of one block, S = 3 statistics of a row.
+`forward` and `backward` are one of the two ways in which `ibq.ops.index_backprop` computes; `ibq.ops.triton` is the
+other. Only two buffers are as wide as the codebook; what is elementwise runs over blocks of their columns that stay in
+the cache. Suffixes: N tokens, n tokens of one chunk, D code dimension, K codes, k codes of one block, S = 3 statistics
+of a row.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def chunks(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> Iterator[slice]:
 def blocks(matrix_nK: torch.Tensor) -> Iterator[slice]:
     """The columns of each block of elementwise work."""
     n, K = matrix_nK.shape
-    columns = max(64, BLOCK_BYTES["cpu" if matrix_nK.device.type == "cpu" else "other"] // (n * matrix_nK.element_size()))
+    columns = max(
+        64, BLOCK_BYTES["cpu" if matrix_nK.device.type == "cpu" else "other"] // (n * matrix_nK.element_size())
+    )
     return (slice(start, min(start + columns, K)) for start in range(0, K, columns))
 
 
@@ -93,7 +97,9 @@ def backward(
     for chunk in chunks(z_ND, codebook_KD):
         max_n1, log_sum_tau_n1, entropy_n1 = statistics_SN[:, chunk, None]
         logits_nK = logits_buffer_nK = product(z_ND[chunk], codebook_KD.T, out=logits_buffer_nK)
-        gradient_nK = torch.zeros_like(logits_nK) if g_ND is None else product(g_ND[chunk], codebook_KD.T, out=buffer_nK)
+        gradient_nK = (
+            torch.zeros_like(logits_nK) if g_ND is None else product(g_ND[chunk], codebook_KD.T, out=buffer_nK)
+        )
         buffer_nK = gradient_nK
 
         # what each row subtracts
@@ -116,7 +122,9 @@ def backward(
             if temperature is not None and (sharpness is not None or v_K is not None):
                 log_p_nk = _scaled(below_nk, log_sum_tau_n1, temperature)
                 p_nk = log_p_nk.exp()
-                toward_nk = constant_n1 if sharpness is None else torch.addcmul(constant_n1, log_p_nk, -sharpness, out=log_p_nk)
+                toward_nk = (
+                    constant_n1 if sharpness is None else torch.addcmul(constant_n1, log_p_nk, -sharpness, out=log_p_nk)
+                )
                 toward_nk = toward_nk if v_K is None else toward_nk + v_K[block]
                 gradient_nk.addcmul_(p_nk, toward_nk, value=1 / temperature)
         gradient_nK = operand(gradient_nK, matmul_dtype)
@@ -131,10 +139,12 @@ def nearest_by_chunks(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Te
 
 
 def _scaled(below_nk: torch.Tensor, log_sum_n1: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log p, above a floor, of logits given below their row's maximum (which is subtracted first so that large ones keep differences)."""
+    """log p, above a floor, of logits given below their row's maximum (which is subtracted first so that large ones
+    keep differences)."""
     return _floored(torch.add(-log_sum_n1, below_nk, alpha=1 / temperature))
 
 
 def _floored(exponent_nk: torch.Tensor) -> torch.Tensor:
-    """The exponents, in place, none below -60 (in float64 -600): exp would give subnormal numbers, on which CPUs are ten times slower."""
+    """The exponents, in place, none below -60 (in float64 -600): exp would give subnormal numbers, on which CPUs are
+    ten times slower."""
     return exponent_nk.clamp_(min=-60.0 if exponent_nk.dtype == torch.float32 else -600.0)

@@ -1,4 +1,5 @@
-"""In which precision matrix products are taken: what the operator was asked for, whatever the caller has switched on."""
+"""In which precision matrix products are taken: what the operator was asked for, whatever the caller has switched
+on."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ import torch
 
 @contextmanager
 def full_float32(device: torch.device, convolutions: bool = False) -> Iterator[None]:
-    """No autocast, no TF32 in products (and convolutions): at a temperature of 0.01 an error of a logit is multiplied by a hundred.
+    """No autocast, no TF32 in products (and convolutions): at a temperature of 0.01 an error of a logit is multiplied
+    by a hundred.
 
-    Torch keeps the TF32 switch for the whole process; whatever the caller had chosen, by either of torch's ways, is restored.
+    Torch keeps the TF32 switch for the whole process; whatever the caller had chosen, by either of torch's ways, is
+    restored.
     """
     switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     if convolutions:
@@ -29,10 +32,11 @@ def full_float32(device: torch.device, convolutions: bool = False) -> Iterator[N
 
 
 def coarse_center(codebook_KD: torch.Tensor) -> torch.Tensor:
-    """About the mean code (D,), to be subtracted before distances are taken through dot products: far from the origin squares would cancel.
+    """About the mean code (D,), to be subtracted before distances are taken through dot products: far from the origin
+    squares would cancel.
 
-    It is rounded to a quarter of the power of two below the greatest value, so that subtracting it is exact on coarse numbers: what is an
-    exact tie stays one.
+    It is rounded to a quarter of the power of two below the greatest value, so that subtracting it is exact on coarse
+    numbers: what is an exact tie stays one.
     """
     greatest = codebook_KD.abs().amax().clamp_min(torch.finfo(codebook_KD.dtype).tiny)
     step = greatest / torch.frexp(greatest).mantissa / 8

@@ -15,10 +15,10 @@ from torch import nn
 
 from ibq.distributed import copy_from_first
 from ibq.errors import ConfigError, one_sentence
-from ibq.ops.operator import require_finite
+from ibq.ops.arguments import require_finite
 from ibq.ops.precision import full_float32
 from ibq.quantizers.entropy import euclidean_as_dot
-from ibq.quantizers.kmeans import kmeans
+from ibq.quantizers.updates import kmeans
 
 CodebookInit = Literal["uniform", "normal", "features", "kmeans"]
 FROM_FEATURES = ("features", "kmeans")
@@ -55,7 +55,8 @@ class QuantizerConfig(BaseModel):
 
     @property
     def changes_in_forward(self) -> bool:
-        """Whether a training forward moves codes or draws noise, so that it matters how often it is called for one step."""
+        """Whether a training forward moves codes or draws noise, so that it matters how often it is called for one
+        step."""
         return False
 
     @property
@@ -68,7 +69,9 @@ class EmbeddingConfig(QuantizerConfig):
     """How a learnt codebook begins: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
 
     codebook_init: CodebookInit = "uniform"
-    init_scale: float = Field(1.0, gt=0, description="factor on codes drawn from U or N", json_schema_extra={"later": True})
+    init_scale: float = Field(
+        1.0, gt=0, description="factor on codes drawn from U or N", json_schema_extra={"later": True}
+    )
 
     @property
     def unit_norm(self) -> bool:
@@ -82,7 +85,11 @@ class EmbeddingConfig(QuantizerConfig):
     @model_validator(mode="after")
     def _scale_means_something(self) -> EmbeddingConfig:
         if self.init_scale != 1 and (self.unit_norm or self.codebook_init in FROM_FEATURES):
-            why = "codes are at unit length" if self.unit_norm else f"codebook_init={self.codebook_init!r} takes features as they are"
+            why = (
+                "codes are at unit length"
+                if self.unit_norm
+                else f"codebook_init={self.codebook_init!r} takes features as they are"
+            )
             raise ValueError(f"init_scale={self.init_scale:g} has no effect, since {why}; leave it out")
         return self
 
@@ -90,8 +97,9 @@ class EmbeddingConfig(QuantizerConfig):
 class TermsConfig(QuantizerConfig):
     """Weights of the two quantization terms and of the entropy penalty.
 
-    `beta` (0.25 in the literature) stands on the commitment term (VQ-VAE's order), on the codebook term (the order of taming-transformers
-    and SEED-Voken) or on both; PAPER section 2. `entropy_weight` 0 switches the entropy penalty off.
+    `beta` (0.25 in the literature) stands on the commitment term (VQ-VAE's order), on the codebook term (the order of
+    taming-transformers and SEED-Voken) or on both; docs/method.md section 2. `entropy_weight` 0 switches the entropy
+    penalty off.
     """
 
     beta: float = Field(0.25, ge=0)
@@ -119,10 +127,12 @@ class CodebookConfig(EmbeddingConfig, TermsConfig):
 
 
 class Quantizer(nn.Module):
-    """Base of every quantizer. A subclass names its config class: ``class Mine(Quantizer, config=MineConfig)``; that registers it.
+    """Base of every quantizer. A subclass names its config class: ``class Mine(Quantizer, config=MineConfig)``; that
+    registers it.
 
-    A subclass implements `codebook` and `quantize`, `to_code_space` if it compares codes with something else than z itself, and `logits` if
-    it does not choose the nearest code; the base keeps shapes, float32 and the index look-up the same for all.
+    A subclass implements `codebook` and `quantize`, `to_code_space` if it compares codes with something else than z
+    itself, and `logits` if it does not choose the nearest code; the base keeps shapes, float32 and the index look-up
+    the same for all.
     """
 
     registry: ClassVar[dict[str, type[Quantizer]]] = {}
@@ -130,13 +140,15 @@ class Quantizer(nn.Module):
     paper: ClassVar[str] = ""
     """Where the method comes from, for tables."""
     group: dist.ProcessGroup | None = None
-    """Processes that train together and share the mean assignment of the entropy penalty; None keeps it local, as released.
+    """Processes that train together and share the mean assignment of the entropy penalty; None keeps it local, as
+    released.
 
-    Set it on all of them alike. Then each step of training is a collective: all run it, and what is not finite on one is refused by all.
-    Evaluation never is. A copy of the quantizer, such as averaged weights, has none.
+    Set it on all of them alike. Then each step of training is a collective: all run it, and what is not finite on one
+    is refused by all. Evaluation never is. A copy of the quantizer, such as averaged weights, has none.
     """
     peers: dist.ProcessGroup | None = None
-    """Where the mean is local: processes that train together all the same, and refuse together what is not finite; otherwise as `group`."""
+    """Where the mean is local: processes that train together all the same, and refuse together what is not finite;
+    otherwise as `group`."""
 
     def __init_subclass__(cls, *, config: type[QuantizerConfig] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -155,7 +167,8 @@ class Quantizer(nn.Module):
 
     @property
     def logit_scale(self) -> float | None:
-        """The factor on `z C^T` in the softmax that a token's gradient goes through; None where the gradient of z_q knows no softmax."""
+        """The factor on `z C^T` in the softmax that a token's gradient goes through; None where the gradient of z_q
+        knows no softmax."""
         return None
 
     @property
@@ -169,14 +182,16 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
-        """Of features (N, D) or (B, D, H, W) what codes are compared with: z, or z normalised or bounded; errors are measured there."""
+        """Of features (N, D) or (B, D, H, W) what codes are compared with: z, or z normalised or bounded; errors are
+        measured there."""
         return z
 
     def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
-        """Scores (N, K) of every code for features (N, D), the largest of which names the code; for analysis, training does without.
+        """Scores (N, K) of every code for features (N, D), the largest of which names the code; for analysis, training
+        does without.
 
-        -|z - c|^2 in the space of the codes up to a constant a token, unless a method says otherwise: beside |z|^2 the differences between
-        the codes of a large codebook would be lost to rounding.
+        -|z - c|^2 in the space of the codes up to a constant a token, unless a method says otherwise: beside |z|^2 the
+        differences between the codes of a large codebook would be lost to rounding.
         """
         query_NE, key_KE = euclidean_as_dot(self.to_code_space(z_ND), self.codebook)
         with full_float32(z_ND.device):
@@ -194,11 +209,13 @@ class Quantizer(nn.Module):
 
         Raises:
             ValueError: z has not four dimensions, or its channels are not the config's code_dim.
-            NonFiniteInputError: z has NaN or infinite values; in training with a group, z or the codebook of any process has.
+            NonFiniteInputError: z has NaN or infinite values; in training with a group, z or the codebook of any
+                process has.
         """
         if z_BDHW.dim() != 4 or z_BDHW.shape[1] != self.config.code_dim:
             raise ValueError(
-                f"features of shape {tuple(z_BDHW.shape)} do not fit code_dim={self.config.code_dim}; pass (B, code_dim, H, W)"
+                f"features of shape {tuple(z_BDHW.shape)} do not fit code_dim={self.config.code_dim}; pass (B, "
+                f"code_dim, H, W)"
             )
         B, D, H, W = z_BDHW.shape
         with torch.autocast(z_BDHW.device.type, enabled=False):
@@ -216,12 +233,15 @@ class Quantizer(nn.Module):
         else:  # before any of them refuses a codebook on one process alone
             require_finite(group.group_name, features=z_ND, codebook=self.codebook)
 
-    def restart_codes(self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def restart_codes(
+        self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
         """As `CodebookQuantizer.restart_codes`, for methods without single codes to place."""
         raise ConfigError(f"method={self.config.method!r} has no codes that can be placed one by one; restart none")
 
     def mend_average(self, average: Quantizer) -> None:
-        """Give `average`, whose weights have just been averaged with these, what an average is wrong for: by default nothing is.
+        """Give `average`, whose weights have just been averaged with these, what an average is wrong for: by default
+        nothing is.
 
         To be called after every training step, since it may hang on what the step's forward has done.
         """
@@ -233,17 +253,22 @@ class Quantizer(nn.Module):
             ValueError: indices are not integers or lie outside [0, K).
         """
         if indices_BHW.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            raise ValueError(f"indices of dtype {indices_BHW.dtype} are not integers; pass int64 in [0, {self.config.codebook_size})")
+            raise ValueError(
+                f"indices of dtype {indices_BHW.dtype} are not integers; pass int64 in [0, {self.config.codebook_size})"
+            )
         if indices_BHW.numel():
             low, high = int(indices_BHW.min()), int(indices_BHW.max())
             if low < 0 or high >= self.config.codebook_size:
-                raise ValueError(f"indices reach from {low} to {high}; they must lie in [0, {self.config.codebook_size})")
+                raise ValueError(
+                    f"indices reach from {low} to {high}; they must lie in [0, {self.config.codebook_size})"
+                )
         with torch.autocast(indices_BHW.device.type, enabled=False):
             return self.codebook[indices_BHW.long()].permute(0, 3, 1, 2)
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer whose codes are one (K, D) embedding, as it stands or at unit length, and the ways such a codebook can begin."""
+    """A quantizer whose codes are one (K, D) embedding, as it stands or at unit length, and the ways such a codebook
+    can begin."""
 
     config: EmbeddingConfig
 
@@ -257,7 +282,9 @@ class CodebookQuantizer(Quantizer):
             nn.init.uniform_(self.embedding, -1 / K, 1 / K)
         else:  # codes that await their features hold N(0, 1) until then, so that a state_dict is always finite
             nn.init.normal_(self.embedding)
-        with torch.no_grad():  # rows at unit length where only their direction counts, as in LlamaGen: it sets how fast they turn
+        with (
+            torch.no_grad()
+        ):  # rows at unit length where only their direction counts, as in LlamaGen: it sets how fast they turn
             self.embedding.copy_(self.to_code_space(config.init_scale * self.embedding))
 
     @property
@@ -279,7 +306,8 @@ class CodebookQuantizer(Quantizer):
 
     @torch.no_grad()
     def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
-        """Set the codes to K distinct rows of features, drawn at random, or to their k-means; of several processes, rank 0's count.
+        """Set the codes to K distinct rows of features, drawn at random, or to their k-means; of several processes,
+        rank 0's count.
 
         Args:
             features_MD: encoder outputs (M, D), M >= K; `features_wanted` of them are enough.
@@ -290,7 +318,9 @@ class CodebookQuantizer(Quantizer):
         """
         K, D = self.embedding.shape
         if features_MD.dim() != 2 or features_MD.shape[1] != D or features_MD.shape[0] < K:
-            raise ValueError(f"features of shape {tuple(features_MD.shape)} cannot initialise {K} codes; pass at least ({K}, {D})")
+            raise ValueError(
+                f"features of shape {tuple(features_MD.shape)} cannot initialise {K} codes; pass at least ({K}, {D})"
+            )
         features_MD = self.to_code_space(features_MD)
         if self.config.codebook_init == "kmeans":
             self.embedding.copy_(kmeans(features_MD, K, generator))
@@ -301,8 +331,11 @@ class CodebookQuantizer(Quantizer):
         self.initialized.fill_(True)
 
     @torch.no_grad()
-    def restart_codes(self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Put dead codes on distinct random features, by hand and at once; where more are dead than there are features, the others stay.
+    def restart_codes(
+        self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Put dead codes on distinct random features, by hand and at once; where more are dead than there are features,
+        the others stay.
 
         Args:
             dead_K: bool (K,), which codes.
@@ -325,14 +358,16 @@ class CodebookQuantizer(Quantizer):
     def forward(self, z_BDHW: torch.Tensor) -> Quantized:
         if self.training and self.awaits_features:
             raise ValueError(
-                f"codebook_init={self.config.codebook_init!r} and no features seen yet; call initialize_from with at least "
+                f"codebook_init={self.config.codebook_init!r} and no features seen yet; call initialize_from with at "
+                f"least "
                 f"{self.config.codebook_size} encoder outputs before training"
             )
         return super().forward(z_BDHW)
 
 
 def quantization_terms(z_ND: torch.Tensor, codes_ND: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The two one-sided terms of VQ-VAE (arXiv 1711.00937, eq. 3): commitment moves z, codebook moves the selected codes; element means."""
+    """The two one-sided terms of VQ-VAE (arXiv 1711.00937, eq. 3): commitment moves z, codebook moves the selected
+    codes; element means."""
     return {
         "commitment": (z_ND - codes_ND.detach()).square().mean(),
         "codebook": (z_ND.detach() - codes_ND).square().mean(),
@@ -366,3 +401,24 @@ def build_quantizer(config: QuantizerConfig | dict[str, Any]) -> Quantizer:
     except ValidationError as error:
         raise ConfigError(one_sentence(error)) from None
     return Quantizer.registry[parsed.method](parsed)
+
+
+def straight_through(z_ND: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:
+    """The gradient of z_q is copied to z (VQ-VAE, arXiv 1711.00937)."""
+    return codes_ND.detach() + (z_ND - z_ND.detach())
+
+
+def rotation(z_ND: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:
+    """z_q = |q|/|z| R z with the rotation R that takes z's direction to the code's, both constants (arXiv 2410.06424,
+    eq. 4).
+
+    So a gradient reaches z turned by the angle between z and its code, and scaled by the ratio of their lengths.
+    """
+    q_ND = codes_ND.detach()
+    from_ND, to_ND = F.normalize(z_ND.detach(), dim=1), F.normalize(q_ND, dim=1)
+    half_ND = F.normalize(from_ND + to_ND, dim=1)
+    along_half_N1 = (z_ND * half_ND).sum(1, keepdim=True)
+    along_from_N1 = (z_ND * from_ND).sum(1, keepdim=True)
+    ratio_N1 = q_ND.norm(dim=1, keepdim=True) / z_ND.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
+    rotated_ND = ratio_N1 * (z_ND - 2 * along_half_N1 * half_ND + 2 * along_from_N1 * to_ND)
+    return straight_through(rotated_ND, q_ND)

@@ -1,7 +1,7 @@
 """Binary Spherical Quantization (arXiv 2406.07548): LFQ on the unit sphere.
 
-What it changes against LFQ: features are L2-normalised and codes are +-1/sqrt(D), so that the quantization error is bounded; the entropy
-penalty has the logits 2 <u, c> / tau of these unit vectors, so its temperature is not that of LFQ.
+What it changes against LFQ: features are L2-normalised and codes are +-1/sqrt(D), so that the quantization error is
+bounded; the entropy penalty has the logits 2 <u, c> / tau of these unit vectors, so its temperature is not that of LFQ.
 """
 
 from __future__ import annotations

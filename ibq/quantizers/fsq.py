@@ -1,6 +1,7 @@
 """Finite Scalar Quantization (arXiv 2309.15505): each channel is bounded and rounded to a few levels.
 
-What it changes against VQ: no codebook to learn and no loss term; the codes are a fixed grid, and usage is the encoder's affair alone.
+What it changes against VQ: no codebook to learn and no loss term; the codes are a fixed grid, and usage is the
+    encoder's affair alone.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from ibq.quantizers.base import QuantizerConfig
-from ibq.quantizers.gradients import straight_through
+from ibq.quantizers.base import QuantizerConfig, straight_through
 from ibq.quantizers.implied import ImpliedCodebookQuantizer
 
 MARGIN = 1e-3  # the outermost levels are reached within this of tanh's bound
 
 
 class FSQConfig(QuantizerConfig):
-    """`levels` a channel; the paper advises at least 5, e.g. (8, 5, 5, 5) for about 2^10 codes and (8, 8, 8, 5, 5, 5) for about 2^16.
+    """`levels` a channel; the paper advises at least 5, e.g. (8, 5, 5, 5) for about 2^10 codes and (8, 8, 8, 5, 5, 5)
+    for about 2^16.
 
     Powers of two such as (8, 8, 4, 4) go below that advice for a K that is exactly that of other methods.
     """
@@ -35,10 +36,13 @@ class FSQConfig(QuantizerConfig):
             raise ValueError(f"levels={self.levels} must lie in [3, 256]; for channels of two levels use method 'lfq'")
         if self.codebook_size != product:
             raise ValueError(
-                f"codebook_size={self.codebook_size} is not the product {product} of levels={self.levels}; set it to {product}"
+                f"codebook_size={self.codebook_size} is not the product {product} of levels={self.levels}; set it to "
+                f"{product}"
             )
         if self.code_dim != len(self.levels):
-            raise ValueError(f"code_dim={self.code_dim} is not the number of levels={self.levels}; set it to {len(self.levels)}")
+            raise ValueError(
+                f"code_dim={self.code_dim} is not the number of levels={self.levels}; set it to {len(self.levels)}"
+            )
         return self
 
     @property
@@ -47,9 +51,11 @@ class FSQConfig(QuantizerConfig):
 
 
 class FiniteScalarQuantizer(ImpliedCodebookQuantizer, config=FSQConfig):
-    """Rounds h tanh(z + s) - o, with h = (L - 1) / 2, o = 1/2 for even L, else 0, and s such that z = 0 lands on the level 0.
+    """Rounds h tanh(z + s) - o, with h = (L - 1) / 2, o = 1/2 for even L, else 0, and s such that z = 0 lands on the
+    level 0.
 
-    Codes are the levels over floor(L / 2): (-2, -1, 0, 1) / 2 for L = 4. Gradient reach: z through the straight-through rounding and tanh.
+    Codes are the levels over floor(L / 2): (-2, -1, 0, 1) / 2 for L = 4. Gradient reach: z through the straight-through
+    rounding and tanh.
     """
 
     config: FSQConfig

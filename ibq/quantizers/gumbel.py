@@ -1,9 +1,12 @@
-"""Straight-through Gumbel-softmax (arXiv 1611.01144) over a codebook, as in DALL-E (arXiv 2102.12092) and VQGAN's Gumbel variant.
+"""Straight-through Gumbel-softmax (arXiv 1611.01144) over a codebook, as in DALL-E (arXiv 2102.12092) and VQGAN's
+Gumbel variant.
 
-With logits l = z C^T and noise G, p = softmax((l + G) / T) and z_q = Ind C, Ind = onehot(argmax p) + p - sg(p). It is IBQ's nearest
-relative: without noise and at T = 1 it is IBQ's estimator exactly; IBQ leaves out the sampling, and adds its quantization terms.
-The logits are tied to the codes by choice, so that the two differ in nothing else; DALL-E and VQGAN learn a projection to logits beside
-the codes. Suffixes: N tokens, D code dimension, K codes. Several (N, K) matrices exist at once.
+With logits l = z C^T and noise G, p = softmax((l + G) / T) and z_q = Ind C, Ind = onehot(argmax p) + p - sg(p). It is
+IBQ's nearest
+relative: without noise and at T = 1 it is IBQ's estimator exactly; IBQ leaves out the sampling, and adds its
+quantization terms. The logits are tied to the codes by choice, so that the two differ in nothing else; DALL-E and VQGAN
+learn a projection to logits beside the codes. Suffixes: N tokens, D code dimension, K codes. Several (N, K) matrices
+exist at once.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from ibq.quantizers.base import CodebookInit, CodebookQuantizer, EmbeddingConfig
 class GumbelConfig(EmbeddingConfig):
     """`kl_weight` stands on KL(softmax(l) || uniform), 5e-4 in VQGAN; 0 switches the term off.
 
-    With `final_temperature` T falls from `temperature` to it along half a cosine, over the first `anneal_steps` training forwards; DALL-E
-    goes from 1 to 1/16 within 150,000.
+    With `final_temperature` T falls from `temperature` to it along half a cosine, over the first `anneal_steps`
+    training forwards; DALL-E goes from 1 to 1/16 within 150,000.
     """
 
     method: Literal["gumbel"] = "gumbel"
@@ -42,7 +45,8 @@ class GumbelConfig(EmbeddingConfig):
 
 
 class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
-    """The code of the largest logit; in training, with noise, of the largest noisy logit, and that is the index that is returned.
+    """The code of the largest logit; in training, with noise, of the largest noisy logit, and that is the index that is
+    returned.
 
     Noise comes from torch's global generator of the device. Gradient reach: z and all codes through z_q and `kl`.
     """

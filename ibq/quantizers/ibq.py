@@ -1,13 +1,18 @@
-"""Index Backpropagation Quantization (arXiv 2412.02692): the straight-through step on the one-hot index instead of on the code.
+"""Index Backpropagation Quantization (arXiv 2412.02692): the straight-through step on the one-hot index instead of on
+the code.
 
-What it changes against VQ: the nearest code by dot product, and a gradient that reaches z and every code through softmax(z C^T).
-Its parts can be taken away one by one, to see which of them it needs:
-    soft_path    "features": p is detached for the codes, which keep the one-hot path alone, so that unselected ones get nothing from z_q;
+What it changes against VQ: the nearest code by dot product, and a gradient that reaches z and every code through
+softmax(z C^T). Its parts can be taken away one by one, to see which of them it needs:
+    soft_path    "features": p is detached for the codes, which keep the one-hot path alone, so that unselected ones
+                 get nothing from z_q;
                  "codes": p is detached for the features, which get VQ's straight-through copy instead
-    top_m        p is the softmax over a token's m largest logits alone: index backpropagation on its m best codes; m = 1 is the one-hot
+    top_m        p is the softmax over a token's m largest logits alone: index backpropagation on its m best codes; m
+                 = 1 is the one-hot
                  path alone (and none for features), m = K is IBQ
-    logit_scale  a factor on the logits, as a number or 1/sqrt(D). Logits with N(0, 1) codes spread as |z|, which grows with sqrt(D): at
-                 D = 256 p is nearly one-hot, so that a token hears of one code and few tokens pass a gradient. The entropies' softmax has
+    logit_scale  a factor on the logits, as a number or 1/sqrt(D). Logits with N(0, 1) codes spread as |z|, which
+                 grows with sqrt(D): at
+                 D = 256 p is nearly one-hot, so that a token hears of one code and few tokens pass a gradient. The
+                 entropies' softmax has
                  the same trouble, so the factor is on its logits too: its temperature is then worth the same at every D
     similarity   "cosine": features and codes at unit length, in the logits and in z_q
 Suffixes: N tokens, D code dimension, K codes, m best codes of a token.
@@ -30,9 +35,11 @@ CHUNK_ELEMENTS = 2**24
 
 
 class IBQConfig(CodebookConfig):
-    """Defaults are the released recipe (PAPER sections 3 and 4): N(0, 1), beta on the codebook term, double term, entropy weight 0.05.
+    """Defaults are the released recipe (docs/method.md sections 3 and 4): N(0, 1), beta on the codebook term, double
+    term, entropy weight 0.05.
 
-    The entropies are of softmax(logit_scale z C^T / entropy_temperature), with their full gradient whatever soft_path and top_m say.
+    The entropies are of softmax(logit_scale z C^T / entropy_temperature), with their full gradient whatever soft_path
+    and top_m say.
     """
 
     method: Literal["ibq"] = "ibq"
@@ -50,10 +57,13 @@ class IBQConfig(CodebookConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> IBQConfig:
         if self.top_m is not None and self.top_m > self.codebook_size:
-            raise ValueError(f"top_m={self.top_m} exceeds codebook_size={self.codebook_size}; lower it, or set None for all codes")
+            raise ValueError(
+                f"top_m={self.top_m} exceeds codebook_size={self.codebook_size}; lower it, or set None for all codes"
+            )
         if self.matmul_precision != "float32" and (self.soft_path != "both" or self.top_m is not None):
             raise ValueError(
-                f"matmul_precision={self.matmul_precision!r} is for the whole method, not for soft_path={self.soft_path!r} and "
+                f"matmul_precision={self.matmul_precision!r} is for the whole method, not for "
+                f"soft_path={self.soft_path!r} and "
                 f"top_m={self.top_m}; set 'float32'"
             )
         return self
@@ -75,9 +85,10 @@ class IBQConfig(CodebookConfig):
 class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
     """Nearest code by dot product, index backpropagation.
 
-    Gradient reach: z and all codes through z_q, `double` and the entropy terms; z alone through `commitment`, selected codes alone through
-    `codebook`. With soft_path="features" z_q and `double` reach selected codes only, with top_m the m best of some token; with
-    soft_path="codes" `double` is left with the codes, because the copied gradient of z_q and that of z cancel in it.
+    Gradient reach: z and all codes through z_q, `double` and the entropy terms; z alone through `commitment`, selected
+    codes alone through `codebook`. With soft_path="features" z_q and `double` reach selected codes only, with top_m the
+    m best of some token; with soft_path="codes" `double` is left with the codes, because the copied gradient of z_q and
+    that of z cancel in it.
     """
 
     config: IBQConfig
@@ -107,7 +118,9 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
             losses["double"] = (z_q_ND - z_ND).square().mean()
         return z_q_ND, indices_N, losses
 
-    def _controlled(self, z_ND: torch.Tensor, query_ND: torch.Tensor, codebook_KD: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:
+    def _controlled(
+        self, z_ND: torch.Tensor, query_ND: torch.Tensor, codebook_KD: torch.Tensor, codes_ND: torch.Tensor
+    ) -> torch.Tensor:
         """z_q with the gradient that soft_path and top_m leave: to its value, the codes, come paths of value zero."""
         soft_path, m = self.config.soft_path, self.config.top_m
         query_ND = query_ND.detach() if soft_path == "codes" else query_ND
@@ -117,7 +130,8 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
 
 
 def soft_path_alone(query_ND: torch.Tensor, keys_KD: torch.Tensor, m: int) -> torch.Tensor:
-    """(p - sg(p)) C: zeros (N, D) with the gradient of the soft path, p the softmax over each row's m largest logits."""
+    """(p - sg(p)) C: zeros (N, D) with the gradient of the soft path, p the softmax over each row's m largest
+    logits."""
     if m == len(keys_KD):
         z_q_ND, indices_N, *_ = index_backprop(query_ND, keys_KD, entropy_temperature=None)
         return z_q_ND - keys_KD[indices_N]

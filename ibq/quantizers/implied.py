@@ -1,4 +1,5 @@
-"""Codebooks that follow from the config alone: every combination of one value a channel. Suffixes: K codes, D code dimension, N tokens.
+"""Codebooks that follow from the config alone: every combination of one value a channel. Suffixes: K codes, D code
+dimension, N tokens.
 
 Bit order, the same for all of them: channel 0 is the least significant digit of an index.
 """
@@ -14,7 +15,8 @@ from ibq.quantizers.base import Quantizer, QuantizerConfig
 
 
 class ImpliedCodebookQuantizer(Quantizer):
-    """A quantizer that assigns each channel by itself; nothing is learnt and nothing of the codebook is in the state_dict.
+    """A quantizer that assigns each channel by itself; nothing is learnt and nothing of the codebook is in the
+    state_dict.
 
     Args:
         config: its codebook_size must be the product of the numbers of values.
@@ -30,7 +32,9 @@ class ImpliedCodebookQuantizer(Quantizer):
         place_values = [math.prod(levels[:d]) for d in range(len(levels))]
         indices_K = torch.arange(config.codebook_size)
         digits = [indices_K // place % level for place, level in zip(place_values, levels, strict=True)]
-        self.register_buffer("codes", torch.stack([v[k] for v, k in zip(values, digits, strict=True)], 1), persistent=False)
+        self.register_buffer(
+            "codes", torch.stack([v[k] for v, k in zip(values, digits, strict=True)], 1), persistent=False
+        )
         self.register_buffer("place_values", torch.tensor(place_values), persistent=False)
 
     @property

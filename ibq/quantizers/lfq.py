@@ -1,8 +1,10 @@
-"""Lookup-Free Quantization (MAGVIT-v2, arXiv 2310.05737; Open-MAGVIT2, arXiv 2409.04410): a code is the signs of its features.
+"""Lookup-Free Quantization (MAGVIT-v2, arXiv 2310.05737; Open-MAGVIT2, arXiv 2409.04410): a code is the signs of its
+features.
 
-What it changes against VQ: no codebook to learn, K = 2^D; the entropy penalty alone spreads the features. With logits 2 <x, c> / tau its
-sample part falls into bits, each of probability sigmoid(4 |c_d| x_d / tau), exactly and in O(N D); its codebook part does not, and goes
-through the operator, whose N x K matrix never exists. Suffixes: N tokens, D code dimension, K codes.
+What it changes against VQ: no codebook to learn, K = 2^D; the entropy penalty alone spreads the features. With logits 2
+<x, c> / tau its sample part falls into bits, each of probability sigmoid(4 |c_d| x_d / tau), exactly and in O(N D); its
+codebook part does not, and goes through the operator, whose N x K matrix never exists. Suffixes: N tokens, D code
+dimension, K codes.
 """
 
 from __future__ import annotations
@@ -15,16 +17,17 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from ibq.ops import index_backprop
-from ibq.quantizers.base import QuantizerConfig
-from ibq.quantizers.gradients import straight_through
+from ibq.quantizers.base import QuantizerConfig, straight_through
 from ibq.quantizers.implied import ImpliedCodebookQuantizer
 
 
 class BinaryConfig(QuantizerConfig):
-    """Weights of Open-MAGVIT2. The weight of the entropy penalty may begin `entropy_boost` times as high and fall linearly to itself.
+    """Weights of Open-MAGVIT2. The weight of the entropy penalty may begin `entropy_boost` times as high and fall
+    linearly to itself.
 
-    It does so over the first `entropy_boost_steps` training forwards (MAGVIT-v2: 3 times, 2,000 steps). The two entropies stay raw terms of
-    constant weight; what the boost adds to them is a third term, `entropy_boost`, that fades to zero.
+    It does so over the first `entropy_boost_steps` training forwards (MAGVIT-v2: 3 times, 2,000 steps). The two
+    entropies stay raw terms of constant weight; what the boost adds to them is a third term, `entropy_boost`, that
+    fades to zero.
     """
 
     codebook_size: int = Field(1024, strict=True, ge=2, description="K, a power of two")
@@ -39,9 +42,15 @@ class BinaryConfig(QuantizerConfig):
     def _bits_make_the_codebook(self) -> BinaryConfig:
         bits = round(math.log2(self.codebook_size))
         if self.codebook_size != 2**bits:
-            raise ValueError(f"codebook_size={self.codebook_size} is not a power of two; set codebook_size={2**bits} with code_dim={bits}")
+            raise ValueError(
+                f"codebook_size={self.codebook_size} is not a power of two; set codebook_size={2**bits} with "
+                f"code_dim={bits}"
+            )
         if self.code_dim != bits:
-            raise ValueError(f"code_dim={self.code_dim} is not the logarithm of codebook_size={self.codebook_size}; set code_dim={bits}")
+            raise ValueError(
+                f"code_dim={self.code_dim} is not the logarithm of codebook_size={self.codebook_size}; set "
+                f"code_dim={bits}"
+            )
         return self
 
     @property
@@ -65,7 +74,8 @@ class LFQConfig(BinaryConfig):
 class LookupFreeQuantizer(ImpliedCodebookQuantizer, config=LFQConfig):
     """Bit d of an index is 1 where x_d > 0.
 
-    Gradient reach: z through the straight-through copy, `commitment` and the entropy terms; there is nothing else to reach.
+    Gradient reach: z through the straight-through copy, `commitment` and the entropy terms; there is nothing else to
+        reach.
     """
 
     config: BinaryConfig
@@ -91,7 +101,9 @@ class LookupFreeQuantizer(ImpliedCodebookQuantizer, config=LFQConfig):
     def _entropies(self, x_ND: torch.Tensor) -> dict[str, torch.Tensor]:
         tau = self.config.entropy_temperature
         sample_entropy = bit_entropy(4 * self.magnitude * x_ND / tau).sum(1).mean()
-        *_, codebook_entropy = index_backprop(2 * x_ND, self.codebook, entropy_temperature=tau, group=self.training_group)
+        *_, codebook_entropy = index_backprop(
+            2 * x_ND, self.codebook, entropy_temperature=tau, group=self.training_group
+        )
         assert codebook_entropy is not None
         losses = {"sample_entropy": sample_entropy, "codebook_entropy": codebook_entropy}
         if self.config.boosted:

@@ -1,6 +1,7 @@
 """SimVQ (arXiv 2411.02038): codes are a frozen random embedding times a learnt linear map.
 
-What it changes against VQ: a gradient of any selected code moves the map, and with it every code; the codes span a space that turns as one.
+What it changes against VQ: a gradient of any selected code moves the map, and with it every code; the codes span a
+    space that turns as one.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ibq.quantizers.base import Quantizer, TermsConfig, quantization_terms
-from ibq.quantizers.gradients import straight_through
+from ibq.quantizers.base import Quantizer, TermsConfig, quantization_terms, straight_through
 from ibq.quantizers.vq import nearest_with_entropies
 
 
 class SimVQConfig(TermsConfig):
-    """Terms and entropy penalty as in `VQConfig`. The embedding is drawn from N(0, 1/D); the map is a torch linear layer, with its bias."""
+    """Terms and entropy penalty as in `VQConfig`. The embedding is drawn from N(0, 1/D); the map is a torch linear
+    layer, with its bias."""
 
     method: Literal["simvq"] = "simvq"
 
@@ -24,8 +25,8 @@ class SimVQConfig(TermsConfig):
 class SimVectorQuantizer(Quantizer, config=SimVQConfig):
     """Nearest projected code by Euclidean distance.
 
-    Gradient reach: z through the straight-through copy and `commitment`; the map, and so all codes, through `codebook`; z and the map
-    through the two entropy terms. The embedding is a parameter without gradient.
+    Gradient reach: z through the straight-through copy and `commitment`; the map, and so all codes, through `codebook`;
+    z and the map through the two entropy terms. The embedding is a parameter without gradient.
     """
 
     config: SimVQConfig
@@ -44,6 +45,8 @@ class SimVectorQuantizer(Quantizer, config=SimVQConfig):
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         codebook_KD = self.codebook
-        indices_N, entropies = nearest_with_entropies(z_ND, codebook_KD, self.config.active_entropy_temperature, self.training_group)
+        indices_N, entropies = nearest_with_entropies(
+            z_ND, codebook_KD, self.config.active_entropy_temperature, self.training_group
+        )
         codes_ND = codebook_KD[indices_N]
         return straight_through(z_ND, codes_ND), indices_N, quantization_terms(z_ND, codes_ND) | entropies

@@ -1,8 +1,9 @@
 """Codebook updates that are not gradients: moving averages, restarts of dead codes, running-average anchors.
 
-A training forward first applies what the one before has seen, then quantizes, then looks at its own features. So the codebook is constant
-from one training forward to the next, codes of its indices are its output bit for bit, and what awaits application is in the state_dict.
-With torch.distributed every process holds the same state: counts and sums are added up, what is drawn at random comes from rank 0.
+A training forward first applies what the one before has seen, then quantizes, then looks at its own features. So the
+codebook is constant from one training forward to the next, codes of its indices are its output bit for bit, and what
+awaits application is in the state_dict. With torch.distributed every process holds the same state: counts and sums are
+added up, what is drawn at random comes from rank 0.
 
 Suffixes: N tokens, K codes, k codes of one chunk, D code dimension.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from ibq.distributed import copy_from_first, sum_over_ranks
+from ibq.ops import nearest_code
 
 SMOOTHING = 1e-5
 CHUNK_ELEMENTS = 2**24
@@ -23,8 +25,8 @@ CHUNK_ELEMENTS = 2**24
 class MovingAverage(nn.Module):
     """Codes as the moving average of their features (VQ-VAE, arXiv 1711.00937, appendix; VQ-VAE-2, arXiv 1906.00446).
 
-    counts = decay counts + (1 - decay) n, sums = decay sums + (1 - decay) (sum of the features of each code), code = sums / counts with
-    Laplace-smoothed counts. It starts as if each code had been given itself once.
+    counts = decay counts + (1 - decay) n, sums = decay sums + (1 - decay) (sum of the features of each code), code =
+    sums / counts with Laplace-smoothed counts. It starts as if each code had been given itself once.
     """
 
     counts_K: torch.Tensor
@@ -69,8 +71,9 @@ class MovingAverage(nn.Module):
 class Restart(nn.Module):
     """Moves codes towards anchors, which are features of the last batch: code = (1 - weight) code + weight anchor.
 
-    `usage_K` is the running average of each code's share of the tokens, in units of the uniform share 1/K. A subclass says which weights
-    and anchors follow from it. `applied_K` are the weights that the last training forward applied; no state, since none outlives a step.
+    `usage_K` is the running average of each code's share of the tokens, in units of the uniform share 1/K. A subclass
+    says which weights and anchors follow from it. `applied_K` are the weights that the last training forward applied;
+    no state, since none outlives a step.
     """
 
     usage_K: torch.Tensor
@@ -107,10 +110,11 @@ class Restart(nn.Module):
 
 
 class DeadRestart(Restart):
-    """Codes whose usage falls below a threshold are put on random features of the batch (Jukebox, arXiv 2005.00341), each on another one.
+    """Codes whose usage falls below a threshold are put on random features of the batch (Jukebox, arXiv 2005.00341),
+    each on another one.
 
-    Usage starts at 1, the uniform share, also after a restart: a code without tokens has log(threshold) / log(usage_decay) steps. Where
-    more codes are dead than there are features, the others wait for the next batch.
+    Usage starts at 1, the uniform share, also after a restart: a code without tokens has log(threshold) /
+    log(usage_decay) steps. Where more codes are dead than there are features, the others wait for the next batch.
     """
 
     def __init__(self, embedding_KD: torch.Tensor, usage_decay: float, threshold: float) -> None:
@@ -133,10 +137,10 @@ class DeadRestart(Restart):
 class OnlineClustering(Restart):
     """CVQ-VAE (arXiv 2307.15139): every code moves towards an anchor, the more the less it is used.
 
-    Weight exp(-usage * 10 / (1 - usage_decay) - 1e-3), with usage in uniform shares (the paper's N_k K). Of the paper's anchor rules
-    (random, closest, probabilistic random) it is the probabilistic one: the anchor of a code is a feature drawn with probability
-    softmax(-|z - c|^2) over the batch, by Euclidean distance (of unit vectors where the quantizer's distance is cosine). The paper's
-    contrastive loss is left out. Usage starts at 0.
+    Weight exp(-usage * 10 / (1 - usage_decay) - 1e-3), with usage in uniform shares (the paper's N_k K). Of the paper's
+    anchor rules (random, closest, probabilistic random) it is the probabilistic one: the anchor of a code is a feature
+    drawn with probability softmax(-|z - c|^2) over the batch, by Euclidean distance (of unit vectors where the
+    quantizer's distance is cosine). The paper's contrastive loss is left out. Usage starts at 0.
     """
 
     def __init__(self, embedding_KD: torch.Tensor, usage_decay: float) -> None:
@@ -149,3 +153,28 @@ class OnlineClustering(Restart):
             for codes_kD in codebook_KD.split(math.ceil(CHUNK_ELEMENTS / len(z_ND)))
         ]
         return torch.exp(-self.usage_K * 10 / (1 - self.usage_decay) - 1e-3), z_ND[torch.cat(rows)]
+
+
+@torch.no_grad()
+def kmeans(features_MD: torch.Tensor, K: int, generator: torch.Generator, iterations: int = 10) -> torch.Tensor:
+    """Centers (K, D) after some iterations from K distinct features.
+
+    A center that no feature is nearest to moves to one of the features that are worst represented.
+
+    Args:
+        features_MD: what to cluster, M >= K.
+        K: number of centers.
+        generator: CPU generator of the first centers.
+        iterations: assignments and means.
+    """
+    rows = torch.randperm(len(features_MD), generator=generator)[:K]
+    centers_KD = features_MD[rows.to(features_MD.device)]
+    for _ in range(iterations):
+        nearest_M = nearest_code(features_MD, centers_KD)
+        counts_K = torch.bincount(nearest_M, minlength=K)
+        sums_KD = torch.zeros_like(centers_KD).index_add_(0, nearest_M, features_MD)
+        centers_KD = sums_KD / counts_K.clamp(min=1)[:, None]
+        empty_K = counts_K == 0
+        error_M = (features_MD - centers_KD[nearest_M]).square().sum(1)
+        centers_KD[empty_K] = features_MD[error_M.topk(int(empty_K.sum())).indices]
+    return centers_KD

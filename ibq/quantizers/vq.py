@@ -1,13 +1,16 @@
-"""Vector quantization: the nearest code, and a gradient that passes it by (VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841).
+"""Vector quantization: the nearest code, and a gradient that passes it by (VQ-VAE, arXiv 1711.00937; VQGAN, arXiv
+2012.09841).
 
-The baseline that collapses: the decoder's gradient is copied to z, and without the entropy penalty only selected codes receive any.
-What people do about it, each a field of its own:
+The baseline that collapses: the decoder's gradient is copied to z, and without the entropy penalty only selected codes
+receive any. What people do about it, each a field of its own:
     distance           cosine: features and codes at unit length, as in LlamaGen (arXiv 2406.06525) with D = 8
     ema_decay          codes as moving averages of their features instead of by gradient (VQ-VAE-2, arXiv 1906.00446)
-    restart            dead codes begin anew at features (Jukebox, arXiv 2005.00341), or all are drawn to them (CVQ-VAE, arXiv 2307.15139)
+    restart            dead codes begin anew at features (Jukebox, arXiv 2005.00341), or all are drawn to them
+                       (CVQ-VAE, arXiv 2307.15139)
     codebook_init      "features", "kmeans"
     gradient           rotation: the rotation trick (arXiv 2410.06424)
-    reparametrization  linear: codes = embedding W, both learnt, so that every step moves every code (SimVQ freezes the embedding)
+    reparametrization  linear: codes = embedding W, both learnt, so that every step moves every code (SimVQ freezes
+                       the embedding)
 """
 
 from __future__ import annotations
@@ -20,27 +23,41 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ibq.ops import index_backprop, nearest_code
-from ibq.quantizers.base import CodebookConfig, CodebookQuantizer, Quantizer, quantization_terms
+from ibq.quantizers.base import (
+    CodebookConfig,
+    CodebookQuantizer,
+    Quantizer,
+    quantization_terms,
+    rotation,
+    straight_through,
+)
 from ibq.quantizers.entropy import entropy_terms, euclidean_as_dot
-from ibq.quantizers.gradients import rotation, straight_through
 from ibq.quantizers.updates import DeadRestart, MovingAverage, OnlineClustering, Restart
 
 
 class VQConfig(CodebookConfig):
-    """PAPER section 2. The entropy penalty, when on, is that of IBQ with the logits -|z - c|^2 (2 cos - 2 where the distance is cosine).
+    """docs/method.md section 2. The entropy penalty, when on, is that of IBQ with the logits -|z - c|^2 (2 cos - 2
+    where the distance is cosine).
 
-    With `ema_decay` there is no codebook term, and the entropy penalty, when on, moves features alone. `restart_threshold` is a share of
-    the uniform usage 1/K. After a restart Adam's moments of a code remain what they were; averaged weights follow at once (`mend_average`).
+    With `ema_decay` there is no codebook term, and the entropy penalty, when on, moves features alone.
+    `restart_threshold` is a share of the uniform usage 1/K. After a restart Adam's moments of a code remain what they
+    were; averaged weights follow at once (`mend_average`).
     """
 
     method: Literal["vq"] = "vq"
     distance: Literal["euclidean", "cosine"] = Field("euclidean", description="cosine: LlamaGen, arXiv 2406.06525")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="VQ-VAE-2, arXiv 1906.00446")
-    restart: Literal["none", "dead", "online"] = Field("none", description="dead: Jukebox, 2005.00341; online: CVQ-VAE, arXiv 2307.15139")
+    restart: Literal["none", "dead", "online"] = Field(
+        "none", description="dead: Jukebox, 2005.00341; online: CVQ-VAE, arXiv 2307.15139"
+    )
     restart_threshold: float = Field(0.1, gt=0, lt=1, description="usage, over 1/K, below which a code is dead")
     usage_decay: float = Field(0.99, gt=0, lt=1, description="of the running average of usage, per step")
-    gradient: Literal["straight_through", "rotation"] = Field("straight_through", description="rotation trick: arXiv 2410.06424")
-    reparametrization: Literal["none", "linear"] = Field("none", description="codes = embedding W; SimVQ, arXiv 2411.02038")
+    gradient: Literal["straight_through", "rotation"] = Field(
+        "straight_through", description="rotation trick: arXiv 2410.06424"
+    )
+    reparametrization: Literal["none", "linear"] = Field(
+        "none", description="codes = embedding W; SimVQ, arXiv 2411.02038"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> VQConfig:
@@ -49,9 +66,13 @@ class VQConfig(CodebookConfig):
             if self.beta_on != "commitment":
                 raise ValueError(f"{given} beta_on={self.beta_on!r} weighs the codebook term; set beta_on='commitment'")
             if self.reparametrization == "linear":
-                raise ValueError(f"{given} reparametrization='linear' needs one; set ema_decay=None or reparametrization='none'")
+                raise ValueError(
+                    f"{given} reparametrization='linear' needs one; set ema_decay=None or reparametrization='none'"
+                )
             if self.restart == "online":
-                raise ValueError(f"{given} restart='online' moves codes that have one; set ema_decay=None or restart='dead'")
+                raise ValueError(
+                    f"{given} restart='online' moves codes that have one; set ema_decay=None or restart='dead'"
+                )
         if self.reparametrization == "linear" and self.restart != "none":
             raise ValueError(
                 f"restart={self.restart!r} places single codes, but reparametrization='linear' moves all together; "
@@ -62,7 +83,11 @@ class VQConfig(CodebookConfig):
     @property
     def loss_weights(self) -> dict[str, float]:
         weights = super().loss_weights
-        return weights if self.ema_decay is None else {name: weight for name, weight in weights.items() if name != "codebook"}
+        return (
+            weights
+            if self.ema_decay is None
+            else {name: weight for name, weight in weights.items() if name != "codebook"}
+        )
 
     @property
     def unit_norm(self) -> bool:
@@ -80,9 +105,9 @@ class VQConfig(CodebookConfig):
 class VectorQuantizer(CodebookQuantizer, config=VQConfig):
     """Nearest code by Euclidean distance.
 
-    Gradient reach: z through the straight-through copy (or the rotation) and `commitment`; selected codes through `codebook`; all codes
-    and z through the two entropy terms, where the config has them. With `ema_decay` no code has a gradient. With linear reparametrisation
-    W receives every gradient of a code, and so all codes move.
+    Gradient reach: z through the straight-through copy (or the rotation) and `commitment`; selected codes through
+    `codebook`; all codes and z through the two entropy terms, where the config has them. With `ema_decay` no code has a
+    gradient. With linear reparametrisation W receives every gradient of a code, and so all codes move.
     """
 
     config: VQConfig
@@ -112,7 +137,9 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
             self.moving_average.start_from(self.embedding)
 
     @torch.no_grad()
-    def restart_codes(self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def restart_codes(
+        self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
         if self.projection is not None:
             return Quantizer.restart_codes(self, dead_K, features_MD, generator)
         moved_K = super().restart_codes(dead_K, features_MD, generator)
@@ -124,7 +151,9 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
         if self.training:
             self._apply_updates()
         z_ND, codebook_KD = self.to_code_space(z_ND), self.codebook
-        indices_N, entropies = nearest_with_entropies(z_ND, codebook_KD, self.config.active_entropy_temperature, self.training_group)
+        indices_N, entropies = nearest_with_entropies(
+            z_ND, codebook_KD, self.config.active_entropy_temperature, self.training_group
+        )
         codes_ND = codebook_KD[indices_N]
         z_q_ND = (rotation if self.config.gradient == "rotation" else straight_through)(z_ND, codes_ND)
         losses = quantization_terms(z_ND, codes_ND) | entropies
@@ -146,7 +175,8 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
 
     @torch.no_grad()
     def mend_average(self, average: Quantizer) -> None:
-        """Moving averages are not averaged again; by as much as the last forward moved a code to its anchor, its average moves to it."""
+        """Moving averages are not averaged again; by as much as the last forward moved a code to its anchor, its
+        average moves to it."""
         assert isinstance(average, VectorQuantizer)
         if self.moving_average is not None:
             average.embedding.copy_(self.embedding)
@@ -161,7 +191,8 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
 
 
 def linear_from_identity(D: int) -> nn.Linear:
-    """A linear map of codes without bias that begins as the identity, so that the codebook begins as its initialisation says."""
+    """A linear map of codes without bias that begins as the identity, so that the codebook begins as its initialisation
+    says."""
     projection = nn.Linear(D, D, bias=False)
     nn.init.eye_(projection.weight)
     return projection
@@ -170,10 +201,13 @@ def linear_from_identity(D: int) -> nn.Linear:
 def nearest_with_entropies(
     z_ND: torch.Tensor, codebook_KD: torch.Tensor, temperature: float | None, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Indices of the Euclidean nearest codes, and the entropy terms of softmax(-|z - c|^2 / temperature) where there is a temperature.
+    """Indices of the Euclidean nearest codes, and the entropy terms of softmax(-|z - c|^2 / temperature) where there is
+    a temperature.
 
     The mean assignment is that of the group's processes, or local."""
     if temperature is None:
         return nearest_code(z_ND, codebook_KD), {}
-    _, indices_N, *both = index_backprop(*euclidean_as_dot(z_ND, codebook_KD), entropy_temperature=temperature, group=group)
+    _, indices_N, *both = index_backprop(
+        *euclidean_as_dot(z_ND, codebook_KD), entropy_temperature=temperature, group=group
+    )
     return indices_N, entropy_terms(*both)

@@ -1,4 +1,5 @@
-"""Two smoke studies, each trained once by the real sweep and shared by the tests that read rows: all ablations, and toy generators."""
+"""Two smoke studies, each trained once by the real sweep and shared by the tests that read rows: all ablations, and toy
+transformers."""
 
 from __future__ import annotations
 
@@ -10,20 +11,21 @@ from typing import Any
 
 import pytest
 from explorer_runs import LONG, PATIENCE_S, config_of, until
-from toy_generators import TOY
+from toy_transformers import TOY
 
-from experiments import sweep
 from experiments.ablations import ABLATIONS
+from experiments.analysis.projections import project_all
 from experiments.explorer.run import ExplorerRun, Workers, new_run
-from experiments.projections import project_all
+from experiments.runner import sweep
+from experiments.runner.sweep import Outcome, train_study
 from experiments.study import Study
-from experiments.sweep import Outcome, train_study
 from ibq.data import fashion_mnist
 
 
 @pytest.fixture(scope="session", autouse=True)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """IBQ_RUNS, IBQ_REPORTS, IBQ_CACHE and IBQ_DATA point into a temporary folder, for this process and those it starts.
+    """IBQ_RUNS, IBQ_REPORTS, IBQ_CACHE and IBQ_DATA point into a temporary folder, for this process and those it
+    starts.
 
     The images lie there decompressed: a smoke run would spend more time on decompressing them than on its steps.
     """
@@ -33,7 +35,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         content = path.read_bytes()
         (root / "data" / name).write_bytes(gzip.decompress(content) if path.suffix == ".gz" else content)
     with pytest.MonkeyPatch.context() as patch:
-        for variable, folder in (("IBQ_RUNS", "runs"), ("IBQ_REPORTS", "reports"), ("IBQ_CACHE", "cache"), ("IBQ_DATA", "data")):
+        for variable, folder in (
+            ("IBQ_RUNS", "runs"),
+            ("IBQ_REPORTS", "reports"),
+            ("IBQ_CACHE", "cache"),
+            ("IBQ_DATA", "data"),
+        ):
             patch.setenv(variable, str(root / folder))
         yield root
     shutil.rmtree(root / "data")
@@ -68,7 +75,7 @@ def trained(folders: Path) -> tuple[Study, Outcome, list[str]]:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy ablation of generators is among the ablations."""
+    """The toy ablation of transformers is among the ablations."""
     monkeypatch.setitem(ABLATIONS, "toy", TOY)
 
 

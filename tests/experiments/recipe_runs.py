@@ -28,7 +28,7 @@ FIELDS = {
     "accumulate": "2",
     "precision": "fp32",
 }
-GENERATOR_FIELDS = {
+TRANSFORMER_FIELDS = {
     "data.crop": "center",
     "data.resolution": "64",
     "transformer.depth": "1",
@@ -37,7 +37,7 @@ GENERATOR_FIELDS = {
     "accumulate": "2",
     "precision": "fp32",
 }
-"""Of a generator: 4 × 4 tokens of 16 codes."""
+"""Of a transformer: 4 × 4 tokens of 16 codes."""
 
 
 def write_pictures(folder: Path, classes: int = 0, side: int = 32) -> Path:
@@ -60,15 +60,31 @@ def tiny_tokenizer() -> Tokenizer:
 
 def command(pictures: Path, out: Path, steps: int, **fields: str) -> list[str]:
     """What follows python -m experiments; fields by dotted path."""
-    return ["train", "imagenet256_ibq_1024", "--data", str(pictures), "--out", str(out), "--device", "cpu", *_set(FIELDS, steps, fields)]
+    return [
+        "train",
+        "imagenet256_ibq_1024",
+        "--data",
+        str(pictures),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        *_set(FIELDS, steps, fields),
+    ]
 
 
-def generator_command(pictures: Path, tokenizer: Path, out: Path, steps: int, samples: int = 2, **fields: str) -> list[str]:
-    """The same of a generator; the recipe is B's."""
+def transformer_command(
+    pictures: Path, tokenizer: Path, out: Path, steps: int, samples: int = 2, **fields: str
+) -> list[str]:
+    """The same of a transformer; the recipe is B's."""
     places = ["--data", str(pictures), "--tokenizer", str(tokenizer), "--out", str(out)]
     runtime = ["--device", "cpu", "--samples", str(samples), "--workers", "0"]
-    return ["train", "imagenet256_generator_b", *places, *runtime, *_set(GENERATOR_FIELDS, steps, fields)]
+    return ["train", "imagenet256_transformer_b", *places, *runtime, *_set(TRANSFORMER_FIELDS, steps, fields)]
 
 
 def _set(usual: dict[str, str], steps: int, fields: dict[str, str]) -> list[str]:
-    return [part for name, value in (usual | {"steps": str(steps)} | fields).items() for part in ("--set", f"{name}={value}")]
+    return [
+        part
+        for name, value in (usual | {"steps": str(steps)} | fields).items()
+        for part in ("--set", f"{name}={value}")
+    ]

@@ -73,7 +73,8 @@ def test_an_allocation_beyond_memory_is_a_row() -> None:
     code = (
         "import json; from experiments.benchmarks import measure; real = measure._status; "
         "measure._status = lambda file, name: 2**29 if name == 'MemAvailable' else real(file, name); "
-        "print(json.dumps(measure.measure({'device': 'cpu', 'dtype': 'float32', 'method': 'released', 'N': 16384, 'K': 16384, 'D': 4, "
+        "print(json.dumps(measure.measure({'device': 'cpu', 'dtype': 'float32', 'method': 'released', 'N': 16384, 'K': "
+        "16384, 'D': 4, "
         "'entropy': True})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""Arms between two others: which are trained, whatever the order in which runs finish, and what a study says of the others."""
+"""Arms between two others: which are trained, whatever the order in which runs finish, and what a study says of the
+others."""
 
 from __future__ import annotations
 
@@ -10,16 +11,23 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments import ablations, border, findings, rows
+from experiments import ablations, rows
 from experiments.ablations import ABLATIONS, ALL, CORE, Ablation, Border
-from experiments.ablations.collapse_atlas import arm, name
+from experiments.ablations.collapse_atlas import arm, bisection, name
+from experiments.analysis import findings
 from experiments.cli import app
-from experiments.plan import expected_cost, plan_table
+from experiments.runner.plan import expected_cost, plan_table
+from experiments.runner.sweep import train_study
 from experiments.study import Cell, Study
-from experiments.sweep import train_study
 from ibq.run_directory import RunDirectory
 
-POINTS = {"low": ("slow", 16), "middle": ("slow", 64), "lower": ("slow", 32), "upper": ("slow", 128), "high": ("slow", 256)}
+POINTS = {
+    "low": ("slow", 16),
+    "middle": ("slow", 64),
+    "lower": ("slow", 32),
+    "upper": ("slow", 128),
+    "high": ("slow", 256),
+}
 LOW, LOWER, MIDDLE, UPPER, HIGH = (name("ibq", *POINTS[point]) for point in ("low", "lower", "middle", "upper", "high"))
 
 
@@ -33,7 +41,9 @@ def line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ablation:
         arm("ibq", *POINTS["lower"], between=(LOW, MIDDLE)),
         arm("ibq", *POINTS["upper"], between=(MIDDLE, HIGH)),
     )
-    ablation = replace(ABLATIONS["collapse_atlas"], arms=arms, contrasts=(), paper_rows=(), border=Border(collapse=0.1, most_arms=4))
+    ablation = replace(
+        ABLATIONS["collapse_atlas"], arms=arms, contrasts=(), paper_rows=(), border=Border(collapse=0.1, most_arms=4)
+    )
     monkeypatch.setitem(ablations.ABLATIONS, ablation.name, ablation)
     return ablation
 
@@ -118,8 +128,10 @@ def test_a_preset_may_have_room_for_fewer(line: Ablation, monkeypatch: pytest.Mo
     assert len(study.beyond) == 4
 
 
-def test_one_sweep_trains_the_ends_and_what_is_between_and_never_again(line: Ablation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(border, "has_collapsed", lambda border, row: row["code_dim"] < 100)
+def test_one_sweep_trains_the_ends_and_what_is_between_and_never_again(
+    line: Ablation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bisection, "has_collapsed", lambda border, row: row["code_dim"] < 100)
     study = Study("smoke", ("collapse_atlas",))
     said: list[str] = []
     outcome = train_study(study, device="cpu", say=said.append)

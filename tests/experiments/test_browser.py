@@ -1,5 +1,5 @@
-"""The report in headless Chromium, every page in a large and a small window, light and dark: everything loads, every link leads somewhere,
-nothing complains, nothing leaves the machine, nothing is cut off."""
+"""The report in headless Chromium, every page in a large and a small window, light and dark: everything loads, every
+link leads somewhere, nothing complains, nothing leaves the machine, nothing is cut off."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from urllib.parse import urldefrag
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, Response, sync_playwright
 
-from experiments import notebooks, report
 from experiments.ablations import ABLATIONS
+from experiments.report import notebooks, pages
 from experiments.study import ROOT
 
 pytestmark = pytest.mark.browser
 SNAPSHOTS = sorted((ROOT / "reports" / "published").glob("*/index.html"))
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SIZES = [{"width": 1280, "height": 900}, {"width": 390, "height": 844}]
 LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
 BROKEN = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => 'broken image: ' + i.src)"
@@ -47,14 +53,19 @@ def browser() -> Iterator[Browser]:
 def smoke_report(trained: tuple) -> Path:
     study = trained[0]
     notebooks.execute_changed(study, say=lambda _: None)
-    return report.write(study).parent
+    return pages.write(study).parent
 
 
 class Visit:
     """A walk through all pages of a folder, from its first one along the links."""
 
     def __init__(self, browser: Browser, folder: Path) -> None:
-        self.folder, self.problems, self.seen, self.links = folder, list[str](), dict[str, set[str]](), dict[str, list[str]]()
+        self.folder, self.problems, self.seen, self.links = (
+            folder,
+            list[str](),
+            dict[str, set[str]](),
+            dict[str, list[str]](),
+        )
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder)))
         Thread(target=server.serve_forever, daemon=True).start()
         self.origin = f"http://127.0.0.1:{server.server_port}/"
@@ -62,7 +73,12 @@ class Visit:
         page = context.new_page()
         page.on("request", self._request)
         page.on("response", self._response)
-        page.on("console", lambda m: self._note(f"console: {m.text}") if m.type == "error" and "favicon" not in str(m.location) else None)
+        page.on(
+            "console",
+            lambda m: (
+                self._note(f"console: {m.text}") if m.type == "error" and "favicon" not in str(m.location) else None
+            ),
+        )
         page.on("pageerror", lambda error: self._note(f"error: {error}"))
         waiting = [f"{self.origin}{path.relative_to(folder).as_posix()}" for path in sorted(folder.rglob("*.html"))]
         for address in waiting:
@@ -139,12 +155,27 @@ def test_the_quick_report_is_published() -> None:
 def test_problems_are_seen(browser: Browser, tmp_path: Path) -> None:
     """What the visit is for: each kind of fault is found."""
     (tmp_path / "index.html").write_text(
-        "<!doctype html><h1 id='here'>Faults</h1><img src='absent.png'><a href='#nowhere'>1</a><a href='absent.html'>2</a>"
-        "<a href='https://example.org/'>3</a><div style='width:2000px'>wide</div><script>throw new Error('thrown')</script>"
+        "<!doctype html><h1 id='here'>Faults</h1><img src='absent.png'><a href='#nowhere'>1</a><a "
+        "href='absent.html'>2</a>"
+        "<a href='https://example.org/'>3</a><div style='width:2000px'>wide</div><script>throw new "
+        "Error('thrown')</script>"
         "<img src='http://127.0.0.2:9/foreign.png'>"
     )
     problems = "\n".join(Visit(browser, tmp_path).problems)
-    for fault in ("404: ", "broken image: ", "#nowhere, which is no", "absent.html, which is not", "links to https://example.org/"):
+    for fault in (
+        "404: ",
+        "broken image: ",
+        "#nowhere, which is no",
+        "absent.html, which is not",
+        "links to https://example.org/",
+    ):
         assert fault in problems
-    for fault in ("is 2", "wide in a window of 1280", "error: thrown", "leaves: http://127.0.0.2:9", "looks the same", "is empty"):
+    for fault in (
+        "is 2",
+        "wide in a window of 1280",
+        "error: thrown",
+        "leaves: http://127.0.0.2:9",
+        "looks the same",
+        "is empty",
+    ):
         assert fault in problems

@@ -5,15 +5,21 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from experiments import claims
 from experiments.ablations import ABLATIONS
-from experiments.claims import UNTESTED, WORDS, Claim
+from experiments.analysis import claims
+from experiments.analysis.claims import UNTESTED, WORDS, Claim
 from experiments.study import Study
 
 ABLATION = ABLATIONS["vq_vs_ibq"]
 CONTRAST = ABLATION.contrasts[0]
 """At least one bit a token more with ibq_published than with vq_published."""
-SIZES = {"codebook_size": 1024, "code_dim": 64, "config.steps": 300, "config.data.name": "fashion-mnist", "config.data.resolution": 32}
+SIZES = {
+    "codebook_size": 1024,
+    "code_dim": 64,
+    "config.steps": 300,
+    "config.data.name": "fashion-mnist",
+    "config.data.resolution": 32,
+}
 
 
 def rows_of(bits: dict[int, float | str]) -> pd.DataFrame:
@@ -23,7 +29,9 @@ def rows_of(bits: dict[int, float | str]) -> pd.DataFrame:
         line = {"ablation": ABLATION.name, "seed": seed, "l1": 0.1, **SIZES}
         lines.append(line | {"arm": CONTRAST.without, "status": "ok", "bits": 3.0})
         lost = isinstance(gain, str)
-        lines.append(line | {"arm": CONTRAST.with_, "status": gain if lost else "ok", "bits": None if lost else 3.0 + gain})
+        lines.append(
+            line | {"arm": CONTRAST.with_, "status": gain if lost else "ok", "bits": None if lost else 3.0 + gain}
+        )
     return pd.DataFrame(lines)
 
 

@@ -7,15 +7,17 @@ import torch
 import torchvision
 from typer.testing import CliRunner
 
-import ibq.evaluation
-from experiments import figures, manage, rows
+import ibq.evaluation.tokenizer
+from experiments import rows
 from experiments.cli import app
+from experiments.report import figures
+from experiments.runner import runs
+from experiments.runner.sweep import train_study
 from experiments.study import Study
-from experiments.sweep import train_study
 from ibq.config import DataConfig
 from ibq.data import Images, load_images
-from ibq.evaluation import PERCEPTUAL
-from ibq.metrics import extractors
+from ibq.evaluation.tokenizer import PERCEPTUAL
+from ibq.pretrained import extractors
 from ibq.run_directory import RunDirectory
 
 runner = CliRunner()
@@ -33,7 +35,10 @@ def test_commands_work(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("trained")
 def test_plan_counts_what_is_left() -> None:
     assert "13 runs, 13 finished; 0 steps left" in runner.invoke(app, ["plan", "vq_vs_ibq", "--preset", "smoke"]).output
-    assert "13 runs, 0 finished; 65 steps left" in runner.invoke(app, ["plan", "vq_vs_ibq", "--preset", "smoke", "--set", "steps=5"]).output
+    assert (
+        "13 runs, 0 finished; 65 steps left"
+        in runner.invoke(app, ["plan", "vq_vs_ibq", "--preset", "smoke", "--set", "steps=5"]).output
+    )
 
 
 @pytest.mark.usefixtures("trained")
@@ -55,7 +60,9 @@ def test_evaluate_adds_columns_to_old_rows_without_training() -> None:
 
 
 @pytest.mark.usefixtures("trained")
-def test_evaluate_without_a_networks_weights_is_one_sentence_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_without_a_networks_weights_is_one_sentence_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no network")
 
@@ -72,14 +79,17 @@ def test_evaluate_without_a_networks_weights_is_one_sentence_and_writes_nothing(
         *_, sentence = result.stderr.splitlines()
         assert sentence.startswith("error: the weights of ")
         assert (
-            f"{file} is not in {tmp_path / 'mine'} or {tmp_path / 'hub' / 'checkpoints'}, and its download failed (no network)" in sentence
+            f"{file} is not in {tmp_path / 'mine'} or {tmp_path / 'hub' / 'checkpoints'}, and its download failed (no "
+            f"network)" in sentence
         )
     result = runner.invoke(app, ["evaluate", "--preset", "smoke", "--metric", "fashion-cnn"])
     assert (result.exit_code, result.stderr) == (
         2,
         "error: fashion-cnn is absent: 16 images are too few, 100 are needed; evaluate more images\n",
     )
-    assert not any(name in str(path) for cell in Study("smoke").cells for path in cell.run.path.rglob("*") for name in PERCEPTUAL)
+    assert not any(
+        name in str(path) for cell in Study("smoke").cells for path in cell.run.path.rglob("*") for name in PERCEPTUAL
+    )
 
 
 @pytest.mark.usefixtures("trained")
@@ -92,9 +102,13 @@ def test_rows_that_have_a_metric_from_training_are_not_measured_again(monkeypatc
 @pytest.mark.usefixtures("trained")
 def test_what_is_measured_on_the_rows_own_images_becomes_columns_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in torchvision.models.alexnet().state_dict().items() if name.startswith("features.")}
+        shapes = {
+            name: value.shape
+            for name, value in torchvision.models.alexnet().state_dict().items()
+            if name.startswith("features.")
+        }
     weights = {name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}
-    monkeypatch.setattr(ibq.evaluation, "backbone_weights", lambda _: weights)
+    monkeypatch.setattr(ibq.evaluation.tokenizer, "backbone_weights", lambda _: weights)
     study = Study("smoke")
     try:
         result = runner.invoke(app, ["evaluate", "--preset", "smoke", "--metric", "lpips-alex"])
@@ -107,7 +121,7 @@ def test_what_is_measured_on_the_rows_own_images_becomes_columns_of_the_row(monk
         assert (frame["protocol.n_images"] == 16).all()
     finally:
         for cell in study.cells:
-            manage.evaluation_file(cell, "lpips-alex").unlink(missing_ok=True)
+            runs.evaluation_file(cell, "lpips-alex").unlink(missing_ok=True)
 
 
 @pytest.mark.usefixtures("trained")
@@ -116,7 +130,9 @@ def test_a_run_that_a_metric_does_not_fit_keeps_no_other_from_being_measured(mon
     study, read_row = Study("smoke", ("vq_vs_ibq",)), RunDirectory.read_row
     enough = study.cells[1]
     monkeypatch.setattr(
-        RunDirectory, "read_row", lambda run: read_row(run) | ({"protocol.n_images": 120} if run.path == enough.run.path else {})
+        RunDirectory,
+        "read_row",
+        lambda run: read_row(run) | ({"protocol.n_images": 120} if run.path == enough.run.path else {}),
     )
     try:
         result = runner.invoke(app, ["evaluate", "vq_vs_ibq", "--preset", "smoke", "--metric", "fashion-cnn"])
@@ -124,14 +140,19 @@ def test_a_run_that_a_metric_does_not_fit_keeps_no_other_from_being_measured(mon
         assert "1 runs evaluated" in result.output
         assert f"fashion-cnn {enough.name}: fid[fashion-cnn] " in result.output
         assert result.output.count("16 images are too few, 100 are needed; evaluate more images") == 12
-        assert [cell.name for cell in study.cells if manage.evaluation_file(cell, "fashion-cnn").is_file()] == [enough.name]
+        assert [cell.name for cell in study.cells if runs.evaluation_file(cell, "fashion-cnn").is_file()] == [
+            enough.name
+        ]
     finally:
-        manage.evaluation_file(enough, "fashion-cnn").unlink(missing_ok=True)
+        runs.evaluation_file(enough, "fashion-cnn").unlink(missing_ok=True)
 
 
 @pytest.mark.usefixtures("trained")
-def test_inception_is_measured_on_the_whole_test_split_and_its_columns_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in with more features than there are images, for which FID means nothing; 150 images stand for the split."""
+def test_inception_is_measured_on_the_whole_test_split_and_its_columns_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with more features than there are images, for which FID means nothing; 150 images stand for the
+    split."""
     study, loads = Study("smoke", ("vq_vs_ibq",)), []
     split = load_images(study.cells[0].config.data, "test")
 
@@ -144,8 +165,10 @@ def test_inception_is_measured_on_the_whole_test_split_and_its_columns_say_so(tm
         return pixels_BF[:, 400:600], pixels_BF[:, 500:510]
 
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(manage, "load_images", few)
-    monkeypatch.setattr(extractors, "inception_extractor", lambda device: extractors.Extractor("stand-in", "", network, "none", device))
+    monkeypatch.setattr(runs, "load_images", few)
+    monkeypatch.setattr(
+        extractors, "inception_extractor", lambda device: extractors.Extractor("stand-in", "", network, "none", device)
+    )
     try:
         result = runner.invoke(app, ["evaluate", "vq_vs_ibq", "--preset", "smoke", "--metric", "inception"])
         assert result.exit_code == 0, result.output
@@ -159,13 +182,13 @@ def test_inception_is_measured_on_the_whole_test_split_and_its_columns_say_so(tm
         assert (frame["protocol.n_images"] == 16).all()
     finally:
         for cell in study.cells:
-            manage.evaluation_file(cell, "inception").unlink(missing_ok=True)
+            runs.evaluation_file(cell, "inception").unlink(missing_ok=True)
 
 
 def test_compare_names_what_differs_and_nothing_else(trained: tuple) -> None:
     study: Study = trained[0]
     one, other = (study.cells[i].run for i in (2, 7))  # differ in the entropy penalty alone
-    names = [line[0] for line in manage.compare(one, other)]
+    names = [line[0] for line in runs.compare(one, other)]
     assert "quantizer.entropy_weight" in names
     assert not {"quantizer.method", "quantizer.codebook_init", "steps", "parameters"} & set(names)
     output = runner.invoke(app, ["compare", one.path.name, other.path.name, "--preset", "smoke"]).output

@@ -1,4 +1,5 @@
-"""The collapse atlas: what its arms are, and what map, lines, table and sentences say of a study whose runs are pretended."""
+"""The collapse atlas: what its arms are, and what map, lines, table and sentences say of a study whose runs are
+pretended."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import atlas, figures, rows, tables
+from experiments import rows
 from experiments.ablations import ABLATIONS, Arm
-from experiments.ablations.collapse_atlas import LENGTHS, METHODS, NONE, name
-from experiments.figures.collapse import BORDER
-from experiments.findings import findings
+from experiments.ablations.collapse_atlas import LENGTHS, METHODS, NONE, collapse_map, name
+from experiments.analysis.findings import findings
+from experiments.report import figures, tables
+from experiments.report.figures.collapse import BORDER
 from experiments.study import Cell, Study, unique_runs
 from ibq.config import flatten
 
@@ -25,7 +27,8 @@ OUTSIDE = name("outside", "fast", 256)
 
 
 def alive(arm: Arm) -> bool:
-    """A world in which VQ is dead, the strongest VQ lives, IBQ needs 64 dimensions, and what is outside dies beyond 64 at the full rate."""
+    """A world in which VQ is dead, the strongest VQ lives, IBQ needs 64 dimensions, and what is outside dies beyond 64
+    at the full rate."""
     method, D = arm.levels["method"], int(arm.levels["D"])
     if method == "IBQ outside its recipe":
         long = math.sqrt(D) * LENGTHS[arm.levels["initial length"]] > 10
@@ -44,7 +47,12 @@ def pretend(cell: Cell, state: bool | None) -> None:
         "bits": 5.0,
         "l1": 0.2 - share / 10,
     }
-    facts = {"run": cell.run.path.name, "method": quantizer.method, "seed": cell.seed, "codebook_size": quantizer.codebook_size}
+    facts = {
+        "run": cell.run.path.name,
+        "method": quantizer.method,
+        "seed": cell.seed,
+        "codebook_size": quantizer.codebook_size,
+    }
     facts |= {"code_dim": quantizer.code_dim, "train_seconds": 40.0, "fid[fashion-cnn]": 20 * (1 - share), "gap": 3.0}
     lost = {"status": "nan", "reason": "loss is nan at step 40"}
     cell.run.path.mkdir(parents=True)
@@ -97,7 +105,9 @@ def configs() -> dict[str, dict[str, object]]:
 
 
 def test_the_lengths_that_test_the_mechanism_are_those_of_the_other_dimension() -> None:
-    lengths = {arm.name: LENGTHS[arm.levels["initial length"]] * math.sqrt(int(arm.levels["D"])) for arm in ABLATION.arms}
+    lengths = {
+        arm.name: LENGTHS[arm.levels["initial length"]] * math.sqrt(int(arm.levels["D"])) for arm in ABLATION.arms
+    }
     assert lengths[OUTSIDE + "_short"] == pytest.approx(lengths[name("outside", "fast", 32)])
     assert lengths[name("outside", "fast", 32) + "_longer"] == pytest.approx(lengths[OUTSIDE])
 
@@ -113,11 +123,19 @@ def test_remedies_change_what_they_say_and_nothing_else() -> None:
         "short": {"quantizer.init_scale"},
     }
     for word, fields in changed.items():
-        assert {field for field in flat[OUTSIDE] if flat[OUTSIDE][field] != flat[f"{OUTSIDE}_{word}"][field]} == fields, word
-    assert {field for field in flat[OUTSIDE] if flat[OUTSIDE][field] != flat["outside_usual_256"][field]} == {"optim.lr"}
+        assert {
+            field for field in flat[OUTSIDE] if flat[OUTSIDE][field] != flat[f"{OUTSIDE}_{word}"][field]
+        } == fields, word
+    assert {field for field in flat[OUTSIDE] if flat[OUTSIDE][field] != flat["outside_usual_256"][field]} == {
+        "optim.lr"
+    }
     order = {field for field in flat[OUTSIDE] if flat[OUTSIDE][field] != flat["ibq_single_fast_256"][field]}
     assert order == {"quantizer.beta_on"}
-    means = {field for field in flat["ibq_usual_64"] if flat["ibq_usual_64"][field] != flat["ibq_usual_64_small_means"][field]}
+    means = {
+        field
+        for field in flat["ibq_usual_64"]
+        if flat["ibq_usual_64"][field] != flat["ibq_usual_64_small_means"][field]
+    }
     assert means == {"accumulate"}
 
 
@@ -149,8 +167,15 @@ def test_cells_go_where_the_border_is(world: tuple[Study, pd.DataFrame]) -> None
     assert study.waiting == []
     assert len(trained) <= 60
     assert {"ibq_slow_64", "ibq_fast_64", "outside_fast_64", "outside_fast_128", "ibq_slow_32"} <= trained
-    assert not trained & {"ibq_slow_128", "ibq_usual_16", "vq_slow_256", "vq_fast_64", "vq_strong_slow_64", "ibq_uniform_fast_16"}
-    absent = atlas.left_out(ABLATION, table)
+    assert not trained & {
+        "ibq_slow_128",
+        "ibq_usual_16",
+        "vq_slow_256",
+        "vq_fast_64",
+        "vq_strong_slow_64",
+        "ibq_uniform_fast_16",
+    }
+    absent = collapse_map.left_out(ABLATION, table)
     assert all(absent.values())
     assert sorted(absent) == sorted(arm.partition("/")[2] for arm in study.agreeing)
 
@@ -161,40 +186,52 @@ def test_the_border_runs_between_cells_that_differ_and_hatching_covers_what_was_
     _, table = world
     maps = dict(zip(METHODS, [axis for axis in map_.axes if axis.get_subplotspec() is not None][::4], strict=True))
     assert borders(maps["VQ"]) == borders(maps["VQ, strongest"]) == set()
-    at_16 = {((1.5, y - 0.5), (1.5, y + 0.5)) for y in (0, 2)}  # D = 32 is dead at the slow rate and was inferred at the fast one
+    at_16 = {
+        ((1.5, y - 0.5), (1.5, y + 0.5)) for y in (0, 2)
+    }  # D = 32 is dead at the slow rate and was inferred at the fast one
     assert at_16 & borders(maps["IBQ"])
     assert ((3.5, 1.5), (3.5, 2.5)) not in borders(maps["IBQ outside its recipe"])  # D = 128 is dead there
     assert ((2.5, 1.5), (2.5, 2.5)) in borders(maps["IBQ outside its recipe"])
     assert ((3.5, 1.5), (4.5, 1.5)) in borders(maps["IBQ outside its recipe"])  # lives at the usual rate
     hatched = [patch for patch in maps["VQ"].patches if getattr(patch, "get_hatch", lambda: None)()]
-    assert len(hatched) == sum(arm.name not in set(table["arm"]) for arm in atlas.on_map(ABLATION, "VQ").values())
+    assert len(hatched) == sum(
+        arm.name not in set(table["arm"]) for arm in collapse_map.on_map(ABLATION, "VQ").values()
+    )
 
 
 def test_the_papers_setting_is_said_and_marked_at_the_edge(world: tuple[Study, pd.DataFrame], map_: Figure) -> None:
     _, table = world
-    words = atlas.paper_in_words(ABLATION, table)
-    assert words == "the paper's setting (K = 16,384, D = 256, rate 0.0001): below the lowest rate (0.0003), with 16 times the codes"
+    words = collapse_map.paper_in_words(ABLATION, table)
+    assert (
+        words
+        == "the paper's setting (K = 16,384, D = 256, rate 0.0001): below the lowest rate (0.0003), with 16 times the "
+        "codes"
+    )
     assert words in [text.get_text() for text in map_.legends[0].get_texts()]
     markers = [line for line in map_.axes[0].lines if line.get_marker() == "v"]
     assert [tuple(line.get_xydata()[0]) for line in markers] == [(4, -0.5)]  # type: ignore[index]
     gpu = table.assign(**{"codebook_size": 16384, "config.optim.lr": 1e-4})
-    assert atlas.paper_in_words(ABLATION, gpu).endswith("among its rates, with as many codes")
+    assert collapse_map.paper_in_words(ABLATION, gpu).endswith("among its rates, with as many codes")
 
 
 def test_lines_join_arms_that_differ_in_one_axis_alone(world: tuple[Study, pd.DataFrame]) -> None:
     study, table = world
     for factor in ("K", "tokens a mean", "initial length"):
-        found = atlas.lines(ABLATION, factor)
+        found = collapse_map.lines(ABLATION, factor)
         assert found
         for line in found:
             assert len({tuple(level for key, level in arm.levels.items() if key != factor) for arm in line.arms}) == 1
     figure = drawn(figures.draw("collapse_axes", study, ABLATION, table))
-    lengths = [sorted(line.get_xdata()) for line in figure.axes[2].lines if len(line.get_xdata()) > 1 and line.get_ls() == "-"]
+    lengths = [
+        sorted(line.get_xdata()) for line in figure.axes[2].lines if len(line.get_xdata()) > 1 and line.get_ls() == "-"
+    ]
     assert [pytest.approx([math.sqrt(32), 16]), pytest.approx([math.sqrt(32), 16])] == lengths[:2]
     figures.plt.close(figure)
 
 
-def test_the_table_of_remedies_has_every_remedy_and_a_diagnosis_where_rows_have_one(world: tuple[Study, pd.DataFrame]) -> None:
+def test_the_table_of_remedies_has_every_remedy_and_a_diagnosis_where_rows_have_one(
+    world: tuple[Study, pd.DataFrame],
+) -> None:
     _, table = world
     assert ABLATION.border
     remedies = tables.build("remedies", ABLATION, table)
@@ -218,14 +255,17 @@ def test_the_finding_says_where_each_method_lives_and_what_mends_it(world: tuple
     assert "VQ, strongest: lives at every point" in said
     assert "IBQ outside its recipe: has collapsed at D = 128 (×3 2.0%), D = 256 (×3 2.0%); lives at D = 16" in said
     assert (
-        "outside its recipe: of what was tried at D = 256, these bring it back: codes as long as at D = 32 (50.0%); logits over √D" in said
+        "outside its recipe: of what was tried at D = 256, these bring it back: codes as long as at D = 32 (50.0%); "
+        "logits over √D" in said
     )
     assert "outside its recipe: of what was tried at D = 256, these do not: 0.25 on the codebook term (2.0%)." in said
     assert "have no result" not in said
     assert "wait" not in said
 
 
-def test_runs_that_are_not_finite_have_collapsed_and_say_so_on_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_are_not_finite_have_collapsed_and_say_so_on_the_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = played(tmp_path, monkeypatch, lambda arm: None if arm.levels["rate"] == "×3" else True)
     table = rows.load(study)
     assert "vq_fast_16" in set(table["arm"])  # between a live corner and one that was lost

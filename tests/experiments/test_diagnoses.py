@@ -1,4 +1,5 @@
-"""What is seen in the histories of a study's tokenizers: in rows, old and new, in the words of sweep and status, and on the pages."""
+"""What is seen in the histories of a study's tokenizers: in rows, old and new, in the words of sweep and status, and on
+the pages."""
 
 from __future__ import annotations
 
@@ -9,15 +10,28 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from experiments import diagnoses, manage, report, rows
+from experiments import rows
+from experiments.analysis import diagnoses
 from experiments.cli import app
+from experiments.report import pages
+from experiments.runner import runs
+from experiments.runner.sweep import result_of
 from experiments.study import Cell, Study
-from experiments.sweep import result_of
-from ibq.diagnosis import NOTHING_SEEN
+from ibq.evaluation.diagnosis import NOTHING_SEEN
 from ibq.run_directory import write_json, write_text
 
 pytestmark = pytest.mark.usefixtures("toy")
-LATER = ("never_used", "gap", "gap_used", "gap_dead", "codebook_size", "code_dim", "logit_scale", "assignment_entropy", "entropy_pull")
+LATER = (
+    "never_used",
+    "gap",
+    "gap_used",
+    "gap_dead",
+    "codebook_size",
+    "code_dim",
+    "logit_scale",
+    "assignment_entropy",
+    "entropy_pull",
+)
 """Columns that histories of older code have not."""
 runner = CliRunner()
 
@@ -40,7 +54,7 @@ def grow_old(cell: Cell, *, collapsed: bool) -> None:
     write_history(cell, lines)
 
 
-def test_rows_of_the_study_have_it_and_generators_have_not(copied: Study) -> None:
+def test_rows_of_the_study_have_it_and_transformers_have_not(copied: Study) -> None:
     frame = rows.load(copied).set_index("arm")
     assert frame.loc["tokenizer of vq", "diagnosis"] == NOTHING_SEEN
     assert frame.loc["ibq", "tokenizer.diagnosis"] == NOTHING_SEEN
@@ -60,10 +74,12 @@ def test_it_is_added_to_older_runs_without_training(copied: Study) -> None:
     frame = rows.load(copied).set_index("arm")
     assert frame.loc["tokenizer of ibq", "diagnosis"] == NOTHING_SEEN
     assert frame.loc["tokenizer of vq", "diagnosis"].startswith("collapsed since step 10")
-    assert frame.loc["tokenizer of vq", "diagnosis_sentences"].startswith("The codebook has collapsed since step 10: perplexity 1.5 of 32 ")
+    assert frame.loc["tokenizer of vq", "diagnosis_sentences"].startswith(
+        "The codebook has collapsed since step 10: perplexity 1.5 of 32 "
+    )
     assert not [column for column in frame if column.startswith("diagnosis.")]
     assert [cell.run.row.read_bytes() for cell in copied.cells] == before
-    assert manage.evaluate_finished(copied, "diagnosis", lambda _: None) == 0
+    assert runs.evaluate_finished(copied, "diagnosis", lambda _: None) == 0
 
 
 @pytest.mark.parametrize("arm", ["vq", "ibq"])
@@ -86,7 +102,10 @@ def test_sweep_and_status_name_the_cause(copied: Study) -> None:
     row = {"status": "ok", "perplexity": 12.0, "codebook_size": 1024, "l1": 0.12, "train_seconds": 38.0}
     assert result_of(row | {"diagnosis": seen}) == f"perplexity 12 of 1024, L1 0.1200, 38 s; {seen}"
     assert result_of(row | {"diagnosis": NOTHING_SEEN}) == result_of(row) == "perplexity 12 of 1024, L1 0.1200, 38 s"
-    assert result_of({"status": "nan", "reason": "step 7: lost", "train_seconds": 3.0, "diagnosis": seen}) == f"step 7: lost, 3 s; {seen}"
+    assert (
+        result_of({"status": "nan", "reason": "step 7: lost", "train_seconds": 3.0, "diagnosis": seen})
+        == f"step 7: lost, 3 s; {seen}"
+    )
 
     cell = tokenizer_of(copied, "vq")
 
@@ -99,7 +118,7 @@ def test_sweep_and_status_name_the_cause(copied: Study) -> None:
     write_json(cell.run.row, cell.run.read_row() | {"status": "nan", "reason": "step 7: lost"})
     assert detail() == f"step 7: lost; {seen}"
     grow_old(cell, collapsed=True)
-    manage.evaluate_finished(copied, "diagnosis", lambda _: None)
+    runs.evaluate_finished(copied, "diagnosis", lambda _: None)
     assert detail().startswith("step 7: lost; collapsed since step 10")
 
 
@@ -107,19 +126,24 @@ def test_status_says_it_of_a_run_that_has_not_finished(copied: Study) -> None:
     cell = tokenizer_of(copied, "vq")
     grow_old(cell, collapsed=True)
     cell.run.row.unlink()
-    details = [str(line["detail"]) for line in rows.status_lines(Study("smoke", ("toy",))) if line["run"] == cell.run.path.name]
+    details = [
+        str(line["detail"]) for line in rows.status_lines(Study("smoke", ("toy",))) if line["run"] == cell.run.path.name
+    ]
     assert "steps/s; collapsed since step 10" in details[0]
 
 
 def test_a_page_shows_what_is_wrong_and_nothing_where_nothing_is(copied: Study) -> None:
-    page = report.write(copied).parent / "toy.html"
+    page = pages.write(copied).parent / "toy.html"
     assert 'id="diagnoses"' not in page.read_text()
     assert not list((page.parent / "tables").glob("*diagnoses*"))
     grow_old(tokenizer_of(copied, "vq"), collapsed=True)
-    report.write(copied)
+    pages.write(copied)
     text = unescape(page.read_text())
     assert 'id="diagnoses"' in text
     assert "<td>tokenizer of vq</td>\n      <td>0</td>\n      <td>collapsed since step 10" in text
-    assert "<b>tokenizer of vq, seed 0</b>: The codebook has collapsed since step 10: perplexity 1.5 of 32 codes, where as many " in text
+    assert (
+        "<b>tokenizer of vq, seed 0</b>: The codebook has collapsed since step 10: perplexity 1.5 of 32 codes, where "
+        "as many " in text
+    )
     assert '<a href="tables/toy_diagnoses.csv">CSV</a>' in text
     assert "collapsed since step 10" in (page.parent / "tables" / "toy_diagnoses.md").read_text()

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from experiments import worker
+from experiments.runner import worker
 from experiments.study import Cell, Study
-from ibq import run_directory, train_tokenizer
+from ibq import run_directory
 from ibq.run_directory import RunDirectory
+from ibq.training import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def half_a_file(tensors: dict[str, Any], path: Path) -> None:
     [
         pytest.param(run_directory, "save_file", 3, half_a_file, id="checkpoint"),
         pytest.param(run_directory, "save_file", 1, half_a_file, id="snapshot"),
-        pytest.param(train_tokenizer, "append_line", 2, torn_line, id="history"),
-        pytest.param(train_tokenizer, "write_json", 2, nothing, id="row"),
+        pytest.param(tokenizer, "append_line", 2, torn_line, id="history"),
+        pytest.param(tokenizer, "write_json", 2, nothing, id="row"),
     ],
 )
 def test_nothing_is_half_written_and_the_run_ends_as_if_nothing_had_been(
@@ -96,7 +97,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(cell: Cel
     _, quiet = attempt(cell, tmp_path / "quiet")
     run = RunDirectory(tmp_path / "damaged")
     runtime = replace(Study("smoke").preset.runtime, device="cpu", checkpoint_every_s=0.0)
-    for event in train_tokenizer.train_tokenizer(cell.config, run.path, runtime):
+    for event in tokenizer.train_tokenizer(cell.config, run.path, runtime):
         if event.step == 6:
             break
     state = run.checkpoint / "state.safetensors"

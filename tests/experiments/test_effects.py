@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import figures, tables
 from experiments.ablations import ABLATIONS, Ablation
 from experiments.ablations.base import Contrast
-from experiments.effects import effects, main_effects, matched_pairs, paired_differences, verdict
+from experiments.analysis.effects import effects, main_effects, matched_pairs, paired_differences, verdict
+from experiments.report import figures, tables
 
 ABLATION = ABLATIONS["vq_vs_ibq"]
 
@@ -43,13 +43,21 @@ def test_the_double_term_is_varied_alone_in_four_surroundings() -> None:
 def test_names_in_an_ablation_name_something(ablation: Ablation) -> None:
     arms, levels = {arm.name for arm in ablation.arms}, {factor.name: factor.levels for factor in ablation.factors}
     assert len(arms) == len(ablation.arms)
-    assert all(arm.levels.keys() == levels.keys() and arm.levels[name] in levels[name] for arm in ablation.arms for name in levels)
+    assert all(
+        arm.levels.keys() == levels.keys() and arm.levels[name] in levels[name]
+        for arm in ablation.arms
+        for name in levels
+    )
     assert {name for contrast in ablation.contrasts for name in (contrast.without, contrast.with_)} <= arms
     assert {row.arm for row in ablation.paper_rows} - {None} <= arms
     assert set(ablation.figures) <= figures.FIGURES.keys()
     assert set(ablation.tables) <= tables.TABLES.keys()
     assert {*ablation.columns, *ablation.beside_paper} <= tables.COLUMNS.keys()
-    assert {name for row in ablation.paper_rows for name in row.reported} <= set(ablation.paper_columns) <= tables.PAPER_COLUMNS.keys()
+    assert (
+        {name for row in ablation.paper_rows for name in row.reported}
+        <= set(ablation.paper_columns)
+        <= tables.PAPER_COLUMNS.keys()
+    )
     assert {ablation.marker, ablation.fill, ablation.axis and ablation.axis.factor} - {None} <= levels.keys()
     searched = {arm.name for arm in ablation.arms if arm.tuned_as is None}
     assert {arm.tuned_as for arm in ablation.arms} - {None} <= searched
@@ -61,7 +69,13 @@ def test_names_in_an_ablation_name_something(ablation: Ablation) -> None:
 
 def test_published_pair_and_fairest_pair_are_what_they_claim() -> None:
     published, fair = ABLATION.arm("vq_published"), ABLATION.arm("ibq_published")
-    assert published.levels == {"estimator": "VQ", "entropy": "off", "init": "uniform", "beta on": "codebook", "double": "off"}
+    assert published.levels == {
+        "estimator": "VQ",
+        "entropy": "off",
+        "init": "uniform",
+        "beta on": "codebook",
+        "double": "off",
+    }
     assert fair.levels == {"estimator": "IBQ", "entropy": "on", "init": "normal", "beta on": "codebook", "double": "on"}
     one, other = ABLATION.arm("vq_fair").levels, ABLATION.arm("ibq_fair").levels
     assert [name for name in one if one[name] != other[name]] == ["estimator"]
@@ -115,7 +129,10 @@ def test_no_rows_no_effects() -> None:
 def test_verdicts_follow_the_rule_stated_beforehand(differences: list[float], word: str, sign: int) -> None:
     contrast = Contrast("c", "vq_fair", "ibq_fair", "claim", "bits", sign * 1.0)
     lines = [{"arm": "vq_fair", "seed": s, "status": "ok", "bits": 3.0, "l1": 0.1} for s in range(len(differences))]
-    lines += [{"arm": "ibq_fair", "seed": s, "status": "ok", "bits": 3.0 + sign * d, "l1": 0.1} for s, d in enumerate(differences)]
+    lines += [
+        {"arm": "ibq_fair", "seed": s, "status": "ok", "bits": 3.0 + sign * d, "l1": 0.1}
+        for s, d in enumerate(differences)
+    ]
     rows = pd.DataFrame(lines, columns=["arm", "seed", "status", "bits", "l1"])
     judged = verdict(contrast, rows)
     assert judged.word == word
@@ -151,4 +168,6 @@ def test_a_tenth_less_of_a_distance_is_its_logarithm() -> None:
     contrast = Contrast("c", "vq_fair", "ibq_fair", "claim", "fid", -0.152)
     assert verdict(contrast, pair_rows("fid[fashion-cnn]", [(10.0, 8.99)] * 3)).word == "confirmed"
     assert verdict(contrast, pair_rows("fid[fashion-cnn]", [(10.0, 9.01)] * 3)).word == "refuted"
-    assert verdict(contrast, pair_rows("other", [(1.0, 1.0)] * 3)).reason == "doublings of FID[fashion-cnn] not measured"
+    assert (
+        verdict(contrast, pair_rows("other", [(1.0, 1.0)] * 3)).reason == "doublings of FID[fashion-cnn] not measured"
+    )

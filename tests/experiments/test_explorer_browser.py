@@ -1,4 +1,5 @@
-"""Notebook 09 in a real JupyterLab in headless Chromium: a codebook collapses before one's eyes, another one does not, and nothing is left.
+"""Notebook 09 in a real JupyterLab in headless Chromium: a codebook collapses before one's eyes, another one does not,
+and nothing is left.
 
 IBQ_SCREENSHOTS=FOLDER keeps screenshots there, in 256 colours.
 """
@@ -29,7 +30,7 @@ from playwright.sync_api import TimeoutError as TooLong
 from experiments.explorer.live_umap import LIVE_UMAP
 from experiments.explorer.presence import ABSENT_S
 from experiments.explorer.tabs import TABS
-from experiments.figures import compact
+from experiments.report.figures import compact
 from experiments.study import ROOT
 
 pytestmark = pytest.mark.browser
@@ -38,7 +39,13 @@ SLOW_S = 240.0
 """For what takes seconds, on two cores that have other things to do."""
 SETTLED_S = 5.0
 FIRST_POINT_S, ANSWER_S = 5.0, 0.3
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SETTINGS = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 
 PICTURE, DRAWN = "document.querySelector('.ibq-explorer .widget-image')", "document.querySelector('.ibq-drawn')"
@@ -56,7 +63,8 @@ FIRST_POINT = f"""() => new Promise(resolve => {{
 ANSWER = """([name, word]) => new Promise(resolve => {
     const card = document.querySelector('.ibq-card'), started = performance.now();
     const done = () => card.querySelector('.ibq-state').innerText.includes(word);
-    const observer = new MutationObserver(() => { if (done()) { observer.disconnect(); resolve(performance.now() - started); } });
+    const observer = new MutationObserver(() => { if (done()) { observer.disconnect(); resolve(performance.now() -
+    started); } });
     observer.observe(card, {childList: true, subtree: true, characterData: true});
     [...card.querySelectorAll('button')].find(b => b.innerText == name).click();
 })"""
@@ -64,7 +72,8 @@ ANSWER = """([name, word]) => new Promise(resolve => {
 
 
 class Lab:
-    """A JupyterLab of its own, with a copy of the notebook; nothing of this machine's settings, no network, no terminals."""
+    """A JupyterLab of its own, with a copy of the notebook; nothing of this machine's settings, no network, no
+    terminals."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.token = home, secrets.token_hex(16)
@@ -82,11 +91,29 @@ class Lab:
         self._log = open(home / "server.log", "w")  # noqa: SIM115 (closed with the server)
         self._server = subprocess.Popen(
             [
-                *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={self.port}"),
-                *("--ServerApp.port_retries=0", f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={home / 'work'}"),
-                *("--ServerApp.terminals_enabled=False", "--LabApp.news_url=None", "--LabApp.extension_manager=readonly"),
+                *(
+                    sys.executable,
+                    "-m",
+                    "jupyterlab",
+                    "--no-browser",
+                    "--allow-root",
+                    "--ip=127.0.0.1",
+                    f"--port={self.port}",
+                ),
+                *(
+                    "--ServerApp.port_retries=0",
+                    f"--IdentityProvider.token={self.token}",
+                    f"--ServerApp.root_dir={home / 'work'}",
+                ),
+                *(
+                    "--ServerApp.terminals_enabled=False",
+                    "--LabApp.news_url=None",
+                    "--LabApp.extension_manager=readonly",
+                ),
             ],
-            env=os.environ | folders | {"IBQ_RUNS": str(home / "runs"), "IPYTHONDIR": str(home / "ipython"), "PYTHONPATH": python_path},
+            env=os.environ
+            | folders
+            | {"IBQ_RUNS": str(home / "runs"), "IPYTHONDIR": str(home / "ipython"), "PYTHONPATH": python_path},
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -105,12 +132,14 @@ class Lab:
             return json.load(answer)
 
     def settle(self) -> None:
-        """Wait until one kernel is connected and idle and has been so for a while: a page that opens may start a second one and end the
-        first, and what it had asked of that one is lost."""
+        """Wait until one kernel is connected and idle and has been so for a while: a page that opens may start a second
+        one and end the first, and what it had asked of that one is lost."""
         since, settled = time.monotonic(), None
         deadline = since + SLOW_S
         while settled is None or time.monotonic() - since < SETTLED_S:
-            kernels = [(kernel["id"], kernel["connections"], kernel["execution_state"]) for kernel in self.api("kernels")]
+            kernels = [
+                (kernel["id"], kernel["connections"], kernel["execution_state"]) for kernel in self.api("kernels")
+            ]
             good = len(kernels) == 1 and kernels[0][1] > 0 and kernels[0][2] == "idle"
             if not good or kernels[0][0] != settled:
                 since, settled = time.monotonic(), kernels[0][0] if good else None
@@ -172,7 +201,8 @@ class Visit:
         self.to_the_top()
 
     def _run_all(self) -> None:
-        """The kernel has said that it is idle; a page that is still being built may lose the order all the same, so it is repeated."""
+        """The kernel has said that it is idle; a page that is still being built may lose the order all the same, so it
+        is repeated."""
         for patience_s in (30, 60, SLOW_S):
             self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
             self.page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
@@ -203,7 +233,8 @@ class Visit:
         within.locator("button:visible", has_text=re.compile(rf"^\W*{name}$")).first.click()
 
     def turn(self, name: str, shows: str) -> None:
-        """Choose another form at the left and wait until its button is there: the same fields are in several of them."""
+        """Choose another form at the left and wait until its button is there: the same fields are in several of
+        them."""
         self.press(name)
         self.page.locator(".ibq-explorer button:visible", has_text=re.compile(rf"^\W*{shows}$")).first.wait_for()
 
@@ -232,7 +263,8 @@ class Visit:
     def picture(self) -> str:
         """The picture itself."""
         script = (
-            f"async () => btoa(String.fromCharCode(...new Uint8Array(await (await fetch({PICTURE}.src)).arrayBuffer()).slice(0, 60000)))"
+            f"async () => btoa(String.fromCharCode(...new Uint8Array(await (await "
+            f"fetch({PICTURE}.src)).arrayBuffer()).slice(0, 60000)))"
         )
         return str(self.page.evaluate(script))
 
@@ -265,7 +297,9 @@ def opened(chromium: Any, lab: Lab) -> Iterator[Visit]:
         context.close()
 
 
-def test_a_collapse_is_watched_and_compared_and_nothing_is_left(chromium: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_collapse_is_watched_and_compared_and_nothing_is_left(
+    chromium: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for attempt in (1, 2):  # a browser, a server and a kernel that start at once sometimes miss each other
         lab = Lab(tmp_path / f"attempt {attempt}")
         try:
@@ -302,7 +336,10 @@ def watch_and_compare(chromium: Any, lab: Lab) -> str:
         lab.api(f"kernels/{lab.api('kernels')[0]['id']}/restart", "POST")
         until(lambda: not lab.processes(), "restarting the kernel leaves no process")
     median_s, most_s = statistics.median(answers_s), max(answers_s)
-    words = f"first live point {first_point_s:.2f} s after Train; answers while training: median {median_s:.3f} s, most {most_s:.3f} s"
+    words = (
+        f"first live point {first_point_s:.2f} s after Train; answers while training: median {median_s:.3f} s, "
+        f"most {most_s:.3f} s"
+    )
     assert first_point_s < FIRST_POINT_S, words
     assert most_s < ANSWER_S, words
     return words
@@ -315,7 +352,10 @@ def collapse(visit: Visit) -> list[float]:
     until(lambda: visit.usage(0)[1] >= 20 and visit.usage(0)[0] < 10, "usage of VQ falls below 10%")
     assert began > visit.usage(0)[0]
     until(lambda: visit.drawn_step("A") > first_step and visit.picture() != before, "the plot shows it")
-    answers = [visit.page.evaluate(ANSWER, [name, word]) / 1000 for name, word in [("Pause", "paus"), ("Resume", "training")] * 5]
+    answers = [
+        visit.page.evaluate(ANSWER, [name, word]) / 1000
+        for name, word in [("Pause", "paus"), ("Resume", "training")] * 5
+    ]
     visit.turn("Change", shows="Apply changes")
     visit.fill("learning rate", "0.0003")
     visit.press("Apply changes")
@@ -335,7 +375,9 @@ def compare(visit: Visit) -> None:
     visit.fill("steps", "3000")  # more than it can do before the tab is closed
     visit.press("Train")
     until(lambda: visit.page.locator(".ibq-card").count() == 2, "a second run is shown")
-    until(lambda: visit.usage(1)[1] >= 60 and visit.usage(1)[0] > 60, "IBQ keeps more than 60% of its codes", 4 * SLOW_S)
+    until(
+        lambda: visit.usage(1)[1] >= 60 and visit.usage(1)[0] > 60, "IBQ keeps more than 60% of its codes", 4 * SLOW_S
+    )
     assert visit.usage(1)[0] > 5 * visit.usage(0)[0]
     until(lambda: "B at step" in visit.drawn(), "both are in one plot")
     for name in TABS:

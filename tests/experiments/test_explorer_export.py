@@ -1,4 +1,5 @@
-"""What the explorer exports: a recipe that is the config and trains it, a command that is a study of the config alone."""
+"""What the explorer exports: a recipe that is the config and trains it, a command that is a study of the config
+alone."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from experiments.recipes import get_preset, tokenizer
 from experiments.study import ROOT, Study
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
-from ibq.interventions import Intervention, scheduled
 from ibq.quantizers import Quantizer
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import Runtime
+from ibq.training.interventions import Intervention, scheduled
+from ibq.training.runtime import Runtime
+from ibq.training.tokenizer import train_tokenizer
 
 METHODS: dict[str, dict[str, Any]] = {
     "vq": {"ema_decay": 0.9, "beta_on": "commitment", "restart": "dead", "distance": "cosine"},
@@ -37,12 +38,31 @@ METHODS: dict[str, dict[str, Any]] = {
 ODD: dict[str, dict[str, Any]] = {
     "as the preset has it": {},
     "photos": {"data.name": "photos", "data.resolution": 64},
-    "a folder": {"data.name": "imagefolder:/pictures of mine, 'all' of \"them\"\\n/äöü 😀", "data.crop": "random", "data.flip": True},
+    "a folder": {
+        "data.name": "imagefolder:/pictures of mine, 'all' of \"them\"\\n/äöü 😀",
+        "data.crop": "random",
+        "data.flip": True,
+    },
     "a long path": {"data.name": "imagefolder:/" + "a long name, and a longer one" * 12},
     "a path that does not print": {"data.name": "imagefolder:/\udcff\n\t" + "\x01\\" * 60},
-    "odd numbers": {"optim.lr": 1 / 3, "optim.clip_norm": 1e-300, "optim.milestones": [0.1 + 0.2], "steps": 7, "seed": 2},
-    "a discriminator": {"loss.adversarial.weight": 0.1, "loss.perceptual": "fashion-cnn", "optim.warmup": 0.1, "batch_size": 24},
-    "another network": {"model.channel_multipliers": [1, 2], "model.base_channels": 16, "model.attention_resolutions": [16]},
+    "odd numbers": {
+        "optim.lr": 1 / 3,
+        "optim.clip_norm": 1e-300,
+        "optim.milestones": [0.1 + 0.2],
+        "steps": 7,
+        "seed": 2,
+    },
+    "a discriminator": {
+        "loss.adversarial.weight": 0.1,
+        "loss.perceptual": "fashion-cnn",
+        "optim.warmup": 0.1,
+        "batch_size": 24,
+    },
+    "another network": {
+        "model.channel_multipliers": [1, 2],
+        "model.base_channels": 16,
+        "model.attention_resolutions": [16],
+    },
 }
 CHANGES = [
     Intervention(step=2, fields={"optim.lr": 1e-4, "quantizer.double": False, "quantizer.beta_on": "both"}),
@@ -66,7 +86,10 @@ def parsed(command: str) -> Study:
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "experiments", "run"]
     options = list(zip(words[4::2], words[5::2], strict=True))
-    of = {name: [value for option, value in options if option == name] for name in ("--preset", "--seeds", "--grid", "--base", "--set")}
+    of = {
+        name: [value for option, value in options if option == name]
+        for name in ("--preset", "--seeds", "--grid", "--base", "--set")
+    }
     assert sum(map(len, of.values())) == len(options)
     return study_of([], of["--preset"][0], int(of["--seeds"][0]), of["--set"], of["--grid"], of["--base"])
 
@@ -131,8 +154,12 @@ def test_the_recipe_keeps_the_rules_of_the_project(tmp_path: Path, odd: str) -> 
     rules = ["--config", str(ROOT / "pyproject.toml"), "--no-cache"]
     found = subprocess.run([sys.executable, "-m", "ruff", "check", *rules, str(path)], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
-    formatted = subprocess.run([sys.executable, "-m", "ruff", "format", "--check", *rules, str(path)], capture_output=True, text=True)
-    assert formatted.returncode == 0 or odd in ("a folder", "a path that does not print"), formatted.stdout  # whose quotes it would turn
+    formatted = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--check", *rules, str(path)], capture_output=True, text=True
+    )
+    assert formatted.returncode == 0 or odd in ("a folder", "a path that does not print"), (
+        formatted.stdout
+    )  # whose quotes it would turn
 
 
 def test_the_recipe_trains_what_was_done_by_hand_and_goes_on_with_it(tmp_path: Path) -> None:
@@ -140,7 +167,10 @@ def test_the_recipe_trains_what_was_done_by_hand_and_goes_on_with_it(tmp_path: P
     recipe = tmp_path / "recipe.py"
     recipe.write_text(recipe_text(config, CHANGES))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    said = [subprocess.run([sys.executable, recipe], env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    said = [
+        subprocess.run([sys.executable, recipe], env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
     assert "step 6 of 6: loss" in said[0]
     assert said[1] == ""  # it is finished
     list(train_tokenizer(config, tmp_path / "by hand", Runtime(log_every=1), intervene=scheduled(CHANGES)))

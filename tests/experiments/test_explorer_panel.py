@@ -1,4 +1,5 @@
-"""The interface without a browser: its buttons drive real, tiny runs, and what does not fit is one sentence beside the controls."""
+"""The interface without a browser: its buttons drive real, tiny runs, and what does not fit is one sentence beside the
+controls."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def shown_buttons(panel: Panel, card: int = 0) -> set[str]:
     return {name for name, button in panel.cards[card].buttons.items() if button.layout.display != "none"}
 
 
-# --- The way of a run through its buttons ------------------------------------------------------------------------------------------------
+# --- The way of a run through its buttons -----------------------------------------------------------------------------
 
 
 def test_buttons_drive_a_run(panel: Panel) -> None:
@@ -103,7 +104,9 @@ def test_a_stop_is_shown_until_it_has_come_true(panel: Panel, paused: bool) -> N
 def test_the_figure_follows_the_run(panel: Panel) -> None:
     until(panel, lambda: "no run" in panel.drawn.value, "a figure without runs")
     panel.settings.button.click()
-    until(panel, lambda: "A at step" in panel.drawn.value and "step 0" not in panel.drawn.value, "a figure with a point")
+    until(
+        panel, lambda: "A at step" in panel.drawn.value and "step 0" not in panel.drawn.value, "a figure with a point"
+    )
     first = bytes(panel.picture.value)
     assert first.startswith(b"\x89PNG")
     until(panel, lambda: bytes(panel.picture.value) != first, "a newer figure")
@@ -129,7 +132,11 @@ def test_a_umap_that_cannot_be_made_is_said(panel: Panel) -> None:
     assert not panel.umap.disabled
     panel.umap.click()
     assert "UMAP of A is being computed" in panel.message.value
-    until(panel, lambda: "UMAP of A could not be made: it has no codes yet; press UMAP again" in panel.message.value, "a sentence")
+    until(
+        panel,
+        lambda: "UMAP of A could not be made: it has no codes yet; press UMAP again" in panel.message.value,
+        "a sentence",
+    )
     assert "is being computed" not in panel.message.value
     panel.umap.click()
     assert "could not be made" not in panel.message.value
@@ -207,7 +214,7 @@ def test_runs_are_loaded_by_id(panel: Panel, trained: tuple, monkeypatch: pytest
     assert explore_folder().parent == cell.run.path.parent
 
 
-# --- The form ----------------------------------------------------------------------------------------------------------------------------
+# --- The form ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", sorted(Quantizer.registry))
@@ -262,7 +269,7 @@ def test_text_boxes_hold_every_kind_of_value(tiny: Callable[..., TrainConfig]) -
     assert [duration(seconds) for seconds in (0, 89, 120, 7200)] == ["0 s", "89 s", "2 min", "2.0 h"]
 
 
-# --- The whole ---------------------------------------------------------------------------------------------------------------------------
+# --- The whole --------------------------------------------------------------------------------------------------------
 
 
 def test_every_control_has_a_name(panel: Panel) -> None:
@@ -273,7 +280,9 @@ def test_every_control_has_a_name(panel: Panel) -> None:
     while waiting:
         widget = waiting.pop()
         waiting += getattr(widget, "children", ())
-        if isinstance(widget, (widgets.Button, widgets.ValueWidget)) and not isinstance(widget, (widgets.HTML, widgets.Image)):
+        if isinstance(widget, (widgets.Button, widgets.ValueWidget)) and not isinstance(
+            widget, (widgets.HTML, widgets.Image)
+        ):
             name = getattr(widget, "description", "") or widget.tooltip
             nameless += [] if name and widget.tooltip else [repr(widget)]
     assert nameless == []
@@ -302,14 +311,19 @@ def test_in_a_loop_it_goes_by_itself_and_the_kernel_stays_free(panel: Panel) -> 
     assert longest < 2.0  # milliseconds, on cores that have nothing else to do
 
 
-def test_a_look_that_fails_is_said_and_does_not_freeze_the_interface(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_that_fails_is_said_and_does_not_freeze_the_interface(
+    panel: Panel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(board, "FAILURE_S", 0.5)
     look, failures = panel._look, [FileNotFoundError("interventions.jsonl")]
     monkeypatch.setattr(panel, "_look", lambda: look() if not failures else raise_(failures.pop()))
 
     async def watch() -> None:
         panel.start()
-        for holds in (lambda: "FileNotFoundError: interventions.jsonl" in panel.message.value, lambda: panel.message.value == ""):
+        for holds in (
+            lambda: "FileNotFoundError: interventions.jsonl" in panel.message.value,
+            lambda: panel.message.value == "",
+        ):
             deadline = time.monotonic() + PATIENCE_S
             while not holds():
                 assert time.monotonic() < deadline

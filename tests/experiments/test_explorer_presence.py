@@ -1,4 +1,5 @@
-"""Whether somebody looks at the kernel: against a small HTTP server that answers as Jupyter's does, and against Jupyter's own."""
+"""Whether somebody looks at the kernel: against a small HTTP server that answers as Jupyter's does, and against
+Jupyter's own."""
 
 from __future__ import annotations
 
@@ -146,7 +147,9 @@ def test_what_goes_wrong_while_it_looks_does_not_end_the_watch(server: Server, m
 
 
 @pytest.mark.parametrize("why", ["another kernel's", "another token", "no server", "no kernel"])
-def test_where_no_server_knows_the_kernel_nothing_is_watched(server: Server, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+def test_where_no_server_knows_the_kernel_nothing_is_watched(
+    server: Server, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
     if why == "another kernel's":
         monkeypatch.setattr(presence, "_own_id", lambda: iter(["another-id"]))
     elif why == "another token":
@@ -163,7 +166,7 @@ def test_where_no_server_knows_the_kernel_nothing_is_watched(server: Server, mon
     assert workers.times == 0
 
 
-# --- Jupyter's own server ----------------------------------------------------------------------------------------------------------------
+# --- Jupyter's own server ---------------------------------------------------------------------------------------------
 
 CELL = """
 import time
@@ -188,10 +191,21 @@ class Jupyter:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.environment = os.environ | {"IBQ_EXPLORER_TOKEN": str(folder), "PYTHONPATH": str(ROOT), "IBQ_RUNS": str(folder / "runs")}
-        self.environment |= {name: str(folder / name) for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
+        self.environment = os.environ | {
+            "IBQ_EXPLORER_TOKEN": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "IBQ_RUNS": str(folder / "runs"),
+        }
+        self.environment |= {
+            name: str(folder / name) for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")
+        }
         self.folder = folder
-        options = [f"--ServerApp.port={self.port}", "--IdentityProvider.token=secret", f"--ServerApp.root_dir={folder}", "--allow-root"]
+        options = [
+            f"--ServerApp.port={self.port}",
+            "--IdentityProvider.token=secret",
+            f"--ServerApp.root_dir={folder}",
+            "--allow-root",
+        ]
         command = [sys.executable, "-m", "jupyter_server", "--no-browser", *options]
         with open(folder / "log.txt", "wb") as log:
             self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
@@ -206,7 +220,9 @@ class Jupyter:
 
     def _ask(self, method: str, path: str) -> dict[str, Any]:
         headers, data = {"Authorization": "token secret"}, b"{}" if method == "POST" else None
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers, data=data, method=method)
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", headers=headers, data=data, method=method
+        )
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             content = answer.read()
         return dict(json.loads(content)) if content else {}
@@ -218,8 +234,21 @@ class Jupyter:
     def execute(self, browser: websocket.WebSocket, code: str) -> str:
         """What the code prints."""
         content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
-        header = {"msg_id": uuid.uuid4().hex, "username": "", "session": uuid.uuid4().hex, "msg_type": "execute_request", "version": "5.3"}
-        message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}
+        header = {
+            "msg_id": uuid.uuid4().hex,
+            "username": "",
+            "session": uuid.uuid4().hex,
+            "msg_type": "execute_request",
+            "version": "5.3",
+        }
+        message = {
+            "header": header,
+            "parent_header": {},
+            "metadata": {},
+            "content": content,
+            "channel": "shell",
+            "buffers": [],
+        }
         browser.send(json.dumps(message))
         printed = ""
         while True:
@@ -238,7 +267,10 @@ class Jupyter:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("IBQ_EXPLORER_TOKEN") == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get("IBQ_EXPLORER_TOKEN") == str(self.folder)
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(" ".join(process.cmdline()))
             except psutil.Error:
                 continue

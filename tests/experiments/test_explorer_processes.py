@@ -1,4 +1,5 @@
-"""Processes of the explorer: nothing leaks, nothing is left behind, and what a process cannot do any more is said by those that can."""
+"""Processes of the explorer: nothing leaks, nothing is left behind, and what a process cannot do any more is said by
+those that can."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ def test_ten_starts_and_stops_leak_nothing(folders: Path) -> None:
     until(lambda: workers.is_warm, "warm workers")
     assert workers._server is not None
     server = psutil.Process(workers._server.pid)
-    before, memory = [held(process) for process in (me, server)], [process.memory_info().rss for process in (me, server)]
+    before, memory = (
+        [held(process) for process in (me, server)],
+        [process.memory_info().rss for process in (me, server)],
+    )
     for _ in range(10):
         cycle()
     grown = [(process.memory_info().rss - then) / 2**20 for process, then in zip((me, server), memory, strict=True)]
@@ -90,7 +94,9 @@ def processes_with(token: str) -> list[psutil.Process]:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, "server killed"])
-def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(tmp_path: Path, workers: Workers, how: Any) -> None:
+def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(
+    tmp_path: Path, workers: Workers, how: Any
+) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path), "IBQ_EXPLORER_TOKEN": str(tmp_path), "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "-c", KERNEL], env=environment, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -111,7 +117,9 @@ def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(tmp_path: P
     assert [run.read_attempts()[-1]["event"] for run in runs] == ["stopped", "stopped"]
 
 
-def test_a_server_that_cannot_start_says_why(make_run: Callable[..., ExplorerRun], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_start_says_why(
+    make_run: Callable[..., ExplorerRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     run = make_run()
     run.workers = Workers(device="cpu")
@@ -145,7 +153,9 @@ def test_umap_of_a_run_that_trains(make_run: Callable[..., ExplorerRun]) -> None
     assert projected.step == run.directory.snapshot_steps()[-1]
 
 
-def test_a_umap_without_codes_is_refused_in_a_sentence_and_one_whose_process_is_killed_too(make_run: Callable[..., ExplorerRun]) -> None:
+def test_a_umap_without_codes_is_refused_in_a_sentence_and_one_whose_process_is_killed_too(
+    make_run: Callable[..., ExplorerRun],
+) -> None:
     run = make_run()
     workers = run.workers
     refused = "it has no codes yet; press UMAP again when it has its first point"
@@ -158,7 +168,9 @@ def test_a_umap_without_codes_is_refused_in_a_sentence_and_one_whose_process_is_
     assert workers.projection(run.directory) is None
     projector.kill()
     until(lambda: workers.projection(run.directory) is not None, "another sentence")
-    assert workers.projection(run.directory) == "the process that computes it has ended (exit code -9); press UMAP again"
+    assert (
+        workers.projection(run.directory) == "the process that computes it has ended (exit code -9); press UMAP again"
+    )
     assert run.state == "training"
     run.reset()
     assert run.wait(PATIENCE_S)

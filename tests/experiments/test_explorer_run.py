@@ -17,18 +17,19 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from training_runs import assert_same_run, read_the_images_once  # noqa: F401
 
-from experiments import manage, rows
+from experiments import rows
 from experiments.explorer.run import ExplorerRun, Workers, explore_folder, load_run, new_run
 from experiments.explorer.trainer import LIVE, runtime_of
+from experiments.runner import runs
 from experiments.study import ROOT, Study
 from ibq.errors import ConfigError
-from ibq.interventions import scheduled
 from ibq.run_directory import RunDirectory, append_line
-from ibq.train_tokenizer import train_tokenizer
+from ibq.training.interventions import scheduled
+from ibq.training.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.processes
 
-# --- The way of a run --------------------------------------------------------------------------------------------------------------------
+# --- The way of a run -------------------------------------------------------------------------------------------------
 
 
 def test_a_run_from_new_to_finished(make_run: Callable[..., ExplorerRun]) -> None:
@@ -56,8 +57,14 @@ def test_the_tokens_of_the_live_file_are_those_since_the_one_before(make_run: Ca
     run = make_run(steps=3)
     run.train()
     assert run.wait(PATIENCE_S)
-    tokens = int(load_file(run.directory.path / LIVE)["counts"].sum()) / (run.config.batch_size * run.config.tokens_per_image)
-    assert tokens in (1, 2, 3)  # whole steps: all of them where the machine is fast, the last alone where each had a file of its own
+    tokens = int(load_file(run.directory.path / LIVE)["counts"].sum()) / (
+        run.config.batch_size * run.config.tokens_per_image
+    )
+    assert tokens in (
+        1,
+        2,
+        3,
+    )  # whole steps: all of them where the machine is fast, the last alone where each had a file of its own
 
 
 def test_pause_holds_it_between_two_steps(make_run: Callable[..., ExplorerRun]) -> None:
@@ -77,7 +84,9 @@ def test_pause_holds_it_between_two_steps(make_run: Callable[..., ExplorerRun]) 
     assert run.state == "stopped"
 
 
-def test_a_run_that_is_changed_paused_and_stopped_equals_one_that_is_not(make_run: Callable[..., ExplorerRun], tmp_path: Path) -> None:
+def test_a_run_that_is_changed_paused_and_stopped_equals_one_that_is_not(
+    make_run: Callable[..., ExplorerRun], tmp_path: Path
+) -> None:
     run = make_run(steps=60)
     training(run)
     run.intervene({"optim.lr": 3e-4, "quantizer.double": False})
@@ -194,7 +203,7 @@ def test_four_runs_side_by_side(make_run: Callable[..., ExplorerRun]) -> None:
     assert len({run.name for run in runs}) == 4
 
 
-# --- What goes wrong ---------------------------------------------------------------------------------------------------------------------
+# --- What goes wrong --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -239,11 +248,15 @@ def test_a_change_that_does_not_fit_is_refused_and_harms_nothing(
     assert run.interventions == []
     run.stop()
     assert run.wait(PATIENCE_S)
-    with pytest.raises(ConfigError, match=f"run {run.name} is stopped, and only a run that trains or is paused can be changed"):
+    with pytest.raises(
+        ConfigError, match=f"run {run.name} is stopped, and only a run that trains or is paused can be changed"
+    ):
         run.intervene({"optim.lr": 1e-4})
 
 
-def test_a_run_is_trained_once_however_often_it_is_loaded(make_run: Callable[..., ExplorerRun], workers: Workers) -> None:
+def test_a_run_is_trained_once_however_often_it_is_loaded(
+    make_run: Callable[..., ExplorerRun], workers: Workers
+) -> None:
     run = training(make_run())
     again = load_run(run.name, workers)
     again.train()
@@ -271,7 +284,7 @@ def test_a_lock_taken_in_between_trains_nothing(make_run: Callable[..., Explorer
     assert len([attempt for attempt in run.directory.read_attempts() if attempt["event"] == "started"]) <= 1
 
 
-# --- Beside the study --------------------------------------------------------------------------------------------------------------------
+# --- Beside the study -------------------------------------------------------------------------------------------------
 
 
 def test_the_study_does_not_see_the_explorers_runs(own_folders: None, workers: Workers) -> None:
@@ -283,8 +296,8 @@ def test_the_study_does_not_see_the_explorers_runs(own_folders: None, workers: W
     assert set(rows.load(study)["status"]) == {"pending"}
     for name in ("explore", run.name, "0001"):
         with pytest.raises(ConfigError, match="there are no runs"):
-            manage.find_run(study, name)
-    assert manage.generators_on(run.directory) == []
+            runs.find_run(study, name)
+    assert runs.transformers_on(run.directory) == []
 
 
 def test_a_run_of_the_study_is_only_shown(own_folders: None, workers: Workers) -> None:
@@ -301,7 +314,9 @@ def test_a_run_of_the_study_is_only_shown(own_folders: None, workers: Workers) -
     explored = [new_run(config, workers) for _ in range(2)]
     assert [each.name for each in explored] == ["0001-ibq-K32-D8", "0002-ibq-K32-D8"]
     assert load_run("0002", workers).state == "new"
-    with pytest.raises(ConfigError, match="run '000' cannot be chosen: 2 runs of the explorer begin with it; give more of its id"):
+    with pytest.raises(
+        ConfigError, match="run '000' cannot be chosen: 2 runs of the explorer begin with it; give more of its id"
+    ):
         load_run("000", workers)
 
 

@@ -1,4 +1,5 @@
-"""What is read of run folders, whole, torn, foreign or removed, and that every figure of them can be drawn, without a warning."""
+"""What is read of run folders, whole, torn, foreign or removed, and that every figure of them can be drawn, without a
+warning."""
 
 from __future__ import annotations
 
@@ -23,14 +24,17 @@ from experiments.explorer.view import describe, fields_that_differ, in_words, pl
 from experiments.explorer.watch import Watch
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
-from ibq.generator_config import parse_generator_config
-from ibq.interventions import Intervention, scheduled
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import Runtime
+from ibq.training.interventions import Intervention, scheduled
+from ibq.training.runtime import Runtime
+from ibq.training.tokenizer import train_tokenizer
+from ibq.transformer_config import parse_transformer_config
 
 SIZE = (8.3, 5.1)
-CHANGES = [Intervention(step=3, fields={"optim.lr": 1e-4, "quantizer.double": False}), Intervention(step=5, restart_dead=True)]
+CHANGES = [
+    Intervention(step=3, fields={"optim.lr": 1e-4, "quantizer.double": False}),
+    Intervention(step=5, restart_dead=True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +112,9 @@ def test_foreign_folders_are_refused_in_one_sentence(tmp_path: Path, tiny: Calla
     with pytest.raises(ConfigError, match=r"the config of foreign cannot be read .*; give another run"):
         read_view(directory)
     config = tiny("ibq")
-    generator = {"transformer": {"depth": 1}, "tokenizer": config.to_json_dict(), "data": config.data.model_dump()}
-    write_json(directory.config, parse_generator_config(generator).to_json_dict())
-    with pytest.raises(ConfigError, match="foreign is a generator's run, and the explorer shows tokenizers'"):
+    transformer = {"transformer": {"depth": 1}, "tokenizer": config.to_json_dict(), "data": config.data.model_dump()}
+    write_json(directory.config, parse_transformer_config(transformer).to_json_dict())
+    with pytest.raises(ConfigError, match="foreign is a transformer's run, and the explorer shows tokenizers'"):
         read_view(directory)
 
 
@@ -130,7 +134,7 @@ def test_the_plane_is_that_of_a_principal_component_analysis() -> None:
     assert planar(points_ND[:, :1]).shape == (200, 2)
 
 
-# --- Figures -----------------------------------------------------------------------------------------------------------------------------
+# --- Figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_tab_has_its_figure() -> None:
@@ -139,8 +143,11 @@ def test_every_tab_has_its_figure() -> None:
 
 
 @pytest.mark.parametrize("name", list(TABS))
-def test_every_figure_of_none_one_and_four_runs(name: str, run: RunDirectory, copy: RunDirectory, tiny: Callable[..., TrainConfig]) -> None:
-    """Whole, new, torn and changed runs; every text lies within the figure, every panel has lines, points, a picture or words."""
+def test_every_figure_of_none_one_and_four_runs(
+    name: str, run: RunDirectory, copy: RunDirectory, tiny: Callable[..., TrainConfig]
+) -> None:
+    """Whole, new, torn and changed runs; every text lies within the figure, every panel has lines, points, a picture or
+    words."""
     new = RunDirectory(copy.path.parent / "new")
     write_json(new.config, show.settings("smoke", "fsq").to_json_dict())
     torn = RunDirectory(copy.path.parent / "torn")
@@ -167,7 +174,7 @@ def test_interventions_are_marked_and_explained(run: RunDirectory) -> None:
     assert "B 1: learning rate 0.0001, double term off from step 3" in figure.get_supxlabel()
 
 
-# --- What the kernel looks at, and the painter --------------------------------------------------------------------------------------------
+# --- What the kernel looks at, and the painter ------------------------------------------------------------------------
 
 
 def test_a_history_is_read_as_it_grows(copy: RunDirectory) -> None:
@@ -198,7 +205,9 @@ def test_a_history_is_read_as_it_grows(copy: RunDirectory) -> None:
     assert watch.seconds_left(8) is None
 
 
-def test_the_painter_draws_what_the_process_itself_draws_and_survives_its_death(run: RunDirectory, tmp_path: Path) -> None:
+def test_the_painter_draws_what_the_process_itself_draws_and_survives_its_death(
+    run: RunDirectory, tmp_path: Path
+) -> None:
     shown = [Shown(str(run.path), 0), Shown(str(tmp_path / "removed"), 1)]
     painter = Painter()
     assert painter.poll() is None

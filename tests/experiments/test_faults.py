@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.runner.sweep import train_study
 from experiments.study import Study
-from experiments.sweep import train_study
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

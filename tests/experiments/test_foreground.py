@@ -1,4 +1,5 @@
-"""Training one recipe in the foreground: it ends with a row, stops resumably, and holds the claim of a sweep's trainers."""
+"""Training one recipe in the foreground: it ends with a row, stops resumably, and holds the claim of a sweep's
+trainers."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from recipe_runs import command, write_pictures
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.runner.sweep import time_left
 from experiments.study import ROOT
-from experiments.sweep import time_left
 from ibq.data import DataError
 from ibq.run_directory import RunDirectory
 
@@ -95,10 +96,14 @@ def test_what_cannot_be_trained_is_one_sentence_and_leaves_nothing(pictures: Pat
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     assert CliRunner().invoke(app, arguments).exit_code == 2
-    assert events(RunDirectory(tmp_path / "run")) == ["started", "error"], "a folder that was there stays, and tells what was tried"
+    assert events(RunDirectory(tmp_path / "run")) == ["started", "error"], (
+        "a folder that was there stays, and tells what was tried"
+    )
 
 
-def test_weights_that_are_not_there_leave_nothing(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_there_leave_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def absent(_: str) -> None:
         raise DataError("vgg16.pth is not there")
 
@@ -133,4 +138,8 @@ def test_a_folder_that_is_not_a_runs_is_left_alone(pictures: Path, tmp_path: Pat
 
 
 def test_time_left_is_said_in_a_unit_that_suits_it() -> None:
-    assert [time_left(seconds) for seconds in (9, 600, 360_000)] == ["about 9 s left", "about 10.0 min left", "about 100.0 h left"]
+    assert [time_left(seconds) for seconds in (9, 600, 360_000)] == [
+        "about 9 s left",
+        "about 10.0 min left",
+        "about 100.0 h left",
+    ]

@@ -1,4 +1,5 @@
-"""The ablation of generators: what its arms differ in, and what tables, claims and findings make of rows that are known."""
+"""The ablation of transformers: what its arms differ in, and what tables, claims and findings make of rows that are
+known."""
 
 from __future__ import annotations
 
@@ -7,33 +8,34 @@ import shlex
 
 import pandas as pd
 import pytest
-from generator_rows import ABLATION, GUIDANCES, QUALITY, arms, known, study
+from transformer_rows import ABLATION, GUIDANCES, QUALITY, arms, known, study
 
-from experiments import claims, continuation, notebooks, report, rows, tables
+from experiments import rows
 from experiments.ablations import ABLATIONS
-from experiments.findings import findings
-from experiments.manage import evaluation_file
-from experiments.plan import command
+from experiments.analysis import claims
+from experiments.analysis.findings import findings
 from experiments.recipes import get_preset
-from experiments.report import provenance
+from experiments.report import continuation, notebooks, pages, provenance, tables
 from experiments.report.configs import active_fields
+from experiments.runner.plan import command
+from experiments.runner.runs import evaluation_file
 from experiments.study import Study, unique_runs
 from ibq.config import TrainConfig
-from ibq.generator_config import GeneratorConfig
 from ibq.run_directory import write_json
+from ibq.transformer_config import TransformerTrainConfig
 
 FID = "fid[fashion-cnn]"
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 
-def configs(preset: str, **overrides: object) -> dict[str, GeneratorConfig]:
+def configs(preset: str, **overrides: object) -> dict[str, TransformerTrainConfig]:
     return {cell.arm.name: cell.config for cell in arms(Study(preset, (ABLATION.name,), overrides=overrides))}  # type: ignore[misc]
 
 
-# --- What is compared --------------------------------------------------------------------------------------------------------------------
+# --- What is compared -------------------------------------------------------------------------------------------------
 
 
-def changed(one: GeneratorConfig, other: GeneratorConfig) -> set[str]:
+def changed(one: TransformerTrainConfig, other: TransformerTrainConfig) -> set[str]:
     fields = [active_fields(config) for config in (one, other)]
     return {name for name in {*fields[0], *fields[1]} if fields[0].get(name) != fields[1].get(name)}
 
@@ -54,7 +56,8 @@ def test_arms_have_the_same_k_and_differ_in_what_they_are_named_for(preset: str)
 
 def test_tokenizers_are_those_of_notebooks_01_and_05_trained_three_times_as_long() -> None:
     published = {
-        f"{cell.ablation.name}/{cell.arm.name}": cell.config for cell in Study("quick", ("vq_vs_ibq", "lfq_comparison"), seeds=1).cells
+        f"{cell.ablation.name}/{cell.arm.name}": cell.config
+        for cell in Study("quick", ("vq_vs_ibq", "lfq_comparison"), seeds=1).cells
     }
     for name, reference in (
         ("vq_tokens", "vq_vs_ibq/vq_published"),
@@ -71,7 +74,9 @@ def test_tokenizers_are_those_of_notebooks_01_and_05_trained_three_times_as_long
 
 
 @pytest.mark.parametrize(("preset", "times"), [("smoke", 3), ("quick", 3), ("gpu", 1), ("paper", 1)])
-def test_the_preset_says_how_much_longer_its_tokenizers_train(preset: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_preset_says_how_much_longer_its_tokenizers_train(
+    preset: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("experiments.study._data_hash", lambda data: "0" * 64)  # of ImageNet, which is not here
     steps = {config.tokenizer.steps for config in configs(preset).values()}
     assert steps == {times * get_preset(preset).fields["steps"]}
@@ -81,8 +86,8 @@ def test_the_preset_says_how_much_longer_its_tokenizers_train(preset: str, times
 def test_depths_are_multiples_of_the_presets_and_at_least_one(depth: int, depths: tuple[int, ...]) -> None:
     base = configs("quick")["ibq_tokens"].with_fields(**{"transformer.depth": depth})
     levels = [ABLATION.arm(name).levels for name in ("ibq_shallow", "ibq_tokens", "ibq_deep")]
-    assert ABLATION.generator is not None
-    assert tuple(ABLATION.generator(of, base)["transformer.depth"] for of in levels) == depths
+    assert ABLATION.transformer is not None
+    assert tuple(ABLATION.transformer(of, base)["transformer.depth"] for of in levels) == depths
 
 
 @pytest.mark.parametrize(("preset", "bits"), [("smoke", (2, 3)), ("quick", (5, 5)), ("gpu", (7, 7))])
@@ -93,7 +98,7 @@ def test_halves_are_halves_of_the_bits(preset: str, bits: tuple[int, int]) -> No
     assert of["lfq_halves"].quantizer.codebook_size == 2 ** sum(bits)
 
 
-# --- Claims and tables -------------------------------------------------------------------------------------------------------------------
+# --- Claims and tables ------------------------------------------------------------------------------------------------
 
 
 def test_claims_are_judged_by_the_rows_and_say_their_scale() -> None:
@@ -110,7 +115,11 @@ def test_claims_are_judged_by_the_rows_and_say_their_scale() -> None:
 
 
 def test_three_claims_are_the_papers() -> None:
-    assert [contrast.paper[:7] for contrast in ABLATION.contrasts if contrast.paper] == ["Table 5", "Table 7", "Table 7"]
+    assert [contrast.paper[:7] for contrast in ABLATION.contrasts if contrast.paper] == [
+        "Table 5",
+        "Table 7",
+        "Table 7",
+    ]
 
 
 def test_a_lost_arm_leaves_its_claims_undecided_and_shows_its_state() -> None:
@@ -119,7 +128,13 @@ def test_a_lost_arm_leaves_its_claims_undecided_and_shows_its_state() -> None:
     columns = [tables.COLUMNS[name].label for name in ABLATION.columns if name not in tables.OPTIONAL]
     assert set(table.loc["lfq_tokens", columns]) == {"nan"}
     assert set(table.loc["ibq_deep", columns]) == {"waiting"}
-    values = {"blocks": "2", "bits an image": "340", "guidance": "2.0", "FID[fashion-cnn]": "8.00", "precision[fashion-cnn]": "0.700"}
+    values = {
+        "blocks": "2",
+        "bits an image": "340",
+        "guidance": "2.0",
+        "FID[fashion-cnn]": "8.00",
+        "precision[fashion-cnn]": "0.700",
+    }
     assert dict(table.loc["ibq_tokens", list(values)]) == values
     assert table.loc["ibq_tokens", "tokenizer's L1"] == "0.0950"
     verdicts = tables.build("verdicts", ABLATION, frame)["verdict"]
@@ -156,20 +171,28 @@ def test_the_papers_table_has_table_7_and_says_what_is_not_reported() -> None:
 def test_the_protocol_says_how_samples_were_drawn_and_chosen() -> None:
     said = provenance.protocol(ABLATION, rows.load(known(seeds=2)))
     assert said.count("Protocol") == 1
-    assert "1,000 samples at each guidance (1, 2, 3), against the same images; temperature 1, no truncation, the run's seed." in said
+    assert (
+        "1,000 samples at each guidance (1, 2, 3), against the same images; temperature 1, no truncation, the run's "
+        "seed." in said
+    )
     assert "chosen on these very samples" in said
 
 
-# --- Findings ----------------------------------------------------------------------------------------------------------------------------
+# --- Findings ---------------------------------------------------------------------------------------------------------
 
 
 def test_findings_say_where_guidance_is_best_and_what_bits_do_not_say() -> None:
     of = known(seeds=2)
     said = " ".join(findings(ABLATION, rows.load(of)))
-    assert f"FID[fashion-cnn] is lowest at guidance 2 for {', '.join(QUALITY)}; it was chosen on the very samples" in said
+    assert (
+        f"FID[fashion-cnn] is lowest at guidance 2 for {', '.join(QUALITY)}; it was chosen on the very samples" in said
+    )
     assert "The lowest of all is 6.00, of ibq_deep." in said
     assert "Bits alone compare nothing: vq_tokens has the fewest an image (100, behind a tokenizer of L1 0.200)" in said
-    assert "From ibq_shallow to ibq_deep parameters go from 0.25 to 2.25 million, bits an image from 350.0 to 325.0" in said
+    assert (
+        "From ibq_shallow to ibq_deep parameters go from 0.25 to 2.25 million, bits an image from 350.0 to 325.0"
+        in said
+    )
     assert "the largest that was tried" not in said
 
 
@@ -177,23 +200,25 @@ def test_findings_flag_a_best_guidance_that_is_the_largest() -> None:
     said = " ".join(findings(ABLATION, rows.load(known(best=GUIDANCES[-1], pending=("vq_tokens",)))))
     assert "At the largest that was tried, so perhaps not the best: vq_strong_tokens, " in said
     assert "Here the fewest bits an image (325) and the lowest FID[fashion-cnn] are of one arm, ibq_deep." in said
-    assert "1 generator waits for its tokenizer." in said
+    assert "1 transformer waits for its tokenizer." in said
 
 
-def test_nothing_trained_no_findings_of_generators() -> None:
+def test_nothing_trained_no_findings_of_transformers() -> None:
     assert not [sentence for sentence in findings(ABLATION, rows.load(study())) if "guidance" in sentence]
 
 
-# --- The other half of the comparison with LFQ --------------------------------------------------------------------------------------------
+# --- The other half of the comparison with LFQ ------------------------------------------------------------------------
 
 LFQ = ABLATIONS["lfq_comparison"]
 
 
-def test_a_field_of_generators_is_left_out_where_an_ablation_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = {"generator.steps": 500, "optim.lr": 1e-3}
+def test_a_field_of_transformers_is_left_out_where_an_ablation_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"transformer.steps": 500, "optim.lr": 1e-3}
     of = Study("quick", ("vq_vs_ibq", LFQ.name, ABLATION.name), overrides=fields)
     given = {}
-    monkeypatch.setattr(notebooks, "execute", lambda source, target, study, parameters: given.update({source.stem: parameters}))
+    monkeypatch.setattr(
+        notebooks, "execute", lambda source, target, study, parameters: given.update({source.stem: parameters})
+    )
     monkeypatch.setattr(notebooks, "as_page", lambda notebook: "")
     notebooks.execute_changed(of, lambda _: None)
     overrides = {name: parameters["overrides"] for name, parameters in given.items() if parameters}
@@ -201,8 +226,8 @@ def test_a_field_of_generators_is_left_out_where_an_ablation_has_none(monkeypatc
     for ablation in of.ablations:
         assert Study("quick", (ablation.name,), overrides=of.overrides_of(ablation)).cells
         words = shlex.split(command(of, ablation.name))
-        assert ("generator.steps=500" in words) == (ablation.name != "vq_vs_ibq")
-    assert "generator.steps=500" in command(of, "vq_vs_ibq", ABLATION.name)
+        assert ("transformer.steps=500" in words) == (ablation.name != "vq_vs_ibq")
+    assert "transformer.steps=500" in command(of, "vq_vs_ibq", ABLATION.name)
 
 
 def test_names_of_the_other_half_name_something() -> None:
@@ -219,7 +244,11 @@ def test_where_the_other_half_is_not_trained_its_command_is_said() -> None:
     other = continuation.other_half(Study("quick", (LFQ.name,), seeds=2), LFQ)
     assert other is not None
     assert not other.has_result
-    assert other.note == "Generation is trained by the ablation generation: python -m experiments run generation --preset quick --seeds 2"
+    assert (
+        other.note
+        == "Generation is trained by the ablation generation: python -m experiments run generation --preset quick "
+        "--seeds 2"
+    )
 
 
 def test_where_it_is_trained_its_arms_and_claims_are_shown_on_the_page() -> None:
@@ -229,8 +258,12 @@ def test_where_it_is_trained_its_arms_and_claims_are_shown_on_the_page() -> None
     assert other is not None
     assert other.note == ""
     assert list(other.arms_table()["arm"]) == ["lfq_halves", "ibq_tokens", "lfq_tokens"]
-    page = (report.write(of).parent / f"{LFQ.name}.html").read_text()
-    assert re.search(r'<h2 id="continued">Generation</h2>.*?consistent.*?Table 5, K = 16,384: IBQ better in generation', page, re.DOTALL)
+    page = (pages.write(of).parent / f"{LFQ.name}.html").read_text()
+    assert re.search(
+        r'<h2 id="continued">Generation</h2>.*?consistent.*?Table 5, K = 16,384: IBQ better in generation',
+        page,
+        re.DOTALL,
+    )
     assert "<td>lfq_halves</td>" in page
     table = pd.read_csv(of.report_folder / "tables" / "lfq_comparison_generation.csv")
     assert list(table["FID[fashion-cnn]"]) == [12.0, 8.0, 15.0]

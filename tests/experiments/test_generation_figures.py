@@ -1,4 +1,4 @@
-"""The figures of generators, drawn from rows that are known."""
+"""The figures of transformers, drawn from rows that are known."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generator_rows import ABLATION, GUIDANCES, QUALITY, arms, finish, known, study
 from matplotlib.figure import Figure
+from transformer_rows import ABLATION, GUIDANCES, QUALITY, arms, finish, known, study
 
-from experiments import figures, rows
-from experiments.figures.generation import FID
-from experiments.figures.labels import Labels
+from experiments import rows
+from experiments.report import figures
+from experiments.report.figures.generation import FID
+from experiments.report.figures.labels import Labels
 from experiments.study import Study
 from ibq.run_directory import write_json
 
@@ -76,7 +77,9 @@ def test_without_rows_there_is_no_figure(name: str) -> None:
 
 def test_samples_are_those_of_the_best_guidance_a_row_a_class() -> None:
     figure = draw("samples", known(best=3.0))
-    assert [axis.get_title() for axis in figure.axes] == [f"{ABLATION.letter(name)}  {name}\nguidance 3" for name in QUALITY]
+    assert [axis.get_title() for axis in figure.axes] == [
+        f"{ABLATION.letter(name)}  {name}\nguidance 3" for name in QUALITY
+    ]
     panel = figure.axes[0]
     names = [label.get_text() for label in panel.get_yticklabels()]
     classes = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -114,7 +117,9 @@ def test_depths_of_one_method_are_joined_and_fewer_than_two_are_said() -> None:
         if cell.arm.name in ("ibq_shallow", "ibq_deep"):
             cell.run.row.unlink()
     alone = draw("depth_scaling", study())
-    assert foot(alone).startswith("Fewer than two depths of one method have a result, so there is no line yet. No result: C")
+    assert foot(alone).startswith(
+        "Fewer than two depths of one method have a result, so there is no line yet. No result: C"
+    )
     figures.plt.close(alone)
 
 
@@ -127,7 +132,9 @@ def test_bits_stand_against_the_tokenizers_error_and_against_what_is_generated()
 
 
 @pytest.mark.parametrize("times", [1.0, 0.1, 3.0])
-@pytest.mark.parametrize("without", [(), ("vq_tokens",), ("vq_tokens", "lfq_tokens", "lfq_halves", "ibq_shallow", "vq_strong_tokens")])
+@pytest.mark.parametrize(
+    "without", [(), ("vq_tokens",), ("vq_tokens", "lfq_tokens", "lfq_halves", "ibq_shallow", "vq_strong_tokens")]
+)
 def test_an_axis_of_distances_has_ticks_where_most_points_lie(without: tuple[str, ...], times: float) -> None:
     change(study(), without, lambda row: {FID: times * row[FID]})
     for name in ("bits_and_distortion", "depth_scaling"):

@@ -1,4 +1,5 @@
-"""Grids from the command line: points that equal an arm share its run, maps show what is missing, every wrong grid is one sentence."""
+"""Grids from the command line: points that equal an arm share its run, maps show what is missing, every wrong grid is
+one sentence."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ from matplotlib.text import Annotation
 from typer.testing import CliRunner
 
 import experiments
-from experiments import figures, report, rows, tables
+from experiments import rows
 from experiments.ablations import ABLATIONS
 from experiments.ablations.grid import MOST_ARMS
+from experiments.analysis.findings import findings
 from experiments.cli import app
-from experiments.findings import findings
+from experiments.report import figures, pages, tables
 from experiments.study import Study
 from ibq.errors import ConfigError
 
@@ -30,7 +32,11 @@ def grid_rows(study: Study) -> pd.DataFrame:
     """The rows of a study as if it had finished, with numbers that grow from arm to arm."""
     frame = rows.load(study).assign(status="ok", reason="")
     n = len(frame)
-    numbers = {"perplexity_share": np.linspace(0.1, 0.9, n), "bits": np.linspace(2, 8, n), "l1": np.linspace(0.1, 0.2, n)}
+    numbers = {
+        "perplexity_share": np.linspace(0.1, 0.9, n),
+        "bits": np.linspace(2, 8, n),
+        "l1": np.linspace(0.1, 0.2, n),
+    }
     others = ("perplexity", "usage", "dead_codes", "psnr_db", "ssim", "quantization_error", "train_seconds")
     return frame.assign(**numbers, **dict.fromkeys(others, 1.0))
 
@@ -95,7 +101,9 @@ def test_fields_that_only_fit_together_are_set_together() -> None:
 
 def test_the_same_grid_is_the_same_study() -> None:
     one = Study("quick", grid={K: [1024, 256], RATE: [1e-3, 1e-4]})
-    other = Study("quick", grid={RATE: (0.0001, 0.001), K: (256, 1024)}, bases=("vq_published", "vq_vs_ibq/ibq_published"))
+    other = Study(
+        "quick", grid={RATE: (0.0001, 0.001), K: (256, 1024)}, bases=("vq_published", "vq_vs_ibq/ibq_published")
+    )
     assert one.name == other.name
     assert one.name.startswith("quick+grid+optim.lr=0.0001_0.001+quantizer.codebook_size=256_1024-")
     names = {
@@ -112,7 +120,12 @@ def test_the_same_grid_is_the_same_study() -> None:
 
 
 def test_values_and_seeds_and_bases() -> None:
-    study = Study("quick", seeds=2, grid={"quantizer.entropy_weight": [0.1, 0]}, bases=("vq_vs_ibq/vq_entropy", "quantizers/vq_entropy"))
+    study = Study(
+        "quick",
+        seeds=2,
+        grid={"quantizer.entropy_weight": [0.1, 0]},
+        bases=("vq_vs_ibq/vq_entropy", "quantizers/vq_entropy"),
+    )
     base, weight = study.ablations[0].factors
     assert base.levels == ("vq_vs_ibq/vq_entropy", "quantizers/vq_entropy")
     assert weight.levels == ("0", "0.1")
@@ -144,7 +157,10 @@ def test_values_and_seeds_and_bases() -> None:
         ("--grid optim.lr=1e-3 --base vq_fare", ["'vq_fare'", "'vq_fair'"]),
         ("--grid optim.lr=1e-3 --base vq_vs_ibq/vq_fare", ["'vq_vs_ibq/vq_fair'"]),
         ("--grid optim.lr=1e-3 --base vq_entropy", ["'vq_entropy'", "vq_vs_ibq/vq_entropy or quantizers/vq_entropy"]),
-        ("--grid quantizer.beta=0.1,0.2 --base vq_published --base lfq", ["quantizers/lfq", "'quantizer.beta'", "leave out"]),
+        (
+            "--grid quantizer.beta=0.1,0.2 --base vq_published --base lfq",
+            ["quantizers/lfq", "'quantizer.beta'", "leave out"],
+        ),
         ("--grid quantizer.double=true,false", ["vq_vs_ibq/vq_published", "'quantizer.double'"]),
         ("--grid quantizer.codebook_size=256,1000 --base lfq", ["lfq codebook_size=1000", "power of two"]),
         ("--grid quantizer.code_dim=8,10 --base lfq", ["lfq code_dim=8", "set code_dim=5"]),
@@ -200,7 +216,12 @@ def test_two_fields_make_a_map_a_base_and_outcome() -> None:
 def test_an_arm_without_a_result_says_why_and_has_no_number() -> None:
     study = Study("quick", grid={"quantizer.beta_on": ["commitment", "codebook", "both"], RATE: [1e-4, 1e-3]})
     frame = grid_rows(study)
-    for line, status, reason in ((0, "nan", "NaN"), (1, "oom", "out of memory"), (2, "running", ""), (3, "failed", "killed")):
+    for line, status, reason in (
+        (0, "nan", "NaN"),
+        (1, "oom", "out of memory"),
+        (2, "running", ""),
+        (3, "failed", "killed"),
+    ):
         lose(frame, line, status, reason)
     ablation = study.ablations[0]
     maps = [axis for axis in drawn(study, frame).axes if axis.texts]
@@ -213,8 +234,8 @@ def test_an_arm_without_a_result_says_why_and_has_no_number() -> None:
     sentences = findings(ablation, frame)
     assert sentences[0].startswith("4 of 12 runs have no result")
     assert (
-        "vq_published: perplexity / K is highest (46.4%) at beta_on=both lr=0.001 and lowest (39.1%) at beta_on=both lr=0.0001"
-        in sentences[1]
+        "vq_published: perplexity / K is highest (46.4%) at beta_on=both lr=0.001 and lowest (39.1%) at beta_on=both "
+        "lr=0.0001" in sentences[1]
     )
     assert not any("edge" in sentence for sentence in sentences)
 
@@ -247,7 +268,9 @@ def test_more_fields_make_more_maps_up_to_a_bound() -> None:
     three = Study("quick", grid={RATE: [1e-4, 1e-3], BETA: [0.1, 0.25], "steps": [50, 100], "batch_size": [16]})
     figure = drawn(three, grid_rows(three))
     assert len([axis for axis in figure.axes if axis.texts]) == 2 * 2 * 2
-    assert titles(figure) == [f"{base}, steps={steps}" for base in ("vq_published", "ibq_published") for steps in (50, 100)]
+    assert titles(figure) == [
+        f"{base}, steps={steps}" for base in ("vq_published", "ibq_published") for steps in (50, 100)
+    ]
     pivot = tables.build("grid", three.ablations[0], grid_rows(three))
     assert len(pivot) == 3 * 2 * 2 * 2
     many = Study("quick", grid={RATE: [1e-4, 1e-3], BETA: [0.1, 0.25], "steps": list(range(50, 70))})
@@ -277,7 +300,9 @@ def test_no_label_is_clipped_and_no_cells_text_leaves_its_cell() -> None:
         assert tight.y1 <= box.y1
         if axis.texts:
             cell_width = axis.bbox.width / 8
-            assert all(text.get_window_extent().width < cell_width for text in axis.texts if not isinstance(text, Annotation))
+            assert all(
+                text.get_window_extent().width < cell_width for text in axis.texts if not isinstance(text, Annotation)
+            )
 
 
 @pytest.fixture
@@ -288,8 +313,18 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_from_the_command_line_to_the_page(own_folders: Path) -> None:
-    """Plan, run with one run there already, run again, status, evaluate, report: the same options name the same study."""
-    options = ["--preset", "smoke", "--grid", "quantizer.codebook_size=16,32", "--grid", "optim.lr=1e-4,1e-3", "--base", "vq_published"]
+    """Plan, run with one run there already, run again, status, evaluate, report: the same options name the same
+    study."""
+    options = [
+        "--preset",
+        "smoke",
+        "--grid",
+        "quantizer.codebook_size=16,32",
+        "--grid",
+        "optim.lr=1e-4,1e-3",
+        "--base",
+        "vq_published",
+    ]
     grid = {K: [16, 32], RATE: [1e-4, 1e-3]}
     experiments.run(preset="smoke", grid={K: [32], RATE: [1e-3]}, bases=("vq_published",))
     assert "4 runs, 1 finished; 18 steps left" in runner.invoke(app, ["plan", *options]).output
@@ -322,11 +357,11 @@ def test_from_the_command_line_to_the_page(own_folders: Path) -> None:
     }
     frame = pd.read_csv(folder / "rows.csv")
     assert set(frame["factor.optim.lr"]) == {1e-4, 1e-3}
-    assert report.widened(study) is study
+    assert pages.widened(study) is study
 
 
 def test_every_arm_that_is_a_tokenizer_can_be_a_base() -> None:
-    for ablation in [ablation for ablation in ABLATIONS.values() if not ablation.generator]:
+    for ablation in [ablation for ablation in ABLATIONS.values() if not ablation.transformer]:
         bases = tuple(f"{ablation.name}/{arm.name}" for arm in ablation.arms)
         study = Study("quick", grid={"batch_size": [16, 32]}, bases=bases)
         assert len(study.cells) == 2 * len(bases)

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from experiments.imagenet256.tokenizers import TOKENIZERS
-from experiments.plan import expected_cost
 from experiments.recipes import get_preset
+from experiments.runner.plan import expected_cost
 from experiments.study import Study
 from ibq.config import flatten, parse_train_config
 from ibq.models.tokenizer import Tokenizer
-from ibq.released import _released_recipe
+from ibq.pretrained.released import _released_recipe
 
-# PAPER sections 4 and 5
+# docs/method.md sections 4 and 5
 SHARED = {
     "data.resolution": 256,
     "data.crop": "random",
@@ -82,13 +82,14 @@ OWN = {
 DROPS = dict.fromkeys(OWN, (330, (250, 300))) | {"imagenet256_ibq_8192": (280, (250,))}
 """Epochs, and those at which the learning rate falls."""
 
-# PAPER section 7
+# docs/method.md section 7
 EXPECTED = {
     "imagenet256_ibq_1024": "rFID 2.24, LPIPS 0.2580, usage 99%.",
     "imagenet256_ibq_8192": "rFID 1.87, LPIPS 0.2437, usage 98%.",
     "imagenet256_ibq_16384": "rFID 1.37, LPIPS 0.2235, usage 96%.",
     "imagenet256_ibq_262144": "rFID 1.00, LPIPS 0.2030, usage 84%.",
-    "imagenet256_vqgan_16384": "rFID 3.98, usage 5.3% as the paper re-implemented it (with a shallower model); VQGAN itself 4.98, 5.9%. "
+    "imagenet256_vqgan_16384": "rFID 3.98, usage 5.3% as the paper re-implemented it (with a shallower model); VQGAN "
+    "itself 4.98, 5.9%. "
     "LPIPS not reported.",
     "imagenet256_lfq_16384": "not reported.",
     "imagenet256_lfq_262144": "not reported; Open-MAGVIT2 itself rFID 1.17, usage 100%.",
@@ -111,18 +112,25 @@ def test_a_recipe_has_the_papers_numbers(name: str) -> None:
     assert config.steps == epochs * a_pass
     for passed, epoch in enumerate(drops):
         at = epoch * a_pass
-        assert [config.lr_at(step) for step in (at - 1, at)] == pytest.approx([1e-4 * 0.1**passed, 1e-4 * 0.1 ** (passed + 1)])
-    assert 256 / 8 / config.accumulate == 4  # images of one mean, as released, with the processes of the recipe's command
+        assert [config.lr_at(step) for step in (at - 1, at)] == pytest.approx(
+            [1e-4 * 0.1**passed, 1e-4 * 0.1 ** (passed + 1)]
+        )
+    assert (
+        256 / 8 / config.accumulate == 4
+    )  # images of one mean, as released, with the processes of the recipe's command
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_heading_says_claim_cost_expected_number_and_command(name: str) -> None:
     config, heading = TOKENIZERS[name](), str(inspect.getdoc(TOKENIZERS[name]))
-    parts = dict(re.findall(r"^(Claim|Cost|Expected|Command): (.+)$", heading, re.MULTILINE))
+    found = re.findall(r"^(Claim|Cost|Expected|Command): (.+(?:\n {4}.+)*)$", heading, re.MULTILINE)
+    parts = {name: " ".join(text.split()) for name, text in found}
     assert parts.keys() == {"Claim", "Cost", "Expected", "Command"}
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Tokenizer(config).parameters())
-    assert parts["Cost"].startswith(f"{config.steps:,} steps of 256 images ({DROPS[name][0]} epochs), {parameters / 1e6:.1f} M parameters.")
+    assert parts["Cost"].startswith(
+        f"{config.steps:,} steps of 256 images ({DROPS[name][0]} epochs), {parameters / 1e6:.1f} M parameters."
+    )
     assert parts["Expected"] == EXPECTED[name]
     assert parts["Command"] == f"torchrun --nproc-per-node 8 -m experiments train {name} --data IMAGENET"
 

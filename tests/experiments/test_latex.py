@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from test_hostile_names import HOSTILE
 
-from experiments import report, tables
+from experiments.report import pages, tables
 from experiments.study import ROOT
 
 pytestmark = pytest.mark.latex
@@ -23,9 +23,11 @@ PREAMBLE = r"""\documentclass{article}
 
 
 def compiled(texts: list[str], folder: Path) -> str:
-    """The log of pdfLaTeX on one document with these tables; fails on errors, missing glyphs and tables that do not fit a page."""
+    """The log of pdfLaTeX on one document with these tables; fails on errors, missing glyphs and tables that do not fit
+    a page."""
     assert shutil.which("pdflatex"), (
-        "pdflatex is not installed; apt-get install --no-install-recommends texlive-latex-base texlive-latex-recommended"
+        "pdflatex is not installed; apt-get install --no-install-recommends texlive-latex-base "
+        "texlive-latex-recommended"
     )
     body = "\n\\clearpage\n".join(texts)
     (folder / "tables.tex").write_text(f"{PREAMBLE}{body}\n\\end{{document}}\n")
@@ -38,7 +40,7 @@ def compiled(texts: list[str], folder: Path) -> str:
 
 
 def test_every_table_of_the_smoke_report(trained: tuple, tmp_path: Path) -> None:
-    folder = report.write(trained[0]).parent / "tables"
+    folder = pages.write(trained[0]).parent / "tables"
     files = sorted(folder.glob("*.tex"))
     assert len(files) == len(list(folder.glob("*.csv"))) == len(list(folder.glob("*.md")))
     log = compiled([path.read_text() for path in files], tmp_path)
@@ -46,13 +48,18 @@ def test_every_table_of_the_smoke_report(trained: tuple, tmp_path: Path) -> None
     assert not re.search(r"Float too large", log)
 
 
-@pytest.mark.parametrize("snapshot", sorted((ROOT / "reports" / "published").glob("*/tables")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "snapshot", sorted((ROOT / "reports" / "published").glob("*/tables")), ids=lambda path: path.parent.name
+)
 def test_every_published_table(snapshot: Path, tmp_path: Path) -> None:
     compiled([path.read_text() for path in sorted(snapshot.glob("*.tex"))], tmp_path)
 
 
 def test_tables_of_whatever_they_hold(tmp_path: Path) -> None:
-    signs = "± → ← ≥ ≤ ≈ × − – — … “a” ‘b’ ² ³ · ∞ ° Δ Σ α σ µ μ < > | [0.5, 0.9] * ` ' \" ~ ^ _ % & # $ { } \\ ß ü é ł 中 文 ﬁ Ω 😀 \u200b"
+    signs = (
+        "± → ← ≥ ≤ ≈ × − – — … “a” ‘b’ ² ³ · ∞ ° Δ Σ α σ µ μ < > | [0.5, 0.9] * ` ' \" ~ ^ _ % & # $ { } \\ ß ü é "
+        "ł 中 文 ﬁ Ω 😀 \u200b"
+    )
     table = pd.DataFrame(
         {
             "[*] a_b": ["[1, 2]", "*", "-0.5", *HOSTILE],

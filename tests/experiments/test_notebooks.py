@@ -10,11 +10,11 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from generator_rows import NOT_AT_SMOKE
+from transformer_rows import NOT_AT_SMOKE
 
-from experiments import notebooks
 from experiments.ablations import ABLATIONS
 from experiments.explorer.tabs import TABS
+from experiments.report import notebooks
 from experiments.study import ROOT, Study
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -27,7 +27,9 @@ def test_committed_without_outputs_and_with_one_parameters_cell(path: Path) -> N
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert [cell.metadata.get("tags") for cell in code].count(["parameters"]) == 1
-    assert subprocess.run([sys.executable, "-m", "nbstripout", "--verify", str(path)], capture_output=True).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-m", "nbstripout", "--verify", str(path)], capture_output=True).returncode == 0
+    )
 
 
 def test_every_notebook_belongs_to_an_ablation_but_the_one_on_the_mechanism_and_the_interactive_ones() -> None:
@@ -81,7 +83,9 @@ def test_the_explorer_runs_without_a_browser_leaves_no_process_and_refuses_what_
     path, out = ROOT / "notebooks" / "09_collapse_explorer.ipynb", tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(path), str(out), "--no-progress-bar", "-p", "preset"]
     runs = {"IBQ_RUNS": str(tmp_path / "runs")}
-    done = subprocess.run([*command, "smoke"], cwd=tmp_path, env=os.environ | runs, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, "smoke"], cwd=tmp_path, env=os.environ | runs, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == len(TABS)
@@ -93,7 +97,9 @@ def test_the_explorer_runs_without_a_browser_leaves_no_process_and_refuses_what_
     rows = [json.loads(row.read_text()) for row in sorted((tmp_path / "runs" / "explore").glob("*/row.json"))]
     assert [row["status"] for row in rows] == ["ok", "ok"]
     assert [process for process in psutil.process_iter() if _is_ours(process, str(tmp_path / "runs"))] == []
-    refused = subprocess.run([*command, "smok"], cwd=tmp_path, env=os.environ | runs, capture_output=True, text=True, timeout=300)
+    refused = subprocess.run(
+        [*command, "smok"], cwd=tmp_path, env=os.environ | runs, capture_output=True, text=True, timeout=300
+    )
     assert "preset 'smok' does not exist; did you mean 'smoke'?" in refused.stderr
 
 
@@ -109,7 +115,9 @@ def _is_ours(process: psutil.Process, runs: str) -> bool:
 def test_the_playground_runs_without_a_browser_and_refuses_what_it_has_not(tmp_path: Path) -> None:
     path, out = ROOT / "notebooks" / "10_two_dimensional_playground.ipynb", tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(path), str(out), "--no-progress-bar"]
-    done = subprocess.run([*command, "-p", "preset", "smoke"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, "-p", "preset", "smoke"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
@@ -117,11 +125,15 @@ def test_the_playground_runs_without_a_browser_and_refuses_what_it_has_not(tmp_p
     assert "IBQ as released" in texts
     assert "Distance 2: a step pulls" in texts
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
-    refused = subprocess.run([*command, "-p", "preset", "smok"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    refused = subprocess.run(
+        [*command, "-p", "preset", "smok"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert "the playground has no preset 'smok'; did you mean 'smoke'?" in refused.stderr
 
 
-def test_executed_once_then_only_when_something_changed(trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_executed_once_then_only_when_something_changed(
+    trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     study: Study = trained[0]
     executed: list[str] = []
 

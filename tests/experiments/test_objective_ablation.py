@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import figures
 from experiments.ablations import ABLATIONS
+from experiments.report import figures
 from experiments.report.configs import active_fields, differing_fields
 from experiments.study import Cell, Study
 from ibq.config import TrainConfig
@@ -66,7 +66,9 @@ def test_every_contrast_is_of_arms_that_differ_in_its_term_alone() -> None:
 
 
 def test_the_pixel_arm_is_the_run_that_other_ablations_have() -> None:
-    paths = {f"{c.ablation.name}/{c.arm.name}": c.run.path for c in Study("quick", ("objective", "vq_vs_ibq"), seeds=1).cells}
+    paths = {
+        f"{c.ablation.name}/{c.arm.name}": c.run.path for c in Study("quick", ("objective", "vq_vs_ibq"), seeds=1).cells
+    }
     assert paths["objective/pixel_l1"] == paths["vq_vs_ibq/ibq_published"]
 
 
@@ -107,7 +109,9 @@ def finished(cell: Cell, lines: list[dict[str, Any]]) -> None:
     write_json(cell.run.row, {"run": cell.run.path.name, "status": "ok"})
 
 
-def test_the_figure_of_the_discriminator_has_lines_of_arms_that_have_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_of_the_discriminator_has_lines_of_arms_that_have_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IBQ_RUNS", str(tmp_path))
     study = Study("quick", ("objective",))
     of = {cell.arm.name: cell for cell in study.cells}

@@ -1,4 +1,5 @@
-"""The paper's ablations of size: what their arms differ in, which runs they share, and what a figure of scaling shows."""
+"""The paper's ablations of size: what their arms differ in, which runs they share, and what a figure of scaling
+shows."""
 
 from __future__ import annotations
 
@@ -6,14 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import figures, tables
 from experiments.ablations import ABLATIONS, CORE
-from experiments.plan import expected_cost, plan_table
+from experiments.report import figures, tables
+from experiments.runner.plan import expected_cost, plan_table
 from experiments.study import Study, unique_runs
 from ibq.config import flatten
 from ibq.errors import ConfigError
 
-SIZES = {"codebook_size": "quantizer.codebook_size", "code_dimension": "quantizer.code_dim", "model_size": "model.res_blocks"}
+SIZES = {
+    "codebook_size": "quantizer.codebook_size",
+    "code_dimension": "quantizer.code_dim",
+    "model_size": "model.res_blocks",
+}
 
 
 def configs(name: str, preset: str = "quick") -> dict[str, dict[str, object]]:
@@ -34,8 +39,12 @@ def test_lfq_arms_have_log2_k_dimensions_and_otherwise_the_configs_of_their_leve
     flat = configs("lfq_comparison")
     for name in ("lfq_quarter", "lfq_base", "lfq_fourfold", "bsq_base", "ibq_low"):
         assert 2 ** int(str(flat[name]["quantizer.code_dim"])) == flat[name]["quantizer.codebook_size"], name
-    assert {name for name in flat["ibq_base"] if flat["ibq_base"][name] != flat["ibq_low"][name]} == {"quantizer.code_dim"}
-    assert {name for name in flat["lfq_base"] if flat["lfq_base"][name] != flat["lfq_no_entropy"][name]} == {"quantizer.entropy_weight"}
+    assert {name for name in flat["ibq_base"] if flat["ibq_base"][name] != flat["ibq_low"][name]} == {
+        "quantizer.code_dim"
+    }
+    assert {name for name in flat["lfq_base"] if flat["lfq_base"][name] != flat["lfq_no_entropy"][name]} == {
+        "quantizer.entropy_weight"
+    }
     assert {name for name in flat["lfq_base"] if flat["lfq_base"][name] != flat["lfq_slow"][name]} == {"optim.lr"}
 
 
@@ -43,13 +52,24 @@ def test_at_gpu_the_sizes_are_those_of_the_paper() -> None:
     sizes = {config["quantizer.codebook_size"] for config in configs("codebook_size", "gpu").values()}
     assert {1024, 16384, 262144} <= sizes
     assert {config["quantizer.code_dim"] for config in configs("codebook_size", "gpu").values()} == {256}
-    assert 2**18 in {config["quantizer.codebook_size"] for name, config in configs("lfq_comparison", "gpu").items() if "lfq" in name}
+    assert 2**18 in {
+        config["quantizer.codebook_size"] for name, config in configs("lfq_comparison", "gpu").items() if "lfq" in name
+    }
 
 
 def test_arms_of_one_config_share_a_run() -> None:
-    runs = {f"{cell.ablation.name}/{cell.arm.name}": cell.run.path for cell in Study("quick", tuple(ABLATIONS), seeds=1).cells}
+    runs = {
+        f"{cell.ablation.name}/{cell.arm.name}": cell.run.path
+        for cell in Study("quick", tuple(ABLATIONS), seeds=1).cells
+    }
     for one, *others in (
-        ("vq_vs_ibq/ibq_published", "codebook_size/ibq_base", "code_dimension/ibq_64", "lfq_comparison/ibq_base", "model_size/ibq_base"),
+        (
+            "vq_vs_ibq/ibq_published",
+            "codebook_size/ibq_base",
+            "code_dimension/ibq_64",
+            "lfq_comparison/ibq_base",
+            "model_size/ibq_base",
+        ),
         ("vq_vs_ibq/vq_published", "codebook_size/vq_base", "code_dimension/vq_64", "model_size/vq_base"),
         ("vq_vs_ibq/vq_fair", "codebook_size/vq_strong_base", "model_size/vq_strong_base"),
         ("vq_vs_ibq/ibq_no_entropy", "code_dimension/ibq_no_entropy_64", "lfq_comparison/ibq_no_entropy"),
@@ -86,7 +106,13 @@ def rows_by_size() -> pd.DataFrame:
         K = cell.config.quantizer.codebook_size
         failed = cell.arm.name == "ibq_fourfold" or (cell.arm.name == "ibq_base" and cell.seed == 1)
         line = {"ablation": "codebook_size", "arm": cell.arm.name, "seed": cell.seed, "codebook_size": K}
-        numbers = {"usage": 1 / K, "perplexity_share": 1 / K, "l1": 0.1 + cell.seed / 100, "fid[fashion-cnn]": 3.0, "bits": 5.0}
+        numbers = {
+            "usage": 1 / K,
+            "perplexity_share": 1 / K,
+            "l1": 0.1 + cell.seed / 100,
+            "fid[fashion-cnn]": 3.0,
+            "bits": 5.0,
+        }
         lines.append(line | ({"status": "nan"} if failed else {"status": "ok", **numbers}))
     return pd.DataFrame(lines)
 
@@ -107,7 +133,16 @@ def test_a_figure_of_scaling_has_a_point_a_run_and_a_cross_where_there_is_none()
 
 def test_failed_arms_have_their_state_in_the_table_and_no_number() -> None:
     ablation, rows = ABLATIONS["codebook_size"], rows_by_size()
-    for column in ("bits", "psnr_db", "ssim", "quantization_error", "gap", "perplexity", "train_seconds", "config.steps"):
+    for column in (
+        "bits",
+        "psnr_db",
+        "ssim",
+        "quantization_error",
+        "gap",
+        "perplexity",
+        "train_seconds",
+        "config.steps",
+    ):
         rows[column] = np.where(rows["status"] == "ok", 1.0, np.nan)
     table = tables.build("arms", ablation, rows).set_index("arm")
     assert set(table.loc["ibq_fourfold"][[tables.COLUMNS[name].label for name in ablation.columns]]) == {"nan"}

@@ -1,4 +1,5 @@
-"""The playground: its steps against independent ones, the drift, the board, the animation, and an interface that leaves nothing."""
+"""The playground: its steps against independent ones, the drift, the board, the animation, and an interface that leaves
+nothing."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from experiments.playground.drawing import Board, arrow_shapes, convex_hull
 from experiments.playground.simulation import CODES, as_feature_map
 from experiments.playground.widgets import Interface
 from experiments.study import ROOT
-from ibq.analysis import ADAM_EPS
 from ibq.errors import ConfigError
+from ibq.metrics.codebook import ADAM_EPS
 
 PUBLISHED = ROOT / "reports" / "published" / "playground.gif"
 
@@ -89,7 +90,9 @@ def test_a_code_that_vq_has_left_coasts_on_momentum_and_then_stands() -> None:
 def vq_loss(codes_KD: torch.Tensor, z_ND: torch.Tensor) -> torch.Tensor:
     q_ND = codes_KD[torch.cdist(z_ND, codes_KD).argmin(1)]
     z_q_ND = z_ND + (q_ND - z_ND).detach()
-    return (z_q_ND - z_ND).square().mean() + (z_ND - q_ND.detach()).square().mean() + 0.25 * (q_ND - z_ND).square().mean()
+    return (
+        (z_q_ND - z_ND).square().mean() + (z_ND - q_ND.detach()).square().mean() + 0.25 * (q_ND - z_ND).square().mean()
+    )
 
 
 def ibq_loss(codes_KD: torch.Tensor, z_ND: torch.Tensor, entropy: float = 0.05) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.cli.base import value_of
-from experiments.quantizer_options import options_table
+from experiments.cli.quantizer_options import options_table
 from ibq.quantizers import Quantizer, build_quantizer
 
 
@@ -23,9 +23,13 @@ def test_every_method_is_listed_with_its_paper_and_every_option() -> None:
             assert field == "method" or f" {field}=" in result.output
 
 
-@pytest.mark.parametrize(("method", "options", "paper"), options_table(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("method", "options", "paper"), options_table(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_the_defaults_shown_are_what_the_command_line_reads(method: str, options: list[str], paper: str) -> None:
-    shown = {name: value_of(text) for name, text in (re.match(r"(\w+)=(.*?) \(.*", option).groups() for option in options)}
+    shown = {
+        name: value_of(text) for name, text in (re.match(r"(\w+)=(.*?) \(.*", option).groups() for option in options)
+    }
     assert build_quantizer({"method": method} | shown).config == Quantizer.registry[method].config_class()
 
 

@@ -1,4 +1,5 @@
-"""The arms of the comparison: equal bits, controls that lack one thing, and what follows from rows about the parts of IBQ."""
+"""The arms of the comparison: equal bits, controls that lack one thing, and what follows from rows about the parts of
+IBQ."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import math
 import pandas as pd
 import pytest
 
-from experiments import anatomy, findings, tables
 from experiments.ablations import ABLATIONS
-from experiments.ablations.quantizers import METHODS, fsq_levels
+from experiments.ablations.quantizers import METHODS, anatomy, fsq_levels
+from experiments.analysis import findings
+from experiments.report import tables
 from experiments.study import Study
 from ibq.config import flatten
 from ibq.errors import ConfigError
@@ -20,7 +22,9 @@ ABLATION = ABLATIONS["quantizers"]
 
 def configs() -> dict[str, dict[str, object]]:
     """Flat config of every arm before its search."""
-    return {cell.arm.name: flatten(cell.config.to_json_dict()) for cell in Study("quick", ("quantizers",), seeds=1).waiting}
+    return {
+        cell.arm.name: flatten(cell.config.to_json_dict()) for cell in Study("quick", ("quantizers",), seeds=1).waiting
+    }
 
 
 @pytest.mark.parametrize("bits", range(2, 19))
@@ -87,7 +91,15 @@ def test_a_codebook_size_that_some_method_cannot_have_is_refused_for_all() -> No
 
 def frame(shares: dict[str, list[float]]) -> pd.DataFrame:
     lines = [
-        {"ablation": ABLATION.name, "arm": arm.name, "seed": seed, "status": "ok", "perplexity_share": share, "bits": 10 * share, "l1": 0.1}
+        {
+            "ablation": ABLATION.name,
+            "arm": arm.name,
+            "seed": seed,
+            "status": "ok",
+            "perplexity_share": share,
+            "bits": 10 * share,
+            "l1": 0.1,
+        }
         for arm in ABLATION.arms
         for seed, share in enumerate(shares.get(arm.name, [0.5]))
     ]
@@ -95,7 +107,9 @@ def frame(shares: dict[str, list[float]]) -> pd.DataFrame:
 
 
 def test_parts_are_judged_by_the_threshold_stated_beforehand() -> None:
-    rows = frame({"vq": [0.02], "ibq_single": [0.01], "ibq_no_entropy": [0.1], "vq_entropy": [0.099], "ibq_top_8": [0.05, 0.5]})
+    rows = frame(
+        {"vq": [0.02], "ibq_single": [0.01], "ibq_no_entropy": [0.1], "vq_entropy": [0.099], "ibq_top_8": [0.05, 0.5]}
+    )
     rows.loc[rows["arm"] == "ibq_scaled", "status"] = "nan"
     rows.loc[rows["arm"] == "ibq_uniform", "status"] = "pending"
     assert ABLATION.anatomy is not None
@@ -110,7 +124,11 @@ def test_parts_are_judged_by_the_threshold_stated_beforehand() -> None:
     assert judged["initialisation from N(0, 1)"].necessary is None
     sentences = anatomy.sentences(ABLATION, rows)
     assert sentences[0].endswith("With 1 seed all of this is at most consistent.")
-    (necessary,) = [s for s in sentences if s.startswith("Necessary, since without it ibq collapses (at the learning rate of ibq): ")]
+    (necessary,) = [
+        s
+        for s in sentences
+        if s.startswith("Necessary, since without it ibq collapses (at the learning rate of ibq): ")
+    ]
     assert "double term (ibq_single at 1.0%)" in necessary
     assert "logits as large as they are (ibq_scaled, 1 of 1 seeds not finite)" in necessary
     assert any(s.startswith("Undecided whether necessary (") and "ibq_uniform without a result" in s for s in sentences)
@@ -148,7 +166,9 @@ def search_frame(losses: dict[str, list[float]]) -> pd.DataFrame:
 
 
 def test_the_search_table_and_what_is_said_of_it() -> None:
-    rows = search_frame({"vq": [0.3, 0.2, 0.25], "ibq": [0.3, 0.2, 0.1], "lfq": [0.3, math.inf, 0.4], "fsq": [0.3, math.nan, 0.4]})
+    rows = search_frame(
+        {"vq": [0.3, 0.2, 0.25], "ibq": [0.3, 0.2, 0.1], "lfq": [0.3, math.inf, 0.4], "fsq": [0.3, math.nan, 0.4]}
+    )
     table = tables.build("search", ABLATION, rows).set_index("arm")
     assert dict(table["chosen"]) == {"vq": "0.001", "ibq": "0.003", "lfq": "0.0003", "fsq": "not yet"}
     assert table.loc["lfq", "0.001"] == "nan"

@@ -1,4 +1,5 @@
-"""What a recipe would cost: sizes against networks counted by hand, memory by rules, hours from rows alone and in words without them."""
+"""What a recipe would cost: sizes against networks counted by hand, memory by rules, hours from rows alone and in words
+without them."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import pytest
 from torch import nn
 from typer.testing import CliRunner
 
-from experiments import recipe_plan
 from experiments.benchmarks import tokenizer_training, training_cell
 from experiments.cli import app
+from experiments.imagenet256 import tokenizer_plan
 from experiments.imagenet256.tokenizers import TOKENIZERS
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
@@ -40,25 +41,40 @@ def small() -> TrainConfig:
 
 
 def measured(config: TrainConfig, **changes: object) -> pd.DataFrame:
-    row = {"status": "ok", "operator": "ours", "device": "cuda", "method": "ibq", "K": 64, "resolution": 32, "machine": "A card"}
-    row |= {"parameters": recipe_plan.parameters(config)[0], "images_per_second": 200.0, "precision": "fp32", "compiled": True}
+    row = {
+        "status": "ok",
+        "operator": "ours",
+        "device": "cuda",
+        "method": "ibq",
+        "K": 64,
+        "resolution": 32,
+        "machine": "A card",
+    }
+    row |= {
+        "parameters": tokenizer_plan.parameters(config)[0],
+        "images_per_second": 200.0,
+        "precision": "fp32",
+        "compiled": True,
+    }
     row |= {"batch": 32, "accumulate": 8}
     return pd.DataFrame([row | changes])
 
 
 def test_activations_grow_with_the_images_and_weights_do_not(small: TrainConfig) -> None:
-    one, four = (recipe_plan.memory_gib(small, images) for images in (1, 4))
+    one, four = (tokenizer_plan.memory_gib(small, images) for images in (1, 4))
     weights, autoencoder, judges = one
     assert one[weights] == four[weights]
-    generator, discriminator = recipe_plan.parameters(small)
-    assert one[weights] * 2**30 == 20 * generator + 16 * discriminator
+    transformer, discriminator = tokenizer_plan.parameters(small)
+    assert one[weights] * 2**30 == 20 * transformer + 16 * discriminator
     for name in (autoencoder, judges):
         assert four[name] == pytest.approx(4 * one[name], rel=0.1)
 
 
 def test_half_precision_keeps_about_half() -> None:
     name, recipe = "activations of the autoencoder", TOKENIZERS["imagenet256_ibq_16384"]()
-    full, half = (recipe_plan.memory_gib(recipe.with_fields(precision=precision), 1)[name] for precision in ("fp32", "fp16"))
+    full, half = (
+        tokenizer_plan.memory_gib(recipe.with_fields(precision=precision), 1)[name] for precision in ("fp32", "fp16")
+    )
     assert 0.45 < half / full < 0.6
 
 
@@ -68,29 +84,32 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(small: TrainConfig) -> None:
 
     with FakeTensorMode():
         network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
-        kept = recipe_plan.kept_bytes(network, small.precision, torch.empty(2, 3, 8, 8))
+        kept = tokenizer_plan.kept_bytes(network, small.precision, torch.empty(2, 3, 8, 8))
     assert kept == 4 * 2 * 8 * 8 * (3 + 5)
 
 
 def test_parameters_of_the_discriminator_are_counted_too() -> None:
     config = TOKENIZERS["imagenet256_ibq_16384"]()
     by_hand = sum(p.numel() for p in PatchDiscriminator(config.loss.adversarial, 3).parameters())
-    assert recipe_plan.parameters(config)[1] == by_hand
-    assert recipe_plan.parameters(config.with_fields(**{"loss.adversarial.weight": 0}))[1] == 0
+    assert tokenizer_plan.parameters(config)[1] == by_hand
+    assert tokenizer_plan.parameters(config.with_fields(**{"loss.adversarial.weight": 0}))[1] == 0
 
 
 def test_hours_follow_from_rows_of_the_same_step_and_several_gpus_are_an_assumption(small: TrainConfig) -> None:
     hours = small.steps * 256 / 200 / 3600
     mode = "measured at 200.0 images/s (fp32, compiled, 8 micro-batches of 4)"
-    assert recipe_plan.hours(small, 8, measured(small)) == f"{hours / 8:,.0f} on 8, assuming linear scaling from one A card, {mode}"
-    alone = recipe_plan.hours(small.with_fields(accumulate=64), 1, measured(small, batch=256, accumulate=64))
+    assert (
+        tokenizer_plan.hours(small, 8, measured(small))
+        == f"{hours / 8:,.0f} on 8, assuming linear scaling from one A card, {mode}"
+    )
+    alone = tokenizer_plan.hours(small.with_fields(accumulate=64), 1, measured(small, batch=256, accumulate=64))
     assert alone == f"{hours:,.0f} on one A card, measured at 200.0 images/s (fp32, compiled, 64 micro-batches of 4)"
 
 
 def test_the_precision_of_the_recipe_is_preferred_and_another_one_is_said(small: TrainConfig) -> None:
     other = measured(small, precision="bf16", images_per_second=400.0)
-    assert "400.0 images/s (bf16, where the recipe has fp32, compiled" in recipe_plan.hours(small, 8, other)
-    assert "200.0 images/s (fp32, compiled" in recipe_plan.hours(small, 8, pd.concat([other, measured(small)]))
+    assert "400.0 images/s (bf16, where the recipe has fp32, compiled" in tokenizer_plan.hours(small, 8, other)
+    assert "200.0 images/s (fp32, compiled" in tokenizer_plan.hours(small, 8, pd.concat([other, measured(small)]))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +127,7 @@ def test_the_precision_of_the_recipe_is_preferred_and_another_one_is_said(small:
     ],
 )
 def test_rows_of_something_else_do_not_count(small: TrainConfig, change: dict[str, object]) -> None:
-    said = recipe_plan.hours(small, 8, measured(small, **change))
+    said = tokenizer_plan.hours(small, 8, measured(small, **change))
     assert said.startswith("not known: no GPU has been measured with this method, K and step")
     assert "bench tokenizer-training --method ibq --codes 64 --batch 32 --accumulate 8 --dtype float32" in said
     assert not any(word in said for word in ("about", "estimate"))
@@ -118,25 +137,31 @@ def test_rows_of_something_else_do_not_count(small: TrainConfig, change: dict[st
 def test_without_a_measurement_it_says_how_to_make_the_one_that_counts(recipe: str) -> None:
     """The command is one that the benchmark takes, and trains the network and the step of the recipe."""
     config = TOKENIZERS[recipe]()
-    said = recipe_plan.hours(config, 8, pd.DataFrame())
+    said = tokenizer_plan.hours(config, 8, pd.DataFrame())
     options = dict(re.findall(r"--(\w+) (\w+)", said))
     cell = {"method": options["method"], "K": int(options["codes"]), "small": False}
     cell |= {name: int(options[name]) for name in ("batch", "accumulate")}
     cell |= {"precision": tokenizer_training.PRECISIONS[options["dtype"]]}
     measured_one = training_cell.config_of(cell, Path("images"))
-    assert (measured_one.model, measured_one.quantizer, measured_one.loss) == (config.model, config.quantizer, config.loss)
+    assert (measured_one.model, measured_one.quantizer, measured_one.loss) == (
+        config.model,
+        config.quantizer,
+        config.loss,
+    )
     assert (measured_one.batch_size, measured_one.accumulate, measured_one.precision) == (32, 8, config.precision)
 
 
 def test_rows_older_than_a_column_do_not_count(small: TrainConfig) -> None:
-    assert recipe_plan.hours(small, 8, measured(small).drop(columns="accumulate")).startswith("not known")
+    assert tokenizer_plan.hours(small, 8, measured(small).drop(columns="accumulate")).startswith("not known")
 
 
 def test_a_step_that_cannot_be_cut_is_refused(small: TrainConfig) -> None:
     with pytest.raises(ConfigError, match=r"batch_size=256 cannot be cut into 8 micro-batches .* on each of 7 GPUs"):
-        recipe_plan.plan(small, 7)
-    with pytest.raises(ConfigError, match=r"batch_size=2000000 exceeds the 1,281,167 training images of ImageNet; lower it"):
-        recipe_plan.plan(small.with_fields(batch_size=2_000_000), 8)
+        tokenizer_plan.plan(small, 7)
+    with pytest.raises(
+        ConfigError, match=r"batch_size=2000000 exceeds the 1,281,167 training images of ImageNet; lower it"
+    ):
+        tokenizer_plan.plan(small.with_fields(batch_size=2_000_000), 8)
 
 
 def test_the_command_prints_heading_sizes_and_hours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +177,9 @@ def test_the_command_prints_heading_sizes_and_hours(monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_is_printed_before_all_of_it_is_known() -> None:
-    result = CliRunner().invoke(app, ["plan", "imagenet256_ibq_1024", "imagenet256_lfq_16384", "--set", "quantizer.double=true"])
+    result = CliRunner().invoke(
+        app, ["plan", "imagenet256_ibq_1024", "imagenet256_lfq_16384", "--set", "quantizer.double=true"]
+    )
     assert result.exit_code == 2
     assert result.stdout == ""
 
@@ -163,21 +190,39 @@ def test_nothing_is_printed_before_all_of_it_is_known() -> None:
         ("plan imagenet256_ibq_1024 vq_vs_ibq", "'vq_vs_ibq' is no recipe"),
         ("plan imagenet256_ibq_102", "'imagenet256_ibq_102' does not exist; did you mean 'imagenet256_ibq_1024'?"),
         ("plan imagenet256_ibq_1024 --preset quick", "the plan of a recipe has no --preset; it has --set and --gpus"),
-        ("plan imagenet256_ibq_1024 --seeds 2 --slots 2", "the plan of a recipe has no --seeds; it has --set and --gpus"),
-        ("plan imagenet256_ibq_1024 --grid optim.lr=1,2", "the plan of a recipe has no --grid; it has --set and --gpus"),
-        ("plan imagenet256_ibq_1024 --base vq_vs_ibq/vq_fair", "the plan of a recipe has no --base; it has --set and --gpus"),
+        (
+            "plan imagenet256_ibq_1024 --seeds 2 --slots 2",
+            "the plan of a recipe has no --seeds; it has --set and --gpus",
+        ),
+        (
+            "plan imagenet256_ibq_1024 --grid optim.lr=1,2",
+            "the plan of a recipe has no --grid; it has --set and --gpus",
+        ),
+        (
+            "plan imagenet256_ibq_1024 --base vq_vs_ibq/vq_fair",
+            "the plan of a recipe has no --base; it has --set and --gpus",
+        ),
         ("plan vq_vs_ibq --gpus 8", "the plan of an ablation has no --gpus; it has --preset,"),
         ("run imagenet256_ibq_1024", "'imagenet256_ibq_1024' is a recipe, not an ablation; use train: "),
         ("plan imagenet256_ibq_1024 --set optim.rl=1", "did you mean 'optim.lr'?"),
-        ("train imagenet256_ibq_102", "recipe 'imagenet256_ibq_102' does not exist; did you mean 'imagenet256_ibq_1024'?"),
+        (
+            "train imagenet256_ibq_102",
+            "recipe 'imagenet256_ibq_102' does not exist; did you mean 'imagenet256_ibq_1024'?",
+        ),
         ("train imagenet256_ibq_1024 --data /no/such/folder", "there is no folder /no/such/folder; name the folder"),
-        ("train imagenet256_ibq_1024 --data x --set data.name=photos", "--data x and --set data.name=photos name two data sets"),
+        (
+            "train imagenet256_ibq_1024 --data x --set data.name=photos",
+            "--data x and --set data.name=photos name two data sets",
+        ),
         ("bench overfit --codes 8", "benchmark overfit has no --codes; it has --small"),
         ("bench overfitt", "did you mean 'overfit'?"),
         ("bench tokenizer-training --device cpu", "takes minutes on device='cpu'; measure on CUDA, or try --small"),
         ("bench tokenizer-training --device cpu --small --batch 0", "a size of 0 cannot be measured"),
         ("bench tokenizer-training --device cpu --small --accumulate 0", "a size of 0 cannot be measured"),
-        ("bench tokenizer-training --device cpu --small --batch 6", "batch=6 cannot be cut into accumulate=8 micro-batches"),
+        (
+            "bench tokenizer-training --device cpu --small --batch 6",
+            "batch=6 cannot be cut into accumulate=8 micro-batches",
+        ),
         ("bench tokenizer-training --device cpu --small --method fsq", "method='fsq' is not measured; "),
         ("bench tokenizer-training --device cpu --small --dtype int8", "dtype='int8' is not known"),
     ],

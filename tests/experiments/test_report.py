@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from generator_rows import NOT_AT_SMOKE
 from matplotlib.figure import Figure
+from transformer_rows import NOT_AT_SMOKE
 
-from experiments import claims, figures, report, rows, tables
+from experiments import rows
 from experiments.ablations import ABLATIONS, Ablation, Arm
-from experiments.claims import UNTESTED, WORDS
-from experiments.effects import effects
-from experiments.figures.theme import theme
-from experiments.findings import findings
-from experiments.report import curves, layout, provenance
+from experiments.analysis import claims
+from experiments.analysis.claims import UNTESTED, WORDS
+from experiments.analysis.effects import effects
+from experiments.analysis.findings import findings
+from experiments.report import curves, figures, layout, pages, provenance, tables
 from experiments.report.configs import differing_fields
+from experiments.report.figures.theme import theme
 from experiments.study import Study
 from ibq.run_directory import append_line, write_json
 
@@ -41,7 +42,7 @@ def coarse_pictures() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def first_page(trained: tuple) -> Path:
-    return report.write(trained[0])
+    return pages.write(trained[0])
 
 
 def pages_of(first_page: Path) -> list[Path]:
@@ -50,7 +51,12 @@ def pages_of(first_page: Path) -> list[Path]:
 
 def test_everything_is_there_and_every_link_leads_somewhere(first_page: Path) -> None:
     folder = first_page.parent
-    expected = {f"{ablation.name}_{name}" for ablation in ABLATIONS.values() for name in ablation.figures if name not in NOT_AT_SMOKE}
+    expected = {
+        f"{ablation.name}_{name}"
+        for ablation in ABLATIONS.values()
+        for name in ablation.figures
+        if name not in NOT_AT_SMOKE
+    }
     assert {path.stem for path in (folder / "figures").iterdir()} == expected
     assert {path.name for path in pages_of(first_page)} == {"index.html", *(f"{name}.html" for name in ABLATIONS)}
     linked = set()
@@ -93,8 +99,11 @@ def test_the_first_page_has_every_claim_and_each_ablations_page_its_own(first_pa
     assert set(table["verdict"].str.split(":").str[0]) <= set(WORDS)
 
 
-def test_two_reports_on_the_same_rows_are_the_same_bytes(first_page: Path, trained: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second time each kind of figure is drawn once, for the last ablation that has it; the files of the others stay as they were."""
+def test_two_reports_on_the_same_rows_are_the_same_bytes(
+    first_page: Path, trained: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time each kind of figure is drawn once, for the last ablation that has it; the files of the others
+    stay as they were."""
     files = sorted(path for path in first_page.parent.rglob("*") if path.is_file())
     assert {path.suffix for path in files} >= {".html", ".csv", ".md", ".tex", ".png", ".pdf"}
     before = {path: path.read_bytes() for path in files}
@@ -116,17 +125,19 @@ def test_two_reports_on_the_same_rows_are_the_same_bytes(first_page: Path, train
 
     monkeypatch.setattr(figures, "draw", draw_once)
     monkeypatch.setattr(figures, "save", save_once)
-    report.write(trained[0])
+    pages.write(trained[0])
     there = {path.stem for path in files if path.suffix == ".png"}
     assert redrawn == {f"{ablation.name}_{name}" for name, ablation in drawn_for.items()} & there
     assert [path.name for path in files if path.read_bytes() != before[path]] == []
     assert sorted(path for path in first_page.parent.rglob("*") if path.is_file()) == files
 
 
-def test_a_page_that_no_ablation_has_any_more_goes(first_page: Path, trained: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_no_ablation_has_any_more_goes(
+    first_page: Path, trained: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(figures, "draw", lambda *_: None)
     (first_page.parent / "former.html").write_text("former")
-    report.write(trained[0])
+    pages.write(trained[0])
     assert not (first_page.parent / "former.html").exists()
 
 
@@ -166,10 +177,13 @@ def test_a_study_without_rows_renders_and_says_what_is_missing(tmp_path: Path, m
     monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "none"))
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
     study = Study("smoke", tuple(ABLATIONS))
-    first_page = report.write(study)
+    first_page = pages.write(study)
     texts = {page.stem: page.read_text() for page in pages_of(first_page)}
     assert re.search(r"<b>pending</b>, 13 runs: vq_published seed 0; ", texts["vq_vs_ibq"])
-    assert "<b>waiting</b> (waits for the search of simvq, 0 of 3 runs finished), 1 run: simvq seed 0" in texts["quantizers"]
+    assert (
+        "<b>waiting</b> (waits for the search of simvq, 0 of 3 runs finished), 1 run: simvq seed 0"
+        in texts["quantizers"]
+    )
     assert not any("<img" in text for text in texts.values())
     assert not re.search(r'class="verdict (confirmed|consistent|refuted)"', texts["index"])
     assert set(rows.load(study)["status"]) == {"pending", "waiting"}
@@ -186,7 +200,9 @@ def test_a_figure_or_table_that_no_section_names_is_shown_at_the_end() -> None:
     ]
 
 
-def test_rows_of_several_commits_or_devices_are_flagged(trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_of_several_commits_or_devices_are_flagged(
+    trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     frame = rows.load(trained[0])
     frame["commit"] = "aaaaaaaaaaaa"
     assert provenance.warnings(frame, by="ablation") == []
@@ -194,16 +210,18 @@ def test_rows_of_several_commits_or_devices_are_flagged(trained: tuple, monkeypa
     frame.loc[alone, ["commit", "device"]] = ["bbbbbbbbbbbb+", "another CPU"]
     one = frame[frame["ablation"] == "vq_vs_ibq"]
     assert provenance.warnings(one, by="arm") == [
-        "These rows span 2 commits, so that differences may be of the code or the machine: aaaaaaaaaaaa (12 runs); bbbbbbbbbbbb+ (1 run: "
+        "These rows span 2 commits, so that differences may be of the code or the machine: aaaaaaaaaaaa (12 runs); "
+        "bbbbbbbbbbbb+ (1 run: "
         "vq_features).",
-        f"These rows span 2 devices, so that differences may be of the code or the machine: {one['device'].iloc[0]} (12 runs); "
+        f"These rows span 2 devices, so that differences may be of the code or the machine: {one['device'].iloc[0]} "
+        f"(12 runs); "
         "another CPU (1 run: vq_features).",
         "1 run trained from a tree with uncommitted changes (bbbbbbbbbbbb+).",
     ]
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path))
     monkeypatch.setattr(figures, "draw", lambda *_: None)
     monkeypatch.setattr(rows, "load", lambda study: frame)
-    first_page = report.write(trained[0])
+    first_page = pages.write(trained[0])
     assert "(1 run: vq_vs_ibq)" in first_page.read_text()
     assert "span 2 commits" in (first_page.parent / "vq_vs_ibq.html").read_text()
     assert "span" not in re.sub(r"<span|</span", "", (first_page.parent / "double_quant_loss.html").read_text())
@@ -225,16 +243,31 @@ def half_failed(trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         runs[arm].row.unlink()
         append_line(runs[arm].attempts, {"event": event, "time": 0.0, "reason": reason})
     row = runs["vq_fair"].read_row()
-    write_json(runs["vq_fair"].row, {name: row[name] for name in NAN_ROW} | {"status": "nan", "reason": "loss is nan at step 4"})
+    write_json(
+        runs["vq_fair"].row,
+        {name: row[name] for name in NAN_ROW} | {"status": "nan", "reason": "loss is nan at step 4"},
+    )
     return half
 
 
-NAN_ROW = ("run", "data_hash", "parameters", "train_seconds", "peak_memory_gib", "device", "threads", "cores", "torch", "python", "commit")
+NAN_ROW = (
+    "run",
+    "data_hash",
+    "parameters",
+    "train_seconds",
+    "peak_memory_gib",
+    "device",
+    "threads",
+    "cores",
+    "torch",
+    "python",
+    "commit",
+)
 LOST = {"ibq_published": "oom", "vq_published": "failed", "vq_fair": "nan"}
 
 
 def test_lost_runs_appear_as_such_and_never_as_a_number(half_failed: Study) -> None:
-    first_page = report.write(half_failed)
+    first_page = pages.write(half_failed)
     frame = rows.load(half_failed).set_index("arm")
     assert {arm: frame.loc[arm, "status"] for arm in LOST} == LOST
     text = (first_page.parent / "vq_vs_ibq.html").read_text()
@@ -243,7 +276,9 @@ def test_lost_runs_appear_as_such_and_never_as_a_number(half_failed: Study) -> N
     assert "<b>failed</b> (ValueError: broken; last logged step 6 of 6), 1 run: vq_published seed 0" in text
     assert "<b>nan</b> (loss is nan at step 4), 1 run: vq_fair seed 0" in text
 
-    arms = pd.read_csv(first_page.parent / "tables" / "vq_vs_ibq_arms.csv", dtype=str, keep_default_na=False).set_index("arm")
+    arms = pd.read_csv(first_page.parent / "tables" / "vq_vs_ibq_arms.csv", dtype=str, keep_default_na=False).set_index(
+        "arm"
+    )
     paper = pd.read_csv(first_page.parent / "tables" / "vq_vs_ibq_paper.csv", dtype=str)
     for arm, state in LOST.items():
         assert set(arms.loc[arm, list(arms)[list(arms).index("seeds") + 1 :]]) == {state}
@@ -272,14 +307,16 @@ def test_a_snapshot_is_the_report_without_machine_paths_and_notebook_files(
     study: Study = trained[0]
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
     shutil.copytree(first_page.parent, study.report_folder)
-    for name, text in (("x.html", f"in {report.ROOT}/runs"), ("x.ipynb", "{}"), ("x.stamp", "")):
+    for name, text in (("x.html", f"in {pages.ROOT}/runs"), ("x.ipynb", "{}"), ("x.stamp", "")):
         (study.report_folder / "notebooks").mkdir(exist_ok=True)
         (study.report_folder / "notebooks" / name).write_text(text)
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    published = report.publish(study)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    published = pages.publish(study)
     assert published == tmp_path / "reports" / "published" / "smoke"
     assert (published / "notebooks" / "x.html").read_text() == "in REPOSITORY/runs"
-    left_out = {path for path in first_page.parent.rglob("*.*") if path.suffix in (".ipynb", ".stamp") or path.name == ".lock"}
+    left_out = {
+        path for path in first_page.parent.rglob("*.*") if path.suffix in (".ipynb", ".stamp") or path.name == ".lock"
+    }
     for path in first_page.parent.rglob("*.*"):
         assert (published / path.relative_to(first_page.parent)).exists() == (path not in left_out), path
     assert not (published / "notebooks" / "x.ipynb").exists()
@@ -327,7 +364,10 @@ def test_findings_admit_that_more_codes_can_mean_more_error() -> None:
             }
         )
     sentences = findings(ABLATION, pd.DataFrame(lines))
-    assert any(s.startswith("More codes in use did not mean a lower error") and "entropy: off → on (+6.00 bits" in s for s in sentences)
+    assert any(
+        s.startswith("More codes in use did not mean a lower error") and "entropy: off → on (+6.00 bits" in s
+        for s in sentences
+    )
 
 
 def test_a_hostile_reason_is_escaped(trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -337,7 +377,7 @@ def test_a_hostile_reason_is_escaped(trained: tuple, monkeypatch: pytest.MonkeyP
     frame["reason"] = None
     frame.loc[0, ["status", "reason"]] = ["failed", "<script>alert(1)</script>"]
     monkeypatch.setattr(rows, "load", lambda study: frame)
-    texts = [page.read_text() for page in pages_of(report.write(trained[0]))]
+    texts = [page.read_text() for page in pages_of(pages.write(trained[0]))]
     assert not any("<script>" in text for text in texts)
     assert any("&lt;script&gt;" in text for text in texts)
 
@@ -350,18 +390,22 @@ def test_an_ablation_joins_the_report_by_a_run_of_its_own_and_with_what_is_finis
     study = Study("smoke", ("vq_vs_ibq",))
     for cell in study.cells:
         (tmp_path / cell.run.path.name).symlink_to(finished[cell.run.path.name])
-    assert [ablation.name for ablation in report.widened(study).ablations] == ["vq_vs_ibq"]  # though others share its runs
+    assert [ablation.name for ablation in pages.widened(study).ablations] == [
+        "vq_vs_ibq"
+    ]  # though others share its runs
 
     own = next(cell for cell in Study("smoke", ("codebook_size",)).cells if cell.arm.name == "vq_quarter")
     (tmp_path / own.run.path.name).symlink_to(finished[own.run.path.name])
-    wider = report.widened(study)
+    wider = pages.widened(study)
     assert [ablation.name for ablation in wider.ablations] == ["vq_vs_ibq", "codebook_size"]
     joined = {cell.arm.name for cell in wider.cells if cell.ablation.name == "codebook_size"}
     assert joined == {"vq_quarter", "vq_base", "vq_strong_base", "ibq_base"}
     assert set(rows.load(wider)["status"]) == {"ok"}
 
 
-def test_rows_from_before_a_figures_numbers_were_logged_leave_it_out(trained: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_from_before_a_figures_numbers_were_logged_leave_it_out(
+    trained: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = Study("smoke", ("vq_vs_ibq",))
     frame = rows.load(study)
     monkeypatch.setattr(type(study.cells[0].run), "read_history", lambda run: [{"step": 2}])

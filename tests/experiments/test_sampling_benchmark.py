@@ -29,7 +29,9 @@ def test_modes_are_measured_kept_and_reported(folders: Path, monkeypatch: pytest
     assert list(rows["status"]) == ["ok", "ok"]
     assert list(rows["guidance"]) == [1.0, 2.0]
     assert list(rows["equal_samples"]) == [2, 2]
-    assert (rows[["uncached_images_per_second", "cached_images_per_second", "floor_images_per_second"]] > 0).all(axis=None)
+    assert (rows[["uncached_images_per_second", "cached_images_per_second", "floor_images_per_second"]] > 0).all(
+        axis=None
+    )
     assert said[1].startswith("2/2  XXS, guidance 2: uncached ")
     monkeypatch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("a finished cell was measured again"))
     pd.testing.assert_frame_equal(sampling.run("cpu", batch=2, small=True, say=said.append), rows)
@@ -43,7 +45,12 @@ def test_modes_are_measured_kept_and_reported(folders: Path, monkeypatch: pytest
 
 
 def test_a_cell_that_failed_says_so_and_a_compiled_one_is_shown() -> None:
-    ok = CELL | {"status": "ok", "uncached_images_per_second": 2.0, "cached_images_per_second": 20.0, "compiled_images_per_second": 40.0}
+    ok = CELL | {
+        "status": "ok",
+        "uncached_images_per_second": 2.0,
+        "cached_images_per_second": 20.0,
+        "compiled_images_per_second": 40.0,
+    }
     ok |= {"floor_images_per_second": 80.0, "equal_samples": 1}
     shown = sampling.table(rows := pd.DataFrame([ok, CELL | {"status": "failed: no memory"}]))
     assert shown.iloc[0].to_dict() == {

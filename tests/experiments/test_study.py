@@ -12,7 +12,9 @@ from ibq.errors import ConfigError
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("ablation", sorted(ABLATIONS))
-def test_every_arm_is_a_valid_config_and_arms_differ(preset: str, ablation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_arm_is_a_valid_config_and_arms_differ(
+    preset: str, ablation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("experiments.study._data_hash", lambda data: "0" * 64)  # of ImageNet, which is not here
     study = Study(preset, (ablation,))
     if (preset, ablation) == ("paper", "objective"):
@@ -35,10 +37,18 @@ def test_arms_differ_in_the_named_factors_alone() -> None:
 
 def test_the_second_ablation_shares_the_runs_of_the_arms_that_are_equal() -> None:
     """The recipe without and with the double term, and without the entropy penalty, are arms of both."""
-    one, two = ({cell.run.path: cell for cell in Study("quick", (name,)).cells} for name in ("vq_vs_ibq", "double_quant_loss"))
+    one, two = (
+        {cell.run.path: cell for cell in Study("quick", (name,)).cells} for name in ("vq_vs_ibq", "double_quant_loss")
+    )
     shared = {(one[path].arm.name, two[path].arm.name, one[path].seed) for path in one.keys() & two.keys()}
-    assert shared == {("ibq_published", "double", 0), ("ibq_single", "single", 0), ("ibq_no_entropy", "double_no_entropy", 0)}
-    assert len(unique_runs(Study("quick", ("vq_vs_ibq", "double_quant_loss")).cells)) == len(one) + len(two) - len(shared)
+    assert shared == {
+        ("ibq_published", "double", 0),
+        ("ibq_single", "single", 0),
+        ("ibq_no_entropy", "double_no_entropy", 0),
+    }
+    assert len(unique_runs(Study("quick", ("vq_vs_ibq", "double_quant_loss")).cells)) == len(one) + len(two) - len(
+        shared
+    )
 
 
 def test_a_study_without_names_is_the_core_study() -> None:
@@ -98,7 +108,12 @@ def test_overrides_change_runs_and_the_reports_name() -> None:
 
 def test_a_changed_codebook_size_reaches_arms_of_other_sizes() -> None:
     study = Study("quick", ("codebook_size",), overrides={"quantizer.codebook_size": 512})
-    assert {cell.config.quantizer.codebook_size for cell in study.cells} == {32, 128, 512, 2048}  # 8,192 is above the preset's largest
+    assert {cell.config.quantizer.codebook_size for cell in study.cells} == {
+        32,
+        128,
+        512,
+        2048,
+    }  # 8,192 is above the preset's largest
 
 
 def test_an_override_cannot_leave_the_report_folder() -> None:

@@ -16,10 +16,11 @@ import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from experiments import rows, worker
+from experiments import rows
 from experiments.cli import app
+from experiments.runner import worker
+from experiments.runner.sweep import Outcome, train_study
 from experiments.study import Study, unique_runs
-from experiments.sweep import Outcome, train_study
 from ibq.run_directory import RunDirectory
 
 TIMING = {"train_seconds", "peak_memory_gib"}
@@ -59,11 +60,11 @@ def test_rows_join_arms_and_facts(trained: tuple[Study, Outcome, list[str]]) -> 
     assert set(frame["status"]) == {"ok"}
     assert len(frame) == len(trained[0].cells)
     assert (frame["protocol.n_images"] == 16).all()
-    tokenizers, generators = (frame[frame["stage"] == stage] for stage in ("tokenizer", "generator"))
+    tokenizers, transformers = (frame[frame["stage"] == stage] for stage in ("tokenizer", "transformer"))
     assert (tokenizers["tokens"] == 16 * 64).all()
     assert (tokenizers["config.quantizer.codebook_size"] == tokenizers["codebook_size"]).all()
-    assert len(generators) == 7
-    assert (generators["config.tokenizer.quantizer.codebook_size"] == generators["codebook_size"]).all()
+    assert len(transformers) == 7
+    assert (transformers["config.tokenizer.quantizer.codebook_size"] == transformers["codebook_size"]).all()
 
 
 def test_the_same_seed_gives_the_same_row_in_another_process(
@@ -78,7 +79,9 @@ def test_the_same_seed_gives_the_same_row_in_another_process(
     assert {k: v for k, v in one.items() if k not in TIMING} == {k: v for k, v in other.items() if k not in TIMING}
 
 
-def test_a_failed_arm_is_recorded_the_others_finish_and_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_arm_is_recorded_the_others_finish_and_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = small(tmp_path, monkeypatch, arms=3)
     broken = study.cells[1].run
     broken.path.mkdir(parents=True)
@@ -90,7 +93,9 @@ def test_a_failed_arm_is_recorded_the_others_finish_and_it_is_tried_again(tmp_pa
     assert frame.loc["ibq_published", "status"] == "failed"
     assert "holds a run with quantizer." in frame.loc["ibq_published", "reason"]
     broken.config.unlink()
-    assert [cell.arm.name for cell in train_study(study, device="cpu", say=lambda _: None).finished] == ["ibq_published"]
+    assert [cell.arm.name for cell in train_study(study, device="cpu", say=lambda _: None).finished] == [
+        "ibq_published"
+    ]
 
 
 def test_nan_is_a_final_state_without_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +144,13 @@ def test_trainers_die_with_a_killed_driver_and_the_run_goes_on_later(tmp_path: P
         assert pids
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids))
+        wait_for(
+            lambda: (
+                not any(
+                    Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids
+                )
+            )
+        )
     finally:
         driver.kill()
     with FileLock(runs[0].lock, timeout=5):
@@ -189,7 +200,9 @@ def test_a_trainer_told_to_stop_stops_no_other(tmp_path: Path, monkeypatch: pyte
     assert study.cells[0].run.read_attempts()[-1]["event"] == "stopped"
 
 
-def test_a_failed_arm_ends_the_command_with_the_right_count_and_no_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_arm_ends_the_command_with_the_right_count_and_no_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = small(tmp_path, monkeypatch, arms=3)
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
     study.cells[1].run.path.mkdir(parents=True)
@@ -211,8 +224,12 @@ def started_pid(study: Study) -> int | None:
 def test_ctrl_c_and_sigterm_stop_within_ten_seconds_resumably(tmp_path: Path, signum: signal.Signals) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path / "runs"), "IBQ_REPORTS": str(tmp_path / "reports")}
     command = [sys.executable, "-m", "experiments", "run", "--preset", "smoke", "--set", "steps=100000"]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that Ctrl-C is ignored
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as driver:
+    heed = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs inherit that Ctrl-C is ignored
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as driver:
         try:
             wait_for(lambda: list(tmp_path.glob("runs/*/history.jsonl")))
             started = time.monotonic()
@@ -232,14 +249,17 @@ def test_ctrl_c_and_sigterm_stop_within_ten_seconds_resumably(tmp_path: Path, si
 def test_two_drivers_share_a_study_and_train_nothing_twice(tmp_path: Path) -> None:
     environment = os.environ | {"IBQ_RUNS": str(tmp_path / "runs"), "IBQ_REPORTS": str(tmp_path / "reports")}
     code = (
-        "from experiments.study import Study; from experiments.sweep import train_study\n"
+        "from experiments.study import Study; from experiments.runner.sweep import train_study\n"
         "if __name__ == '__main__':\n"
-        "    study = Study('smoke', overrides={'steps': 30}); o = train_study(study.only(study.cells[:5]), device='cpu')\n"
+        "    study = Study('smoke', overrides={'steps': 30}); o = train_study(study.only(study.cells[:5]), "
+        "device='cpu')\n"
         "    assert not o.failed and not o.unfinished, o"
     )
     script = tmp_path / "driver.py"
     script.write_text(code)
-    drivers = [subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
+    drivers = [
+        subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL) for _ in range(2)
+    ]
     assert [driver.wait(300) for driver in drivers] == [0, 0]
     runs = [RunDirectory(path) for path in (tmp_path / "runs").glob("*/")]
     assert len(runs) == 5

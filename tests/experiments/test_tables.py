@@ -3,8 +3,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from experiments import rows, tables
+from experiments import rows
 from experiments.ablations import ABLATIONS
+from experiments.report import tables
 
 
 def test_latex_is_booktabs_and_nothing_escapes() -> None:
@@ -44,7 +45,9 @@ def test_paper_rows_are_the_papers_and_what_it_does_not_report_is_said(trained: 
 
 def test_a_failed_arm_shows_its_state_never_a_number() -> None:
     ablation = ABLATIONS["vq_vs_ibq"]
-    frame = pd.DataFrame([{"arm": arm.name, "seed": 0, "status": "nan" if i else "failed"} for i, arm in enumerate(ablation.arms)])
+    frame = pd.DataFrame(
+        [{"arm": arm.name, "seed": 0, "status": "nan" if i else "failed"} for i, arm in enumerate(ablation.arms)]
+    )
     table = tables.arms_table(ablation, frame)
     assert table.loc[0, "L1"] == "failed"
     assert set(table["perplexity"]) == {"failed", "nan"}

@@ -1,4 +1,5 @@
-"""The command in real processes of torchrun: asked to stop, killed, given something wrong; the same command goes on and ends the same."""
+"""The command in real processes of torchrun: asked to stop, killed, given something wrong; the same command goes on and
+ends the same."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import command, generator_command, tiny_tokenizer, write_pictures
+from recipe_runs import command, tiny_tokenizer, transformer_command, write_pictures
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -27,9 +28,11 @@ pytestmark = pytest.mark.processes
 STEPS = 200
 REPEATABLE = {"averages": "global", "loss.adversarial.norm": "group", "model.norm_groups": "2", "optim.lr": "1e-5"}
 """What one process and two train alike, at a rate at which what Adam makes of rounding stays small."""
-GENERATOR_STEPS = 400
-WITHOUT_DROPOUT = {f"transformer.{name}_dropout": "0" for name in ("token", "attention", "ffn", "class")} | {"optim.lr": "1e-5"}
-"""The same of a generator: every process draws what it drops."""
+TRANSFORMER_STEPS = 400
+WITHOUT_DROPOUT = {f"transformer.{name}_dropout": "0" for name in ("token", "attention", "ffn", "class")} | {
+    "optim.lr": "1e-5"
+}
+"""The same of a transformer: every process draws what it drops."""
 PATIENCE_S = 240
 
 
@@ -43,10 +46,24 @@ class Torchrun:
     """torchrun with two workers, started; `end` waits for it."""
 
     def __init__(self, arguments: list[str]) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "experiments",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(
-            [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*launcher, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     @property
@@ -115,7 +132,9 @@ def test_a_users_error_is_said_once(pictures: Path, tmp_path: Path, change: str,
     assert not (tmp_path / "run").exists()
 
 
-def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_the_same(pictures: Path, tmp_path: Path) -> None:
+def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_the_same(
+    pictures: Path, tmp_path: Path
+) -> None:
     run, whole = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "whole")
     arguments = command(pictures, run.path, STEPS, **REPEATABLE)
 
@@ -125,7 +144,9 @@ def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_th
     torchrun.process.send_signal(signal.SIGTERM)
     code, out, err = torchrun.end()
     assert code != 0
-    assert len(re.findall(rf"^stopped at step \d+ of {STEPS}; the next run goes on from there$", out, re.MULTILINE)) == 1, out + err
+    assert (
+        len(re.findall(rf"^stopped at step \d+ of {STEPS}; the next run goes on from there$", out, re.MULTILINE)) == 1
+    ), out + err
     assert events(run) == ["started", "stopped"]
     assert (run.checkpoint / "meta.json").is_file()
 
@@ -158,13 +179,15 @@ def test_stopped_then_killed_it_goes_on_with_any_number_of_processes_and_ends_th
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_a_generator_whose_process_was_killed_goes_on_by_the_same_command_and_ends_the_same(tmp_path: Path, sharding: str) -> None:
+def test_a_transformer_whose_process_was_killed_goes_on_by_the_same_command_and_ends_the_same(
+    tmp_path: Path, sharding: str
+) -> None:
     pictures = write_pictures(tmp_path / "pictures", classes=2, side=64)
     tiny_tokenizer().save(tmp_path / "tokenizer")
     run, whole = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "whole")
 
     def arguments(folder: RunDirectory) -> list[str]:
-        usual = generator_command(pictures, tmp_path / "tokenizer", folder.path, GENERATOR_STEPS, **WITHOUT_DROPOUT)
+        usual = transformer_command(pictures, tmp_path / "tokenizer", folder.path, TRANSFORMER_STEPS, **WITHOUT_DROPOUT)
         return [*usual, "--sharding", sharding]
 
     # ---- SIGTERM once it has logged a step: a checkpoint, whole whatever the sharding
@@ -191,7 +214,14 @@ def test_a_generator_whose_process_was_killed_goes_on_by_the_same_command_and_en
     # ---- the same command goes on from the checkpoint and ends as one process does that nothing befell
     code, out, err = Torchrun(arguments(run)).end()
     assert code == 0, out + err
-    assert [attempt["event"] for attempt in run.read_attempts()] == ["started", "stopped", "started", "lost", "started", "finished"]
+    assert [attempt["event"] for attempt in run.read_attempts()] == [
+        "started",
+        "stopped",
+        "started",
+        "lost",
+        "started",
+        "finished",
+    ]
     assert CliRunner().invoke(app, arguments(whole)).exit_code == 0
     weights, expected = load_file(run.model), load_file(whole.model)
     assert weights.keys() == expected.keys()

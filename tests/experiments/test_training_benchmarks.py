@@ -64,9 +64,16 @@ def test_a_cell_trains_the_method_that_it_names_in_micro_batches(method: str, mo
 
 
 def test_the_papers_size_is_the_recipe_itself(tmp_path: Path) -> None:
-    config = training_cell.config_of(CELL | {"small": False, "K": 262144, "batch": 32, "accumulate": 8, "precision": "bf16"}, tmp_path)
+    config = training_cell.config_of(
+        CELL | {"small": False, "K": 262144, "batch": 32, "accumulate": 8, "precision": "bf16"}, tmp_path
+    )
     assert (config.data.resolution, config.model.base_channels, config.loss.perceptual) == (256, 128, "lpips-vgg")
-    assert (config.quantizer.codebook_size, config.batch_size, config.accumulate, config.precision) == (262144, 32, 8, "bf16")
+    assert (config.quantizer.codebook_size, config.batch_size, config.accumulate, config.precision) == (
+        262144,
+        32,
+        8,
+        "bf16",
+    )
 
 
 @pytest.mark.usefixtures("folders")
@@ -74,7 +81,9 @@ def test_rows_hold_every_mode_and_what_does_not_fit(monkeypatch: pytest.MonkeyPa
     def measured(folder: Path, cell: dict, module: str) -> dict:
         sizes = {"parameters": 5, "resolution": 32}
         return sizes | (
-            {"status": "does not fit"} if cell["operator"] == "matrix" else {"status": "ok", "images_per_second": 3.0, "peak_gib": 1.0}
+            {"status": "does not fit"}
+            if cell["operator"] == "matrix"
+            else {"status": "ok", "images_per_second": 3.0, "peak_gib": 1.0}
         )
 
     monkeypatch.setattr(cells, "cached", measured)
@@ -93,7 +102,9 @@ def test_rows_hold_every_mode_and_what_does_not_fit(monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         tokenizer_training.write(others)
     assert len(tokenizer_training.known_rows()) == 8 + 2, "what was measured before stays known"
-    assert list(pd.read_csv(folder / "table.csv")["step"]) == ["2 × 1 images, fp32"] * 2, "the table shows the last call alone"
+    assert list(pd.read_csv(folder / "table.csv")["step"]) == ["2 × 1 images, fp32"] * 2, (
+        "the table shows the last call alone"
+    )
 
 
 def test_a_cell_that_fails_says_why_and_is_not_kept(tmp_path: Path) -> None:
@@ -126,8 +137,14 @@ def test_the_config_of_overfit_has_every_term_but_the_perceptual_one(tmp_path: P
     config = overfit.config_of(tmp_path)
     assert config.loss.pixel == "l1"
     assert config.loss.perceptual == "none"
-    assert (config.loss.adversarial.weight, config.loss.adversarial.lecam_weight, config.loss.adversarial.start) == (0.1, 0.05, 0.0)
-    assert {"commitment", "codebook", "double", "sample_entropy", "codebook_entropy"} == set(config.quantizer.loss_weights)
+    assert (config.loss.adversarial.weight, config.loss.adversarial.lecam_weight, config.loss.adversarial.start) == (
+        0.1,
+        0.05,
+        0.0,
+    )
+    assert {"commitment", "codebook", "double", "sample_entropy", "codebook_entropy"} == set(
+        config.quantizer.loss_weights
+    )
 
 
 def test_the_published_run_overfits() -> None:

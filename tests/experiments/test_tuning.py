@@ -1,4 +1,5 @@
-"""The two stages of a tuned ablation: what a search decides by, what waits for it, and that nothing is trained twice."""
+"""The two stages of a tuned ablation: what a search decides by, what waits for it, and that nothing is trained
+twice."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments import ablations, manage, rows, tuning
+from experiments import ablations, rows
 from experiments.ablations import ABLATIONS, Ablation
+from experiments.ablations.quantizers import tuning
 from experiments.cli import app
-from experiments.plan import expected_cost, plan_table
+from experiments.runner import runs
+from experiments.runner.plan import expected_cost, plan_table
+from experiments.runner.sweep import train_study
 from experiments.study import Cell, Study
-from experiments.sweep import train_study
 from ibq.run_directory import RunDirectory
 
 
@@ -32,8 +35,12 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ablation:
 def pretend(cell: Cell, losses: list[float], status: str = "ok") -> None:
     """A finished run with these reconstruction errors in its history."""
     cell.run.path.mkdir(parents=True)
-    cell.run.history.write_text("".join(json.dumps({"step": i, "pixel_mean": loss}) + "\n" for i, loss in enumerate(losses)))
-    cell.run.row.write_text(json.dumps({"run": cell.run.path.name, "status": status, "reason": "step 1: the gradient norm overflowed"}))
+    cell.run.history.write_text(
+        "".join(json.dumps({"step": i, "pixel_mean": loss}) + "\n" for i, loss in enumerate(losses))
+    )
+    cell.run.row.write_text(
+        json.dumps({"run": cell.run.path.name, "status": status, "reason": "step 1: the gradient norm overflowed"})
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,9 @@ def pretend(cell: Cell, losses: list[float], status: str = "ok") -> None:
         ({}, None),
     ],
 )
-def test_the_least_loss_wins_a_tie_goes_to_the_smaller_and_nothing_is_chosen_early(losses: dict, value: float | None) -> None:
+def test_the_least_loss_wins_a_tie_goes_to_the_smaller_and_nothing_is_chosen_early(
+    losses: dict, value: float | None
+) -> None:
     assert tuning.best(losses) == value
 
 
@@ -98,7 +107,11 @@ def test_rows_and_plan_of_a_study_that_waits(small: Ablation) -> None:
     frame = rows.load(study).set_index("arm")
     assert frame.loc["ibq", "status"] == "waiting"
     assert frame.loc["ibq_single", "reason"] == "waits for the search of ibq, 0 of 3 runs finished"
-    assert frame.loc["ibq: optim.lr 0.001", ["status", "search.arm", "search.value"]].tolist() == ["pending", "ibq", 1e-3]
+    assert frame.loc["ibq: optim.lr 0.001", ["status", "search.arm", "search.value"]].tolist() == [
+        "pending",
+        "ibq",
+        1e-3,
+    ]
     table = plan_table(study, small).set_index("arm")
     assert table.loc["ibq", "search of optim.lr"] == "0.0003, 0.001, 0.003; 1 steps each, 0 finished"
     assert table.loc["ibq_single", "search of optim.lr"] == "as ibq"
@@ -114,7 +127,9 @@ def test_one_sweep_trains_both_stages_and_never_again(small: Ablation) -> None:
     assert outcome.skipped == 1
     assert len(outcome.finished) == 4
     assert outcome.failed == outcome.unfinished == []
-    assert any("[4/4] ok quantizers/ibq_single seed 0" in line or "[4/4] ok quantizers/ibq seed 0" in line for line in said)
+    assert any(
+        "[4/4] ok quantizers/ibq_single seed 0" in line or "[4/4] ok quantizers/ibq seed 0" in line for line in said
+    )
     frame = rows.load(study)
     assert set(frame["status"]) == {"ok"}
     assert frame["search.loss"].notna().sum() == 3
@@ -148,7 +163,7 @@ def test_runs_of_a_search_are_not_evaluated_anew(small: Ablation) -> None:
     study = Study("smoke", ("quantizers",))
     for cell in study.cells:
         pretend(cell, [0.1])
-    assert manage.evaluate_finished(study, "train_split") == 0
+    assert runs.evaluate_finished(study, "train_split") == 0
 
 
 def test_the_command_line_knows_what_waits(small: Ablation) -> None:

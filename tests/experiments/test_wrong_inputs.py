@@ -1,4 +1,5 @@
-"""What users get wrong, each with its sentence: exit code 2, one line on stderr that holds what was given and what is allowed."""
+"""What users get wrong, each with its sentence: exit code 2, one line on stderr that holds what was given and what is
+allowed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from experiments import parameters
+from experiments import notebook
 from experiments.cli import app
 from experiments.study import Study
 from ibq import load_tokenizer
@@ -110,10 +111,19 @@ def test_arguments(command: str, words: list[str]) -> None:
     ],
 )
 def test_notebook_parameters(given: dict, words: list[str]) -> None:
-    injected = {"preset": "smoke", "seeds": None, "overrides": {}, "slots": None, "In": [], "_i": "", "get_ipython": None, "json": json}
-    parameters.check(injected)
+    injected = {
+        "preset": "smoke",
+        "seeds": None,
+        "overrides": {},
+        "slots": None,
+        "In": [],
+        "_i": "",
+        "get_ipython": None,
+        "json": json,
+    }
+    notebook.check(injected)
     with pytest.raises(ConfigError) as caught:
-        parameters.check(injected | given)
+        notebook.check(injected | given)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value
 
@@ -211,4 +221,7 @@ def test_a_missing_package_is_named_with_the_remedy() -> None:
     code = hide + "runpy.run_module('experiments', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: the package 'typer' is missing; install the project with pip install -e '.[study]'"
+    assert (
+        done.stderr.strip()
+        == "error: the package 'typer' is missing; install the project with pip install -e '.[study]'"
+    )

@@ -1,4 +1,5 @@
-"""What the tests of the operators share: the formula of PAPER section 3 by a one-hot matrix and plain autograd, inputs, losses, errors."""
+"""What the tests of the operators share: the formula of docs/method.md section 3 by a one-hot matrix and plain
+autograd, inputs, losses, errors."""
 
 from __future__ import annotations
 
@@ -51,8 +52,12 @@ def sizes_of(rows: int, columns: int) -> Iterator[None]:
         yield
 
 
-def inputs(N: int, K: int, D: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    return (scale * torch.randn(N, D, dtype=dtype)).requires_grad_(), (scale * torch.randn(K, D, dtype=dtype)).requires_grad_()
+def inputs(
+    N: int, K: int, D: int, dtype: torch.dtype = torch.float64, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (scale * torch.randn(N, D, dtype=dtype)).requires_grad_(), (
+        scale * torch.randn(K, D, dtype=dtype)
+    ).requires_grad_()
 
 
 def scalar(outputs: Outputs, parts: str, weight_ND: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ Work = Callable[[Processes, Path], None]
 
 
 _ports = itertools.count(20_000 + 97 * os.getpid() % 10_000)
-"""Below the ports that the system gives to whoever asks for any: one that is used only later is not given away meanwhile."""
+"""Below the ports that the system gives to whoever asks for any: one that is used only later is not given away
+meanwhile."""
 
 
 def free_port() -> int:
@@ -36,7 +37,8 @@ def set_environment(rank: int, world: int, port: int) -> None:
 
 
 def run_processes(work: Work, folder: Path, *worlds: int) -> None:
-    """Calls a function of a test module in a group of that many processes, one world after the other; raises what any of them raises."""
+    """Calls a function of a test module in a group of that many processes, one world after the other; raises what any
+    of them raises."""
     ports = [free_port() for _ in worlds]
     torch.multiprocessing.spawn(_run, args=(work, folder, worlds, ports), nprocs=max(worlds))
 

@@ -1,4 +1,5 @@
-"""Files of the released layout (PAPER section 8) in small: the names are written out here, not taken from ibq's modules."""
+"""Files of the released layout (docs/method.md section 8) in small: the names are written out here, not taken from
+ibq's modules."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ DEPTH = 2
 
 
 class Draw:
-    """Collects random tensors by name: convolutions and matrices that keep the scale of what they read, norms around 1."""
+    """Collects random tensors by name: convolutions and matrices that keep the scale of what they read, norms around
+    1."""
 
     def __init__(self, seed: int) -> None:
         self.tensors: Tensors = {}
@@ -119,11 +121,15 @@ def loss_networks(seed: int = 1) -> Tensors:
 
 
 def averages(trained: Tensors) -> Tensors:
-    """`model_ema.`: of what an optimizer trains, which buffers and the perceptual loss are not; other values than the trained ones."""
+    """`model_ema.`: of what an optimizer trains, which buffers and the perceptual loss are not; other values than the
+    trained ones."""
     frozen = ("running_mean", "running_var", "num_batches_tracked")
     kept = {n: t for n, t in trained.items() if not n.startswith("loss.perceptual_loss.") and not n.endswith(frozen)}
     shadows = {"model_ema." + name.replace(".", ""): 0.9 * tensor + 0.01 for name, tensor in kept.items()}
-    return {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(-1, dtype=torch.int32)} | shadows
+    return {
+        "model_ema.decay": torch.tensor(0.999),
+        "model_ema.num_updates": torch.tensor(-1, dtype=torch.int32),
+    } | shadows
 
 
 def tokenizer_state(**sizes: Any) -> Tensors:
@@ -152,7 +158,8 @@ def transformer_network(seed: int = 2, *, depth: int = DEPTH, codes: int = CODES
 
 
 def transformer_state(*, tokenizer: Tensors | None = None, **sizes: Any) -> Tensors:
-    """A transformer's state_dict: the transformer, and its tokenizer, by default as released: networks alone, averages in their place."""
+    """A transformer's state_dict: the transformer, and its tokenizer, by default as released: networks alone, averages
+    in their place."""
     tokenizer = networks() if tokenizer is None else tokenizer
     state = {f"first_stage_model.{name}": tensor for name, tensor in tokenizer.items()}
     return state | {f"transformer.{name}": tensor for name, tensor in transformer_network(**sizes).items()}
@@ -167,7 +174,9 @@ def write(path: Path, state: Tensors | dict[str, Any]) -> Path:
         "global_step": 1_651_320,
         "pytorch-lightning_version": "2.2.0",
         "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 330, "completed": 329}}}},
-        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.25), "best_k_models": {}, "dirpath": "checkpoints"}},
+        "callbacks": {
+            "ModelCheckpoint": {"best_model_score": torch.tensor(0.25), "best_k_models": {}, "dirpath": "checkpoints"}
+        },
         "optimizer_states": [{"state": moments, "param_groups": groups}] * 2,
         "lr_schedulers": [],
         "hparams_name": "kwargs",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ibq.sample import main
+from ibq.cli.sample import main
 
 
 def run(*arguments: object) -> None:
@@ -19,10 +19,18 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2)
     with pytest.raises(SystemExit) as left:
         run(*arguments)
     assert left.value.code == code
-    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("ibq.sample: ", "python -m ibq.sample: "))]
+    (sentence,) = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith(("ibq.cli.sample: ", "python -m ibq.cli.sample: "))
+    ]
     return sentence
 
 
 def files(out: Path) -> dict[str, bytes]:
     """All there is in a folder, hidden files too, but for the lock."""
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }

@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from ibq.models.subtokens import split
 from ibq.models.transformer import Transformer
-from ibq.models.transformer_config import TransformerConfig
+from ibq.models.transformer.config import TransformerConfig
+from ibq.models.transformer.subtokens import split
 from ibq.sampling import Sampling
 
 
@@ -17,7 +17,9 @@ def network(
     codes: int = 11, grid: int = 3, classes: int = 3, depth: int = 2, subtoken_bits: tuple[int, ...] = (), seed: int = 0
 ) -> Transformer:
     """In training mode, so that whoever samples has to see to that."""
-    config = TransformerConfig(codebook_size=codes, grid=grid, classes=classes, depth=depth, subtoken_bits=subtoken_bits)
+    config = TransformerConfig(
+        codebook_size=codes, grid=grid, classes=classes, depth=depth, subtoken_bits=subtoken_bits
+    )
     transformer, generator = Transformer(config).double(), torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():
         std = 1.0 if "emb" in name or name.startswith("head.positions") else 1.5 / math.sqrt(parameter.shape[-1])
@@ -56,7 +58,9 @@ def exact_probabilities(transformer: Transformer, label: int, sampling: Sampling
     images_MN = all_images(transformer)
     symbols_MNJ = split(images_MN, transformer.symbols)
     M, N, J = symbols_MNJ.shape
-    hidden_2MNW = [transformer.hidden(images_MN[:, :-1], torch.full((M,), c)) for c in (label, transformer.config.classes)]
+    hidden_2MNW = [
+        transformer.hidden(images_MN[:, :-1], torch.full((M,), c)) for c in (label, transformer.config.classes)
+    ]
     p_M = torch.ones(M, dtype=torch.float64)
     for step, j in itertools.product(range(N), range(J)):
         conditional_MK, unconditional_MK = (

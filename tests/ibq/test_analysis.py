@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibq.analysis import QuantizationError, code_gap, gradient_reach, logit_statistics
+from ibq.metrics.codebook import QuantizationError, code_gap, gradient_reach, logit_statistics
 
 
 @pytest.mark.parametrize("K", [1, 7, 1000])

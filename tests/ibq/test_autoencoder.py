@@ -61,7 +61,9 @@ def paper_sized() -> dict[str, tuple[int, ...]]:
         ("post_quant_conv.weight", (256, 256, 1, 1)),
     ],
 )
-def test_parameters_bear_the_released_names(paper_sized: dict[str, tuple[int, ...]], name: str, shape: tuple[int, ...]) -> None:
+def test_parameters_bear_the_released_names(
+    paper_sized: dict[str, tuple[int, ...]], name: str, shape: tuple[int, ...]
+) -> None:
     assert paper_sized[name] == shape
 
 
@@ -85,7 +87,9 @@ def test_parameters_that_the_release_lacks_are_absent(paper_sized: dict[str, tup
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 1, 2, 4)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shapes_through_encoder_and_decoder(resolution: int, multipliers: tuple[int, ...], channels: int) -> None:
-    config = AutoencoderConfig(base_channels=4, channel_multipliers=multipliers, z_channels=6, norm_groups=2, attention_resolutions=(16,))
+    config = AutoencoderConfig(
+        base_channels=4, channel_multipliers=multipliers, z_channels=6, norm_groups=2, attention_resolutions=(16,)
+    )
     images_BCHW = torch.randn(2, channels, resolution, resolution)
     z_BCHW = Encoder(config, channels, resolution)(images_BCHW)
     side = resolution // config.downsampling
@@ -94,7 +98,9 @@ def test_shapes_through_encoder_and_decoder(resolution: int, multipliers: tuple[
 
 
 def test_the_decoder_mirrors_the_encoder() -> None:
-    config = AutoencoderConfig(base_channels=4, channel_multipliers=(1, 2, 3), res_blocks=2, norm_groups=4, attention_resolutions=(8,))
+    config = AutoencoderConfig(
+        base_channels=4, channel_multipliers=(1, 2, 3), res_blocks=2, norm_groups=4, attention_resolutions=(8,)
+    )
     encoder, decoder = Encoder(config, 1, 32), Decoder(config, 1, 32)
     for i, (down, up) in enumerate(zip(encoder.down, decoder.up, strict=True)):
         assert len(up.block) == len(down.block) + 1
@@ -144,7 +150,11 @@ def test_a_resblock_with_a_silent_last_convolution_is_its_skip(inputs: int, outp
     block, x_BCHW = ResBlock(inputs, outputs, 2), torch.randn(2, inputs, 5, 5)
     torch.nn.init.zeros_(block.conv2.weight)
     torch.nn.init.zeros_(block.conv2.bias)
-    skip = x_BCHW if inputs == outputs else torch.nn.functional.conv2d(x_BCHW, block.nin_shortcut.weight, block.nin_shortcut.bias)
+    skip = (
+        x_BCHW
+        if inputs == outputs
+        else torch.nn.functional.conv2d(x_BCHW, block.nin_shortcut.weight, block.nin_shortcut.bias)
+    )
     torch.testing.assert_close(block(x_BCHW), skip)
 
 

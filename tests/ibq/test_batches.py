@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibq.data import Images
-from ibq.data.batches import TrainingBatches, batch_indices
+from ibq.data.loader import TrainingBatches, batch_indices
 from ibq.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -19,13 +19,23 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def images() -> Images:
-    return Images("photos", "train", torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
+    return Images(
+        "photos",
+        "train",
+        torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)),
+    )
 
 
-# --- The order of the images -------------------------------------------------------------------------------------------------------------
+# --- The order of the images ------------------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 1000), epoch=st.integers(0, 5), batch_size=st.integers(1, 9), batches=st.integers(1, 6), rest=st.integers(0, 8))
+@given(
+    seed=st.integers(0, 1000),
+    epoch=st.integers(0, 5),
+    batch_size=st.integers(1, 9),
+    batches=st.integers(1, 6),
+    rest=st.integers(0, 8),
+)
 def test_an_epoch_shows_each_image_at_most_once_and_all_where_the_batches_fit(
     seed: int, epoch: int, batch_size: int, batches: int, rest: int
 ) -> None:
@@ -43,7 +53,7 @@ def test_epochs_and_seeds_shuffle_differently() -> None:
     assert len(orders) == 16
 
 
-# --- Images in memory --------------------------------------------------------------------------------------------------------------------
+# --- Images in memory -------------------------------------------------------------------------------------------------
 
 
 def test_images_in_memory_come_as_they_are_from_any_step_on(tiny: Any, images: Images) -> None:
@@ -77,5 +87,7 @@ def test_the_shares_of_all_processes_are_the_batch_and_so_in_each_micro_batch(
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny: Any, images: Images) -> None:
     config = tiny(**{"data.name": "photos", "batch_size": 12, "accumulate": 2})
-    with pytest.raises(ConfigError, match=r"^batch_size=12 cannot be .* over 4 processes with accumulate=2; choose a multiple of 8$"):
+    with pytest.raises(
+        ConfigError, match=r"^batch_size=12 cannot be .* over 4 processes with accumulate=2; choose a multiple of 8$"
+    ):
         TrainingBatches(images, config, CPU, first_step=0, rank=1, world=4)

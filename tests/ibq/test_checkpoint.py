@@ -1,4 +1,5 @@
-"""A checkpoint is the old one or the new one, whole, whenever the process dies; and it brings the optimizer back exactly."""
+"""A checkpoint is the old one or the new one, whole, whenever the process dies; and it brings the optimizer back
+exactly."""
 
 from __future__ import annotations
 
@@ -15,8 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from ibq import checkpoint as module
-from ibq.checkpoint import flatten_optimizer, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
+from ibq.training import checkpoint as module
+from ibq.training.checkpoint import (
+    flatten_optimizer,
+    load_checkpoint,
+    remove_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
 
 
 class Killed(BaseException):
@@ -54,7 +61,11 @@ def test_round_trip_and_readable_meta(folder: Path) -> None:
     save(folder, 4)
     assert step_of(folder) == 4
     meta = json.loads((folder / "meta.json").read_text())
-    assert meta == {"step": 4, "note": "é", "sha256": hashlib.sha256((folder / "state.safetensors").read_bytes()).hexdigest()}
+    assert meta == {
+        "step": 4,
+        "note": "é",
+        "sha256": hashlib.sha256((folder / "state.safetensors").read_bytes()).hexdigest(),
+    }
     assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint", "checkpoint.previous"]
     remove_checkpoint(folder)
     assert step_of(folder) is None
@@ -117,7 +128,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(folder: Path, file:
     assert load_checkpoint(folder)[1] == [note]
 
 
-# --- The optimizer -----------------------------------------------------------------------------------------------------------------------
+# --- The optimizer ----------------------------------------------------------------------------------------------------
 
 
 def small_model(memory_format: torch.memory_format) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -155,7 +166,9 @@ def test_training_goes_on_exactly_from_a_saved_optimizer(folder: Path, memory_fo
 def test_optimizer_state_is_named_after_its_parameters() -> None:
     model, optimizer = small_model(torch.contiguous_format)
     take_step(model, optimizer, 0)
-    names = {f"optimizer.{name}.{slot}" for name, _ in model.named_parameters() for slot in ("step", "exp_avg", "exp_avg_sq")}
+    names = {
+        f"optimizer.{name}.{slot}" for name, _ in model.named_parameters() for slot in ("step", "exp_avg", "exp_avg_sq")
+    }
     assert flatten_optimizer(model, optimizer, "optimizer").keys() == names
 
 
@@ -163,7 +176,9 @@ def test_a_parameter_without_saved_state_is_an_error_that_names_it() -> None:
     model, optimizer = small_model(torch.contiguous_format)
     take_step(model, optimizer, 0)
     saved = {
-        name: value for name, value in flatten_optimizer(model, optimizer, "optimizer").items() if not name.startswith("optimizer.2.bias.")
+        name: value
+        for name, value in flatten_optimizer(model, optimizer, "optimizer").items()
+        if not name.startswith("optimizer.2.bias.")
     }
     with pytest.raises(KeyError, match=r"optimizer\.2\.bias\."):
         restore_optimizer(*small_model(torch.contiguous_format), saved, "optimizer")

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ibq import IBQConfig, VQConfig
 from ibq.config import TrainConfig, flatten, parse_train_config, set_fields
 from ibq.errors import ConfigError
-from ibq.training import Runtime
+from ibq.training.runtime import Runtime
 
 IBQ = TrainConfig(quantizer=IBQConfig())
 OTHER_VALUES: dict[str, Any] = {
@@ -84,7 +84,7 @@ SURROUNDINGS: dict[str, dict[str, Any]] = {
 """What a field needs beside it to mean something."""
 
 
-# --- Identity ----------------------------------------------------------------------------------------------------------------------------
+# --- Identity ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_training_field_is_covered_here() -> None:
@@ -97,7 +97,9 @@ def test_every_training_field_and_the_seed_change_the_run_id(path: str) -> None:
     changed = before.with_fields(**{path: OTHER_VALUES[path]})
     assert changed != before
     assert changed.run_id("data") != before.run_id("data")
-    differing = {name for name, value in flatten(changed.to_json_dict()).items() if value != flatten(before.to_json_dict())[name]}
+    differing = {
+        name for name, value in flatten(changed.to_json_dict()).items() if value != flatten(before.to_json_dict())[name]
+    }
     assert differing == {path}
 
 
@@ -118,7 +120,9 @@ def test_method_data_and_results_version_change_the_run_id(monkeypatch: pytest.M
 
 
 def test_equal_configs_have_one_run_id_however_they_were_written() -> None:
-    spelled_out = parse_train_config({"quantizer": {"codebook_size": 1024, "method": "ibq"}, "optim": {"betas": [0.5, 0.9]}, "steps": 300})
+    spelled_out = parse_train_config(
+        {"quantizer": {"codebook_size": 1024, "method": "ibq"}, "optim": {"betas": [0.5, 0.9]}, "steps": 300}
+    )
     assert spelled_out == IBQ
     assert hash(spelled_out) == hash(IBQ)
     assert spelled_out.run_id("data") == IBQ.run_id("data")
@@ -126,8 +130,13 @@ def test_equal_configs_have_one_run_id_however_they_were_written() -> None:
 
 
 def test_the_run_id_names_method_and_seed_and_is_the_same_in_another_process() -> None:
-    code = "from ibq import *; from ibq.config import TrainConfig; print(TrainConfig(quantizer=IBQConfig(), seed=3).run_id('data'))"
-    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"})
+    code = (
+        "from ibq import *; from ibq.config import TrainConfig; print(TrainConfig(quantizer=IBQConfig(), "
+        "seed=3).run_id('data'))"
+    )
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+    )
     here = TrainConfig(quantizer=IBQConfig(), seed=3).run_id("data")
     assert elsewhere.stdout.strip() == here
     assert here.startswith("ibq-s3-")
@@ -163,7 +172,7 @@ def test_json_round_trip(method: str, changes: dict[str, Any]) -> None:
     assert {path: flat[path] for path in changes} == changes
 
 
-# --- Frozen and strict -------------------------------------------------------------------------------------------------------------------
+# --- Frozen and strict ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", ["", "data", "model", "quantizer", "loss", "optim"])
@@ -185,7 +194,10 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.resolution": 30}, r"resolution=30 is not a multiple of the down-sampling factor 4; choose a multiple of 4"),
+        (
+            {"data.resolution": 30},
+            r"resolution=30 is not a multiple of the down-sampling factor 4; choose a multiple of 4",
+        ),
         ({"model.norm_groups": 5}, r"norm_groups=5 does not divide a level of 16 channels; choose .* base_channels=16"),
         ({"model.base_channels": 24}, r"norm_groups=16 does not divide a level of 24 channels"),
         ({"model.channel_multipliers": (1, 0)}, r"level of 0 channels"),
@@ -200,16 +212,28 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
         ({"data.crop": "random"}, r"data: crop='random' reads images of a folder, and fashion-mnist comes in one size"),
         (FOLDER | {"data.flip": True}, r"flip=True goes with crop='random', and crop is 'center'"),
         ({"loss.perceptual_weight": 2.0}, r"perceptual_weight=2.0 has no effect with perceptual='none'"),
-        (FOLDER | {"loss.perceptual": "fashion-cnn"}, r"'fashion-cnn' knows Fashion-MNIST, not imagefolder; use 'lpips-vgg'"),
-        (FOLDER | {"loss.perceptual": "lpips-vgg", "data.resolution": 16}, r"reads 32 pixels a side or more, not resolution=16"),
+        (
+            FOLDER | {"loss.perceptual": "fashion-cnn"},
+            r"'fashion-cnn' knows Fashion-MNIST, not imagefolder; use 'lpips-vgg'",
+        ),
+        (
+            FOLDER | {"loss.perceptual": "lpips-vgg", "data.resolution": 16},
+            r"reads 32 pixels a side or more, not resolution=16",
+        ),
         ({"loss.adversarial.norm": "none"}, r"norm='none' has no effect with weight=0.0; set loss.adversarial.weight"),
-        (GAN | {"loss.adversarial.norm": "group", "loss.adversarial.channels": 6}, r"8 groups, which do not divide 12 channels; .* of 4"),
+        (
+            GAN | {"loss.adversarial.norm": "group", "loss.adversarial.channels": 6},
+            r"8 groups, which do not divide 12 channels; .* of 4",
+        ),
         (GAN | {"loss.adversarial.layers": 4}, r"layers=4 halve resolution=32 to 2, and 3 pixels are the least"),
         ({"optim.final_factor": 0.1}, r"final_factor=0.1 is where a cosine ends; set schedule='cosine'"),
         ({"optim.clip_norm": 0.0}, r"clip_norm: .*greater than 0"),
         ({"steps": 0}, r"steps: .*greater than or equal to 1 \(given 0\)"),
         ({"batch_size": "many"}, r"batch_size: .*integer.*'many'"),
-        ({"quantizer.method": "vqq"}, r"quantizer: method='vqq' is not a quantizer; choose one of bsq, fsq, gumbel, ibq, lfq, simvq, vq"),
+        (
+            {"quantizer.method": "vqq"},
+            r"quantizer: method='vqq' is not a quantizer; choose one of bsq, fsq, gumbel, ibq, lfq, simvq, vq",
+        ),
         ({"quantizer.method": "vq"}, r"quantizer.double: "),
         ({"quantizer.codebook_size": 0}, r"quantizer.codebook_size: .*given 0"),
     ],
@@ -222,9 +246,15 @@ def test_contradictions_are_one_sentence_that_names_the_field(changes: dict[str,
 
 
 def test_micro_batches_are_refused_for_what_every_forward_moves_or_draws() -> None:
-    moving = [{"method": "vq", "restart": "dead"}, {"method": "vq", "ema_decay": 0.9, "beta_on": "commitment"}, {"method": "gumbel"}]
+    moving = [
+        {"method": "vq", "restart": "dead"},
+        {"method": "vq", "ema_decay": 0.9, "beta_on": "commitment"},
+        {"method": "gumbel"},
+    ]
     for quantizer in moving:
-        with pytest.raises(ConfigError, match=rf"accumulate=2 would move what method='{quantizer['method']}' changes or draws"):
+        with pytest.raises(
+            ConfigError, match=rf"accumulate=2 would move what method='{quantizer['method']}' changes or draws"
+        ):
             parse_train_config({"quantizer": quantizer, "accumulate": 2})
     for quantizer in ({"method": "vq"}, {"method": "ibq"}, {"method": "gumbel", "noise": False}):
         assert parse_train_config({"quantizer": quantizer, "accumulate": 2}).accumulate == 2
@@ -271,7 +301,7 @@ def test_with_fields_leaves_the_original_alone() -> None:
     assert (changed["optim"]["lr"], changed["model"]["channel_multipliers"]) == (5.0, (1,))
 
 
-# --- Derived numbers ---------------------------------------------------------------------------------------------------------------------
+# --- Derived numbers --------------------------------------------------------------------------------------------------
 
 
 def test_the_default_milestones_are_the_papers_epochs() -> None:
@@ -280,8 +310,12 @@ def test_the_default_milestones_are_the_papers_epochs() -> None:
         assert config.lr_at(first) == config.lr_at(last) == pytest.approx(expected)
 
 
-@given(steps=st.integers(1, 500), milestones=st.lists(st.floats(0.01, 1), max_size=3).map(sorted), factor=st.floats(0.1, 1))
-def test_the_learning_rate_falls_by_the_factor_at_each_milestone(steps: int, milestones: list[float], factor: float) -> None:
+@given(
+    steps=st.integers(1, 500), milestones=st.lists(st.floats(0.01, 1), max_size=3).map(sorted), factor=st.floats(0.1, 1)
+)
+def test_the_learning_rate_falls_by_the_factor_at_each_milestone(
+    steps: int, milestones: list[float], factor: float
+) -> None:
     config = IBQ.with_fields(steps=steps, **{"optim.milestones": milestones, "optim.decay_factor": factor})
     for step in range(steps):
         passed = sum(step / steps >= fraction for fraction in milestones)
@@ -290,7 +324,9 @@ def test_the_learning_rate_falls_by_the_factor_at_each_milestone(steps: int, mil
 
 
 def test_warm_up_rises_to_the_rate_and_a_cosine_falls_to_its_end() -> None:
-    config = IBQ.with_fields(steps=100, **{"optim.schedule": "cosine", "optim.warmup": 0.1, "optim.final_factor": 0.05, "optim.lr": 1.0})
+    config = IBQ.with_fields(
+        steps=100, **{"optim.schedule": "cosine", "optim.warmup": 0.1, "optim.final_factor": 0.05, "optim.lr": 1.0}
+    )
     rates = [config.lr_at(step) for step in range(101)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == 1.0
@@ -305,7 +341,9 @@ def test_the_discriminator_begins_at_its_fraction_of_the_run() -> None:
     assert IBQ.with_fields(steps=9, **GAN | {"loss.adversarial.start": 0.5}).adversarial_start == 4
 
 
-@pytest.mark.parametrize(("multipliers", "factor", "tokens"), [((1,), 1, 1024), ((1, 2), 2, 256), ((1, 1, 2, 2), 8, 16)])
+@pytest.mark.parametrize(
+    ("multipliers", "factor", "tokens"), [((1,), 1, 1024), ((1, 2), 2, 256), ((1, 1, 2, 2), 8, 16)]
+)
 def test_downsampling_and_tokens(multipliers: tuple[int, ...], factor: int, tokens: int) -> None:
     config = IBQ.with_fields(**{"model.channel_multipliers": multipliers})
     assert (config.model.downsampling, config.tokens_per_image) == (factor, tokens)

@@ -14,7 +14,18 @@ import pytest
 import torch
 
 from ibq.config import DataConfig
-from ibq.data import DataError, Images, Split, crop_grid, data_hash, data_hash_of, fashion_mnist, load_images, photos, split_regions
+from ibq.data import (
+    DataError,
+    Images,
+    Split,
+    crop_grid,
+    data_hash,
+    data_hash_of,
+    fashion_mnist,
+    load_images,
+    photos,
+    split_regions,
+)
 from ibq.data.__main__ import main
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -31,7 +42,10 @@ def fashion_test() -> Images:
 def idx_bytes(fashion_test: Images) -> dict[str, bytes]:
     """The true content of the four IDX files, by name."""
     files, _ = fashion_mnist._find_fashion_mnist()
-    return {name: gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for name, path in files.items()}
+    return {
+        name: gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for name, path in files.items()
+    }
 
 
 @pytest.fixture
@@ -51,7 +65,7 @@ def write_idx(folder: Path, contents: dict[str, bytes], ending: str = "") -> Pat
     return folder
 
 
-# --- The images themselves ---------------------------------------------------------------------------------------------------------------
+# --- The images themselves --------------------------------------------------------------------------------------------
 
 
 def test_fashion_mnist_has_its_published_size_and_balance(fashion_test: Images) -> None:
@@ -70,8 +84,12 @@ def test_fashion_mnist_has_its_published_size_and_balance(fashion_test: Images) 
     assert train.content_hash != fashion_test.content_hash
 
 
-def test_padding_keeps_the_interior_and_leaves_a_background_border(fashion_test: Images, idx_bytes: dict[str, bytes]) -> None:
-    pixels = torch.frombuffer(bytearray(idx_bytes["t10k-images-idx3-ubyte"][16:]), dtype=torch.uint8).reshape(-1, 28, 28)
+def test_padding_keeps_the_interior_and_leaves_a_background_border(
+    fashion_test: Images, idx_bytes: dict[str, bytes]
+) -> None:
+    pixels = torch.frombuffer(bytearray(idx_bytes["t10k-images-idx3-ubyte"][16:]), dtype=torch.uint8).reshape(
+        -1, 28, 28
+    )
     labels = torch.frombuffer(bytearray(idx_bytes["t10k-labels-idx1-ubyte"][8:]), dtype=torch.uint8)
     assert torch.equal(fashion_test.images_NCHW[:, 0, 2:30, 2:30], pixels)
     assert int(fashion_test.images_NCHW.long().sum()) == int(pixels.long().sum())
@@ -116,7 +134,9 @@ def test_content_hash_sees_shape_and_bytes_and_nothing_else() -> None:
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), r"\(2,\).*\(3,\)"),
     ],
 )
-def test_images_refuse_what_a_trainer_cannot_use(images_NCHW: torch.Tensor, labels_N: torch.Tensor | None, message: str) -> None:
+def test_images_refuse_what_a_trainer_cannot_use(
+    images_NCHW: torch.Tensor, labels_N: torch.Tensor | None, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         Images("x", "train", images_NCHW, labels_N)
 
@@ -128,7 +148,7 @@ def test_what_cannot_be_loaded_is_named() -> None:
         load_images(DataConfig(), "validation")  # type: ignore[arg-type]
 
 
-# --- Finding Fashion-MNIST ---------------------------------------------------------------------------------------------------------------
+# --- Finding Fashion-MNIST --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subfolder", ["", "fashion-mnist", "FashionMNIST/raw"])
@@ -166,7 +186,9 @@ def test_a_process_reads_a_split_once_unless_its_files_change(
     no_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx_bytes: dict[str, bytes]
 ) -> None:
     assert not fashion_mnist.fashion_mnist_is_here()
-    folder = write_idx(tmp_path / "here", {name: content if name in TEST_FILES else b"" for name, content in idx_bytes.items()})
+    folder = write_idx(
+        tmp_path / "here", {name: content if name in TEST_FILES else b"" for name, content in idx_bytes.items()}
+    )
     monkeypatch.setenv("IBQ_DATA", str(folder))
     assert fashion_mnist.fashion_mnist_is_here()
     images = load_images(DataConfig(), "test")
@@ -195,8 +217,12 @@ def test_a_corrupted_file_is_named_with_both_hashes_and_a_remedy(
     assert "\n" not in sentence
 
 
-def test_a_truncated_gz_is_an_error_not_a_traceback(no_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_idx(tmp_path / "cut", dict.fromkeys(fashion_mnist.FASHION_MNIST_SHA256, bytes(range(256)) * 9), ".gz")
+def test_a_truncated_gz_is_an_error_not_a_traceback(
+    no_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_idx(
+        tmp_path / "cut", dict.fromkeys(fashion_mnist.FASHION_MNIST_SHA256, bytes(range(256)) * 9), ".gz"
+    )
     monkeypatch.setenv("IBQ_DATA", str(folder))
     images_gz = folder / "t10k-images-idx3-ubyte.gz"
     for damage in (images_gz.read_bytes()[:40], b"no gzip at all"):
@@ -222,7 +248,7 @@ def test_ibq_data_must_exist_and_be_complete_or_hold_other_data(
         load_images(DataConfig(), "test")
 
 
-# --- Fetching it -------------------------------------------------------------------------------------------------------------------------
+# --- Fetching it ------------------------------------------------------------------------------------------------------
 
 
 def test_fetching_passes_over_bad_sources_and_survives_a_second_fetcher(
@@ -235,12 +261,17 @@ def test_fetching_passes_over_bad_sources_and_survives_a_second_fetcher(
         return write_idx(folder / "FashionMNIST" / "raw", idx_bytes).parents[1]
 
     monkeypatch.setattr(fashion_mnist, "FETCHERS", {"the forger": forged, "the friend": honest})
-    write_idx(no_source / "fashion-mnist", {"t10k-images-idx3-ubyte": b"left by a process that was killed between two renames"})
+    write_idx(
+        no_source / "fashion-mnist",
+        {"t10k-images-idx3-ubyte": b"left by a process that was killed between two renames"},
+    )
     with ThreadPoolExecutor(2) as two:
         results = list(two.map(lambda _: load_images(DataConfig(), "test"), range(2)))
     assert {images.content_hash for images in results} == {fashion_test.content_hash}
     assert all("the friend" in images.source or "the cache" in images.source for images in results)
-    assert sorted(path.name for path in (no_source / "fashion-mnist").iterdir()) == sorted(idx_bytes), "no temporary folder may stay behind"
+    assert sorted(path.name for path in (no_source / "fashion-mnist").iterdir()) == sorted(idx_bytes), (
+        "no temporary folder may stay behind"
+    )
     monkeypatch.setattr(fashion_mnist, "FETCHERS", {})
     assert "the cache" in load_images(DataConfig(), "test").source
 
@@ -311,12 +342,14 @@ def test_a_user_without_a_home_is_told_of_ibq_cache(monkeypatch: pytest.MonkeyPa
         fashion_mnist.cache_folder()
 
 
-# --- Photographs -------------------------------------------------------------------------------------------------------------------------
+# --- Photographs ------------------------------------------------------------------------------------------------------
 
 
 def test_train_and_test_crops_of_a_photo_share_no_pixel() -> None:
     height, width, resolution = 40, 83, 8
-    photo_CHW = torch.arange(height * width).reshape(1, height, width).expand(3, -1, -1)  # every pixel's value is its position
+    photo_CHW = (
+        torch.arange(height * width).reshape(1, height, width).expand(3, -1, -1)
+    )  # every pixel's value is its position
     train_CHW, test_CHW = split_regions(photo_CHW)
     assert train_CHW.shape[2] == 62
     assert test_CHW.shape[2] == 21
@@ -330,7 +363,9 @@ def test_crops_stand_on_a_regular_grid_in_a_fixed_order() -> None:
     region_CHW = torch.arange(2 * 5 * 7).reshape(2, 5, 7)
     crops_NCHW = crop_grid(region_CHW, resolution=3, stride=2)
     corners = [(top, left) for top in (0, 2) for left in (0, 2, 4)]
-    assert torch.equal(crops_NCHW, torch.stack([region_CHW[:, top : top + 3, left : left + 3] for top, left in corners]))
+    assert torch.equal(
+        crops_NCHW, torch.stack([region_CHW[:, top : top + 3, left : left + 3] for top, left in corners])
+    )
     assert crops_NCHW.is_contiguous()
     assert torch.equal(crop_grid(region_CHW[:, :, :5], resolution=5, stride=2)[0], region_CHW[:, :, :5])
     with pytest.raises(DataError, match="resolution=6 does not fit a region 5 pixels high and 7 wide"):
@@ -344,7 +379,9 @@ def test_a_loaded_photo_is_cut_densely_for_training_and_without_overlap_for_test
     rows_HW, columns_HW = np.mgrid[:height, :width].astype(np.uint8)
     PIL.Image.fromarray(np.stack((rows_HW, columns_HW, 0 * rows_HW), axis=2)).save(tmp_path / "positions.png")
     monkeypatch.setattr(photos, "_photo_paths", lambda: [tmp_path / "positions.png"] * 2)
-    train, test = (load_images(DataConfig(name="photos", resolution=16), split).images_NCHW for split in get_args(Split))
+    train, test = (
+        load_images(DataConfig(name="photos", resolution=16), split).images_NCHW for split in get_args(Split)
+    )
     corners_train = [[top, left, 0] for top in range(0, 49, 8) for left in range(0, 57, 8)]
     corners_test = [[top, 72, 0] for top in (0, 16, 32, 48)]
     assert train[:, :, 0, 0].tolist() == 2 * corners_train
@@ -364,7 +401,9 @@ def test_photos_are_colour_crops_and_the_same_every_time() -> None:
 
 
 def test_photos_say_what_resolution_they_allow() -> None:
-    for split in get_args(Split):  # a resolution that only the training regions allow is refused before training, not after
+    for split in get_args(
+        Split
+    ):  # a resolution that only the training regions allow is refused before training, not after
         with pytest.raises(DataError, match=r"resolution=113 at most.*resolution=114"):
             load_images(DataConfig(name="photos", resolution=114), split)
     assert len(load_images(DataConfig(name="photos", resolution=113), "test")) >= 7
@@ -372,7 +411,10 @@ def test_photos_say_what_resolution_they_allow() -> None:
 
 def test_absent_or_damaged_photos_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     for named, message in (
-        ({"no_such_package_of_photos": ("a.png",)}, "no_such_package_of_photos, which is not installed; pip install 'ibq-study"),
+        (
+            {"no_such_package_of_photos": ("a.png",)},
+            "no_such_package_of_photos, which is not installed; pip install 'ibq-study",
+        ),
         ({"skimage": ("data/absent.png",)}, "absent.png is not in the installed package; pip install"),
         ({"skimage": ("data/README.txt",)}, "README.txt cannot be read .*pip install"),
     ):
@@ -381,7 +423,7 @@ def test_absent_or_damaged_photos_name_the_remedy(monkeypatch: pytest.MonkeyPatc
             load_images(PHOTOS, "train")
 
 
-# --- The command -------------------------------------------------------------------------------------------------------------------------
+# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_prints_a_line_per_split(capsys: pytest.CaptureFixture[str]) -> None:
@@ -391,7 +433,8 @@ def test_the_command_prints_a_line_per_split(capsys: pytest.CaptureFixture[str])
     assert len(lines) == 2
     assert lines[0].startswith("photos train: ")
     assert lines[1] == (
-        f"photos test: {len(expected)} images of 3x64x64, hash {expected.content_hash[:12]}, from the packages skimage and sklearn"
+        f"photos test: {len(expected)} images of 3x64x64, hash {expected.content_hash[:12]}, from the packages skimage "
+        f"and sklearn"
     )
 
 

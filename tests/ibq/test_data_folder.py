@@ -59,7 +59,7 @@ def sentence_of(path: Path | str, split: Split = "train", resolution: int = R) -
     return str(refusal.value)
 
 
-# --- Splits, classes, order --------------------------------------------------------------------------------------------------------------
+# --- Splits, classes, order -------------------------------------------------------------------------------------------
 
 
 def test_without_split_folders_every_tenth_file_is_for_testing(tmp_path: Path) -> None:
@@ -91,7 +91,9 @@ def test_split_folders_are_the_splits(names: tuple[str, ...], expected: list[int
 
 
 def test_subfolders_are_classes_numbered_alike_in_both_splits(tmp_path: Path) -> None:
-    for number, name in enumerate(("train/ant/a.png", "train/cat/deep/b.png", "val/bee/c.png", "val/cat/d.png", "val/.hidden/e.png")):
+    for number, name in enumerate(
+        ("train/ant/a.png", "train/cat/deep/b.png", "val/bee/c.png", "val/cat/d.png", "val/.hidden/e.png")
+    ):
         save(tmp_path / name, (number, 0, 0))
     (tmp_path / "train" / "README").touch()
     train, test = load(tmp_path), load(tmp_path, "test")
@@ -115,7 +117,9 @@ def test_endings_in_any_case_hidden_files_and_links(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "deep" / "back").symlink_to(tmp_path / "elsewhere")
     (data / "val").symlink_to(data / "train")
     images = load(data)
-    assert first_values(images) == pytest.approx([0, 20, 40, 60, 80, 100, 120, 140, 200], abs=4)  # JPEG and WebP are not exact
+    assert first_values(images) == pytest.approx(
+        [0, 20, 40, 60, 80, 100, 120, 140, 200], abs=4
+    )  # JPEG and WebP are not exact
     assert images.skipped == ()
     assert "\n" not in images.source
     assert load(data, "test").content_hash == images.content_hash
@@ -136,7 +140,7 @@ def test_the_same_files_give_the_same_bytes_wherever_they_lie(tmp_path: Path, mo
     assert load("there").content_hash != first.content_hash
 
 
-# --- Files that cannot be used -----------------------------------------------------------------------------------------------------------
+# --- Files that cannot be used ----------------------------------------------------------------------------------------
 
 
 def png(width: int, height: int) -> bytes:
@@ -171,7 +175,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "strip.png": (lambda path: save(path, size=(90, 7)), "is 90×7 pixels, smaller than resolution=8"),
     "bomb.png": (lambda path: path.write_bytes(png(100_000, 100_000)), "pixels"),
     "bomb.bmp": (lambda path: path.write_bytes(bmp(100_000, 100_000)), "pixels"),
-    "big.bmp": (lambda path: path.write_bytes(bmp(13_000, 11_000)), "declares 13,000×11,000 pixels, over the limit of 134,217,728"),
+    "big.bmp": (
+        lambda path: path.write_bytes(bmp(13_000, 11_000)),
+        "declares 13,000×11,000 pixels, over the limit of 134,217,728",
+    ),
     "float.tif": (lambda path: save(path, np.zeros((R, R), np.float32)), "floating-point numbers"),
     "deep.tif": (lambda path: save(path, np.full((R, R), 65536, np.int32)), "beyond 16 bits"),
     "negative.tif": (lambda path: save(path, np.full((R, R), -1, np.int32)), "beyond 16 bits"),
@@ -201,7 +208,9 @@ def test_unusable_files_are_skipped_counted_and_named(tmp_path: Path, capsys: py
     output = capsys.readouterr()
     assert output.out == ""
     (line,) = output.err.splitlines()
-    assert line.startswith(f"imagefolder train: {len(BROKEN)} skipped and 1 kept of {tmp_path / 'train'}: big.bmp declares ")
+    assert line.startswith(
+        f"imagefolder train: {len(BROKEN)} skipped and 1 kept of {tmp_path / 'train'}: big.bmp declares "
+    )
     assert line.endswith(f"; and {len(BROKEN) - 3} more")
     assert line.count("; ") == 3
 
@@ -209,12 +218,17 @@ def test_unusable_files_are_skipped_counted_and_named(tmp_path: Path, capsys: py
 def test_the_limit_holds_where_pillows_own_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
     (tmp_path / "a.png").write_bytes(png(100_000, 100_000))
-    assert folder.read_square(tmp_path / "a.png", R) == "declares 100,000×100,000 pixels, over the limit of 134,217,728 in all"
+    assert (
+        folder.read_square(tmp_path / "a.png", R)
+        == "declares 100,000×100,000 pixels, over the limit of 134,217,728 in all"
+    )
 
 
 def test_warnings_of_pillow_neither_print_nor_fail_nor_change_the_filters(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
-    (tmp_path / "val" / "a.bmp").write_bytes(bmp(10_000, 9_000))  # Pillow warns of this size, and its pixels are missing
+    (tmp_path / "val" / "a.bmp").write_bytes(
+        bmp(10_000, 9_000)
+    )  # Pillow warns of this size, and its pixels are missing
     save(tmp_path / "val" / "b.png")
     save(tmp_path / "train" / "b.png")
     before = list(warnings.filters)
@@ -260,14 +274,17 @@ def test_what_may_not_be_read_is_named() -> None:
         (root / "train" / "sub").chmod(0)
         with without_privileges():
             images = load(root)
-        assert images.skipped == ("sub cannot be read (Permission denied)", "closed.png cannot be read (Permission denied)")
+        assert images.skipped == (
+            "sub cannot be read (Permission denied)",
+            "closed.png cannot be read (Permission denied)",
+        )
         for unreadable in (root / "train", root):
             unreadable.chmod(stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
             with without_privileges():
                 assert sentence_of(root) == f"the image folder {unreadable} cannot be read (Permission denied)"
 
 
-# --- Folders that cannot be used ---------------------------------------------------------------------------------------------------------
+# --- Folders that cannot be used --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -284,7 +301,9 @@ def test_what_may_not_be_read_is_named() -> None:
         (["train/a.png", "val/a.txt"], "test", "/val' holds no image"),
     ],
 )
-def test_folders_without_what_is_needed_are_one_sentence(content: list[str], split: Split, words: str, tmp_path: Path) -> None:
+def test_folders_without_what_is_needed_are_one_sentence(
+    content: list[str], split: Split, words: str, tmp_path: Path
+) -> None:
     root = tmp_path / "my\nimages"
     root.mkdir()
     for name in content:
@@ -307,7 +326,9 @@ def test_when_nothing_is_left_the_reasons_are_given(tmp_path: Path, capsys: pyte
     for number in range(6):
         save(tmp_path / f"{number}.png", size=(1, 1))
     sentence = sentence_of(tmp_path)
-    assert sentence.startswith(f"no image of {tmp_path} (nine files in ten) can be used for train: 1.png is 1×1 pixels, smaller than ")
+    assert sentence.startswith(
+        f"no image of {tmp_path} (nine files in ten) can be used for train: 1.png is 1×1 pixels, smaller than "
+    )
     assert sentence.endswith("; and 2 more")
     assert capsys.readouterr().err == ""
 
@@ -317,12 +338,15 @@ def test_more_than_memory_may_hold_is_refused_before_decoding(tmp_path: Path, mo
         (tmp_path / f"{number}.png").touch()
     sentence = sentence_of(tmp_path, "train", 4096)
     assert "180 images of " in sentence
-    assert "at resolution=4096 take 8.44 GiB, over the limit of 8.00 GiB that are held in memory; choose a smaller resolution" in sentence
+    assert (
+        "at resolution=4096 take 8.44 GiB, over the limit of 8.00 GiB that are held in memory; choose a smaller "
+        "resolution" in sentence
+    )
     monkeypatch.setattr(folder, "MAX_BYTES", 180 * 3 * R * R - 1)
     assert "over the limit" in sentence_of(tmp_path)
 
 
-# --- The config and the command ----------------------------------------------------------------------------------------------------------
+# --- The config and the command ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -331,7 +355,10 @@ def test_more_than_memory_may_hold_is_refused_before_decoding(tmp_path: Path, mo
         ("fashon-mnist", "did you mean 'fashion-mnist'? (a folder is 'imagefolder:PATH') (given 'fashon-mnist')"),
         ("photo", "did you mean 'photos'?"),
         ("ImageFoldr:/data", "did you mean 'imagefolder'? (a folder is 'imagefolder:PATH')"),
-        ("zzz\n", "valid names are fashion-mnist, imagefolder, photos (a folder is 'imagefolder:PATH') (given 'zzz\\n')"),
+        (
+            "zzz\n",
+            "valid names are fashion-mnist, imagefolder, photos (a folder is 'imagefolder:PATH') (given 'zzz\\n')",
+        ),
         ("", "valid names are"),
         ("photos:x", "did you mean 'photos'?"),
         ("imagefolder", "a folder of images is written 'imagefolder:PATH'"),

@@ -55,7 +55,10 @@ def palette(transparent: bool) -> PIL.Image.Image:
         ("clear palette.gif", palette(True), (255, 255, 255)),
         ("cmyk.tif", corner("CMYK", (255, 0, 51, 0)), (0, 255, 204)),
         ("ycbcr.tif", corner("YCbCr", (128, 128, 128)), (128, 128, 128)),
-        *((f"{bits}.png", np.full((R, R), bits, np.uint16), 3 * (grey,)) for bits, grey in ((0, 0), (128, 0), (129, 1), (25700, 100))),
+        *(
+            (f"{bits}.png", np.full((R, R), bits, np.uint16), 3 * (grey,))
+            for bits, grey in ((0, 0), (128, 0), (129, 1), (25700, 100))
+        ),
         ("white 16.png", np.full((R, R), 65535, np.uint16), (255, 255, 255)),
         ("16.tif", np.full((R, R), 51400, np.uint16), (200, 200, 200)),
         ("32.tif", np.full((R, R), 51400, np.int32), (200, 200, 200)),
@@ -70,7 +73,17 @@ def test_every_kind_of_pixel_becomes_rgb(name: str, image: Any, expected: tuple[
 def test_cmyk_jpegs_and_big_endian_16_bit(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", corner("CMYK", (0, 255, 255, 0)), quality=100)
     # A big-endian grey TIFF of 8 by 8 pixels of 16 bits, each 51,400, written by hand: Pillow writes none.
-    tags = [(256, 3, R), (257, 3, R), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 3, 8), (277, 3, 1), (278, 3, R), (279, 3, 2 * R * R)]
+    tags = [
+        (256, 3, R),
+        (257, 3, R),
+        (258, 3, 16),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 3, 8),
+        (277, 3, 1),
+        (278, 3, R),
+        (279, 3, 2 * R * R),
+    ]
     entries = b"".join(struct.pack(">HHIHH", tag, kind, 1, value, 0) for tag, kind, value in tags)
     pixels = struct.pack(">H", 51400) * R * R
     header = struct.pack(">2sHI", b"MM", 42, 8 + len(pixels))

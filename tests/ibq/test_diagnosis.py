@@ -16,20 +16,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_runs import read_the_images_once, stop_after  # noqa: F401
 
-import ibq.analysis
-import ibq.train_tokenizer as trainer
+import ibq.metrics.codebook
+import ibq.training.tokenizer as trainer
 from ibq.config import TrainConfig, parse_train_config
-from ibq.diagnosis import CAUSES, COLLAPSED_EARLY, EARLY, NOTHING_SEEN, diagnose, summary
 from ibq.errors import NonFiniteError
+from ibq.evaluation.diagnosis import CAUSES, COLLAPSED_EARLY, EARLY, NOTHING_SEEN, diagnose, summary
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import Runtime, StopRequested
-from ibq.training_state import TrainingState
+from ibq.training.runtime import Runtime, StopRequested
+from ibq.training.tokenizer import train_tokenizer
+from ibq.training.tokenizer_state import TrainingState
 
 History = list[dict[str, Any]]
 RUNTIME = Runtime(device="cpu", log_every=10, snapshots=0, eval_images=8)
 MODEL = {"base_channels": 4, "channel_multipliers": (1, 1, 2), "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
-FROM_FEATURES = {"method": "vq", "codebook_size": 128, "code_dim": 16, "codebook_init": "features", "beta_on": "commitment"}
+FROM_FEATURES = {
+    "method": "vq",
+    "codebook_size": 128,
+    "code_dim": 16,
+    "codebook_init": "features",
+    "beta_on": "commitment",
+}
 IBQ = {"method": "ibq", "codebook_size": 128, "code_dim": 64}
 
 HEALTHY: dict[str, dict[str, Any]] = {
@@ -51,7 +57,13 @@ FAILURES: dict[str, dict[str, Any]] = {
 
 
 def config_of(run: dict[str, Any]) -> TrainConfig:
-    tree = {"model": MODEL, "quantizer": run["quantizer"], "steps": run["steps"], "batch_size": 8, "optim": {"lr": run.get("lr", 1e-3)}}
+    tree = {
+        "model": MODEL,
+        "quantizer": run["quantizer"],
+        "steps": run["steps"],
+        "batch_size": 8,
+        "optim": {"lr": run.get("lr", 1e-3)},
+    }
     return parse_train_config(tree)
 
 
@@ -68,7 +80,7 @@ def history_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Hist
     return train
 
 
-# --- The right cause for each, and silence ------------------------------------------------------------------------------------------------
+# --- The right cause for each, and silence ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HEALTHY)
@@ -114,7 +126,10 @@ def test_numbers_are_those_of_the_history(history_of: Any) -> None:
     assert gap.value > 2
     assert never_used.value == last["never_used"] > 128
     assert f"the gradient reaches {last['reach_effective']:.3g} codes" in never_used.sentence
-    assert summary([collapsed, never_used]) == f"collapsed since step {collapsed.step}: {last['never_used']:.0f} codes never used"
+    assert (
+        summary([collapsed, never_used])
+        == f"collapsed since step {collapsed.step}: {last['never_used']:.0f} codes never used"
+    )
 
     history = history_of("ibq at ten times the logits")
     last, saturated = history[-1], diagnose(history)[1]
@@ -133,10 +148,13 @@ def test_numbers_are_those_of_the_history(history_of: Any) -> None:
 
 
 def test_a_collapse_is_named_when_it_has_come_and_not_before(history_of: Any) -> None:
-    """This run has its codes at first and loses them within some tens of steps; at which one hangs on how the CPU rounds."""
+    """This run has its codes at first and loses them within some tens of steps; at which one hangs on how the CPU
+    rounds."""
     history = history_of("ibq, much too fast")
     assert history[0]["perplexity_share"] > COLLAPSED_EARLY
-    lost = next(n for n, line in enumerate(history) if line["step"] >= EARLY and line["perplexity_share"] < COLLAPSED_EARLY)
+    lost = next(
+        n for n, line in enumerate(history) if line["step"] >= EARLY and line["perplexity_share"] < COLLAPSED_EARLY
+    )
     named = [bool(diagnose(history[: n + 1])) for n in range(len(history))]
     assert not any(named[:lost])
     assert all(named[lost + 1 :])
@@ -145,7 +163,7 @@ def test_a_collapse_is_named_when_it_has_come_and_not_before(history_of: Any) ->
         assert not diagnose([line for line in history_of(name) if line["step"] < EARLY])
 
 
-# --- What must not matter -----------------------------------------------------------------------------------------------------------------
+# --- What must not matter ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*HEALTHY, *FAILURES])
@@ -160,7 +178,16 @@ def test_neither_the_order_of_columns_nor_others_nor_the_clock_matter(history_of
 
 
 COLUMNS = (
-    *("perplexity", "uniform_perplexity", "dead_codes", "codebook_size", "code_dim", "tokens", "never_used", "reach_effective"),
+    *(
+        "perplexity",
+        "uniform_perplexity",
+        "dead_codes",
+        "codebook_size",
+        "code_dim",
+        "tokens",
+        "never_used",
+        "reach_effective",
+    ),
     *("logit_scale", "logit_spread", "max_probability", "assignment_entropy", "entropy_pull"),
     *("feature_norm", "code_norm", "gap", "gap_used", "gap_dead"),
 )
@@ -178,18 +205,26 @@ def test_what_a_line_lacks_is_not_judged(history_of: Any, absent: set[str], valu
             assert {finding.cause for finding in found} <= {finding.cause for finding in diagnose(history)}
 
 
-def test_histories_of_old_runs_of_generators_and_of_nothing() -> None:
+def test_histories_of_old_runs_of_transformers_and_of_nothing() -> None:
     assert diagnose([]) == []
     assert diagnose([{}]) == []
-    generator = [{"step": step, "seconds": 1.0, "loss": 7.0, "gradient_norm": 1.0, "tokens_per_s": 100.0} for step in range(10, 200, 10)]
-    assert diagnose(generator) == []
-    old = [{"step": s, "perplexity": 5.0, "uniform_perplexity": 1000.0, "dead_codes": 1000.0, "code_norm": 0.0} for s in range(10, 200, 10)]
+    transformer = [
+        {"step": step, "seconds": 1.0, "loss": 7.0, "gradient_norm": 1.0, "tokens_per_s": 100.0}
+        for step in range(10, 200, 10)
+    ]
+    assert diagnose(transformer) == []
+    old = [
+        {"step": s, "perplexity": 5.0, "uniform_perplexity": 1000.0, "dead_codes": 1000.0, "code_norm": 0.0}
+        for s in range(10, 200, 10)
+    ]
     assert summary(diagnose(old)) == "collapsed since step 10"
 
 
 def test_rising_usage_is_no_collapse_and_a_flat_one_is() -> None:
     def lines(perplexities: list[float]) -> History:
-        return [{"step": 10 * (i + 1), "perplexity": p, "uniform_perplexity": 1000.0} for i, p in enumerate(perplexities)]
+        return [
+            {"step": 10 * (i + 1), "perplexity": p, "uniform_perplexity": 1000.0} for i, p in enumerate(perplexities)
+        ]
 
     assert not diagnose(lines([10.0 * (i + 1) for i in range(20)]))
     assert diagnose(lines([200.0] * 20))[0].step == 10
@@ -209,10 +244,10 @@ def test_a_hundred_thousand_lines_are_not_compared_pair_by_pair(history_of: Any)
 
 
 def test_it_is_where_an_analysis_is_looked_for() -> None:
-    assert ibq.analysis.diagnose is diagnose
+    assert ibq.metrics.codebook.diagnose is diagnose
 
 
-# --- The row ------------------------------------------------------------------------------------------------------------------------------
+# --- The row ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_row_of_a_resumed_run_says_what_that_of_an_uninterrupted_one_does(history_of: Any, tmp_path: Path) -> None:

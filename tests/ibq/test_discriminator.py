@@ -19,7 +19,9 @@ def test_the_released_one_has_its_names_and_its_size() -> None:
     with torch.device("meta"):
         network = PatchDiscriminator(AdversarialConfig(weight=0.1), 3)
     convolved = 3 * 64 * 16 + 64 + 64 * 128 * 16 + 128 * 256 * 16 + 256 * 512 * 16 + 512 * 16 + 1
-    assert sum(parameter.numel() for parameter in network.parameters()) == convolved + 2 * (128 + 256 + 512) == 2_765_633
+    assert (
+        sum(parameter.numel() for parameter in network.parameters()) == convolved + 2 * (128 + 256 + 512) == 2_765_633
+    )
     names = {name for name, _ in network.named_parameters()}
     convolutions, norms = (0, 2, 5, 8, 11), (3, 6, 9)
     assert {f"main.{i}.weight" for i in convolutions + norms} <= names

@@ -1,4 +1,5 @@
-"""Distances in features against torch-fidelity's own command, scipy, and sets of which the answer is known; the classifier behind them."""
+"""Distances in features against torch-fidelity's own command, scipy, and sets of which the answer is known; the
+classifier behind them."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ import ibq.metrics.distances as module
 from ibq import run_directory
 from ibq.config import DataConfig
 from ibq.data import DataError, Images, load_images
-from ibq.evaluation import evaluate
-from ibq.metrics import fashion_cnn
+from ibq.evaluation.tokenizer import evaluate
 from ibq.metrics.distances import Distances, distances, reference_features, to_uint8
-from ibq.metrics.extractors import Extractor, fashion_cnn_extractor
 from ibq.models.tokenizer import Tokenizer
+from ibq.pretrained import fashion_cnn
+from ibq.pretrained.extractors import Extractor, fashion_cnn_extractor
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,9 @@ def blurred(images_N1HW: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d(x_N1HW, 3, 1, 1) + 0.02 * torch.randn(x_N1HW.shape)
 
 
-def measured(extractor: Extractor, references_N1HW: torch.Tensor, images_N1HW: torch.Tensor, batch_size: int = 100) -> dict[str, float]:
+def measured(
+    extractor: Extractor, references_N1HW: torch.Tensor, images_N1HW: torch.Tensor, batch_size: int = 100
+) -> dict[str, float]:
     streaming = Distances(extractor, references_N1HW.split(64))
     for images_BCHW in images_N1HW.split(batch_size):
         streaming.update(images_BCHW)
@@ -63,10 +66,12 @@ def measured(extractor: Extractor, references_N1HW: torch.Tensor, images_N1HW: t
     return {name.removesuffix("[fashion-cnn]"): value for name, value in metrics.items()}
 
 
-# --- Distances ---------------------------------------------------------------------------------------------------------------------------
+# --- Distances --------------------------------------------------------------------------------------------------------
 
 
-def test_distances_equal_those_of_torch_fidelitys_command_on_png_files(test_split: Images, extractor: Extractor, tmp_path: Path) -> None:
+def test_distances_equal_those_of_torch_fidelitys_command_on_png_files(
+    test_split: Images, extractor: Extractor, tmp_path: Path
+) -> None:
     """Its command is run as it is, in a process that has registered fashion-cnn; grey PNG files become RGB there."""
     references_N1HW = test_split.images_NCHW[:300]
     images_N1HW = blurred(references_N1HW)
@@ -74,8 +79,11 @@ def test_distances_equal_those_of_torch_fidelitys_command_on_png_files(test_spli
         (tmp_path / folder).mkdir()
         for number, picture_1HW in enumerate(pictures):
             Image.fromarray(picture_1HW[0].numpy()).save(tmp_path / folder / f"{number:04d}.png")
-    program = "import ibq.metrics.extractors, torch_fidelity.fidelity; torch_fidelity.fidelity.main()"
-    options = "--fid --kid --isc --prc --feature-extractor fashion-cnn --kid-subset-size 30 --cpu --json --silent --no-cache --save-cpu-ram"
+    program = "import ibq.pretrained.extractors, torch_fidelity.fidelity; torch_fidelity.fidelity.main()"
+    options = (
+        "--fid --kid --isc --prc --feature-extractor fashion-cnn --kid-subset-size 30 --cpu --json --silent "
+        "--no-cache --save-cpu-ram"
+    )
     command = [sys.executable, "-c", program, "--input1", "images", "--input2", "references", *options.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -95,7 +103,9 @@ def test_distances_equal_those_of_torch_fidelitys_command_on_png_files(test_spli
 def test_the_batch_size_changes_nothing(test_split: Images, extractor: Extractor, batch_size: int) -> None:
     references_N1HW = test_split.images_NCHW[:130]
     images_N1HW = blurred(references_N1HW)
-    assert measured(extractor, references_N1HW, images_N1HW, batch_size) == measured(extractor, references_N1HW, images_N1HW)
+    assert measured(extractor, references_N1HW, images_N1HW, batch_size) == measured(
+        extractor, references_N1HW, images_N1HW
+    )
 
 
 def test_a_set_against_itself(test_split: Images, extractor: Extractor) -> None:
@@ -116,7 +126,8 @@ def test_rounding_never_gives_a_negative_fid() -> None:
 
 
 def test_precision_and_recall_point_the_right_way(test_split: Images, extractor: Extractor) -> None:
-    """Two modes of ten kept: each image is still like a real one, most real ones are like none of them. Noise: neither."""
+    """Two modes of ten kept: each image is still like a real one, most real ones are like none of them. Noise:
+    neither."""
     images, labels = test_split.images_NCHW, test_split.labels_N
     assert labels is not None
     references_N1HW, others_N1HW, other_labels_N = images[:500], images[500:], labels[500:]
@@ -169,7 +180,12 @@ def test_the_protocol_names_what_the_numbers_belong_to(test_split: Images, extra
     streaming = Distances(extractor, test_split.images_NCHW[:200].split(50))
     streaming.update(test_split.batch(torch.arange(150), CPU))
     _, protocol = streaming.compute()
-    parts = ("torch-fidelity 0.", f"fashion-cnn {fashion_cnn.WEIGHTS_SHA256[:8]}", "150 uint8 images against 200", "100 subsets of 15")
+    parts = (
+        "torch-fidelity 0.",
+        f"fashion-cnn {fashion_cnn.WEIGHTS_SHA256[:8]}",
+        "150 uint8 images against 200",
+        "100 subsets of 15",
+    )
     assert all(part in protocol["distances[fashion-cnn]"] for part in parts)
 
 
@@ -190,7 +206,7 @@ def test_references_rounded_to_bytes_are_what_the_encoder_saw() -> None:
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
-# --- The cache of reference features -----------------------------------------------------------------------------------------------------
+# --- The cache of reference features ----------------------------------------------------------------------------------
 
 
 def test_reference_features_are_kept_by_content(
@@ -202,17 +218,25 @@ def test_reference_features_are_kept_by_content(
     reference_features(extractor, [references_N1HW[:-1]])
     assert len(list(cache.iterdir())) == 3
     monkeypatch.setattr(module, "_extract", lambda *_: pytest.fail("extracted although it is cached"))
-    assert torch.equal(reference_features(extractor, references_N1HW.split(9)), extracted_NF), "the batches are no part of the content"
+    assert torch.equal(reference_features(extractor, references_N1HW.split(9)), extracted_NF), (
+        "the batches are no part of the content"
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "another file"])
-def test_a_damaged_cache_file_is_extracted_anew(test_split: Images, extractor: Extractor, cache: Path, damage: str) -> None:
+def test_a_damaged_cache_file_is_extracted_anew(
+    test_split: Images, extractor: Extractor, cache: Path, damage: str
+) -> None:
     references_N1HW = test_split.images_NCHW[:70]
     extracted_NF = reference_features(extractor, [references_N1HW])
     (file,) = cache.iterdir()
     content = file.read_bytes()
     file.write_bytes(
-        {"cut short": content[:-9], "one bit": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], "another file": b"x"}[damage]
+        {
+            "cut short": content[:-9],
+            "one bit": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+            "another file": b"x",
+        }[damage]
     )
     assert torch.equal(reference_features(extractor, [references_N1HW]), extracted_NF)
     assert file.read_bytes() == content
@@ -226,7 +250,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert reference_features(extractor, [test_split.images_NCHW[:5]]).shape == (5, fashion_cnn.FEATURES)
 
 
-def test_a_full_disk_costs_the_cache_alone(test_split: Images, extractor: Extractor, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_the_cache_alone(
+    test_split: Images, extractor: Extractor, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -236,11 +262,15 @@ def test_a_full_disk_costs_the_cache_alone(test_split: Images, extractor: Extrac
 
 
 def test_every_network_has_features_of_its_own_in_the_cache(test_split: Images, extractor: Extractor) -> None:
-    others = (replace(extractor, name="other"), replace(extractor, weights="01234567"), replace(extractor, device=torch.device("cuda")))
+    others = (
+        replace(extractor, name="other"),
+        replace(extractor, weights="01234567"),
+        replace(extractor, device=torch.device("cuda")),
+    )
     assert len({module._content_key(each, [test_split.images_NCHW[:5]]) for each in (extractor, *others)}) == 4
 
 
-# --- The classifier ----------------------------------------------------------------------------------------------------------------------
+# --- The classifier ---------------------------------------------------------------------------------------------------
 
 
 def test_fashion_cnn_classifies_92_percent_of_the_test_split(test_split: Images) -> None:
@@ -260,7 +290,9 @@ def test_fashion_cnn_refuses_what_it_was_not_trained_on(wrong: torch.Tensor) -> 
         fashion_cnn.load_fashion_cnn()(wrong)
 
 
-def test_damaged_or_missing_weights_are_refused_with_both_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_or_missing_weights_are_refused_with_both_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damaged = tmp_path / "weights.safetensors"
     monkeypatch.setattr(fashion_cnn, "weights_file", lambda: damaged)
     with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\); install ibq again"):
@@ -274,13 +306,15 @@ def test_training_learns_and_is_repeatable(test_split: Images, capsys: pytest.Ca
     assert test_split.labels_N is not None
     few = Images("fashion-mnist", "train", test_split.images_NCHW[:1024].contiguous(), test_split.labels_N[:1024])
     first, second = (fashion_cnn.train(few, epochs=2) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert losses[2:] == losses[:2]
     assert losses[1] < losses[0] - 0.2
 
 
-# --- In an evaluation --------------------------------------------------------------------------------------------------------------------
+# --- In an evaluation -------------------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_of_fashion_mnist_has_the_distances(test_split: Images, extractor: Extractor, tiny: Any) -> None:
@@ -291,24 +325,33 @@ def test_an_evaluation_of_fashion_mnist_has_the_distances(test_split: Images, ex
     with torch.no_grad():
         reconstructions_N1HW = tokenizer.eval()(test_split.batch(torch.arange(110), CPU))[0]
     expected = measured(extractor, test_split.images_NCHW[:110], reconstructions_N1HW)
-    assert {name.removesuffix("[fashion-cnn]"): value for name, value in metrics.items() if "[fashion-cnn]" in name} == pytest.approx(
-        expected
-    )
+    assert {
+        name.removesuffix("[fashion-cnn]"): value for name, value in metrics.items() if "[fashion-cnn]" in name
+    } == pytest.approx(expected)
     assert protocol["distances[fashion-cnn]"].startswith("torch-fidelity")
 
 
 @pytest.mark.parametrize("lack", ["images", "another data set", "weights", "torch-fidelity"])
-def test_an_evaluation_without_distances_says_why(test_split: Images, tiny: Any, monkeypatch: pytest.MonkeyPatch, lack: str) -> None:
-    images, n_images, reason = test_split, 110, "absent: fashion-cnn's weights elsewhere cannot be read (No such file or directory)"
+def test_an_evaluation_without_distances_says_why(
+    test_split: Images, tiny: Any, monkeypatch: pytest.MonkeyPatch, lack: str
+) -> None:
+    images, n_images, reason = (
+        test_split,
+        110,
+        "absent: fashion-cnn's weights elsewhere cannot be read (No such file or directory)",
+    )
     if lack == "images":
         n_images, reason = 16, "absent: 16 images are too few, 100 are needed"
     elif lack == "another data set":
-        images, reason = Images("photos", "test", test_split.images_NCHW), "absent: fashion-cnn knows Fashion-MNIST, not photos"
+        images, reason = (
+            Images("photos", "test", test_split.images_NCHW),
+            "absent: fashion-cnn knows Fashion-MNIST, not photos",
+        )
     elif lack == "weights":
         monkeypatch.setattr(fashion_cnn, "weights_file", lambda: Path("elsewhere"))
     else:
-        monkeypatch.setitem(sys.modules, "ibq.metrics.extractors", None)
-        reason = "absent: import of ibq.metrics.extractors halted"
+        monkeypatch.setitem(sys.modules, "ibq.pretrained.extractors", None)
+        reason = "absent: import of ibq.pretrained.extractors halted"
     metrics, protocol, _ = evaluate(Tokenizer(tiny()), images, n_images, 55, weights="ema")
     assert not any("[fashion-cnn]" in name for name in metrics)
     assert protocol["distances[fashion-cnn]"].startswith(reason)
@@ -332,5 +375,8 @@ def test_distances_that_fail_cost_no_evaluation(
 
 def test_importing_the_evaluation_imports_none_of_the_slow_packages() -> None:
     """The command line imports it, and lists, plans and reports without a network."""
-    program = "import sys, ibq.evaluation; print({'torch_fidelity', 'lpips', 'torchvision', 'torchmetrics'} & set(sys.modules))"
+    program = (
+        "import sys, ibq.evaluation.tokenizer; print({'torch_fidelity', 'lpips', 'torchvision', 'torchmetrics'} "
+        "& set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"

@@ -16,13 +16,13 @@ from processes import free_port, run_processes, set_environment
 import ibq.distributed as distributed
 from ibq.distributed import PeerLostError, Processes, process_group
 from ibq.errors import ConfigError
-from ibq.observation import LossWindow, TokenWindow
+from ibq.training.logging import LossWindow, TokenWindow
 
 CPU = torch.device("cpu")
 WORLD = 3
 
 
-# --- Three processes ---------------------------------------------------------------------------------------------------------------------
+# --- Three processes --------------------------------------------------------------------------------------------------
 
 
 def share(processes: Processes, folder: Path) -> None:
@@ -75,7 +75,7 @@ def test_three_processes_share_numbers_flags_rows_and_errors(tmp_path: Path) -> 
     assert one["windows"] == one["restored windows"] == ([1, 1, 1, 3], pytest.approx(4 / 6, rel=1e-15))
 
 
-# --- One process -------------------------------------------------------------------------------------------------------------------------
+# --- One process ------------------------------------------------------------------------------------------------------
 
 
 def test_one_process_alone_needs_no_group() -> None:
@@ -125,18 +125,22 @@ def test_an_environment_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="process 2 of this node, counted from 0, finds 2 GPUs; start torchrun with --nproc-per-node=2"):
+    with pytest.raises(
+        ConfigError,
+        match="process 2 of this node, counted from 0, finds 2 GPUs; start torchrun with --nproc-per-node=2",
+    ):
         enter("auto")
     with pytest.raises(ConfigError, match="device='cuda:1' names one GPU for all processes; set device='cuda'"):
         enter("cuda:1")
     assert not dist.is_initialized()
 
 
-# --- A process is gone -------------------------------------------------------------------------------------------------------------------
+# --- A process is gone ------------------------------------------------------------------------------------------------
 
 
 def lose_the_last(rank: int, how: str, timeout_s: float, port: int, folder: Path) -> None:
-    """The last process leaves with an error, does not answer, or dies; the others write what they hear of it, and after how long."""
+    """The last process leaves with an error, does not answer, or dies; the others write what they hear of it, and after
+    how long."""
     distributed.TIMEOUT = timedelta(seconds=timeout_s)
     set_environment(rank, WORLD, port)
     heard = [folder / str(other) for other in range(WORLD - 1)]
@@ -175,11 +179,23 @@ def test_those_who_stay_hear_in_a_sentence_that_one_is_gone(how: str, timeout_s:
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer. This is"), "Connection reset by peer"),
-        (RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8ms for recv"), "Timed out waiting 8ms for recv"),
+        (
+            RuntimeError("[/x/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer. This is"),
+            "Connection reset by peer",
+        ),
+        (
+            RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8ms for recv"),
+            "Timed out waiting 8ms for recv",
+        ),
         (RuntimeError("Application timeout caused pair closure"), "Application timeout"),
-        (dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited or there was\nncclRemoteError"), "remote process exited"),
-        (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote crash?"), "got 0 bytes"),
+        (
+            dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited or there was\nncclRemoteError"),
+            "remote process exited",
+        ),
+        (
+            dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote crash?"),
+            "got 0 bytes",
+        ),
         (dist.DistNetworkError("The client socket has timed out after 60000ms, here"), "timed out after 60000ms"),
     ],
 )

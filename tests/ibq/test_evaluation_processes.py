@@ -14,7 +14,7 @@ from ibq.config import DataConfig, parse_train_config
 from ibq.data import Images, load_images
 from ibq.distributed import Processes
 from ibq.errors import NonFiniteInputError
-from ibq.evaluation import PerceptualEvaluation, UnfitError, evaluate
+from ibq.evaluation.tokenizer import PerceptualEvaluation, UnfitError, evaluate
 from ibq.metrics.distances import Distances
 from ibq.metrics.perceptual import LPIPS
 from ibq.models.tokenizer import Tokenizer
@@ -25,7 +25,12 @@ CPU = torch.device("cpu")
 N_IMAGES, BATCH_SIZE = 101, 10
 WORLDS = (2, 3)
 MODEL = {"base_channels": 4, "channel_multipliers": (1, 2, 2), "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
-CONFIG = {"model": MODEL, "quantizer": {"method": "ibq", "codebook_size": 16, "code_dim": 8}, "steps": 8, "batch_size": 4}
+CONFIG = {
+    "model": MODEL,
+    "quantizer": {"method": "ibq", "codebook_size": 16, "code_dim": 8},
+    "steps": 8,
+    "batch_size": 4,
+}
 
 Evaluated = tuple[dict[str, float], dict[str, Any], dict[str, torch.Tensor]]
 
@@ -136,7 +141,9 @@ def test_several_processes_measure_what_one_does(alone: dict[str, Any], together
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("what", "rel"), [("lpips", 1e-12), ("fashion-cnn", 1e-5)])
-def test_several_processes_agree_on_a_networks_numbers(alone: dict[str, Any], together: Path, what: str, rel: float, world: int) -> None:
+def test_several_processes_agree_on_a_networks_numbers(
+    alone: dict[str, Any], together: Path, what: str, rel: float, world: int
+) -> None:
     metrics, protocol = alone[what]
     first, *others = measured(together, what, world)
     assert first[1] == protocol

@@ -1,6 +1,7 @@
 """The loss curves of a tiny run, 20 steps with every term: what proves that a change of the code has changed no number.
 
-A change that is meant to change them raises RESULTS_VERSION and writes them anew: python tests/ibq/test_golden_curves.py
+A change that is meant to change them raises RESULTS_VERSION and writes them anew: python
+    tests/ibq/test_golden_curves.py
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 from ibq.config import RESULTS_VERSION, TrainConfig, parse_train_config
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import Runtime
+from ibq.training.runtime import Runtime
+from ibq.training.tokenizer import train_tokenizer
 
 GOLDEN = Path(__file__).with_name("golden_curves.json")
 
@@ -26,7 +27,14 @@ def config() -> TrainConfig:
             "quantizer": {"method": "ibq", "codebook_size": 8, "code_dim": 8, "entropy_temperature": 0.5},
             "loss": {
                 "perceptual": "fashion-cnn",
-                "adversarial": {"weight": 0.1, "adaptive": True, "start": 0.25, "channels": 8, "layers": 2, "norm": "batch"},
+                "adversarial": {
+                    "weight": 0.1,
+                    "adaptive": True,
+                    "start": 0.25,
+                    "channels": 8,
+                    "layers": 2,
+                    "norm": "batch",
+                },
             },
             "optim": {"lr": 5e-5, "schedule": "cosine", "warmup": 0.1, "clip_norm": 5.0},
             "steps": 20,
@@ -40,7 +48,8 @@ def curves(folder: Path) -> list[dict[str, float]]:
     runtime = Runtime(device="cpu", log_every=1, snapshots=0, eval_images=4)
     events = train_tokenizer(config(), folder, runtime)
     return [
-        {name: value for name, value in event.record.items() if "loss" in name or "weighted" in name or "norm" in name} for event in events
+        {name: value for name, value in event.record.items() if "loss" in name or "weighted" in name or "norm" in name}
+        for event in events
     ]
 
 
@@ -53,10 +62,19 @@ def test_the_curves_are_the_golden_ones(tmp_path: Path) -> None:
         assert mine.keys() == theirs.keys(), f"step {step}"
         for name, value in mine.items():
             assert value == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), f"{name} at step {step}"
-    assert {"loss_pixel", "loss_fashion_cnn", "loss_adversarial", "loss_double", "loss_sample_entropy", "loss_lecam"} <= actual[-1].keys()
+    assert {
+        "loss_pixel",
+        "loss_fashion_cnn",
+        "loss_adversarial",
+        "loss_double",
+        "loss_sample_entropy",
+        "loss_lecam",
+    } <= actual[-1].keys()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        GOLDEN.write_text(json.dumps({"results_version": RESULTS_VERSION, "curves": curves(Path(folder))}, indent=1) + "\n")
+        GOLDEN.write_text(
+            json.dumps({"results_version": RESULTS_VERSION, "curves": curves(Path(folder))}, indent=1) + "\n"
+        )

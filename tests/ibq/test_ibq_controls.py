@@ -1,4 +1,5 @@
-"""IBQ's parts, taken away one by one: each control equals its formula in float64, and leaves z_q exactly the gathered code."""
+"""IBQ's parts, taken away one by one: each control equals its formula in float64, and leaves z_q exactly the gathered
+code."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def make(**fields: Any) -> IndexBackpropQuantizer:
-    quantizer = build_quantizer({"method": "ibq", "codebook_size": K, "code_dim": D, "entropy_temperature": 0.5} | fields)
+    quantizer = build_quantizer(
+        {"method": "ibq", "codebook_size": K, "code_dim": D, "entropy_temperature": 0.5} | fields
+    )
     assert isinstance(quantizer, IndexBackpropQuantizer)
     return quantizer.double()
 
@@ -25,12 +28,17 @@ def gradients(quantizer: IndexBackpropQuantizer, z_ND: torch.Tensor, g_ND: torch
     """Of (z_q * g).sum(), for z and the codebook; the value of z_q is checked on the way."""
     z_q_ND, indices_N, _ = quantizer.quantize(z_ND)
     assert torch.equal(z_q_ND, quantizer.codebook[indices_N])
-    dz_ND, dC_KD = torch.autograd.grad(z_q_ND, (z_ND, quantizer.embedding), g_ND, allow_unused=True, materialize_grads=True)
+    dz_ND, dC_KD = torch.autograd.grad(
+        z_q_ND, (z_ND, quantizer.embedding), g_ND, allow_unused=True, materialize_grads=True
+    )
     return dz_ND, dC_KD
 
 
-def soft_paths(z_ND: torch.Tensor, codebook_KD: torch.Tensor, g_ND: torch.Tensor, scale: float = 1.0, m: int = K) -> tuple[Pair, Pair]:
-    """The gradient of z_q by PAPER section 3, in its parts: soft path to z and to C; nothing and the one-hot path."""
+def soft_paths(
+    z_ND: torch.Tensor, codebook_KD: torch.Tensor, g_ND: torch.Tensor, scale: float = 1.0, m: int = K
+) -> tuple[Pair, Pair]:
+    """The gradient of z_q by docs/method.md section 3, in its parts: soft path to z and to C; nothing and the one-hot
+    path."""
     logits_NK = scale * z_ND @ codebook_KD.T
     kept_NK = torch.zeros_like(logits_NK, dtype=torch.bool).scatter_(1, logits_NK.topk(m).indices, True)
     p_NK = logits_NK.masked_fill(~kept_NK, -torch.inf).softmax(1)
@@ -63,7 +71,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("soft_path", ["both", "features", "codes"])
-def test_each_control_has_the_gradient_of_its_formula(fields: dict[str, Any], scale: float, m: int, soft_path: str) -> None:
+def test_each_control_has_the_gradient_of_its_formula(
+    fields: dict[str, Any], scale: float, m: int, soft_path: str
+) -> None:
     quantizer, (z_ND, g_ND) = make(**fields, soft_path=soft_path), near()
     (soft_dz, soft_dC), (_, hard_dC) = soft_paths(z_ND.detach(), quantizer.embedding.detach(), g_ND, scale, m)
     dz_ND, dC_KD = gradients(quantizer, z_ND, g_ND)
@@ -113,15 +123,19 @@ def test_cosine_similarity_is_the_same_method_on_unit_vectors() -> None:
 
 
 def test_scaled_logits_keep_the_softness_that_a_large_code_dimension_takes_away() -> None:
-    """PAPER section 10: outside its recipe IBQ dies at D = 256, not at 32. With N(0, 1) codes and features p becomes one-hot as D grows:
-    a token hears of one code only, and the gradient comes from the few tokens between two. Scaled by 1/sqrt(D) p does not depend on D.
+    """docs/method.md section 10: outside its recipe IBQ dies at D = 256, not at 32. With N(0, 1) codes and features p
+    becomes one-hot as D grows: a token hears of one code only, and the gradient comes from the few tokens between two.
+    Scaled by 1/sqrt(D) p does not depend on D.
     """
 
     def softness(D: int, scale: Any) -> tuple[float, float]:
         """Median of the greatest p, and a median token's share of the gradient over the mean's (root mean square)."""
         torch.manual_seed(0)
         quantizer = make(code_dim=D, codebook_size=1024, logit_scale=scale)
-        z_ND, g_ND = torch.randn(100, D, dtype=torch.float64, requires_grad=True), torch.randn(100, D, dtype=torch.float64)
+        z_ND, g_ND = (
+            torch.randn(100, D, dtype=torch.float64, requires_grad=True),
+            torch.randn(100, D, dtype=torch.float64),
+        )
         p_NK = (quantizer.config.scale * z_ND.detach() @ quantizer.codebook.detach().T).softmax(1)
         norms_N = gradients(quantizer, z_ND, g_ND)[0].norm(dim=1)
         return p_NK.amax(1).median().item(), (norms_N.median() / norms_N.square().mean().sqrt()).item()

@@ -25,7 +25,7 @@ def features() -> torch.Tensor:
     return torch.randn(N, D, dtype=torch.float64, requires_grad=True)
 
 
-# --- Binary codes ------------------------------------------------------------------------------------------------------------------------
+# --- Binary codes -----------------------------------------------------------------------------------------------------
 
 
 @binary
@@ -41,7 +41,8 @@ def test_channel_d_is_the_bit_of_value_two_to_the_d(method: str) -> None:
 
 @binary
 def test_entropies_per_bit_are_those_over_all_codes(method: str) -> None:
-    """Exactly, with their gradients: softmax(2 <x, c> / tau) over 2^D codes falls into bits of probability sigmoid(4 |c_d| x_d / tau)."""
+    """Exactly, with their gradients: softmax(2 <x, c> / tau) over 2^D codes falls into bits of probability sigmoid(4
+    |c_d| x_d / tau)."""
     tau, quantizer, z_ND = 0.7, make(method, entropy_temperature=0.7), features()
     x_ND = z_ND if method == "lfq" else F.normalize(z_ND, dim=1)
     log_p_NK = (2 * x_ND @ quantizer.codebook.double().T / tau).log_softmax(1)
@@ -52,7 +53,9 @@ def test_entropies_per_bit_are_those_over_all_codes(method: str) -> None:
     }
     losses = quantizer.quantize(z_ND)[2]
     for name, value in expected.items():
-        tolerance = {"rtol": 1e-10, "atol": 1e-10} if method == "lfq" else {"rtol": 1e-6, "atol": 1e-7}  # 1/sqrt(D) is a float32
+        tolerance = (
+            {"rtol": 1e-10, "atol": 1e-10} if method == "lfq" else {"rtol": 1e-6, "atol": 1e-7}
+        )  # 1/sqrt(D) is a float32
         torch.testing.assert_close(losses[name], value, **tolerance)
         gradients = [torch.autograd.grad(loss, [z_ND], retain_graph=True)[0] for loss in (losses[name], value)]
         torch.testing.assert_close(*gradients, **tolerance)
@@ -72,9 +75,13 @@ def test_two_to_the_18_codes_have_the_entropies_of_a_dense_softmax() -> None:
     z_BDHW = torch.randn(1, 18, 2, 2, requires_grad=True)
     quantized = quantizer(z_BDHW)
     p_NK = (2 * z_BDHW.flatten(2)[0].T @ quantizer.codebook.T).softmax(1)
-    torch.testing.assert_close(quantized.losses["sample_entropy"], torch.special.entr(p_NK).sum(1).mean(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        quantized.losses["sample_entropy"], torch.special.entr(p_NK).sum(1).mean(), rtol=1e-4, atol=1e-4
+    )
     mean_K = p_NK.mean(0)
-    torch.testing.assert_close(quantized.losses["codebook_entropy"], -(mean_K * (mean_K + 1e-5).log()).sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        quantized.losses["codebook_entropy"], -(mean_K * (mean_K + 1e-5).log()).sum(), rtol=1e-4, atol=1e-4
+    )
     assert torch.equal(quantizer.indices_to_codes(quantized.indices), quantized.z_q)
 
 
@@ -89,7 +96,7 @@ def test_the_entropy_boost_fades_with_the_training_forwards_alone() -> None:
     assert factors == pytest.approx([3.0, 2.5, 2.0, 1.5, 1.0, 1.0])
 
 
-# --- Finite scalars ----------------------------------------------------------------------------------------------------------------------
+# --- Finite scalars ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [3, 4, 5, 8, 256])
@@ -114,7 +121,7 @@ def test_bounded_features_are_within_half_a_level_of_their_codes_and_pass_the_gr
     assert torch.equal(*(torch.autograd.grad(output, [z_BDHW], g_BDHW)[0] for output in (z_q, bounded)))
 
 
-# --- Gumbel-softmax and IBQ --------------------------------------------------------------------------------------------------------------
+# --- Gumbel-softmax and IBQ -------------------------------------------------------------------------------------------
 
 
 def gumbel_in_float64(**fields: Any) -> tuple[Quantizer, torch.Tensor, torch.Tensor]:
@@ -134,7 +141,9 @@ def test_without_noise_at_temperature_one_it_is_ibqs_estimator() -> None:
 def test_a_temperature_is_an_ibq_whose_logits_are_divided_by_it() -> None:
     quantizer, z_ND, g_ND = gumbel_in_float64(noise=False, temperature=0.3)
     z_q_ND = index_backprop(z_ND / 0.3, quantizer.codebook, entropy_temperature=None)[0]
-    gradients = [torch.autograd.grad(z_q, (z_ND, quantizer.embedding), g_ND) for z_q in (quantizer.quantize(z_ND)[0], z_q_ND)]
+    gradients = [
+        torch.autograd.grad(z_q, (z_ND, quantizer.embedding), g_ND) for z_q in (quantizer.quantize(z_ND)[0], z_q_ND)
+    ]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
@@ -155,7 +164,10 @@ def test_an_annealed_temperature_is_that_of_the_gradient() -> None:
     constant, _, _ = gumbel_in_float64(noise=False, temperature=0.25)
     constant.load_state_dict(annealed.state_dict())
     annealed.forwards.fill_(4)
-    gradients = [torch.autograd.grad(q.quantize(z_ND)[0], [z_ND, q.embedding], g_ND, retain_graph=True) for q in (annealed, constant)]
+    gradients = [
+        torch.autograd.grad(q.quantize(z_ND)[0], [z_ND, q.embedding], g_ND, retain_graph=True)
+        for q in (annealed, constant)
+    ]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
@@ -180,7 +192,7 @@ def test_the_kl_term_is_that_to_the_uniform_distribution() -> None:
     torch.testing.assert_close(quantizer.quantize(z_ND)[2]["kl"], expected, rtol=1e-10, atol=1e-10)
 
 
-# --- Refusals ----------------------------------------------------------------------------------------------------------------------------
+# --- Refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -190,9 +202,15 @@ def test_the_kl_term_is_that_to_the_uniform_distribution() -> None:
             {"method": "lfq", "codebook_size": 1000, "code_dim": 10},
             ("codebook_size=1000", "codebook_size=1024 with code_dim=10"),
         ),
-        ({"method": "bsq", "codebook_size": 1024, "code_dim": 64}, ("codebook_size=1024", "code_dim=64", "set code_dim=10")),
+        (
+            {"method": "bsq", "codebook_size": 1024, "code_dim": 64},
+            ("codebook_size=1024", "code_dim=64", "set code_dim=10"),
+        ),
         ({"method": "lfq", "entropy_boost": 0.5}, ("entropy_boost", "greater than or equal to 1")),
-        ({"method": "fsq", "levels": [8, 5, 5, 5], "code_dim": 4}, ("codebook_size=1024", "1000", "levels=(8, 5, 5, 5)")),
+        (
+            {"method": "fsq", "levels": [8, 5, 5, 5], "code_dim": 4},
+            ("codebook_size=1024", "1000", "levels=(8, 5, 5, 5)"),
+        ),
         ({"method": "fsq", "code_dim": 64}, ("code_dim=64", "levels=(4, 4, 4, 4, 4)", "set it to 5")),
         ({"method": "fsq", "levels": [2] * 10, "code_dim": 10}, ("levels=(2, 2", "'lfq'")),
         ({"method": "fsq", "levels": []}, ("levels", "at least 1")),
@@ -201,5 +219,7 @@ def test_the_kl_term_is_that_to_the_uniform_distribution() -> None:
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit_are_one_sentence_with_both_values(fields: dict[str, Any], mentions: tuple[str, ...]) -> None:
+def test_sizes_that_do_not_fit_are_one_sentence_with_both_values(
+    fields: dict[str, Any], mentions: tuple[str, ...]
+) -> None:
     assert_refused(fields, *mentions)

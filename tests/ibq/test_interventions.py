@@ -12,17 +12,26 @@ import pytest
 import torch
 from training_runs import RUNTIME, assert_same_run, read_the_images_once, stop_after  # noqa: F401
 
-import ibq.interventions
+import ibq.training.interventions
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
-from ibq.interventions import LIVE_FIELDS, Intervention, Journal, after, amended, live_fields, read_interventions, scheduled
 from ibq.models.tokenizer import Tokenizer
-from ibq.observation import CODEBOOK_PARAMETER, EntropyPull
 from ibq.quantizers import build_quantizer
 from ibq.run_directory import RunDirectory, append_line
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import StopRequested
-from ibq.training_state import TrainingState
+from ibq.training.interventions import (
+    LIVE_FIELDS,
+    Intervention,
+    Journal,
+    after,
+    amended,
+    live_fields,
+    read_interventions,
+    scheduled,
+)
+from ibq.training.logging import CODEBOOK_PARAMETER, EntropyPull
+from ibq.training.runtime import StopRequested
+from ibq.training.tokenizer import train_tokenizer
+from ibq.training.tokenizer_state import TrainingState
 
 CHANGES = [
     Intervention(step=3, fields={"optim.lr": 3e-4, "quantizer.entropy_weight": 0.1}),
@@ -47,7 +56,7 @@ def changed(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.
     return config, changes, trained(config, tmp_path_factory.mktemp("changed"), changes)
 
 
-# --- What an intervention does -----------------------------------------------------------------------------------------------------------
+# --- What an intervention does ----------------------------------------------------------------------------------------
 
 
 def test_without_a_change_nothing_changes(tiny: Any, tmp_path: Path) -> None:
@@ -87,7 +96,7 @@ def test_dead_codes_are_put_on_features_and_nothing_else_is(tiny: Any) -> None:
     embedding = state.tokenizer.get_parameter(CODEBOOK_PARAMETER)
     before_KD = embedding.detach().clone()
     embedding.grad = torch.ones_like(embedding)
-    state.generator.optimizer.step()
+    state.transformer.optimizer.step()
     stepped_KD = embedding.detach().clone()
     state.log_window.add(torch.tensor([0, 1, 1]))
     state.recent_window.add(torch.tensor([2]))
@@ -99,13 +108,15 @@ def test_dead_codes_are_put_on_features_and_nothing_else_is(tiny: Any) -> None:
     averaged = state.averaged_tokenizer.get_parameter(CODEBOOK_PARAMETER)
     assert torch.equal(averaged[moved], embedding[moved])
     assert torch.equal(averaged[:3], before_KD[:3])
-    moments = state.generator.optimizer.state[embedding]
+    moments = state.transformer.optimizer.state[embedding]
     assert not moments["exp_avg"][moved].any()
     assert moments["exp_avg"][:3].all()
 
 
 def test_a_moving_average_begins_anew_where_its_code_does() -> None:
-    quantizer = build_quantizer({"method": "vq", "codebook_size": 4, "code_dim": 2, "ema_decay": 0.9, "beta_on": "commitment"})
+    quantizer = build_quantizer(
+        {"method": "vq", "codebook_size": 4, "code_dim": 2, "ema_decay": 0.9, "beta_on": "commitment"}
+    )
     quantizer(torch.randn(1, 2, 4, 4))
     dead_K = torch.tensor([True, False, False, False])
     quantizer.restart_codes(dead_K, torch.tensor([[5.0, 7.0]]), torch.Generator())
@@ -113,14 +124,18 @@ def test_a_moving_average_begins_anew_where_its_code_does() -> None:
     assert quantizer.codebook[0].tolist() == pytest.approx([5, 7], rel=1e-3)
 
 
-# --- Interrupted -------------------------------------------------------------------------------------------------------------------------
+# --- Interrupted ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [2, 3, 5, 7])
 def test_a_resume_repeats_what_was_done_by_hand(changed: tuple, tmp_path: Path, stop: int) -> None:
     config, changes, whole = changed
     with pytest.raises(StopRequested):
-        list(train_tokenizer(config, tmp_path, RUNTIME, stop_after(stop), scheduled([c for c in changes if c.step < stop])))
+        list(
+            train_tokenizer(
+                config, tmp_path, RUNTIME, stop_after(stop), scheduled([c for c in changes if c.step < stop])
+            )
+        )
     list(train_tokenizer(config, tmp_path, RUNTIME, intervene=scheduled([c for c in changes if c.step >= stop])))
     assert_same_run(RunDirectory(tmp_path), whole)
 
@@ -139,8 +154,12 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(changed: tuple, t
 
 
 def test_a_change_before_one_that_is_yet_to_be_repeated(tiny: Any, tmp_path: Path) -> None:
-    """Changed at step 6 and killed, a run goes on from step 1 and is changed at step 4: the later step has the last word."""
-    config, (early, late) = tiny(), (Intervention(step=step, fields={"optim.lr": lr}) for step, lr in ((4, 7e-4), (6, 1e-5)))
+    """Changed at step 6 and killed, a run goes on from step 1 and is changed at step 4: the later step has the last
+    word."""
+    config, (early, late) = (
+        tiny(),
+        (Intervention(step=step, fields={"optim.lr": lr}) for step, lr in ((4, 7e-4), (6, 1e-5))),
+    )
     with pytest.raises(StopRequested):
         list(train_tokenizer(config, tmp_path, RUNTIME, stop_after(1)))
     events = train_tokenizer(config, tmp_path, RUNTIME, intervene=scheduled([late]))
@@ -154,7 +173,7 @@ def test_a_change_before_one_that_is_yet_to_be_repeated(tiny: Any, tmp_path: Pat
     assert run.read_history()[-1]["lr"] == pytest.approx(1e-5 * config.lr_at(7) / config.optim.lr)
 
 
-# --- Refusals ----------------------------------------------------------------------------------------------------------------------------
+# --- Refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_live_fields_are_those_that_mean_something(tiny: Any) -> None:
@@ -165,7 +184,9 @@ def test_live_fields_are_those_that_mean_something(tiny: Any) -> None:
     }
     assert "quantizer.commitment_weight" in live_fields(TrainConfig(quantizer={"method": "lfq"}))
     assert "loss.perceptual_weight" in live_fields(tiny(**{"loss.perceptual": "fashion-cnn"}))
-    assert "loss.adversarial.weight" in live_fields(tiny(**{"loss.adversarial.weight": 0.1, "loss.adversarial.layers": 2}))
+    assert "loss.adversarial.weight" in live_fields(
+        tiny(**{"loss.adversarial.weight": 0.1, "loss.adversarial.layers": 2})
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +207,11 @@ def test_what_cannot_change_is_one_sentence(tiny: Any, tmp_path: Path, fields: d
 
 
 def test_a_method_without_single_codes_restarts_none() -> None:
-    for method, fields in (("lfq", {"code_dim": 4}), ("simvq", {"code_dim": 4}), ("vq", {"code_dim": 4, "reparametrization": "linear"})):
+    for method, fields in (
+        ("lfq", {"code_dim": 4}),
+        ("simvq", {"code_dim": 4}),
+        ("vq", {"code_dim": 4, "reparametrization": "linear"}),
+    ):
         quantizer = build_quantizer({"method": method, "codebook_size": 16, **fields})
         with pytest.raises(ConfigError, match=f"method='{method}' has no codes that can be placed one by one"):
             quantizer.restart_codes(torch.ones(16, dtype=torch.bool), torch.randn(20, 4), torch.Generator())
@@ -201,7 +226,9 @@ def test_a_restart_without_single_codes_is_refused_before_it_is_recorded(tiny: A
         assert after(tiny(method), Intervention(restart_dead=True)) == tiny(method)
 
 
-def test_a_script_that_goes_on_records_nothing_twice(changed: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_that_goes_on_records_nothing_twice(
+    changed: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, changes, quiet = changed
     step = changes[-1].step
     monkeypatch.setattr(TrainingState, "update_average", failing_once(TrainingState.update_average, step + 1))
@@ -230,12 +257,12 @@ def test_one_process_alone_and_whole_records(tiny: Any, tmp_path: Path, monkeypa
     append_line(run.interventions, {"step": 1, "feilds": {}})
     with pytest.raises(ConfigError, match=r"interventions.jsonl cannot be read \(feilds: Extra inputs"):
         Journal(run, tiny(), 0, None)
-    monkeypatch.setattr(ibq.interventions, "world_size", lambda: 2)
+    monkeypatch.setattr(ibq.training.interventions, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="is trained by one process, not by 2"):
         Journal(RunDirectory(tmp_path / "other"), tiny(), 0, scheduled([]))
 
 
-# --- The pull of the entropy penalty ---------------------------------------------------------------------------------------------------
+# --- The pull of the entropy penalty ----------------------------------------------------------------------------------
 
 
 def test_the_pull_of_the_entropy_is_that_of_separate_backward_passes(tiny: Any) -> None:

@@ -32,8 +32,8 @@ from ibq.losses import (
     weighted,
     weighted_sum,
 )
-from ibq.metrics.fashion_cnn import load_fashion_cnn
 from ibq.metrics.perceptual import LPIPS, lpips_network
+from ibq.pretrained.fashion_cnn import load_fashion_cnn
 
 GAN = {"loss.adversarial.weight": 0.1}
 
@@ -45,7 +45,7 @@ def test_pixel_losses_are_the_element_means() -> None:
     assert pixel_loss(x, x, "l1") == pixel_loss(x, x, "l2") == 0
 
 
-# --- The adversarial game ----------------------------------------------------------------------------------------------------------------
+# --- The adversarial game ---------------------------------------------------------------------------------------------
 
 
 def numbers(logits: torch.Tensor) -> list[float]:
@@ -76,7 +76,9 @@ def test_the_generators_loss_is_of_the_mean_logit_of_each_image() -> None:
 def test_lecam_holds_logits_near_the_other_sides_average() -> None:
     real, fake = torch.randn(2, 3, 3, dtype=torch.float64), torch.randn(2, 3, 3, dtype=torch.float64)
     averages = torch.tensor([0.4, -0.3], dtype=torch.float64)
-    expected = sum(max(0, r + 0.3) ** 2 for r in numbers(real)) / 18 + sum(max(0, 0.4 - f) ** 2 for f in numbers(fake)) / 18
+    expected = (
+        sum(max(0, r + 0.3) ** 2 for r in numbers(real)) / 18 + sum(max(0, 0.4 - f) ** 2 for f in numbers(fake)) / 18
+    )
     assert lecam_loss(real, fake, averages).item() == pytest.approx(expected)
     assert lecam_loss(torch.full((1, 2), -0.3), torch.full((1, 2), 0.4), averages.float()) == 0
 
@@ -85,7 +87,9 @@ def test_lecam_holds_logits_near_the_other_sides_average() -> None:
 def test_the_discriminators_terms_have_their_weights(tiny: Any, lecam_weight: float) -> None:
     config = tiny(**GAN, **{"loss.adversarial.lecam_weight": lecam_weight})
     terms = discriminator_terms(config, torch.ones(1, 2, 2), torch.ones(1, 2, 2), torch.zeros(2))
-    assert discriminator_weights(config) == ({"discriminator": 1.0, "lecam": 0.05} if lecam_weight else {"discriminator": 1.0})
+    assert discriminator_weights(config) == (
+        {"discriminator": 1.0, "lecam": 0.05} if lecam_weight else {"discriminator": 1.0}
+    )
     assert terms.keys() == discriminator_weights(config).keys()
 
 
@@ -93,14 +97,18 @@ def test_the_adaptive_weight_balances_the_gradients_at_the_last_layer() -> None:
     layer = nn.Linear(3, 2).double()
     outputs = layer(torch.randn(4, 3, dtype=torch.float64))
     reconstruction, adversarial = outputs.square().mean(), 0.01 * outputs.sum()
-    by_hand = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
+    by_hand = [
+        torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+    ]
     balance = adaptive_weight(reconstruction, adversarial, layer.weight)
     torch.testing.assert_close(balance, by_hand[0] / (by_hand[1] + 1e-4))
     assert not balance.requires_grad
     torch.testing.assert_close(adaptive_weight(reconstruction, adversarial, layer.weight, 1024.0), balance)
     assert adaptive_weight(1e9 * reconstruction, 0 * adversarial, layer.weight) == 1e4
     infinite = adversarial * torch.tensor(math.inf, dtype=torch.float64)
-    assert adaptive_weight(reconstruction, infinite, layer.weight) == 1, "a gradient that overflows is not to be multiplied by zero"
+    assert adaptive_weight(reconstruction, infinite, layer.weight) == 1, (
+        "a gradient that overflows is not to be multiplied by zero"
+    )
     (reconstruction + balance * adversarial).backward()  # the graph is still there
 
 
@@ -115,7 +123,7 @@ def test_a_frozen_network_passes_gradients_on_and_keeps_none() -> None:
     assert layer.weight.requires_grad
 
 
-# --- Perceptual terms --------------------------------------------------------------------------------------------------------------------
+# --- Perceptual terms -------------------------------------------------------------------------------------------------
 
 
 def test_the_stand_in_is_the_distance_of_unit_features_after_every_activation() -> None:
@@ -181,7 +189,10 @@ def fetch(processes: Processes, folder: Path) -> None:
         return {}
 
     config = parse_train_config({"quantizer": {"method": "ibq"}, "loss": {"perceptual": "lpips-vgg"}})
-    with mock.patch("ibq.losses.backbone_weights", slowly), mock.patch("ibq.losses.lpips_network", return_value=nn.Identity()):
+    with (
+        mock.patch("ibq.losses.backbone_weights", slowly),
+        mock.patch("ibq.losses.lpips_network", return_value=nn.Identity()),
+    ):
         assert perceptual_loss(config, torch.device("cpu")) is not None
         (folder / "absent").touch()
         barrier()
@@ -191,10 +202,12 @@ def fetch(processes: Processes, folder: Path) -> None:
 
 def test_one_process_fetches_the_weights_and_the_others_wait(tmp_path: Path) -> None:
     run_processes(fetch, tmp_path, 2)
-    assert {path.name for path in tmp_path.iterdir()} == {"0 of 0", "1 of 1", "absent", "3 of 0"}, "of what is absent only one asks"
+    assert {path.name for path in tmp_path.iterdir()} == {"0 of 0", "1 of 1", "absent", "3 of 0"}, (
+        "of what is absent only one asks"
+    )
 
 
-# --- Weights and the sum -----------------------------------------------------------------------------------------------------------------
+# --- Weights and the sum ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["vq", "ibq"])

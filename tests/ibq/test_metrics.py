@@ -17,7 +17,7 @@ from ibq.metrics import ImageQuality, expected_uniform, usage_metrics
 counts = st.lists(st.integers(0, 50), min_size=1, max_size=250).filter(any)
 
 
-# --- Usage -------------------------------------------------------------------------------------------------------------------------------
+# --- Usage ------------------------------------------------------------------------------------------------------------
 
 
 @given(counts)
@@ -40,7 +40,9 @@ def test_usage_is_what_counting_token_by_token_gives(values: list[int]) -> None:
 def test_usage_does_not_depend_on_the_names_of_the_codes(values: list[int], random: object) -> None:
     shuffled = list(values)
     random.shuffle(shuffled)
-    assert usage_metrics(torch.tensor(shuffled)) == pytest.approx(usage_metrics(torch.tensor(values)), rel=1e-12, abs=1e-12)
+    assert usage_metrics(torch.tensor(shuffled)) == pytest.approx(
+        usage_metrics(torch.tensor(values)), rel=1e-12, abs=1e-12
+    )
 
 
 def test_limits_of_usage() -> None:
@@ -48,10 +50,18 @@ def test_limits_of_usage() -> None:
     assert (collapsed["usage"], collapsed["bits"], collapsed["perplexity"], collapsed["dead_codes"]) == (0.25, 0, 1, 3)
     assert (uniform["usage"], uniform["bits"], uniform["perplexity"], uniform["dead_codes"]) == (1, 2, 4, 0)
     only = usage_metrics(torch.tensor([3]))
-    assert (only["usage"], only["perplexity"], only["top1pct_mass"], only["uniform_usage"], only["uniform_perplexity"]) == (1, 1, 1, 1, 1)
+    assert (
+        only["usage"],
+        only["perplexity"],
+        only["top1pct_mass"],
+        only["uniform_usage"],
+        only["uniform_perplexity"],
+    ) == (1, 1, 1, 1, 1)
 
 
-@pytest.mark.parametrize(("codebook_size", "tokens"), [(1, 5), (2, 1), (2, 3), (16, 16), (50, 2000), (1024, 2048), (3, 100_000)])
+@pytest.mark.parametrize(
+    ("codebook_size", "tokens"), [(1, 5), (2, 1), (2, 3), (16, 16), (50, 2000), (1024, 2048), (3, 100_000)]
+)
 def test_uniform_expectations_against_monte_carlo(codebook_size: int, tokens: int) -> None:
     draws = np.random.default_rng(0).multinomial(tokens, np.full(codebook_size, 1 / codebook_size), size=400)
     shares = draws / tokens
@@ -85,7 +95,7 @@ def test_what_is_no_count_vector_is_refused(bad: torch.Tensor) -> None:
     assert str(float(bad.sum())) in str(caught.value)
 
 
-# --- Quality -----------------------------------------------------------------------------------------------------------------------------
+# --- Quality ----------------------------------------------------------------------------------------------------------
 
 
 def pictures(n: int = 7, channels: int = 3, side: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,17 +122,24 @@ def test_the_batch_size_changes_nothing(batch_size: int) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_quality_equals_scikit_image_per_picture(channels: int) -> None:
-    """SSIM on [0, 1]: a Gaussian window of 11 with sigma 1.5, the mean over all pixels, beyond the border mirrored ones.
+    """SSIM on [0, 1]: a Gaussian window of 11 with sigma 1.5, the mean over all pixels, beyond the border mirrored
+    ones.
 
-    scikit-image leaves out the 5 pixels at the border, so here it is given pictures with 5 mirrored ones around them. Tolerance 2e-5 since
-    the windows are summed in float32.
+    scikit-image leaves out the 5 pixels at the border, so here it is given pictures with 5 mirrored ones around them.
+    Tolerance 2e-5 since the windows are summed in float32.
     """
 
     def mirrored(picture_CHW: np.ndarray) -> np.ndarray:
         return np.pad((picture_CHW + 1) / 2, ((0, 0), (5, 5), (5, 5)), mode="reflect")
 
     x_BCHW, y_BCHW = pictures(channels=channels)
-    arguments = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0, "channel_axis": 0}
+    arguments = {
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+        "data_range": 1.0,
+        "channel_axis": 0,
+    }
     pairs = [(x.double().numpy(), y.clamp(-1, 1).double().numpy()) for x, y in zip(x_BCHW, y_BCHW, strict=True)]
     expected = {
         "ssim": np.mean([structural_similarity(mirrored(x), mirrored(y), **arguments) for x, y in pairs]),

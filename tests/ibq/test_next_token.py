@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ibq import next_token
-from ibq.models.subtokens import split
+from ibq import losses
+from ibq.losses import NextTokenLoss, cross_entropy
 from ibq.models.transformer import Transformer
-from ibq.models.transformer_config import TransformerConfig
-from ibq.next_token import NextTokenLoss, cross_entropy
+from ibq.models.transformer.config import TransformerConfig
+from ibq.models.transformer.subtokens import split
 
 GRID, CLASSES = 3, 4
 PLAIN = {"codebook_size": 300}
@@ -56,22 +56,28 @@ def gradients(loss: torch.Tensor, transformer: Transformer) -> list[torch.Tensor
 
 @every_kind
 @pytest.mark.parametrize("largest", [1, 45 * 128, 2**26], ids=["smallest chunks", "chunks", "one chunk"])
-def test_value_and_gradients_are_the_dense_ones(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], largest: int) -> None:
-    monkeypatch.setattr(next_token, "LARGEST_LOGITS", largest)
+def test_value_and_gradients_are_the_dense_ones(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], largest: int
+) -> None:
+    monkeypatch.setattr(losses, "LARGEST_LOGITS", largest)
     transformer = transformer_of(fields).double()
     batch = batch_of(transformer)
     loss, expected = NextTokenLoss(transformer)(*batch), dense(transformer, *batch)
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradients(3 * loss, transformer), gradients(3 * expected, transformer), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        gradients(3 * loss, transformer), gradients(3 * expected, transformer), rtol=1e-9, atol=1e-12
+    )
 
 
 @every_kind
-def test_chunks_change_a_training_step_by_rounding_alone(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
+def test_chunks_change_a_training_step_by_rounding_alone(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
     transformer = transformer_of(fields)
     batch = batch_of(transformer)
     whole = NextTokenLoss(transformer)(*batch)
-    monkeypatch.setattr(next_token, "LARGEST_LOGITS", 1)
+    monkeypatch.setattr(losses, "LARGEST_LOGITS", 1)
     chunked = NextTokenLoss(transformer)(*batch)
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients(chunked, transformer), gradients(whole, transformer), rtol=1e-4, atol=1e-6)
@@ -82,7 +88,7 @@ def test_chunks_change_a_training_step_by_rounding_alone(monkeypatch: pytest.Mon
 def test_under_autocast_the_logits_are_bfloat16_and_the_loss_is_not(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], largest: int
 ) -> None:
-    monkeypatch.setattr(next_token, "LARGEST_LOGITS", largest)
+    monkeypatch.setattr(losses, "LARGEST_LOGITS", largest)
     transformer = transformer_of(fields)
     batch = batch_of(transformer)
     expected = dense(transformer, *batch)
@@ -100,7 +106,7 @@ def test_a_new_transformer_knows_nothing() -> None:
 
 
 def test_what_is_not_finite_stays_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(next_token, "LARGEST_LOGITS", 1)
+    monkeypatch.setattr(losses, "LARGEST_LOGITS", 1)
     hidden_NW, weight_KW = torch.ones(2, 3), torch.ones(300, 3)
     weight_KW[290] = math.nan
     assert cross_entropy(hidden_NW, weight_KW, torch.zeros(2, dtype=torch.int64)).isnan()
@@ -113,30 +119,34 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.numbers = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and not func.is_view]
         self.numbers = max([self.numbers, *(tensor.numel() for tensor in made)])
         return out
 
 
-def test_at_two_to_the_eighteenth_codes_the_logits_of_all_tokens_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(next_token, "LARGEST_LOGITS", 2**20)
+def test_at_two_to_the_eighteenth_codes_the_logits_of_all_tokens_are_never_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(losses, "LARGEST_LOGITS", 2**20)
     K, W, N = 2**18, 4, 128
     hidden_NW, weight_KW = torch.randn(N, W, requires_grad=True), torch.randn(K, W, requires_grad=True)
     targets_N = torch.randint(K, (N,))
     with Largest() as largest:
         loss = cross_entropy(hidden_NW, weight_KW, targets_N)
         loss.backward()
-    assert largest.numbers == next_token.LARGEST_LOGITS == K * W == N * K // 32
+    assert largest.numbers == losses.LARGEST_LOGITS == K * W == N * K // 32
     few_NW = hidden_NW[:8].detach()
     with torch.no_grad(), Largest() as of_few:
         loss = cross_entropy(few_NW, weight_KW, targets_N[:8])
-    assert of_few.numbers == 8 * next_token.MOST_CODES, "of few tokens neither"
+    assert of_few.numbers == 8 * losses.MOST_CODES, "of few tokens neither"
     torch.testing.assert_close(loss, F.cross_entropy(few_NW @ weight_KW.T, targets_N[:8]))
-    weight_kW, targets_N = weight_KW[: next_token.MOST_CODES], targets_N % next_token.MOST_CODES
+    weight_kW, targets_N = weight_KW[: losses.MOST_CODES], targets_N % losses.MOST_CODES
     with torch.no_grad(), Largest() as dense_form:
         cross_entropy(hidden_NW[:64], weight_kW, targets_N[:64])
-    assert dense_form.numbers == 64 * next_token.MOST_CODES, "the witness sees logits where they are few"
+    assert dense_form.numbers == 64 * losses.MOST_CODES, "the witness sees logits where they are few"
     assert weight_KW.grad is not None
     assert weight_KW.grad.abs().max() > 0

@@ -1,4 +1,5 @@
-"""The operators against PAPER section 3, written with a one-hot matrix and plain autograd, in float64; limits and refusals."""
+"""The operators against docs/method.md section 3, written with a one-hot matrix and plain autograd, in float64; limits
+and refusals."""
 
 from __future__ import annotations
 
@@ -30,12 +31,14 @@ def operator(request: pytest.FixtureRequest) -> Iterator[Operator]:
 both_backends = pytest.mark.parametrize("backend", ["dense", "chunked"])
 
 
-# --- Value and gradient ------------------------------------------------------------------------------------------------------------------
+# --- Value and gradient -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 5, 3), (7, 1, 4), (37, 11, 5), (131, 67, 3)], ids=str)
 @pytest.mark.parametrize("tau", [0.01, 1.0, None])
-def test_values_and_gradients_are_those_of_the_textbook(operator: Operator, sizes: tuple[int, int, int], tau: float | None) -> None:
+def test_values_and_gradients_are_those_of_the_textbook(
+    operator: Operator, sizes: tuple[int, int, int], tau: float | None
+) -> None:
     z_ND, codebook_KD = inputs(*sizes)
     weight_ND = torch.randn_like(z_ND)
     expected, actual = textbook(z_ND, codebook_KD, tau), operator(z_ND, codebook_KD, tau)
@@ -76,13 +79,21 @@ def test_one_input_may_be_frozen(operator: Operator, frozen: str) -> None:
     (z_ND if frozen == "features" else codebook_KD).requires_grad_(False)
     free = codebook_KD if frozen == "features" else z_ND
     parts = "z_q sample codebook"
-    (mine,), (theirs,) = (torch.autograd.grad(scalar(op(z_ND, codebook_KD, 0.5), parts, weight_ND), [free]) for op in (operator, textbook))
+    (mine,), (theirs,) = (
+        torch.autograd.grad(scalar(op(z_ND, codebook_KD, 0.5), parts, weight_ND), [free]) for op in (operator, textbook)
+    )
     close(mine, theirs)
 
 
 @both_backends
 @pytest.mark.parametrize("matmul_dtype", [None, torch.bfloat16])
-@given(N=st.integers(1, 40), K=st.integers(1, 40), D=st.integers(1, 9), exponent=st.integers(-3, 3), rows=st.integers(1, 50))
+@given(
+    N=st.integers(1, 40),
+    K=st.integers(1, 40),
+    D=st.integers(1, 9),
+    exponent=st.integers(-3, 3),
+    rows=st.integers(1, 50),
+)
 def test_value_of_z_q_is_exactly_the_gathered_code(
     backend: str, matmul_dtype: torch.dtype | None, N: int, K: int, D: int, exponent: int, rows: int
 ) -> None:
@@ -105,11 +116,13 @@ def test_double_backward_through_chunks_is_a_clear_error() -> None:
     z_ND, codebook_KD = inputs(5, 3, 2)
     z_q_ND, _, sample_entropy, _ = by("chunked")(z_ND, codebook_KD, 1.0)
     (dz_ND,) = torch.autograd.grad(z_q_ND.sum() + sample_entropy, [z_ND], create_graph=True)
-    with pytest.raises(RuntimeError, match="index_backprop has no second derivative; keep it out of gradient penalties"):
+    with pytest.raises(
+        RuntimeError, match="index_backprop has no second derivative; keep it out of gradient penalties"
+    ):
         dz_ND.square().sum().backward()
 
 
-# --- Limits ------------------------------------------------------------------------------------------------------------------------------
+# --- Limits -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("K", [1, 2, 1000])
@@ -159,7 +172,7 @@ def test_ties_go_to_the_lower_index(operator: Operator) -> None:
         assert torch.equal(operator(z_ND, codebook_KD, 0.01)[1], expected_N)
 
 
-# --- Nearest code ------------------------------------------------------------------------------------------------------------------------
+# --- Nearest code -----------------------------------------------------------------------------------------------------
 
 
 @given(N=st.integers(1, 50), K=st.integers(1, 50), D=st.integers(1, 9), rows=st.integers(1, 60))
@@ -194,7 +207,9 @@ def test_views_with_other_strides_are_the_same_numbers(backend: str) -> None:
     for pair in ((z_ND, codebook_KD), copies):
         leaves = [tensor.detach().requires_grad_() for tensor in pair]
         outputs = by(backend)(*leaves, 0.1)
-        gradients.append([*outputs, *torch.autograd.grad(scalar(outputs, "z_q sample codebook", torch.ones(40, 17)), leaves)])
+        gradients.append(
+            [*outputs, *torch.autograd.grad(scalar(outputs, "z_q sample codebook", torch.ones(40, 17)), leaves)]
+        )
     for strided, plain in zip(*gradients, strict=True):
         torch.testing.assert_close(strided, plain)
 
@@ -216,7 +231,7 @@ def test_nearest_code_prefers_the_lower_index_and_has_no_gradient() -> None:
     assert not indices_N.requires_grad
 
 
-# --- Refusals ----------------------------------------------------------------------------------------------------------------------------
+# --- Refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", [index_backprop, nearest_code])
@@ -228,7 +243,11 @@ def test_nearest_code_prefers_the_lower_index_and_has_no_gradient() -> None:
         (torch.zeros(2, 3), torch.zeros(5, 4), r"\(2, 3\) and codebook \(5, 4\)"),
         (torch.zeros(0, 3), torch.zeros(5, 3), r"\(0, 3\) and codebook \(5, 3\) need at least one row"),
         (torch.zeros(2, 3), torch.zeros(0, 3), r"\(2, 3\) and codebook \(0, 3\) need at least one row"),
-        (torch.zeros(2, 0), torch.zeros(5, 0), r"\(2, 0\) and codebook \(5, 0\) need at least one row each, of at least one dimension"),
+        (
+            torch.zeros(2, 0),
+            torch.zeros(5, 0),
+            r"\(2, 0\) and codebook \(5, 0\) need at least one row each, of at least one dimension",
+        ),
         (torch.zeros(2, 3), torch.zeros(5, 3, device="meta"), "on cpu, the codebook on meta"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(5, 3), "torch.int64, the codebook torch.float32"),
         (torch.zeros(2, 3), torch.zeros(5, 3, dtype=torch.bool), "torch.float32, the codebook torch.bool"),
@@ -256,7 +275,9 @@ def test_an_unknown_backend_is_refused() -> None:
 @pytest.mark.parametrize("where", ["features", "codebook"])
 @pytest.mark.parametrize("function", [index_backprop, nearest_code])
 @both_backends
-def test_values_that_are_not_finite_are_refused_and_counted(bad: float, where: str, function: Callable[..., object], backend: str) -> None:
+def test_values_that_are_not_finite_are_refused_and_counted(
+    bad: float, where: str, function: Callable[..., object], backend: str
+) -> None:
     z_ND, codebook_KD = torch.randn(4, 3), torch.randn(5, 3)
     tensor = z_ND if where == "features" else codebook_KD
     tensor[1, 2] = tensor[3, 0] = bad
@@ -264,7 +285,13 @@ def test_values_that_are_not_finite_are_refused_and_counted(bad: float, where: s
         function(z_ND, codebook_KD, backend=backend)
 
 
-@pytest.mark.parametrize(("inputs_dtype", "matmul_dtype"), [(torch.float32, torch.float16), (torch.float64, torch.bfloat16)])
-def test_products_of_a_type_that_does_not_fit_the_inputs_are_refused(inputs_dtype: torch.dtype, matmul_dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=rf"matmul_dtype={matmul_dtype} does not fit {inputs_dtype}; use None, or torch.bfloat16"):
+@pytest.mark.parametrize(
+    ("inputs_dtype", "matmul_dtype"), [(torch.float32, torch.float16), (torch.float64, torch.bfloat16)]
+)
+def test_products_of_a_type_that_does_not_fit_the_inputs_are_refused(
+    inputs_dtype: torch.dtype, matmul_dtype: torch.dtype
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"matmul_dtype={matmul_dtype} does not fit {inputs_dtype}; use None, or torch.bfloat16"
+    ):
         index_backprop(torch.zeros(2, 3, dtype=inputs_dtype), torch.zeros(5, 3), matmul_dtype=matmul_dtype)

@@ -23,7 +23,9 @@ def test_the_operator_compiles_into_one_graph(tau: float | None) -> None:
         return scalar(outputs, "z_q sample codebook" if tau else "z_q", weight_ND)
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    expected, actual = (torch.autograd.grad(function(z_ND, codebook_KD), (z_ND, codebook_KD)) for function in (step, compiled))
+    expected, actual = (
+        torch.autograd.grad(function(z_ND, codebook_KD), (z_ND, codebook_KD)) for function in (step, compiled)
+    )
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 

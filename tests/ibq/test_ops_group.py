@@ -41,7 +41,10 @@ def one_of_two_processes(rank: int, folder: str) -> None:
             local_loss(outputs, weight_ND[mine].to(z)).backward()
             result = {"z_q": outputs[0], "indices": outputs[1], "sample": outputs[2], "codebook_entropy": outputs[3]}
             result |= {"dz": z.grad, "dC": codebook.grad}
-            torch.save({name: tensor.detach().cpu() for name, tensor in result.items()}, Path(folder) / f"{split}-{backend}-{rank}.pt")
+            torch.save(
+                {name: tensor.detach().cpu() for name, tensor in result.items()},
+                Path(folder) / f"{split}-{backend}-{rank}.pt",
+            )
     z_ND, codebook_KD, _ = joined_batch("equal")
     z_ND[0, 0] = float("nan") if rank == 1 else 0.0
     try:
@@ -61,7 +64,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("backend", ["dense", "chunked", "triton"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_group_of_two_equals_one_process_on_the_joined_batch(two_processes: Path, backend: str, split: str) -> None:
-    """Mean loss over ranks, averaged gradients: the sample entropy is a local mean, so its joined form is the mean of both halves."""
+    """Mean loss over ranks, averaged gradients: the sample entropy is a local mean, so its joined form is the mean of
+    both halves."""
     ranks = [torch.load(two_processes / f"{split}-{backend}-{rank}.pt") for rank in (0, 1)]
     z_ND, codebook_KD, weight_ND = joined_batch(split)
     z_ND.requires_grad_()
@@ -69,7 +73,9 @@ def test_a_group_of_two_equals_one_process_on_the_joined_batch(two_processes: Pa
     halves = [textbook(z, codebook_KD, 0.5) for z in z_ND.split(SPLITS[split])]
     *_, joined_entropy = textbook(z_ND, codebook_KD, 0.5)
     weights = weight_ND.split(SPLITS[split])
-    loss = sum(local_loss((*half[:3], joined_entropy), weight) for half, weight in zip(halves, weights, strict=True)) / 2
+    loss = (
+        sum(local_loss((*half[:3], joined_entropy), weight) for half, weight in zip(halves, weights, strict=True)) / 2
+    )
     dz_ND, dC_KD = torch.autograd.grad(loss, (z_ND, codebook_KD))
 
     tolerance = 1e-5 if backend == "triton" else 1e-10

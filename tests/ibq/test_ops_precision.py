@@ -118,12 +118,14 @@ def test_torchs_default_type_changes_nothing(backend: str, default: torch.dtype)
         assert torch.equal(mine, plain)
 
 
-# --- Errors against float64 on the same (rounded) inputs ----------------------------------------------------------------------------------
+# --- Errors against float64 on the same (rounded) inputs --------------------------------------------------------------
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def results(backend: str, dtype: torch.dtype, matmul_dtype: torch.dtype, tau: float | None, scale: float) -> dict[str, torch.Tensor]:
+def results(
+    backend: str, dtype: torch.dtype, matmul_dtype: torch.dtype, tau: float | None, scale: float
+) -> dict[str, torch.Tensor]:
     """z_q, indices, entropies and both gradients on inputs that every precision can hold, computed in one of them."""
     generator = torch.Generator().manual_seed(1)
     z_ND, codebook_KD, g_ND = (
@@ -132,7 +134,9 @@ def results(backend: str, dtype: torch.dtype, matmul_dtype: torch.dtype, tau: fl
     z_ND.requires_grad_()
     codebook_KD.requires_grad_()
     outputs = by(backend, matmul_dtype)(z_ND, codebook_KD, tau)
-    dz_ND, dC_KD = torch.autograd.grad(scalar(outputs, "z_q sample codebook" if tau else "z_q", g_ND), (z_ND, codebook_KD))
+    dz_ND, dC_KD = torch.autograd.grad(
+        scalar(outputs, "z_q sample codebook" if tau else "z_q", g_ND), (z_ND, codebook_KD)
+    )
     named = {"z_q": outputs[0], "indices": outputs[1], "dz": dz_ND, "dC": dC_KD}
     return named | ({"sample": outputs[2], "codebook": outputs[3]} if tau else {})
 
@@ -140,7 +144,9 @@ def results(backend: str, dtype: torch.dtype, matmul_dtype: torch.dtype, tau: fl
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("matmul_dtype", PRECISIONS.values(), ids=PRECISIONS.keys())
 @pytest.mark.parametrize("scale", [0.3, 1.0])
-def test_errors_without_entropy_stay_below_the_stated_bound(backend: str, matmul_dtype: torch.dtype, scale: float) -> None:
+def test_errors_without_entropy_stay_below_the_stated_bound(
+    backend: str, matmul_dtype: torch.dtype, scale: float
+) -> None:
     exact = results("dense", torch.float64, torch.float64, None, scale)
     mine = results(backend, torch.float32, matmul_dtype, None, scale)
     assert (mine["indices"] == exact["indices"]).double().mean() > 0.999
@@ -151,7 +157,9 @@ def test_errors_without_entropy_stay_below_the_stated_bound(backend: str, matmul
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("matmul_dtype", PRECISIONS.values(), ids=PRECISIONS.keys())
 @pytest.mark.parametrize("scale", [0.3, 1.0])
-def test_errors_with_entropy_stay_below_twice_those_of_dense(backend: str, matmul_dtype: torch.dtype, scale: float) -> None:
+def test_errors_with_entropy_stay_below_twice_those_of_dense(
+    backend: str, matmul_dtype: torch.dtype, scale: float
+) -> None:
     exact = results("dense", torch.float64, torch.float64, 0.01, scale)
     dense = results("dense", torch.float32, matmul_dtype, 0.01, scale)
     mine = results(backend, torch.float32, matmul_dtype, 0.01, scale)

@@ -1,4 +1,5 @@
-"""The Triton kernels against the textbook in float64, on a GPU where there is one, else in the interpreter; and when they are chosen."""
+"""The Triton kernels against the textbook in float64, on a GPU where there is one, else in the interpreter; and when
+they are chosen."""
 
 from __future__ import annotations
 
@@ -13,19 +14,20 @@ import pytest
 import torch
 from operators import DEVICE, by, error, scalar, textbook
 
-from ibq.ops import door, index_backprop, nearest_code, tiled
+from ibq.ops import arguments, index_backprop, nearest_code, triton
 
 SMALL = {"BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
 
 
 @pytest.fixture(params=["one tile", "many tiles", "many panels"])
 def tiling(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The blocks as they are, which are larger than the sizes here; small ones, so that loops are split; and panels of one block each."""
+    """The blocks as they are, which are larger than the sizes here; small ones, so that loops are split; and panels of
+    one block each."""
     if request.param == "one tile":
         yield
         return
-    panel = 0 if request.param == "many panels" else tiled.PANEL_BYTES
-    with mock.patch.multiple(tiled, _BLOCKS=dict.fromkeys(tiled._BLOCKS, SMALL), PANEL_BYTES=panel, _PROGRAMS=7):
+    panel = 0 if request.param == "many panels" else triton.PANEL_BYTES
+    with mock.patch.multiple(triton, _BLOCKS=dict.fromkeys(triton._BLOCKS, SMALL), PANEL_BYTES=panel, _PROGRAMS=7):
         yield
 
 
@@ -95,14 +97,18 @@ def test_ties_go_to_the_lower_index() -> None:
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (33, 35, 20), (17, 49, 33)], ids=str)
 def test_nearest_code_is_that_of_dense(sizes: tuple[int, int, int]) -> None:
     z_ND, codebook_KD, _ = inputs(*sizes)
-    assert torch.equal(nearest_code(z_ND, codebook_KD, backend="triton"), nearest_code(z_ND.double(), codebook_KD, backend="dense"))
+    assert torch.equal(
+        nearest_code(z_ND, codebook_KD, backend="triton"), nearest_code(z_ND.double(), codebook_KD, backend="dense")
+    )
 
 
 def test_large_logits_stay_finite() -> None:
     z_ND, codebook_KD, g_ND = (200 * tensor for tensor in inputs(20, 37, 4))
     mine = [tensor.requires_grad_() for tensor in (z_ND, codebook_KD)]
     outputs = by("triton")(*mine, 0.01)
-    assert all(t.isfinite().all() for t in (*outputs, *torch.autograd.grad(scalar(outputs, "z_q sample codebook", g_ND), mine)))
+    assert all(
+        t.isfinite().all() for t in (*outputs, *torch.autograd.grad(scalar(outputs, "z_q sample codebook", g_ND), mine))
+    )
 
 
 COMPILE = """
@@ -115,8 +121,9 @@ from ibq.ops import kernels, tiled
 import torch
 
 names = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-for kernel in (kernels.row_statistics, kernels.assignment_sums, kernels.row_means, kernels.logit_gradients):
-    for dtype, blocks in tiled._BLOCKS.items():
+for kernel in (triton_kernels.row_statistics, triton_kernels.assignment_sums, triton_kernels.row_means,
+triton_kernels.logit_gradients):
+    for dtype, blocks in triton._BLOCKS.items():
         signature, constants = {}, {}
         for i, name in enumerate(kernel.arg_names):
             if name.isupper() and len(name) > 1:
@@ -128,7 +135,8 @@ for kernel in (kernels.row_statistics, kernels.assignment_sums, kernels.row_mean
             else:
                 signature[name] = "fp32" if name == "inverse_tau" else "i32"
         options = {"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"], "enable_fp_fusion": True}
-        compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32), options=options)
+        compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90,
+        32), options=options)
         assert compiled.metadata.shared <= 227 * 1024, (kernel.__name__, dtype, compiled.metadata.shared)
         print(kernel.__name__, dtype, compiled.metadata.shared)
 """
@@ -142,7 +150,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     assert len(done.stdout.splitlines()) == 8
 
 
-# --- When they are chosen ----------------------------------------------------------------------------------------------------------------
+# --- When they are chosen ---------------------------------------------------------------------------------------------
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -155,44 +163,50 @@ def new_card() -> Iterator[None]:
 
 @pytest.mark.usefixtures("new_card")
 def test_auto_is_triton_for_bfloat16_on_cuda_and_chunks_elsewhere() -> None:
-    assert door._choose("auto", CUDA, torch.bfloat16) == "triton"
-    assert door._choose("auto", CUDA, torch.float32) == "chunked"
-    assert door._choose("auto", CPU, torch.bfloat16) == "chunked"
+    assert arguments.choose_backend("auto", CUDA, torch.bfloat16) == "triton"
+    assert arguments.choose_backend("auto", CUDA, torch.float32) == "chunked"
+    assert arguments.choose_backend("auto", CPU, torch.bfloat16) == "chunked"
 
 
 def test_an_old_card_gets_chunks_and_a_warning() -> None:
-    door._warn_once.cache_clear()
+    arguments._warn_once.cache_clear()
     with (
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5)),
         mock.patch.object(torch.cuda, "get_device_name", return_value="Tesla T4"),
         pytest.warns(RuntimeWarning, match=r"Tesla T4 is older than compute capability 8.0; index_backprop falls back"),
     ):
-        assert door._choose("auto", CUDA, torch.bfloat16) == "chunked"
+        assert arguments.choose_backend("auto", CUDA, torch.bfloat16) == "chunked"
 
 
 @pytest.mark.parametrize("N", [1, 1000, 3136, 65536, 10**7])
 def test_panels_are_whole_blocks_within_their_budget(N: int) -> None:
-    width = tiled.panel_width(N, 2**20, 2, 128)
+    width = triton.panel_width(N, 2**20, 2, 128)
     assert width % 128 == 0
-    assert width == 128 or width * N * 2 <= tiled.PANEL_BYTES
-    assert tiled.panel_width(N, 100, 2, 128) == 100
+    assert width == 128 or width * N * 2 <= triton.PANEL_BYTES
+    assert triton.panel_width(N, 100, 2, 128) == 100
 
 
 def test_without_triton_auto_falls_back_with_one_warning_and_a_request_is_refused() -> None:
-    door._warn_once.cache_clear()
-    with mock.patch.object(tiled.importlib.util, "find_spec", return_value=None):
-        with pytest.warns(RuntimeWarning, match="Triton is not installed; index_backprop falls back to backend='chunked'"):
-            assert door._choose("auto", CUDA, torch.bfloat16) == "chunked"
+    arguments._warn_once.cache_clear()
+    with mock.patch.object(triton.importlib.util, "find_spec", return_value=None):
+        with pytest.warns(
+            RuntimeWarning, match="Triton is not installed; index_backprop falls back to backend='chunked'"
+        ):
+            assert arguments.choose_backend("auto", CUDA, torch.bfloat16) == "chunked"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert door._choose("auto", CUDA, torch.bfloat16) == "chunked"
-        with pytest.raises(ValueError, match="backend='triton' cannot run: Triton is not installed; use backend='chunked'"):
+            assert arguments.choose_backend("auto", CUDA, torch.bfloat16) == "chunked"
+        with pytest.raises(
+            ValueError, match="backend='triton' cannot run: Triton is not installed; use backend='chunked'"
+        ):
             index_backprop(torch.zeros(2, 3), torch.zeros(5, 3), backend="triton")
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"tensors are on cpu, which Triton serves only in its interpreter \(TRITON_INTERPRET=1\)"):
+    with pytest.raises(
+        ValueError, match=r"tensors are on cpu, which Triton serves only in its interpreter \(TRITON_INTERPRET=1\)"
+    ):
         index_backprop(torch.zeros(2, 3), torch.zeros(5, 3), backend="triton")
 
 

@@ -1,4 +1,5 @@
-"""LPIPS against the lpips package's own forward, Inception through torch-fidelity; with random weights, so that none need be fetched."""
+"""LPIPS against the lpips package's own forward, Inception through torch-fidelity; with random weights, so that none
+need be fetched."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ import torchvision
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-import ibq.evaluation
+import ibq.evaluation.tokenizer
 from ibq.config import DataConfig
 from ibq.data import DataError, Images, load_images
-from ibq.evaluation import PerceptualEvaluation, UnfitError
-from ibq.metrics import extractors
+from ibq.evaluation.tokenizer import PerceptualEvaluation, UnfitError
 from ibq.metrics.distances import Distances, _FeatureStream
-from ibq.metrics.extractors import inception_extractor
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network
 from ibq.models.tokenizer import Tokenizer
+from ibq.pretrained import extractors
+from ibq.pretrained.extractors import inception_extractor
 
 CPU = torch.device("cpu")
 
@@ -45,7 +46,10 @@ def random_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         network = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}[backbone]()
     shapes = {name: value.shape for name, value in network.state_dict().items() if name.startswith("features.")}
-    return {name: torch.randn(shape) / shape[1:].numel() ** 0.5 if len(shape) > 1 else torch.rand(shape) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape) / shape[1:].numel() ** 0.5 if len(shape) > 1 else torch.rand(shape)
+        for name, shape in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def pictures(n: int = 5, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]
     return x_BCHW, (x_BCHW + 0.3 * torch.randn_like(x_BCHW)).clamp(-1, 1)
 
 
-# --- LPIPS -------------------------------------------------------------------------------------------------------------------------------
+# --- LPIPS ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backbone", ["alex", "vgg"])
@@ -137,19 +141,26 @@ def test_the_network_is_built_without_warnings_and_random_numbers(alex: torch.nn
 
 @pytest.mark.parametrize(("backbone", "file"), [("alex", "alexnet-owt-7be5be79.pth"), ("vgg", "vgg16-397923af.pth")])
 def test_absent_backbones_are_named(backbone: Backbone, file: str) -> None:
-    with pytest.raises(DataError, match=rf"\(for lpips\[{backbone}\]\) are absent: {file} is not in .*\(no network\); put that file there"):
+    with pytest.raises(
+        DataError,
+        match=rf"\(for lpips\[{backbone}\]\) are absent: {file} is not in .*\(no network\); put that file there",
+    ):
         backbone_weights(backbone)
 
 
-# --- Inception ---------------------------------------------------------------------------------------------------------------------------
+# --- Inception --------------------------------------------------------------------------------------------------------
 
 
 def test_absent_inception_is_named() -> None:
-    with pytest.raises(DataError, match=r"Inception-v3 .* are absent: weights-inception-2015-12-05-6726825d.pth is not in"):
+    with pytest.raises(
+        DataError, match=r"Inception-v3 .* are absent: weights-inception-2015-12-05-6726825d.pth is not in"
+    ):
         inception_extractor(CPU)
 
 
-def test_inception_is_torch_fidelitys_own_on_the_file_that_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_is_torch_fidelitys_own_on_the_file_that_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
     with monkeypatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
@@ -178,7 +189,7 @@ def test_inception_is_torch_fidelitys_own_on_the_file_that_is_found(tmp_path: Pa
         torch.testing.assert_close(actual, expected)
 
 
-# --- In an evaluation --------------------------------------------------------------------------------------------------------------------
+# --- In an evaluation -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +197,11 @@ def test_split() -> Images:
     return load_images(DataConfig(), "test")
 
 
-def test_perceptual_evaluations_of_a_tokenizer(test_split: Images, tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_perceptual_evaluations_of_a_tokenizer(
+    test_split: Images, tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     weights = random_weights("alex")
-    monkeypatch.setattr(ibq.evaluation, "backbone_weights", lambda _: weights)
+    monkeypatch.setattr(ibq.evaluation.tokenizer, "backbone_weights", lambda _: weights)
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path))
     tokenizer = Tokenizer(tiny())
     lpips_alex, fashion_cnn = PerceptualEvaluation("lpips-alex", CPU), PerceptualEvaluation("fashion-cnn", CPU)
@@ -199,7 +212,7 @@ def test_perceptual_evaluations_of_a_tokenizer(test_split: Images, tiny: Any, mo
     assert again == pytest.approx(metrics)
     assert tokenizer.training
     metrics, _ = fashion_cnn(tokenizer, test_split, 110, 100, weights="ema")
-    expected, _, _ = ibq.evaluation.evaluate(tokenizer, test_split, 110, 100, weights="ema")
+    expected, _, _ = ibq.evaluation.tokenizer.evaluate(tokenizer, test_split, 110, 100, weights="ema")
     assert metrics == {name: value for name, value in expected.items() if name in metrics}
     assert len(metrics) == 5
     assert isinstance(fashion_cnn._start(test_split.images_NCHW), Distances)
@@ -207,14 +220,18 @@ def test_perceptual_evaluations_of_a_tokenizer(test_split: Images, tiny: Any, mo
 
 def test_perceptual_evaluations_that_mean_nothing_are_refused(test_split: Images, tiny: Any) -> None:
     fashion_cnn, tokenizer = PerceptualEvaluation("fashion-cnn", CPU), Tokenizer(tiny())
-    with pytest.raises(UnfitError, match="fashion-cnn is absent: 16 images are too few, 100 are needed; evaluate more images"):
+    with pytest.raises(
+        UnfitError, match="fashion-cnn is absent: 16 images are too few, 100 are needed; evaluate more images"
+    ):
         fashion_cnn(tokenizer, test_split, 16, 16, weights="ema")
     photos = Images("photos", "test", test_split.images_NCHW)
     with pytest.raises(UnfitError, match="fashion-cnn knows Fashion-MNIST, not photos"):
         fashion_cnn(tokenizer, photos, 200, 100, weights="ema")
     with pytest.raises(DataError, match="vgg16"):
         PerceptualEvaluation("lpips-vgg", CPU)(tokenizer, test_split, 16, 16, weights="ema")
-    with pytest.raises(UnfitError, match="inception is absent: 16 images are too few"):  # said before its weights are sought
+    with pytest.raises(
+        UnfitError, match="inception is absent: 16 images are too few"
+    ):  # said before its weights are sought
         PerceptualEvaluation("inception", CPU)(tokenizer, test_split, 16, 16, weights="ema")
     small = Images("small", "test", test_split.images_NCHW[..., :16, :16].contiguous())
     with pytest.raises(UnfitError, match="lpips needs images of at least 32 x 32 pixels, and these are 16 x 16"):
@@ -232,8 +249,9 @@ def test_a_metric_that_fails_and_a_package_that_is_absent_are_one_sentence(
     with pytest.raises(UnfitError, match=r"^fashion-cnn is absent: out of memory$"):
         fashion_cnn(tokenizer, test_split, 110, 100, weights="ema")
     assert tokenizer.training
-    monkeypatch.setitem(sys.modules, "ibq.metrics.extractors", None)
+    monkeypatch.setitem(sys.modules, "ibq.pretrained.extractors", None)
     with pytest.raises(
-        DataError, match=r"^fashion-cnn needs a package that cannot be imported \(import of .* halted; .*\); install ibq again$"
+        DataError,
+        match=r"^fashion-cnn needs a package that cannot be imported \(import of .* halted; .*\); install ibq again$",
     ):
         PerceptualEvaluation("fashion-cnn", CPU)(tokenizer, test_split, 110, 100, weights="ema")

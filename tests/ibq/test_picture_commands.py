@@ -1,4 +1,5 @@
-"""Reconstructing and evaluating folders of pictures: real files of mixed sizes through real, small tokenizers saved to a folder."""
+"""Reconstructing and evaluating folders of pictures: real files of mixed sizes through real, small tokenizers saved to
+a folder."""
 
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ from PIL import Image
 from released_layout import Tensors, networks, tokenizer_state, transformer_state, write
 from safetensors.torch import load_file
 
-import ibq.evaluation
-from ibq import Tokenizer, evaluate, load_released, load_tokenizer, reconstruct
-from ibq.analysis import QuantizationError
+import ibq.evaluation.tokenizer
+from ibq import Tokenizer, load_released, load_tokenizer
+from ibq.cli import evaluate, reconstruct
 from ibq.metrics import ImageQuality, usage_metrics
+from ibq.metrics.codebook import QuantizationError
 from ibq.run_directory import read_lines
 
 WIDE = {"data.name": "photos", "model.channel_multipliers": (1, 1, 1, 1, 1)}  # f = 16
@@ -79,7 +81,7 @@ def plain(tokenizer: Tokenizer, x_BCHW: torch.Tensor) -> torch.Tensor:
         return ((tokenizer(x_BCHW).images.clamp(-1, 1) + 1) * 127.5).round()
 
 
-# --- Reconstruct -------------------------------------------------------------------------------------------------------------------------
+# --- Reconstruct ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -108,7 +110,8 @@ def test_a_picture_of_1024_pixels(tiny: Any, tmp_path: Path) -> None:
     run(reconstruct.main, tmp_path / "model", tmp_path / "pictures", tmp_path / "out")
     x_BCHW = as_seen(tmp_path / "pictures" / "large.png")
     assert torch.equal(
-        pixels(tmp_path / "out" / "reconstructions" / "large.png.png").float(), plain(load_tokenizer(tmp_path / "model"), x_BCHW)
+        pixels(tmp_path / "out" / "reconstructions" / "large.png.png").float(),
+        plain(load_tokenizer(tmp_path / "model"), x_BCHW),
     )
     assert load_file(tmp_path / "out" / "indices" / "large.png.safetensors")["indices_BHW"].shape == (1, 64, 64)
 
@@ -151,7 +154,7 @@ def test_killed_at_any_moment_it_goes_on(model: Path, tmp_path: Path, capsys: py
         draw(tmp_path / "pictures" / f"{number:03d}.png", 32, 32, seed=number)
     out, command = (
         tmp_path / "out",
-        [sys.executable, "-m", "ibq.reconstruct", str(model), str(tmp_path / "pictures"), str(tmp_path / "out")],
+        [sys.executable, "-m", "ibq.cli.reconstruct", str(model), str(tmp_path / "pictures"), str(tmp_path / "out")],
     )
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(read_lines(out / "pictures.jsonl")) < 20:
@@ -172,7 +175,9 @@ def test_a_grey_tokenizer_sees_grey_and_says_so(tiny: Any, tmp_path: Path, capsy
     run(reconstruct.main, tmp_path / "model", tmp_path / "pictures", tmp_path / "out")
     assert "shown every picture in grey" in capsys.readouterr().err
     with Image.open(tmp_path / "pictures" / "colour.png") as image:
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "originals" / "colour.png.png")), np.asarray(image.convert("L")))
+        assert np.array_equal(
+            np.asarray(Image.open(tmp_path / "out" / "originals" / "colour.png.png")), np.asarray(image.convert("L"))
+        )
     assert "grey" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -201,7 +206,9 @@ def test_weird_names_and_links_in_a_circle(model: Path, tmp_path: Path) -> None:
     assert all(os.path.isfile(os.path.join(os.fsencode(out), source)) for source in sources)
 
 
-def test_more_pictures_than_a_page_holds(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_pictures_than_a_page_holds(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reconstruct, "PICTURES_A_PAGE", 2)
     run(reconstruct.main, model, folder, tmp_path / "out")
     pages = sorted((tmp_path / "out").glob("*.html"))
@@ -211,7 +218,7 @@ def test_more_pictures_than_a_page_holds(model: Path, folder: Path, tmp_path: Pa
     assert [page.name for page in (tmp_path / "out").glob("*.html")] == ["index.html"]
 
 
-# --- Which part of a picture -------------------------------------------------------------------------------------------------------------
+# --- Which part of a picture ------------------------------------------------------------------------------------------
 
 
 def test_pictures_that_do_not_fit_are_skipped_with_numbers_and_remedy(
@@ -222,12 +229,15 @@ def test_pictures_that_do_not_fit_are_skipped_with_numbers_and_remedy(
     run(reconstruct.main, model, folder, tmp_path / "out")
     said = capsys.readouterr().err
     assert "5 pictures, 2 skipped" in said
-    assert "odd.png is 30×33 pixels, not multiples of the tokenizer's down-sampling factor 4; use --fit crop or --resize" in said
+    assert (
+        "odd.png is 30×33 pixels, not multiples of the tokenizer's down-sampling factor 4; use --fit crop or --resize"
+        in said
+    )
     assert "broken.png has not the content of" in said
     assert "odd.png is 30×33 pixels" in (tmp_path / "out" / "index.html").read_text()
 
 
-# --- Evaluate ----------------------------------------------------------------------------------------------------------------------------
+# --- Evaluate ---------------------------------------------------------------------------------------------------------
 
 
 def evaluated(tmp_path: Path, *arguments: object) -> dict[str, Any]:
@@ -271,19 +281,24 @@ def test_what_cannot_be_measured_is_absent_with_its_reason(
     assert "peak memory" in said.err
 
 
-def test_lpips_and_stand_ins_through_the_evaluations_own_networks(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_and_stand_ins_through_the_evaluations_own_networks(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """LPIPS with random weights equals the plain call on each picture; fashion-cnn's numbers bear its name."""
     from torchvision.models import alexnet
 
     from ibq.metrics.perceptual import LPIPS, lpips_network
 
     weights = alexnet(weights=None).state_dict()
-    monkeypatch.setattr(ibq.evaluation, "backbone_weights", lambda _: weights)
+    monkeypatch.setattr(ibq.evaluation.tokenizer, "backbone_weights", lambda _: weights)
     Tokenizer(tiny()).save(tmp_path / "model")
     for number in range(100):
         draw(tmp_path / "pictures" / f"{number:03d}.png", 32, 32, "L", seed=number)
     wanted = ("--metric", "lpips-alex", "--metric", "fashion-cnn", "--limit", 100)
-    numbers = [evaluated(tmp_path, tmp_path / "model", tmp_path / "pictures", *wanted, "--batch-size", size) for size in (7, 50)]
+    numbers = [
+        evaluated(tmp_path, tmp_path / "model", tmp_path / "pictures", *wanted, "--batch-size", size)
+        for size in (7, 50)
+    ]
     values = [{name: entry["value"] for name, entry in each["metrics"].items()} for each in numbers]
     assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6)
     assert {"fid[fashion-cnn]", "kid[fashion-cnn]", "precision[fashion-cnn]", "lpips[alex]"} <= values[0].keys()
@@ -322,10 +337,12 @@ def test_released_weights_are_chosen_and_labelled(tmp_path: Path, state: Tensors
     assert same == (labels["ema"] == labels["raw"])
 
 
-# --- Errors ------------------------------------------------------------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_wrong_argument_is_one_sentence(model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_wrong_argument_is_one_sentence(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
     draw(tmp_path / "odd" / "odd.png", 30, 33)
@@ -342,7 +359,12 @@ def test_every_wrong_argument_is_one_sentence(model: Path, folder: Path, tmp_pat
         "argument --resize: not allowed with argument --fit": (model, folder, "--fit", "crop", "--resize", 8),
         "argument --limit: '0' is not a whole number of at least 1": (model, folder, "--limit", 0),
         "argument --batch-size: 'x' is not a whole": (model, folder, "--batch-size", "x"),
-        "--weights raw is for released checkpoints; .*model holds one set of weights": (model, folder, "--weights", "raw"),
+        "--weights raw is for released checkpoints; .*model holds one set of weights": (
+            model,
+            folder,
+            "--weights",
+            "raw",
+        ),
         "holds no averaged weights .*--weights raw": (plain_file, folder),
     }
     for words, arguments in cases.items():
@@ -350,30 +372,38 @@ def test_every_wrong_argument_is_one_sentence(model: Path, folder: Path, tmp_pat
             assert re.search(words, fails(main, capsys, *arguments, *out)), words
     assert "--out" in fails(evaluate.main, capsys, model, folder, "--out", tmp_path)
     contradiction = fails(evaluate.main, capsys, model, folder, "--metric", "inception", "--metric", "none")
-    assert contradiction == "ibq.evaluate: --metric none and --metric inception contradict each other; leave one out"
+    assert (
+        contradiction == "ibq.cli.evaluate: --metric none and --metric inception contradict each other; leave one out"
+    )
 
 
-def test_an_out_folder_that_would_harm_something(model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_folder_that_would_harm_something(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "lies inside" in fails(reconstruct.main, capsys, model, folder, folder / "out")
     assert "lies inside" in fails(reconstruct.main, capsys, model, folder, folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index.html").write_text("my own page")
     assert "holds other files than reconstructions" in fails(reconstruct.main, capsys, model, folder, tmp_path / "mine")
     assert (tmp_path / "mine" / "index.html").read_text() == "my own page"
-    assert "is a file; choose a folder" in fails(reconstruct.main, capsys, model, folder, tmp_path / "mine" / "index.html")
+    assert "is a file; choose a folder" in fails(
+        reconstruct.main, capsys, model, folder, tmp_path / "mine" / "index.html"
+    )
     run(reconstruct.main, model, folder, tmp_path / "out")
     (tmp_path / "out" / "indices" / "b.png.safetensors").write_bytes(b"torn")
     assert "b.png.safetensors is damaged; delete it" in fails(reconstruct.main, capsys, model, folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("part", ["encoder.conv_in.bias", "decoder.conv_out.bias"])
-def test_damaged_weights_are_one_sentence(model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str) -> None:
+def test_damaged_weights_are_one_sentence(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
     tokenizer = load_tokenizer(model)
     with torch.no_grad():
         tokenizer.get_parameter(part).fill_(float("nan"))
     tokenizer.save(model)
     assert "a.jpg (24×24 pixels, 2 at a time)" in fails(reconstruct.main, capsys, model, folder, tmp_path / "out")
-    assert "ibq.evaluate: " in fails(evaluate.main, capsys, model, folder, "--metric", "none")
+    assert "ibq.cli.evaluate: " in fails(evaluate.main, capsys, model, folder, "--metric", "none")
 
 
 def test_too_little_memory_is_one_sentence(
@@ -383,4 +413,6 @@ def test_too_little_memory_is_one_sentence(
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(Tokenizer, "forward", full)
-    assert "not enough memory for a.jpg (24×24 pixels, 2 at a time); lower --batch-size" in fails(evaluate.main, capsys, model, folder)
+    assert "not enough memory for a.jpg (24×24 pixels, 2 at a time); lower --batch-size" in fails(
+        evaluate.main, capsys, model, folder
+    )

@@ -1,4 +1,5 @@
-"""The page of reconstructions in headless Chromium: large and small window, light and dark; nothing is cut off, broken or fetched."""
+"""The page of reconstructions in headless Chromium: large and small window, light and dark; nothing is cut off, broken
+or fetched."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from ibq import Tokenizer, reconstruct
+from ibq import Tokenizer
+from ibq.cli import reconstruct
 
 pytestmark = pytest.mark.browser
 SIZES = [{"width": 1280, "height": 900}, {"width": 390, "height": 844}, {"width": 320, "height": 600}]
@@ -45,7 +47,10 @@ def test_the_page_in_a_browser(page_file: Path) -> None:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
         page.on(
-            "request", lambda r: None if r.url.startswith((page_file.parent.as_uri(), "data:")) else problems.append(f"leaves: {r.url}")
+            "request",
+            lambda r: (
+                None if r.url.startswith((page_file.parent.as_uri(), "data:")) else problems.append(f"leaves: {r.url}")
+            ),
         )
         for name, pictures in (("index.html", 3), ("index-2.html", 2)):
             page.goto((page_file.parent / name).as_uri())

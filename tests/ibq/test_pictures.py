@@ -10,8 +10,8 @@ import torch
 from picture_files import draw, pixels
 from PIL import Image
 
-from ibq.data import pictures as pictures_module
-from ibq.data.pictures import Framing, PictureFolder
+from ibq.cli import pictures as pictures_module
+from ibq.cli.pictures import Framing, PictureFolder
 from ibq.errors import ConfigError
 
 
@@ -33,7 +33,9 @@ def test_crop_takes_the_largest_centre_part_and_resize_the_centre_square(tmp_pat
         (Framing(4, 3, resize=16), (12, 40), "16"),
     ],
 )
-def test_pictures_too_small_for_the_framing(framing: Framing, size: tuple[int, int], words: str, tmp_path: Path) -> None:
+def test_pictures_too_small_for_the_framing(
+    framing: Framing, size: tuple[int, int], words: str, tmp_path: Path
+) -> None:
     draw(tmp_path / "a.png", *size)
     pictures = PictureFolder(tmp_path, framing)
     assert list(pictures.batches(pictures.names, 4)) == []
@@ -42,7 +44,9 @@ def test_pictures_too_small_for_the_framing(framing: Framing, size: tuple[int, i
 
 
 def test_a_resolution_that_the_factor_does_not_divide() -> None:
-    with pytest.raises(ConfigError, match=r"--resize 30 is not a multiple of the tokenizer's down-sampling factor 16; use 16 or 32"):
+    with pytest.raises(
+        ConfigError, match=r"--resize 30 is not a multiple of the tokenizer's down-sampling factor 16; use 16 or 32"
+    ):
         Framing(16, 3, resize=30)
     with pytest.raises(ConfigError, match=r"use 16$"):
         Framing(16, 3, resize=3)
@@ -58,7 +62,12 @@ def test_batches_hold_one_size_and_little_memory(tmp_path: Path, monkeypatch: py
 
     assert names(4) == [["00", "03", "06", "09"], ["01", "04", "07", "10"], ["02", "05", "08", "11"]]
     monkeypatch.setattr(pictures_module, "AREA", 8 * 12)
-    assert names(4) == [["02", "05", "08"], ["00", "03", "06", "09"], ["01", "04", "07", "10"], ["11"]]  # 16x8 pixels: fewer at a time
+    assert names(4) == [
+        ["02", "05", "08"],
+        ["00", "03", "06", "09"],
+        ["01", "04", "07", "10"],
+        ["11"],
+    ]  # 16x8 pixels: fewer at a time
     monkeypatch.setattr(pictures_module, "WAITING_BYTES", 8 * 8 * 3 * 2)
     assert max(map(len, names(4))) <= 2
     assert sorted(name for batch in names(4) for name in batch) == [f"{number:02d}" for number in range(12)]

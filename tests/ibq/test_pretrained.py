@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ibq.data import DataError
-from ibq.pretrained import hash_in_name, load_pretrained, pretrained_file
+from ibq.pretrained.weights import hash_in_name, load_pretrained, pretrained_file
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,9 @@ def saved(folder: Path, content: object) -> Path:
     return (folder / "unnamed").rename(folder / f"net-{digest[:8]}.pth")
 
 
-def test_weights_are_sought_in_the_given_folder_then_in_torch_hubs(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_sought_in_the_given_folder_then_in_torch_hubs(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = saved(hub, {"weight": torch.ones(2)})
     nowhere = f"nowhere/{file.name}"
     assert pretrained_file(nowhere, "a net") == file
@@ -56,7 +58,9 @@ def test_weights_are_downloaded_once_whole_and_by_several_at_a_time(tmp_path: Pa
     assert load_pretrained(url, "a net").keys() == {"weight"}
 
 
-def test_absent_weights_are_one_sentence_with_the_file_and_the_folders(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_weights_are_one_sentence_with_the_file_and_the_folders(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = (tmp_path / "net-0123abcd.pth").as_uri()
     with pytest.raises(
         DataError, match=r"the weights of a net are absent: net-0123abcd.pth is not in .*, and its download failed"
@@ -83,7 +87,9 @@ def test_a_file_with_another_content_than_its_name_says_is_refused_with_both_has
     promised = hash_in_name(file.name)
     file.write_bytes(file.read_bytes() + b"x")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    with pytest.raises(DataError, match=f"its sha256 begins with {digest[:8]} where its name says {promised}; replace it or delete it"):
+    with pytest.raises(
+        DataError, match=f"its sha256 begins with {digest[:8]} where its name says {promised}; replace it or delete it"
+    ):
         pretrained_file(f"nowhere/{file.name}", "a net")
 
 
@@ -117,17 +123,21 @@ def test_a_name_without_a_hash_cannot_be_verified() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [[torch.ones(2)], torch.ones(2), {"state_dict": {"weight": torch.ones(2)}}, {"weight": torch.ones(2), "epoch": 3}]
+    "content",
+    [[torch.ones(2)], torch.ones(2), {"state_dict": {"weight": torch.ones(2)}}, {"weight": torch.ones(2), "epoch": 3}],
 )
 def test_tensors_that_are_no_state_dict_are_refused(hub: Path, content: object) -> None:
     file = saved(hub, content)
     with pytest.raises(
-        DataError, match=rf"{file.name} does not hold the weights of a net alone \(it is no dictionary of tensors\); delete it$"
+        DataError,
+        match=rf"{file.name} does not hold the weights of a net alone \(it is no dictionary of tensors\); delete it$",
     ):
         load_pretrained(f"nowhere/{file.name}", "a net")
 
 
-def test_threads_that_download_at_once_leave_the_timeout_of_sockets_as_it_was(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_download_at_once_leave_the_timeout_of_sockets_as_it_was(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen, all_started = [], Barrier(4)
 
     def slow_download(*_: object, **__: object) -> None:

@@ -29,7 +29,7 @@ def test_the_public_names_are_frozen() -> None:
         "BinarySphericalQuantizer",
         "FSQConfig",
         "FiniteScalarQuantizer",
-        "Generator",
+        "TrainedTransformer",
         "GumbelConfig",
         "GumbelQuantizer",
         "IBQConfig",
@@ -44,7 +44,7 @@ def test_the_public_names_are_frozen() -> None:
         "VectorQuantizer",
         "build_quantizer",
         "index_backprop",
-        "load_generator",
+        "load_transformer",
         "load_released",
         "load_tokenizer",
     }

@@ -1,4 +1,5 @@
-"""One contract for every quantizer and every option: shapes, round trip, precision, state, and what each term reaches."""
+"""One contract for every quantizer and every option: shapes, round trip, precision, state, and what each term
+reaches."""
 
 from __future__ import annotations
 
@@ -114,7 +115,12 @@ def test_each_token_is_quantized_by_itself_whatever_the_grid(variant: str) -> No
     quantizer = make(variant).eval()
     z_BDHW = features_for(quantizer)
     z_BDHW, whole = z_BDHW.detach(), quantizer(z_BDHW).indices
-    alone = [quantizer(z_BDHW[b : b + 1, :, h : h + 1, w : w + 1]).indices.item() for b in range(2) for h in range(3) for w in range(4)]
+    alone = [
+        quantizer(z_BDHW[b : b + 1, :, h : h + 1, w : w + 1]).indices.item()
+        for b in range(2)
+        for h in range(3)
+        for w in range(4)
+    ]
     assert alone == whole.flatten().tolist()
 
 
@@ -164,9 +170,15 @@ def test_the_config_rebuilds_the_quantizer_from_its_json(variant: str) -> None:
     assert rebuilt.config == quantizer.config
 
 
-# --- What each term reaches --------------------------------------------------------------------------------------------------------------
+# --- What each term reaches -------------------------------------------------------------------------------------------
 
-ALL, SELECTED, BEST, NONE, MAP = "all codes", "selected codes", "codes among some token's best", "no code", "all codes, through the map"
+ALL, SELECTED, BEST, NONE, MAP = (
+    "all codes",
+    "selected codes",
+    "codes among some token's best",
+    "no code",
+    "all codes, through the map",
+)
 NOTHING_LEARNT = ("vq ema", "lfq", "lfq boosted", "bsq", "fsq")  # by gradient
 SPECIAL: dict[tuple[str, str], str] = {
     **{(variant, "z_q"): NONE for variant in VARIANTS if variant.startswith("vq")},
@@ -224,7 +236,9 @@ def test_each_term_reaches_what_it_should(variant: str, term: str, reach: str) -
 
     dz = torch.zeros_like(z_BDHW) if z_BDHW.grad is None else z_BDHW.grad
     if term == "codebook" or (variant, term) == ("ibq soft path to codes", "double"):
-        assert dz.abs().max() < 1e-6, "no gradient for features"  # the copy's gradient of z_q and that of z cancel in the double term
+        assert dz.abs().max() < 1e-6, (
+            "no gradient for features"
+        )  # the copy's gradient of z_q and that of z cancel in the double term
     else:
         assert (dz.abs().sum(1) > 0).all(), "a gradient for every feature"
 
@@ -232,7 +246,9 @@ def test_each_term_reaches_what_it_should(variant: str, term: str, reach: str) -
     logits_NK = z_BDHW.detach().permute(0, 2, 3, 1).flatten(0, 2) @ quantizer.codebook.detach().T
     best = set(logits_NK.topk(3).indices.flatten().tolist())
     assert len(selected) < len(best) < K or variant in ("lfq", "lfq boosted", "bsq", "fsq")
-    assert codes_reached(quantizer) == {ALL: set(range(K)), SELECTED: selected, BEST: best, NONE: set(), MAP: MAP}[reach]
+    assert (
+        codes_reached(quantizer) == {ALL: set(range(K)), SELECTED: selected, BEST: best, NONE: set(), MAP: MAP}[reach]
+    )
     if variant == "vq linear" and reach == MAP:  # beside the map the embedding learns too
         assert rows_reached(quantizer.embedding.grad) == (selected if term == "codebook" else set(range(K)))
 

@@ -1,4 +1,5 @@
-"""Two processes train on different data with averaged gradients: every quantizer must end with equal codebooks and equal state."""
+"""Two processes train on different data with averaged gradients: every quantizer must end with equal codebooks and
+equal state."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ STEPS, TOKENS = 3, 2 * 3 * 4
 
 
 def initialise_from_own_features(quantizer: CodebookQuantizer, rank: int) -> None:
-    own = torch.randn(quantizer.features_wanted, quantizer.config.code_dim, generator=torch.Generator().manual_seed(rank))
+    own = torch.randn(
+        quantizer.features_wanted, quantizer.config.code_dim, generator=torch.Generator().manual_seed(rank)
+    )
     quantizer.initialize_from(own, torch.Generator().manual_seed(0))
 
 
@@ -42,7 +45,12 @@ def train_one_of_two(rank: int, folder: str) -> None:
                         dist.all_reduce(parameter.grad)
                         parameter -= 0.5 * parameter.grad / 2
         quantizer(features_for(quantizer))  # applies what the third step left
-        saved = {"first": first, "state": quantizer.state_dict(), "codebook": quantizer.codebook.detach(), "inputs": inputs}
+        saved = {
+            "first": first,
+            "state": quantizer.state_dict(),
+            "codebook": quantizer.codebook.detach(),
+            "inputs": inputs,
+        }
         torch.save(saved, Path(folder) / f"{variant}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -55,7 +63,9 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @every_variant
-def test_two_processes_hold_equal_codebooks_after_three_steps_on_different_data(two_processes: Path, variant: str) -> None:
+def test_two_processes_hold_equal_codebooks_after_three_steps_on_different_data(
+    two_processes: Path, variant: str
+) -> None:
     one, other = (torch.load(two_processes / f"{variant}-{rank}.pt") for rank in (0, 1))
     assert not torch.equal(one["inputs"][0], other["inputs"][0])
     assert torch.equal(one["codebook"], other["codebook"])
@@ -63,7 +73,9 @@ def test_two_processes_hold_equal_codebooks_after_three_steps_on_different_data(
         assert one[part].keys() == other[part].keys()
         assert [name for name, tensor in one[part].items() if not torch.equal(tensor, other[part][name])] == []
     learnt = {"embedding", "projection.weight"} & one["state"].keys()
-    assert bool(learnt) == any(not torch.equal(one["first"][name], one["state"][name]) for name in learnt), "training moved nothing"
+    assert bool(learnt) == any(not torch.equal(one["first"][name], one["state"][name]) for name in learnt), (
+        "training moved nothing"
+    )
 
 
 def test_codes_were_restarted_on_features_of_the_first_process(two_processes: Path) -> None:
@@ -75,7 +87,9 @@ def test_codes_were_restarted_on_features_of_the_first_process(two_processes: Pa
 
 
 @pytest.mark.parametrize("variant", ["vq ema", "vq ema cosine"])
-def test_moving_averages_of_two_processes_are_those_of_one_on_the_joined_batch(two_processes: Path, variant: str) -> None:
+def test_moving_averages_of_two_processes_are_those_of_one_on_the_joined_batch(
+    two_processes: Path, variant: str
+) -> None:
     ranks = [torch.load(two_processes / f"{variant}-{rank}.pt") for rank in (0, 1)]
     quantizer = make(variant)
     quantizer.load_state_dict(ranks[0]["first"])

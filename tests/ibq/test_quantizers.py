@@ -1,4 +1,5 @@
-"""VQ and IBQ as released: losses, initialisation, refusals. The contract of all quantizers is in `test_quantizer_contract`."""
+"""VQ and IBQ as released: losses, initialisation, refusals. The contract of all quantizers is in
+`test_quantizer_contract`."""
 
 from __future__ import annotations
 
@@ -35,14 +36,15 @@ def make(arm: str, **fields: Any) -> CodebookQuantizer:
 
 
 def near_codes(arm: str, **fields: Any) -> tuple[CodebookQuantizer, torch.Tensor]:
-    """Features and codes so small that no assignment at the entropy temperature underflows; some codes stay unselected."""
+    """Features and codes so small that no assignment at the entropy temperature underflows; some codes stay
+    unselected."""
     quantizer = make(arm, **fields)
     with torch.no_grad():
         quantizer.embedding.normal_(std=0.05)
     return quantizer, (0.05 * torch.randn(GRID)).requires_grad_()
 
 
-# --- What they are -----------------------------------------------------------------------------------------------------------------------
+# --- What they are ----------------------------------------------------------------------------------------------------
 
 
 def test_vq_takes_the_nearest_code_and_ibq_the_largest_dot_product() -> None:
@@ -129,11 +131,13 @@ def test_a_new_quantizer_registers_itself_by_its_config(monkeypatch: pytest.Monk
     assert torch.equal(z_q, quantizer.indices_to_codes(indices))
 
 
-# --- Losses ------------------------------------------------------------------------------------------------------------------------------
+# --- Losses -----------------------------------------------------------------------------------------------------------
 
 
 @every_arm
-@pytest.mark.parametrize(("beta_on", "commitment", "codebook"), [("commitment", 0.3, 1.0), ("codebook", 1.0, 0.3), ("both", 0.3, 0.3)])
+@pytest.mark.parametrize(
+    ("beta_on", "commitment", "codebook"), [("commitment", 0.3, 1.0), ("codebook", 1.0, 0.3), ("both", 0.3, 0.3)]
+)
 def test_beta_stands_where_the_config_says(arm: str, beta_on: str, commitment: float, codebook: float) -> None:
     quantizer, z_BDHW = near_codes(arm, beta=0.3, beta_on=beta_on)
     weights = quantizer.config.loss_weights
@@ -174,7 +178,9 @@ def test_the_double_term_has_the_gradient_of_its_formula_without_any_stop() -> N
     expected = ((onehot_NK + p_NK - p_NK.detach()) @ quantizer.codebook - z_ND).square().mean()
     actual = quantizer(z_BDHW).losses["double"]
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    gradients, wanted = (torch.autograd.grad(loss, (z_BDHW, quantizer.embedding), retain_graph=True) for loss in (actual, expected))
+    gradients, wanted = (
+        torch.autograd.grad(loss, (z_BDHW, quantizer.embedding), retain_graph=True) for loss in (actual, expected)
+    )
     for mine, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
@@ -186,16 +192,22 @@ def test_euclidean_entropies_equal_a_dense_computation_from_distances() -> None:
     distance_NK = (z_ND[:, None] - quantizer.codebook[None]).square().sum(-1)
     p_NK = (-distance_NK / 0.02).softmax(1)
     mean_K = p_NK.mean(0)
-    expected = {"sample_entropy": -(p_NK * p_NK.log()).sum(1).mean(), "codebook_entropy": -(mean_K * (mean_K + 1e-5).log()).sum()}
+    expected = {
+        "sample_entropy": -(p_NK * p_NK.log()).sum(1).mean(),
+        "codebook_entropy": -(mean_K * (mean_K + 1e-5).log()).sum(),
+    }
     losses = quantizer(z_BDHW).losses
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-10, atol=1e-10)
-        gradients, wanted = (torch.autograd.grad(loss, (z_BDHW, quantizer.embedding), retain_graph=True) for loss in (losses[name], value))
+        gradients, wanted = (
+            torch.autograd.grad(loss, (z_BDHW, quantizer.embedding), retain_graph=True)
+            for loss in (losses[name], value)
+        )
         for mine, theirs in zip(gradients, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
 
 
-# --- Initialisation ----------------------------------------------------------------------------------------------------------------------
+# --- Initialisation ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["vq", "ibq"])
@@ -237,7 +249,11 @@ def test_feature_initialisation_with_exactly_k_features_uses_them_all() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((K - 1, D), r"\(39, 5\) cannot initialise 40 codes"), ((K, D + 1), r"\(40, 6\).*\(40, 5\)"), ((K, D, 1), r"\(40, 5, 1\)")],
+    [
+        ((K - 1, D), r"\(39, 5\) cannot initialise 40 codes"),
+        ((K, D + 1), r"\(40, 6\).*\(40, 5\)"),
+        ((K, D, 1), r"\(40, 5, 1\)"),
+    ],
 )
 def test_unfit_features_are_refused_and_change_nothing(shape: tuple[int, ...], message: str) -> None:
     quantizer = make("vq", codebook_init="features")
@@ -256,7 +272,7 @@ def test_training_before_feature_initialisation_is_an_error_and_evaluation_is_no
     assert quantizer.eval()(torch.randn(GRID)).z_q.isfinite().all()
 
 
-# --- Refusals ----------------------------------------------------------------------------------------------------------------------------
+# --- Refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(2, D + 1, 3, 4), (2, D, 12), (D,)])

@@ -1,4 +1,5 @@
-"""vector-quantize-pytorch on shared weights and inputs: equal codes and indices, and where a definition differs, which and why."""
+"""vector-quantize-pytorch on shared weights and inputs: equal codes and indices, and where a definition differs, which
+and why."""
 
 from __future__ import annotations
 
@@ -38,10 +39,13 @@ def assert_same_gradient(z_BDHW: torch.Tensor, mine: torch.Tensor, theirs: torch
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 def test_vq_with_a_learnt_codebook(gradient: str) -> None:
-    """Their one loss |z - q|^2 without stop-gradient is our two terms of weight 1: equal gradients, and half our sum in value."""
+    """Their one loss |z - q|^2 without stop-gradient is our two terms of weight 1: equal gradients, and half our sum in
+    value."""
     mine = make(method="vq", codebook_init="normal", beta=1.0, gradient=gradient)
     rotation = gradient == "rotation"
-    theirs = VectorQuantize(D, K, ema_update=False, learnable_codebook=True, rotation_trick=rotation, commitment_weight=1.0)
+    theirs = VectorQuantize(
+        D, K, ema_update=False, learnable_codebook=True, rotation_trick=rotation, commitment_weight=1.0
+    )
     theirs._codebook.embed.data.copy_(mine.embedding[None])
     z_BDHW, g_BDHW = torch.randn(GRID, requires_grad=True), torch.randn(GRID)
     codes_BND, indices_BN, loss = theirs(tokens(z_BDHW))
@@ -57,9 +61,12 @@ def test_vq_with_a_learnt_codebook(gradient: str) -> None:
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_vq_with_moving_averages(distance: str) -> None:
-    """They update within a forward and return the codes of before; we update at the start of the next forward: the same sequence."""
+    """They update within a forward and return the codes of before; we update at the start of the next forward: the same
+    sequence."""
     mine = make(method="vq", codebook_init="normal", distance=distance, ema_decay=0.8, beta_on="commitment", beta=0.25)
-    theirs = VectorQuantize(D, K, decay=0.8, use_cosine_sim=distance == "cosine", rotation_trick=False, commitment_weight=0.25)
+    theirs = VectorQuantize(
+        D, K, decay=0.8, use_cosine_sim=distance == "cosine", rotation_trick=False, commitment_weight=0.25
+    )
     start_KD = mine.codebook.detach().clone()
     theirs._codebook.embed.copy_(start_KD[None])
     theirs._codebook.embed_avg.copy_(start_KD[None])
@@ -83,7 +90,9 @@ def test_cosine_vq_in_evaluation() -> None:
     z_BDHW = torch.randn(GRID)
     codes_BND, indices_BN, _ = theirs(tokens(z_BDHW))
     assert_same_codes(mine(z_BDHW), codes_BND, indices_BN)
-    torch.testing.assert_close(tokens(mine.indices_to_codes(mine(z_BDHW).indices)), theirs.get_codes_from_indices(indices_BN))
+    torch.testing.assert_close(
+        tokens(mine.indices_to_codes(mine(z_BDHW).indices)), theirs.get_codes_from_indices(indices_BN)
+    )
 
 
 def bits_reversed(indices: torch.Tensor) -> torch.Tensor:
@@ -92,11 +101,14 @@ def bits_reversed(indices: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["lfq", "bsq"])
 def test_binary_quantizers(method: str) -> None:
-    """Their first channel is the most significant bit, ours the least. Their entropies clamp p at 1e-5 within the logarithm; ours are exact
-    for a token, and add 1e-5 in the codebook's, as IBQ released it: they differ by at most K times 1e-5.
+    """Their first channel is the most significant bit, ours the least. Their entropies clamp p at 1e-5 within the
+    logarithm; ours are exact for a token, and add 1e-5 in the codebook's, as IBQ released it: they differ by at most K
+    times 1e-5.
     """
     mine = make(method=method, entropy_temperature=2.0)
-    theirs = LFQ(dim=D, codebook_size=K, spherical=method == "bsq", commitment_loss_weight=0.25, entropy_loss_weight=0.1)
+    theirs = LFQ(
+        dim=D, codebook_size=K, spherical=method == "bsq", commitment_loss_weight=0.25, entropy_loss_weight=0.1
+    )
     z_BDHW, g_BDHW = torch.randn(GRID, requires_grad=True), torch.randn(GRID)
     (codes_BND, indices_BN, _), parts = theirs(tokens(z_BDHW), inv_temperature=0.5, return_loss_breakdown=True)
     quantized = mine(z_BDHW)
@@ -114,7 +126,9 @@ def test_binary_quantizers(method: str) -> None:
 @pytest.mark.parametrize("levels", [(4, 4, 4), (8, 5, 5, 5), (3, 6, 7)])
 def test_fsq(levels: tuple[int, ...]) -> None:
     theirs = FSQ(list(levels))
-    mine = build_quantizer({"method": "fsq", "levels": levels, "codebook_size": theirs.codebook_size, "code_dim": len(levels)})
+    mine = build_quantizer(
+        {"method": "fsq", "levels": levels, "codebook_size": theirs.codebook_size, "code_dim": len(levels)}
+    )
     z_BDHW = (2 * torch.randn(2, len(levels), 5, 4)).requires_grad_()
     g_BDHW = torch.randn_like(z_BDHW)
     codes_BND, indices_BN = theirs(tokens(z_BDHW))
@@ -125,7 +139,8 @@ def test_fsq(levels: tuple[int, ...]) -> None:
 
 
 def test_simvq() -> None:
-    """Their default adds the rotation trick, which the paper has not; switched off here. Beta stands on the commitment term there.
+    """Their default adds the rotation trick, which the paper has not; switched off here. Beta stands on the commitment
+    term there.
 
     Their map has no bias, where the authors' code, as ours, has one: ours is set to zero.
     """

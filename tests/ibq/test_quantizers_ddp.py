@@ -1,4 +1,5 @@
-"""Two processes under DistributedDataParallel with a shared mean assignment train what one process trains on the joined batch."""
+"""Two processes under DistributedDataParallel with a shared mean assignment train what one process trains on the joined
+batch."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from ibq.quantizers import Quantized
 STEPS, BATCH, INPUTS = 3, 4, 5
 RANDOM = ("restart", "online", "gumbel")
 """What draws from the features or the noise of one process differs between one process and two by its nature."""
-REPEATABLE = [variant for variant in VARIANTS if variant == "gumbel without noise" or not any(word in variant for word in RANDOM)]
+REPEATABLE = [
+    variant for variant in VARIANTS if variant == "gumbel without noise" or not any(word in variant for word in RANDOM)
+]
 REFUSING = ["ibq", "ibq without entropy and double", "vq", "vq linear", "simvq"]
 
 
@@ -106,7 +109,9 @@ def test_two_processes_train_what_one_does_on_the_joined_batch(two_processes: Pa
 
 
 def test_a_local_mean_assignment_trains_something_else(two_processes: Path) -> None:
-    shared, local = (torch.load(two_processes / f"{variant}-0.pt")[0]["quantizer.embedding"] for variant in ("ibq", "local"))
+    shared, local = (
+        torch.load(two_processes / f"{variant}-0.pt")[0]["quantizer.embedding"] for variant in ("ibq", "local")
+    )
     assert (shared - local).abs().max() > 1e-6
 
 

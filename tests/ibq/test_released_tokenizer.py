@@ -1,5 +1,6 @@
-"""Imported tokenizers compute PAPER section 5: every module type against its formula, in float64, written in sums and products of tensors
-that come from the file by their released names. No layer of torch.nn and none of its functions takes part in the formulas.
+"""Imported tokenizers compute docs/method.md section 5: every module type against its formula, in float64, written in
+sums and products of tensors that come from the file by their released names. No layer of torch.nn and none of its
+functions takes part in the formulas.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def state() -> Tensors:
 @pytest.fixture(scope="module")
 def tokenizer(state: Tensors, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Imported as trained, in float64."""
-    loaded = load_released(released_layout.write(tmp_path_factory.mktemp("released") / "tokenizer.ckpt", state), weights="raw")
+    loaded = load_released(
+        released_layout.write(tmp_path_factory.mktemp("released") / "tokenizer.ckpt", state), weights="raw"
+    )
     assert isinstance(loaded, Tokenizer)
     return loaded.double().requires_grad_(False)
 
@@ -40,11 +43,14 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-# --- The formulas ------------------------------------------------------------------------------------------------------------------------
+# --- The formulas -----------------------------------------------------------------------------------------------------
 
 
-def convolution(w: Tensors, name: str, x_BCHW: torch.Tensor, *, stride: int = 1, before: int = 0, after: int = 0) -> torch.Tensor:
-    """The sum over the kernel's offsets of a matrix times the shifted image, which stands in zeros: `before` rows and columns, then it."""
+def convolution(
+    w: Tensors, name: str, x_BCHW: torch.Tensor, *, stride: int = 1, before: int = 0, after: int = 0
+) -> torch.Tensor:
+    """The sum over the kernel's offsets of a matrix times the shifted image, which stands in zeros: `before` rows and
+    columns, then it."""
     kernel_OCYX, (B, C, H, W) = w[f"{name}.weight"], x_BCHW.shape
     Y, X = kernel_OCYX.shape[2:]
     framed = torch.zeros(B, C, before + H + after, before + W + after, dtype=x_BCHW.dtype)
@@ -53,7 +59,9 @@ def convolution(w: Tensors, name: str, x_BCHW: torch.Tensor, *, stride: int = 1,
     out = w[f"{name}.bias"][None, :, None, None].expand(B, -1, rows, columns).clone()
     for y in range(Y):
         for x in range(X):
-            shifted = framed[:, :, y : y + stride * (rows - 1) + 1 : stride, x : x + stride * (columns - 1) + 1 : stride]
+            shifted = framed[
+                :, :, y : y + stride * (rows - 1) + 1 : stride, x : x + stride * (columns - 1) + 1 : stride
+            ]
             out += torch.einsum("oc,bchw->bohw", kernel_OCYX[:, :, y, x], shifted)
     return out
 
@@ -84,10 +92,14 @@ def resblock(w: Tensors, name: str, x_BCHW: torch.Tensor) -> torch.Tensor:
 def attention(w: Tensors, name: str, x_BCHW: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt C) v over positions, projected, beside the skip."""
     h_BCHW = group_norm(w, f"{name}.norm", x_BCHW)
-    q_BCL, k_BCL, v_BCL = (convolution(w, f"{name}.{layer}", h_BCHW).reshape(*x_BCHW.shape[:2], -1) for layer in ("q", "k", "v"))
+    q_BCL, k_BCL, v_BCL = (
+        convolution(w, f"{name}.{layer}", h_BCHW).reshape(*x_BCHW.shape[:2], -1) for layer in ("q", "k", "v")
+    )
     weights_BLM = (torch.einsum("bcl,bcm->blm", q_BCL, k_BCL) / x_BCHW.shape[1] ** 0.5).exp()
     weights_BLM = weights_BLM / weights_BLM.sum(2, keepdim=True)
-    return x_BCHW + convolution(w, f"{name}.proj_out", torch.einsum("blm,bcm->bcl", weights_BLM, v_BCL).reshape(x_BCHW.shape))
+    return x_BCHW + convolution(
+        w, f"{name}.proj_out", torch.einsum("blm,bcm->bcl", weights_BLM, v_BCL).reshape(x_BCHW.shape)
+    )
 
 
 def down(w: Tensors, name: str, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -135,7 +147,7 @@ def nearest_code(w: Tensors, z_BDHW: torch.Tensor) -> tuple[torch.Tensor, torch.
     return indices_BHW, codebook_KD[indices_BHW].permute(0, 3, 1, 2)
 
 
-# --- Modules against formulas ------------------------------------------------------------------------------------------------------------
+# --- Modules against formulas -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,7 +165,9 @@ def test_resblock(tokenizer: Tokenizer, w: Tensors, name: str, channels: int) ->
     assert_same(tokenizer.get_submodule(name)(x_BCHW), resblock(w, name, x_BCHW))
 
 
-@pytest.mark.parametrize("name", ["encoder.down.2.attn.1", "encoder.mid.attn_1", "decoder.mid.attn_1", "decoder.up.2.attn.2"])
+@pytest.mark.parametrize(
+    "name", ["encoder.down.2.attn.1", "encoder.mid.attn_1", "decoder.mid.attn_1", "decoder.up.2.attn.2"]
+)
 def test_attention_block(tokenizer: Tokenizer, w: Tensors, name: str) -> None:
     x_BCHW = features(64)
     assert_same(tokenizer.get_submodule(name)(x_BCHW), attention(w, name, x_BCHW))

@@ -14,14 +14,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibq.run_directory import RunDirectory, append_line, read_lines, source_commit, write_json, write_tensors, write_text
+from ibq.run_directory import (
+    RunDirectory,
+    append_line,
+    read_lines,
+    source_commit,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 values = st.none() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 records = st.lists(st.dictionaries(st.text(max_size=5), values, max_size=3), min_size=1, max_size=5)
 
 
 @given(records, st.data())
-def test_a_history_torn_at_any_byte_keeps_its_whole_lines_and_can_be_appended_to(lines: list[dict[str, Any]], data: st.DataObject) -> None:
+def test_a_history_torn_at_any_byte_keeps_its_whole_lines_and_can_be_appended_to(
+    lines: list[dict[str, Any]], data: st.DataObject
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "new" / "history.jsonl"
         for line in lines:
@@ -75,7 +85,9 @@ def test_rewinding_a_new_directory_is_harmless(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_an_interrupted_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_an_interrupted_write_leaves_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     text_path, tensor_path = tmp_path / "row.json", tmp_path / "model.safetensors"
     write_text(text_path, "old")
     write_tensors(tensor_path, {"a": torch.zeros(2)})

@@ -1,4 +1,5 @@
-"""The command that samples: real runs of it on real, small generators; what it writes against a plain loop, a kill, and ranks."""
+"""The command that samples: real runs of it on real, small transformers; what it writes against a plain loop, a kill,
+and ranks."""
 
 from __future__ import annotations
 
@@ -14,18 +15,18 @@ import numpy as np
 import pytest
 import released_layout
 import torch
-from generator_files import write_generator
 from picture_files import pixels
 from PIL import Image
 from processes import run_processes
 from sample_runs import fails, files, run
+from transformer_files import write_transformer
 
+import ibq.cli.sample
 import ibq.distributed
-import ibq.sample
-from ibq import load_generator
+from ibq import load_transformer
+from ibq.cli.sample_folder import GAP, LEGEND, SMALL, SampleFolder
 from ibq.distributed import Processes
 from ibq.run_directory import write_bytes
-from ibq.sample_folder import GAP, LEGEND, SMALL, SampleFolder
 from ibq.sampling import Guidance, Sampler, Sampling, sample_uncached
 
 RGB = {"tokenizer.data.name": "photos", "data.name": "photos"}
@@ -33,12 +34,12 @@ RGB = {"tokenizer.data.name": "photos", "data.name": "photos"}
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return write_generator(tmp_path / "model")
+    return write_transformer(tmp_path / "model")
 
 
 def plain(model: Path, sampling: Sampling, seed: int, classes: list[int], **named: Any) -> torch.Tensor:
     """Samples 0, 1, ... as 8 bits, by a full forward pass for every token."""
-    transformer, tokenizer, _ = load_generator(model, **named)
+    transformer, tokenizer, _ = load_transformer(model, **named)
     numbers_B, classes_B = torch.arange(len(classes)), torch.tensor(classes)
     tokens_BN = sample_uncached(transformer, sampling, seed=seed, numbers_B=numbers_B, classes_B=classes_B)
     grid = transformer.config.grid
@@ -51,12 +52,17 @@ def written(out: Path) -> torch.Tensor:
     return torch.cat([pixels(path) for path in sorted((out / "samples").iterdir())]).float()
 
 
-# --- What is written ---------------------------------------------------------------------------------------------------------------------
+# --- What is written --------------------------------------------------------------------------------------------------
 
 
-def test_samples_are_the_samplers_and_the_tokenizers_own(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_are_the_samplers_and_the_tokenizers_own(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    options = "--classes 3,1 --count 7 --seed 5 --batch-size 3 --temperature 0.9 --top-k 12 --top-p 0.9 --min-p 0.01 --guidance 2"
+    options = (
+        "--classes 3,1 --count 7 --seed 5 --batch-size 3 --temperature 0.9 --top-k 12 --top-p 0.9 --min-p 0.01 "
+        "--guidance 2"
+    )
     schedule = "--guidance-schedule interval --guidance-start 0.25 --guidance-end 0.75"
     run(model, out, *options.split(), *schedule.split())
     sampling = Sampling(0.9, 12, 0.9, 0.01, Guidance(2.0, "interval", start=0.25, end=0.75))
@@ -70,7 +76,7 @@ def test_samples_are_the_samplers_and_the_tokenizers_own(model: Path, tmp_path: 
     ]
     assert {len(pixels(path)[0]) for path in out.rglob("*.png")} == {1}, "grey stays grey"
     record = json.loads((out / "samples.json").read_text())
-    assert record["settings"]["model"] == load_generator(model).digest()
+    assert record["settings"]["model"] == load_transformer(model).digest()
     assert record["settings"]["classes"] == "3,1"
     assert record["settings"]["sampling"]["guidance"]["schedule"] == "interval"
     assert record["samples"] == 7
@@ -91,7 +97,9 @@ def test_how_many_and_of_which_classes_where_nothing_is_said(model: Path, tmp_pa
 
 def test_a_released_transformer(tmp_path: Path) -> None:
     networks = released_layout.networks(multipliers=(1, 1, 1, 1, 1, 2), blocks=1, attention_levels=(5,))
-    path = released_layout.write(tmp_path / "released.ckpt", released_layout.transformer_state(tokenizer=networks, depth=1))
+    path = released_layout.write(
+        tmp_path / "released.ckpt", released_layout.transformer_state(tokenizer=networks, depth=1)
+    )
     run(path, tmp_path / "out", "--count", 2, "--classes", "4", "--guidance", 1.5)
     expected = plain(path, Sampling(guidance=Guidance(1.5)), 0, [4, 4])
     assert expected.shape == (2, 3, 256, 256)
@@ -99,7 +107,7 @@ def test_a_released_transformer(tmp_path: Path) -> None:
 
 
 def test_subtokens_and_bfloat16(tmp_path: Path) -> None:
-    model = write_generator(tmp_path / "model", **{"transformer.subtoken_bits": (1, 3)})
+    model = write_transformer(tmp_path / "model", **{"transformer.subtoken_bits": (1, 3)})
     run(model, tmp_path / "out", "--count", 4, "--temperature", 0)
     assert (written(tmp_path / "out") - plain(model, Sampling(temperature=0), 0, [0, 1, 2, 3])).abs().max() <= 1
     run(model, tmp_path / "bf16", "--count", 4, "--precision", "bf16")
@@ -110,8 +118,10 @@ def test_subtokens_and_bfloat16(tmp_path: Path) -> None:
 def test_the_npz_is_numpys_own(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Byte by byte the file of np.savez, which is how ADM's sampler writes what its evaluator reads."""
     out = tmp_path / "out"
-    run(write_generator(tmp_path / "model", **changes), out, "--classes", "2,7,4", "--count", 5, "--npz")
-    samples_NHWC = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted((out / "samples").iterdir())])
+    run(write_transformer(tmp_path / "model", **changes), out, "--classes", "2,7,4", "--count", 5, "--npz")
+    samples_NHWC = np.stack(
+        [np.asarray(Image.open(path).convert("RGB")) for path in sorted((out / "samples").iterdir())]
+    )
     classes_N = np.array([2, 7, 4, 2, 7])
     with np.load(out / "samples.npz") as npz:
         assert npz.files == ["arr_0", "arr_1"]
@@ -125,10 +135,12 @@ def test_the_npz_is_numpys_own(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 def test_the_grid_has_a_row_for_each_class(tmp_path: Path) -> None:
     out, times = tmp_path / "out", SMALL // 16
-    run(write_generator(tmp_path / "model", **RGB), out, "--classes", "5,0,9", "--count", 8)
+    run(write_transformer(tmp_path / "model", **RGB), out, "--classes", "5,0,9", "--count", 8)
     grid, side = np.array(Image.open(out / "grid.png")), 16 * times + GAP
     assert grid.shape == (3 * side + GAP, LEGEND + 3 * side + GAP, 3)
-    samples = [np.asarray(Image.open(path)).repeat(times, 0).repeat(times, 1) for path in sorted((out / "samples").iterdir())]
+    samples = [
+        np.asarray(Image.open(path)).repeat(times, 0).repeat(times, 1) for path in sorted((out / "samples").iterdir())
+    ]
     for number, sample in enumerate(samples):
         top, left = GAP + number % 3 * side, LEGEND + GAP + number // 3 * side
         np.testing.assert_array_equal(grid[top : top + 16 * times, left : left + 16 * times], sample)
@@ -146,7 +158,7 @@ def test_a_grid_of_many_classes_shows_the_first(tmp_path: Path) -> None:
     assert (few.rows, few.columns) == (3, 1)
 
 
-# --- Interrupted and given again ---------------------------------------------------------------------------------------------------------
+# --- Interrupted and given again --------------------------------------------------------------------------------------
 
 OPTIONS = ("--count", 10, "--batch-size", 4, "--npz", "--guidance", 1.5)
 
@@ -159,7 +171,11 @@ def quiet(model: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_files(
-    model: Path, quiet: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    quiet: dict[str, bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[int] = []
 
@@ -169,7 +185,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
 
     draw = Sampler.__call__
     monkeypatch.setattr(Sampler, "__call__", counting)
-    monkeypatch.setattr(ibq.sample, "WRITERS", 1)
+    monkeypatch.setattr(ibq.cli.sample, "WRITERS", 1)
     assert len(quiet) == 13
     for k in (0, 3, 6, 9):
         out, left = tmp_path / f"after {k}", k
@@ -183,7 +199,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
             write_bytes(path, content)
 
         with monkeypatch.context() as patch:
-            patch.setattr("ibq.sample_folder.write_bytes", write)
+            patch.setattr("ibq.cli.sample_folder.write_bytes", write)
             assert "stopped; the same command goes on from there" in fails(capsys, model, out, *OPTIONS, code=130)
         assert len(list((out / "samples").glob("*.png"))) == k
         drawn.clear()
@@ -194,7 +210,12 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
 
 @pytest.mark.parametrize("what", ["write_grid", "write_npz"])
 def test_interrupted_while_it_puts_together(
-    model: Path, quiet: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+    model: Path,
+    quiet: dict[str, bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
 ) -> None:
     def interrupt(self: SampleFolder, number: int) -> None:
         if number == 5:
@@ -217,7 +238,7 @@ def refuse_to_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is missing")
 
-    monkeypatch.setattr(ibq.sample, "Sampler", refuse)
+    monkeypatch.setattr(ibq.cli.sample, "Sampler", refuse)
 
 
 def test_a_finished_folder_is_left_as_it_is(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +272,7 @@ def test_another_batch_size_goes_on_and_is_noted(model: Path, tmp_path: Path) ->
 @pytest.mark.processes
 def test_killed_at_any_moment_it_goes_on_to_the_same_files(model: Path, tmp_path: Path) -> None:
     options = [str(option) for option in ("--count", 48, "--batch-size", 2, "--npz")]
-    command = [sys.executable, "-m", "ibq.sample", str(model)]
+    command = [sys.executable, "-m", "ibq.cli.sample", str(model)]
     subprocess.run([*command, str(tmp_path / "quiet"), *options], check=True, capture_output=True)
     out, kills = tmp_path / "out", 0
     while True:
@@ -268,7 +289,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(model: Path, tmp_path
     assert files(out) == files(tmp_path / "quiet")
 
 
-# --- Several processes -------------------------------------------------------------------------------------------------------------------
+# --- Several processes ------------------------------------------------------------------------------------------------
 
 
 def sample_in_a_group(processes: Processes, folder: Path) -> None:

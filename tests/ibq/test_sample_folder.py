@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from ibq import sample_folder
-from ibq.sample_folder import SampleFolder
+from ibq.cli import sample_folder
+from ibq.cli.sample_folder import SampleFolder
 
 
 @pytest.mark.parametrize("written", [False, True], ids=["before the record", "after the record"])
-def test_a_kill_while_the_folder_is_claimed_leaves_it_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool) -> None:
+def test_a_kill_while_the_folder_is_claimed_leaves_it_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
     folder, write_json = SampleFolder(tmp_path / "out", (0, 1), 3, (4, 4, 1)), sample_folder.write_json
 
     def killed(*arguments: Any) -> None:

@@ -1,4 +1,5 @@
-"""What the command that samples refuses: classes, arguments, folders, damaged files, too little memory. Each is one sentence."""
+"""What the command that samples refuses: classes, arguments, folders, damaged files, too little memory. Each is one
+sentence."""
 
 from __future__ import annotations
 
@@ -9,25 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from generator_files import write_generator
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sample_runs import fails, files, run
+from transformer_files import write_transformer
 
 from ibq import Tokenizer, load_tokenizer
+from ibq.cli.sample import as_text, parse_classes
+from ibq.cli.sample_folder import SampleFolder
 from ibq.errors import ConfigError
-from ibq.sample import as_text, parse_classes
-from ibq.sample_folder import SampleFolder
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return write_generator(tmp_path / "model")
+    return write_transformer(tmp_path / "model")
 
 
-# --- Classes -----------------------------------------------------------------------------------------------------------------------------
+# --- Classes ----------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 30), unique=True, min_size=1))
@@ -57,18 +58,21 @@ def test_lists_of_classes() -> None:
         parse_classes("1", 1)
 
 
-# --- Errors ------------------------------------------------------------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_wrong_argument_is_one_sentence(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: Any) -> None:
+def test_every_wrong_argument_is_one_sentence(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: Any
+) -> None:
     Tokenizer(tiny()).save(tmp_path / "tokenizer")
-    unguided = write_generator(tmp_path / "unguided", **{"transformer.class_dropout": 0.0})
+    unguided = write_transformer(tmp_path / "unguided", **{"transformer.class_dropout": 0.0})
     cases: dict[str, tuple[object, ...]] = {
-        "absent does not exist; pass the folder of a generator's finished run": (tmp_path / "absent",),
+        "absent does not exist; pass the folder of a transformer's finished run": (tmp_path / "absent",),
         "tokenizer holds a tokenizer and no transformer": (tmp_path / "tokenizer",),
         r"the tokenizer in .* \(sha256 .*\) is not the one": (model, "--tokenizer", tmp_path / "tokenizer"),
         "there is no class 10; the model has 10, 0 to 9": (model, "--classes", "8-10"),
-        r"--guidance 2 needs an unconditional class, and the transformer \(class_dropout=0\) was trained without; leave": (
+        r"--guidance 2 needs an unconditional class, and the transformer "
+        r"\(class_dropout=0\) was trained without; leave": (
             unguided,
             "--guidance",
             2,
@@ -96,7 +100,9 @@ def test_every_wrong_argument_is_one_sentence(model: Path, tmp_path: Path, capsy
     run(unguided, tmp_path / "out", "--count", 1)
 
 
-def test_an_out_folder_that_would_harm_something(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_folder_that_would_harm_something(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = files(model)
     assert "lies inside" in fails(capsys, model, model / "samples")
     assert "model's own folder; choose an OUT outside" in fails(capsys, model, model)
@@ -111,12 +117,14 @@ def test_an_out_folder_that_would_harm_something(model: Path, tmp_path: Path, ca
     assert "samples.json cannot be read" in fails(capsys, model, tmp_path / "out", "--count", 2)
 
 
-def test_samples_of_other_settings_are_not_mixed(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_of_other_settings_are_not_mixed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     run(model, out, "--count", 4)
     before = files(out)
     cases = {
-        "model='[0-9a-f]{64}', not '[0-9a-f]{64}'": (write_generator(tmp_path / "other", seed=1), out),
+        "model='[0-9a-f]{64}', not '[0-9a-f]{64}'": (write_transformer(tmp_path / "other", seed=1), out),
         "seed=0, not 1": (model, out, "--seed", 1),
         "classes='0-9', not '0-8'": (model, out, "--classes", "0-8"),
         "sampling.top_k=None, not 3": (model, out, "--top-k", 3),
@@ -124,7 +132,9 @@ def test_samples_of_other_settings_are_not_mixed(model: Path, tmp_path: Path, ca
         "precision='fp32', not 'bf16'": (model, out, "--precision", "bf16"),
     }
     for words, arguments in cases.items():
-        assert re.search(rf"out holds samples with {words}; choose another OUT", fails(capsys, *arguments, "--count", 4)), words
+        assert re.search(
+            rf"out holds samples with {words}; choose another OUT", fails(capsys, *arguments, "--count", 4)
+        ), words
     assert "out holds 4 samples, more than --count 3; choose another OUT" in fails(capsys, model, out, "--count", 3)
     assert files(out) == before
 
@@ -147,14 +157,18 @@ def test_damaged_files_are_one_sentence(model: Path, tmp_path: Path, capsys: pyt
     Image.new("L", (8, 8)).save(sample)
     assert "000001-class1.png is none of these samples; delete it" in fails(capsys, model, out, "--count", 3, "--npz")
     sample.unlink()
-    with pytest.raises(ConfigError, match=r"class1\.png has gone; run the command again, all its processes with the same folder OUT"):
+    with pytest.raises(
+        ConfigError, match=r"class1\.png has gone; run the command again, all its processes with the same folder OUT"
+    ):
         SampleFolder(out, tuple(range(10)), 3, (16, 16, 1)).write_grid()
     run(model, out, "--count", 3)
     assert sample.read_bytes() == whole
 
 
 @pytest.mark.parametrize(("file", "name"), [("", "head.weight"), ("tokenizer", "decoder.conv_out.bias")])
-def test_damaged_weights_are_one_sentence(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, name: str) -> None:
+def test_damaged_weights_are_one_sentence(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, name: str
+) -> None:
     path = model / file / "model.safetensors"
     weights = load_file(path)
     weights[name][0] = float("nan")
@@ -172,4 +186,6 @@ def test_too_little_memory_is_one_sentence(
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(Tokenizer, "decode", full)
-    assert "not enough memory for 32 samples at a time on cpu; lower --batch-size" in fails(capsys, model, tmp_path / "out")
+    assert "not enough memory for 32 samples at a time on cpu; lower --batch-size" in fails(
+        capsys, model, tmp_path / "out"
+    )

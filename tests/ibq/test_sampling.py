@@ -1,4 +1,5 @@
-"""Sampling: a cache changes nothing, every sample has random numbers of its own, and what is drawn has the distribution that is stated."""
+"""Sampling: a cache changes nothing, every sample has random numbers of its own, and what is drawn has the distribution
+that is stated."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ GUIDED = Guidance(2.5)
 CUT = Sampling(0.9, top_k=8, top_p=0.95, min_p=0.02, guidance=Guidance(3.0, "cosine", power=0.5))
 
 
-def sample(transformer: Transformer, sampling: Sampling, seed: int = 0, batch_size: int = 7, **others: Any) -> torch.Tensor:
+def sample(
+    transformer: Transformer, sampling: Sampling, seed: int = 0, batch_size: int = 7, **others: Any
+) -> torch.Tensor:
     return Sampler(transformer, sampling, seed=seed, batch_size=batch_size, **others)(NUMBERS, CLASSES)
 
 
@@ -29,7 +32,7 @@ def transformer() -> Transformer:
     return network()
 
 
-# --- The cache ---------------------------------------------------------------------------------------------------------------------------
+# --- The cache --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subtoken_bits", [(), (4,), (1, 2, 1)])
@@ -63,7 +66,9 @@ def test_a_compiled_sampler_gives_the_same_in_one_graph(monkeypatch: pytest.Monk
         assert torch.equal(sampler(NUMBERS[:3], CLASSES[:3]), expected_BN[:3])
         weaker = replace(CUT, guidance=Guidance(2.0, "linear"))
         weaker_BN = sample_uncached(transformer, weaker, seed=2, numbers_B=NUMBERS, classes_B=CLASSES)
-        assert torch.equal(sample(transformer, weaker, seed=2, compile=True), weaker_BN), "another guidance needs no other graph"
+        assert torch.equal(sample(transformer, weaker, seed=2, compile=True), weaker_BN), (
+            "another guidance needs no other graph"
+        )
     assert asked == [{"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}] * 2
 
 
@@ -94,11 +99,13 @@ def test_a_transformer_in_bfloat16_is_sampled_in_bfloat16() -> None:
     tokens_BN = sample(transformer, greedy)
     assert transformer.cache(1).parts[0].k_BHSE.dtype == torch.bfloat16
     expected_BN = sample_uncached(transformer, greedy, seed=0, numbers_B=NUMBERS, classes_B=CLASSES)
-    assert (tokens_BN == expected_BN).double().mean() >= 0.9, "rounding may decide between codes that are as good as equal"
+    assert (tokens_BN == expected_BN).double().mean() >= 0.9, (
+        "rounding may decide between codes that are as good as equal"
+    )
     assert len(tokens_BN.unique()) > 4
 
 
-# --- Guidance ----------------------------------------------------------------------------------------------------------------------------
+# --- Guidance ---------------------------------------------------------------------------------------------------------
 
 
 def test_guidance_1_is_none_and_computes_no_unconditional_half(transformer: Transformer) -> None:
@@ -138,14 +145,16 @@ def test_a_single_step_has_the_whole_scale() -> None:
     assert [Guidance(4.0, schedule).at(0, 1) for schedule in ("constant", "linear", "cosine", "interval")] == [4.0] * 4
 
 
-# --- Random streams ----------------------------------------------------------------------------------------------------------------------
+# --- Random streams ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), CUT], ids=["plain", "cut"])
 def test_a_sample_does_not_depend_on_its_batch(transformer: Transformer, sampling: Sampling) -> None:
     together_BN = sample(transformer, sampling)
     alone, larger = (Sampler(transformer, sampling, seed=0, batch_size=batch_size) for batch_size in (1, 10))
-    assert torch.equal(torch.cat([alone(n, c) for n, c in zip(NUMBERS.split(1), CLASSES.split(1), strict=True)]), together_BN)
+    assert torch.equal(
+        torch.cat([alone(n, c) for n, c in zip(NUMBERS.split(1), CLASSES.split(1), strict=True)]), together_BN
+    )
     shuffled_B = torch.tensor([3, 6, 0, 1, 5, 2, 4])
     assert torch.equal(larger(NUMBERS[shuffled_B], CLASSES[shuffled_B]), together_BN[shuffled_B])
     assert torch.equal(larger(NUMBERS[:2], CLASSES[:2]), together_BN[:2])
@@ -170,7 +179,9 @@ def test_streams_are_distinct_reproducible_and_uniform() -> None:
     assert numbers_BC.max() < 1
     counts = numbers_BC.flatten().histc(20, 0, 1)
     assert ((counts - 1000) ** 2 / 1000).sum() < 19 + 4 * math.sqrt(2 * 19)
-    assert abs(float(torch.corrcoef(torch.stack([numbers_BC[:-1].flatten(), numbers_BC[1:].flatten()]))[0, 1])) < 4 / math.sqrt(19900)
+    assert abs(
+        float(torch.corrcoef(torch.stack([numbers_BC[:-1].flatten(), numbers_BC[1:].flatten()]))[0, 1])
+    ) < 4 / math.sqrt(19900)
 
 
 def test_the_largest_random_number_takes_a_symbol_that_may_be_drawn() -> None:
@@ -185,7 +196,7 @@ def test_the_largest_random_number_takes_a_symbol_that_may_be_drawn() -> None:
     assert torch.equal(draw(logits_BK, torch.zeros_like(largest_B), cut), first_B)
 
 
-# --- Distributions -----------------------------------------------------------------------------------------------------------------------
+# --- Distributions ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subtoken_bits", [(), (1, 1)])
@@ -203,7 +214,9 @@ def test_frequencies_are_the_exact_probabilities(sampling: Sampling, subtoken_bi
     observed_M = ((tokens_BN * 4 ** torch.arange(3, -1, -1)).sum(1)).bincount(minlength=len(images_MN))
     assert observed_M[exact_M == 0].sum() == 0
     often_M = n * exact_M >= 5
-    observed, expected = ([*counts_M[often_M].tolist(), int(counts_M[~often_M].sum())] for counts_M in (observed_M, n * exact_M))
+    observed, expected = (
+        [*counts_M[often_M].tolist(), int(counts_M[~often_M].sum())] for counts_M in (observed_M, n * exact_M)
+    )
     freedom = len(expected) - 1
     assert freedom > 10
     chi_square = sum((o - e) ** 2 / max(e, 1) for o, e in zip(observed, expected, strict=True))
@@ -219,11 +232,15 @@ def test_cuts_are_those_of_a_plain_loop(top_k: int | None, top_p: float, min_p: 
     logits_BK = torch.randn(30, 12, generator=generator, dtype=torch.float64)
     logits_BK[15:] = logits_BK[15:].round(decimals=0)  # equals at every border
     p_BK = probabilities(logits_BK, sampling)
-    expected_BK = torch.tensor([reference_probabilities(row, sampling) for row in logits_BK.tolist()], dtype=torch.float64)
+    expected_BK = torch.tensor(
+        [reference_probabilities(row, sampling) for row in logits_BK.tolist()], dtype=torch.float64
+    )
     torch.testing.assert_close(p_BK / p_BK.sum(1, keepdim=True), expected_BK, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("only_the_best", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1 - 1e-12}, {"temperature": 1e-300}])
+@pytest.mark.parametrize(
+    "only_the_best", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1 - 1e-12}, {"temperature": 1e-300}]
+)
 def test_what_leaves_only_the_best_is_greedy(only_the_best: dict[str, Any]) -> None:
     for transformer in (network(), network(codes=16, subtoken_bits=(2, 2))):
         greedy = partial(Sampling, guidance=GUIDED)
@@ -238,7 +255,9 @@ def test_of_equals_greedy_and_top_k_1_take_the_first() -> None:
 
 def test_cuts_that_cut_nothing_change_nothing(transformer: Transformer) -> None:
     assert torch.equal(sample(transformer, Sampling(top_k=11)), sample(transformer, Sampling()))
-    assert torch.equal(sample(transformer, Sampling(top_k=1000, top_p=1 - 1e-15, min_p=1e-300)), sample(transformer, Sampling()))
+    assert torch.equal(
+        sample(transformer, Sampling(top_k=1000, top_p=1 - 1e-15, min_p=1e-300)), sample(transformer, Sampling())
+    )
 
 
 def test_a_high_temperature_is_uniform() -> None:
@@ -246,7 +265,7 @@ def test_a_high_temperature_is_uniform() -> None:
     torch.testing.assert_close(p_BK, torch.full_like(p_BK, 1 / 50), rtol=1e-7, atol=0)
 
 
-# --- What is refused ---------------------------------------------------------------------------------------------------------------------
+# --- What is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -269,11 +288,14 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
     ({"scale": math.nan}, "guidance scale=nan must be a finite number"),
     ({"schedule": "cosin"}, "schedule='cosin' of guidance is not known; did you mean 'cosine'?"),
     ({"schedule": "cosine", "power": 0.0}, "guidance power=0.0 must be a finite number above 0"),
-    ({"schedule": "linear", "power": 2.0}, "guidance power=2.0 is of schedule 'cosine', and schedule is 'linear'; leave it at 1"),
-    ({"schedule": "interval", "start": 0.5, "end": 0.5}, "guidance from start=0.5 to end=0.5 is no interval; choose 0 <= start < end <= 1"),
+    ({"schedule": "linear", "power": 2.0}, "guidance power=2.0 is of schedule 'cosine', and schedule is 'linear'; "
+                                           "leave it at 1"),
+    ({"schedule": "interval", "start": 0.5, "end": 0.5}, "guidance from start=0.5 to end=0.5 is no interval; choose 0 "
+                                                         "<= start < end <= 1"),
     ({"schedule": "interval", "start": -0.5}, "guidance from start=-0.5 to end=1.0 is no interval"),
     ({"schedule": "interval", "end": 1.5}, "guidance from start=0.0 to end=1.5 is no interval"),
-    ({"start": 0.5}, "guidance from start=0.5 to end=1.0 is of schedule 'interval', and schedule is 'constant'; leave them at 0 and 1"),
+    ({"start": 0.5}, "guidance from start=0.5 to end=1.0 is of schedule 'interval', and schedule is 'constant'; leave "
+                     "them at 0 and 1"),
 ])  # fmt: skip
 def test_guidance_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
@@ -286,7 +308,9 @@ def test_guidance_out_of_range_is_refused(settings: dict[str, Any], message: str
     ([0, -4], [0, 0], "-4 is no sample's number; they count from 0"),
     ([0, 1], [0], r"numbers of shape \(2,\) and classes of shape \(1,\) do not fit; pass \(B,\) and \(B,\)"),
 ])  # fmt: skip
-def test_samples_that_cannot_be_are_refused(transformer: Transformer, numbers: list[int], classes: list[int], message: str) -> None:
+def test_samples_that_cannot_be_are_refused(
+    transformer: Transformer, numbers: list[int], classes: list[int], message: str
+) -> None:
     numbers_B, classes_B = torch.tensor(numbers), torch.tensor(classes)
     with pytest.raises(ConfigError, match=f"^{message}$"):
         Sampler(transformer, Sampling(), seed=0, batch_size=2)(numbers_B, classes_B)
@@ -304,7 +328,8 @@ def test_a_sampler_that_cannot_be_is_refused(transformer: Transformer) -> None:
 
 
 def assert_refused_and_forgotten(transformer: Transformer, weight: torch.Tensor, message: str) -> None:
-    """With NaN in this part of the weights; with the weights as they were before, the same sampler gives the same samples again."""
+    """With NaN in this part of the weights; with the weights as they were before, the same sampler gives the same
+    samples again."""
     sampling, numbers_B = Sampling(guidance=GUIDED), NUMBERS + 20
     sampler = Sampler(transformer, sampling, seed=0, batch_size=9)
     before_BN, kept = sampler(numbers_B, CLASSES), weight.clone()
@@ -321,7 +346,10 @@ def test_logits_that_are_not_finite_are_refused_at_their_step(transformer: Trans
     tokens_BN = Sampler(transformer, Sampling(guidance=GUIDED), seed=0, batch_size=9)(NUMBERS + 20, CLASSES)
     token = int(tokens_BN[3, 4])
     step, b = (tokens_BN == token).T.nonzero()[0].tolist()
-    message = f"^the transformer's logits of sample {20 + b} are not finite at step {step + 1}, counted from 0; its weights are damaged, or"
+    message = (
+        f"^the transformer's logits of sample {20 + b} are not finite at step {step + 1}, counted from 0; its "
+        f"weights are damaged, or"
+    )
     assert_refused_and_forgotten(transformer, transformer.tok_emb.weight[token], message)
 
 

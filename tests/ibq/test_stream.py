@@ -1,4 +1,5 @@
-"""Folders that are read while they are used: which pixels come, that nothing but seed, epoch and image decides them, and what can break."""
+"""Folders that are read while they are used: which pixels come, that nothing but seed, epoch and image decides them,
+and what can break."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ import torch
 from ibq.config import TrainConfig
 from ibq.data import DataError, Images, data_hash, load_images
 from ibq.data import stream as module
-from ibq.data.batches import TrainingBatches, batch_indices
+from ibq.data.loader import TrainingBatches, batch_indices
 from ibq.data.stream import Draw, RandomSquares, StreamedImages
 
 R, N = 16, 23
@@ -66,7 +67,9 @@ def train_split(config: TrainConfig) -> StreamedImages:
 
 def taken(config: TrainConfig, steps: int, first_step: int = 0, **options: Any) -> torch.Tensor:
     """All images of some steps, in a row."""
-    with TrainingBatches(train_split(config), config, CPU, first_step=first_step, **({"workers": 0} | options)) as batches:
+    with TrainingBatches(
+        train_split(config), config, CPU, first_step=first_step, **({"workers": 0} | options)
+    ) as batches:
         return torch.cat([batches.next() for _ in range(steps)])
 
 
@@ -88,7 +91,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> None:
     assert not [pid for pid in pids if alive(pid)]
 
 
-# --- Which pixels ------------------------------------------------------------------------------------------------------------------------
+# --- Which pixels -----------------------------------------------------------------------------------------------------
 
 
 def square_of(path: Path, key: tuple[int, int, int], resolution: int = R, flip: bool = False) -> np.ndarray:
@@ -99,7 +102,8 @@ def square_of(path: Path, key: tuple[int, int, int], resolution: int = R, flip: 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (16, 24), (48, 48), (8, 12), (480, 16), (16, 16)], ids=str)
 def test_squares_are_those_of_the_image_scaled_to_the_shorter_side(size: tuple[int, int], tmp_path: Path) -> None:
-    """Against Pillow: the whole image (but for the rest of a pixel) scaled until its shorter side is R, then cut at whole pixels."""
+    """Against Pillow: the whole image (but for the rest of a pixel) scaled until its shorter side is R, then cut at
+    whole pixels."""
     width, height = size
     pixels_HWC = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
     save(tmp_path / "a.png", pixels_HWC)
@@ -108,7 +112,8 @@ def test_squares_are_those_of_the_image_scaled_to_the_shorter_side(size: tuple[i
     scaled = PIL.Image.fromarray(pixels_HWC).resize((W, H), PIL.Image.Resampling.BICUBIC, box=covered)
     lefts, tops = range(scaled.width - R + 1), range(scaled.height - R + 1)
     possible = {
-        (left, top): np.asarray(scaled.crop((left, top, left + R, top + R))).astype(int) for left, top in itertools.product(lefts, tops)
+        (left, top): np.asarray(scaled.crop((left, top, left + R, top + R))).astype(int)
+        for left, top in itertools.product(lefts, tops)
     }
     for index in range(20):
         square = square_of(tmp_path / "a.png", (0, 0, index))
@@ -123,23 +128,37 @@ def test_squares_lie_everywhere_alike_and_half_of_them_are_mirrored(tmp_path: Pa
     count = 2000
     for name, line in (("wide.png", np.s_[0, :, 0]), ("high.png", np.s_[:, 0, 0])):
         lines = [square_of(tmp_path / name, (5, epoch, 3))[line] for epoch in range(count)]
-        assert {int(each[-1]) - int(each[0]) for each in lines} == {10 * (R - 1)}, "neighbouring columns of the image, in order"
+        assert {int(each[-1]) - int(each[0]) for each in lines} == {10 * (R - 1)}, (
+            "neighbouring columns of the image, in order"
+        )
         places = np.bincount([each[0] // 10 for each in lines], minlength=10)
         assert len(places) == 10
-        assert ((places - count / 10) ** 2 / (count / 10)).sum() < 27.9, "chi-squared with 9 degrees of freedom, p = 0.001"
+        assert ((places - count / 10) ** 2 / (count / 10)).sum() < 27.9, (
+            "chi-squared with 9 degrees of freedom, p = 0.001"
+        )
     plain = [square_of(tmp_path / "wide.png", (5, 0, index)) for index in range(count)]
     flipped = [square_of(tmp_path / "wide.png", (5, 0, index), flip=True) for index in range(count)]
     mirrored = [not np.array_equal(one, other) for one, other in zip(plain, flipped, strict=True)]
-    assert all(np.array_equal(a[:, ::-1] if m else a, b) for a, b, m in zip(plain, flipped, mirrored, strict=True)), "at the same place"
+    assert all(np.array_equal(a[:, ::-1] if m else a, b) for a, b, m in zip(plain, flipped, mirrored, strict=True)), (
+        "at the same place"
+    )
     assert 0.46 < np.mean(mirrored) < 0.54
 
 
 def test_centre_squares_are_those_of_a_folder_in_memory(make: Make, root: Path) -> None:
     config = make()
     for split, small in (("train", True), ("test", True)):
-        streamed, held = load_images(config.data, split), load_images(config.data.model_copy(update={"crop": "center"}), split)
+        streamed, held = (
+            load_images(config.data, split),
+            load_images(config.data.model_copy(update={"crop": "center"}), split),
+        )
         assert isinstance(held, Images)
-        assert (len(streamed), streamed.name, streamed.split, streamed.source) == (len(held) + small, held.name, held.split, held.source)
+        assert (len(streamed), streamed.name, streamed.split, streamed.source) == (
+            len(held) + small,
+            held.name,
+            held.split,
+            held.source,
+        )
         large = [position for position, file in enumerate(streamed.listing.files) if "04." not in file]
         assert torch.equal(streamed.pixels(torch.tensor(large)), held.images_NCHW)
         assert torch.equal(streamed.batch(torch.tensor(large[2:4]), CPU), held.batch(torch.tensor([2, 3]), "cpu"))
@@ -148,9 +167,9 @@ def test_centre_squares_are_those_of_a_folder_in_memory(make: Make, root: Path) 
     (small_file,) = [position for position, file in enumerate(streamed.listing.files) if "04." in file]
     with PIL.Image.open(root / "val" / streamed.listing.files[small_file]) as image:
         enlarged = image.crop((1, 0, 10, 9)).resize((R, R), PIL.Image.Resampling.BICUBIC, box=(0, 0, 9, 9))
-    difference = streamed.pixels(torch.tensor([small_file]))[0].permute(1, 2, 0).numpy()[:, 2:-2] - np.asarray(enlarged)[:, 2:-2].astype(
-        int
-    )
+    difference = streamed.pixels(torch.tensor([small_file]))[0].permute(1, 2, 0).numpy()[:, 2:-2] - np.asarray(
+        enlarged
+    )[:, 2:-2].astype(int)
     assert abs(difference).max() <= 1, "what is smaller is scaled up"
 
 
@@ -174,7 +193,7 @@ def test_the_hash_of_a_streamed_folder_knows_names_and_sizes(make: Make, tmp_pat
     assert len({first, renamed, resized, hashed("b")}) == 4
 
 
-# --- Nothing but seed, epoch and image decides -------------------------------------------------------------------------------------------
+# --- Nothing but seed, epoch and image decides ------------------------------------------------------------------------
 
 
 def test_batches_do_not_depend_on_where_training_goes_on_nor_on_how_many_processes_share_them(make: Make) -> None:
@@ -190,7 +209,9 @@ def test_batches_do_not_depend_on_where_training_goes_on_nor_on_how_many_process
     squares = RandomSquares(images.listing.folder, R, True)
     for step in range(steps):
         draws = images.draws(batch_indices(0, step, N, 8), 0, step // 2)
-        assert torch.equal(squares[draws[::-1]][0].flip(0), ((whole[8 * step : 8 * step + 8] + 1) * 127.5).round().to(torch.uint8))
+        assert torch.equal(
+            squares[draws[::-1]][0].flip(0), ((whole[8 * step : 8 * step + 8] + 1) * 127.5).round().to(torch.uint8)
+        )
 
 
 def test_epochs_and_seeds_cut_differently(make: Make) -> None:
@@ -215,7 +236,9 @@ def test_other_processes_decode_the_same_ahead_and_leave_when_told(make: Make) -
         x_BCHW = torch.cat([batches.next() for _ in range(6)])
         assert x_BCHW.is_contiguous(memory_format=torch.channels_last)
         assert batches.waited_s > 0
-        assert {os.getpgid(pid) for pid in workers} == set(workers), "what is sent to the trainer's group does not reach them"
+        assert {os.getpgid(pid) for pid in workers} == set(workers), (
+            "what is sent to the trainer's group does not reach them"
+        )
         for pid in workers:
             os.kill(pid, signal.SIGINT)
         x_BCHW = torch.cat([x_BCHW, batches.next()])
@@ -225,7 +248,7 @@ def test_other_processes_decode_the_same_ahead_and_leave_when_told(make: Make) -
     assert torch.equal(x_BCHW, taken(config, 7, 1))
 
 
-# --- What can break ----------------------------------------------------------------------------------------------------------------------
+# --- What can break ---------------------------------------------------------------------------------------------------
 
 
 def broken_folder(folder: Path, sound: int, broken: int) -> Path:
@@ -238,14 +261,19 @@ def broken_folder(folder: Path, sound: int, broken: int) -> Path:
     return folder
 
 
-def test_a_broken_image_is_replaced_counted_and_said_once(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_image_is_replaced_counted_and_said_once(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = make(broken_folder(tmp_path, 6, 2), steps=8)
     images = train_split(config)
     with TrainingBatches(images, config, CPU, first_step=0, workers=0) as batches:
         x_BCHW = torch.cat([batches.next() for _ in range(3)])
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"has not the content of a PNG, JPEG, WEBP, BMP, TIFF or GIF image; another image of {tmp_path / 'train'} stands in" in error
+    assert (
+        f"has not the content of a PNG, JPEG, WEBP, BMP, TIFF or GIF image; another image of {tmp_path / 'train'} "
+        f"stands in" in error
+    )
     assert sorted(sentence.split(" has ")[0] for sentence in images.skipped) == ["broken 0.jpg", "broken 1.jpg"]
     assert set(((x_BCHW[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()) == set(range(6))
     assert torch.equal(taken(config, 2, 1), x_BCHW[8:])
@@ -276,7 +304,8 @@ def test_an_image_of_the_same_class_stands_in(make: Make, tmp_path: Path) -> Non
 
 def test_too_many_broken_images_are_one_sentence(make: Make, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"^11 of the \d+ images read so far of .*/train cannot be used, over the limit of 1%: .*and 8 more"
+        DataError,
+        match=r"^11 of the \d+ images read so far of .*/train cannot be used, over the limit of 1%: .*and 8 more",
     ):
         taken(make(broken_folder(tmp_path / "some", 60, 20)), 10)
     with pytest.raises(DataError, match=r"^no image of .*/train can be used for train, it seems: .*broken"):
@@ -291,7 +320,9 @@ def test_a_lost_process_is_one_sentence_and_takes_the_others_along(make: Make) -
     workers = sorted(children() - others)
     batches.next()
     os.kill(workers[0], signal.SIGKILL)
-    with pytest.raises(DataError, match=r"^a process that decodes images was lost, killed by hand or .* run again") as loss:
+    with pytest.raises(
+        DataError, match=r"^a process that decodes images was lost, killed by hand or .* run again"
+    ) as loss:
         list(iter(batches.next, None))
     assert "\n" not in str(loss.value)
     wait_until_gone(workers, 10)
@@ -305,7 +336,8 @@ def test_an_error_in_a_process_is_one_sentence(make: Make, monkeypatch: pytest.M
     with pytest.raises(DataError, match=r"^decoding images failed: lines$"):
         taken(make(), 1)
     text = (
-        'Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "x"\nValueError: wrong.\n'
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "
+        '"x"\nValueError: wrong.\n'
     )
     assert module._what_was_lost(ValueError(text)) == "decoding images failed: ValueError: wrong"
 
@@ -325,7 +357,7 @@ TRAINER = """
 import json, multiprocessing, os, sys, time, torch
 from ibq.config import parse_train_config
 from ibq.data import load_images
-from ibq.data.batches import TrainingBatches
+from ibq.data.loader import TrainingBatches
 if __name__ == "__main__":
     config = parse_train_config(json.loads(sys.argv[1]))
     batches = TrainingBatches(load_images(config.data, "train"), config, torch.device("cpu"), first_step=0, workers=2)

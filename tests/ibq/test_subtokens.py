@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampling_oracles import network
 
-from ibq.models.subtokens import join, split
 from ibq.models.transformer import Transformer
-from ibq.models.transformer_config import TransformerConfig
+from ibq.models.transformer.config import TransformerConfig
+from ibq.models.transformer.subtokens import join, split
 from ibq.sampling import Sampler, Sampling
 
 SPLITS = [(4,), (2, 2), (1, 3), (3, 1), (1, 1, 1, 1), (1, 2, 1)]
@@ -23,7 +23,11 @@ def test_splitting_and_joining_round_trip(bits: list[int]) -> None:
     tokens_BT = torch.randint(0, 2 ** sum(bits), (3, 5))
     digits_BTJ = split(tokens_BT, symbols)
     assert digits_BTJ.shape == (3, 5, len(bits))
-    assert all(0 <= digit < size for digits in digits_BTJ.flatten(0, 1).tolist() for digit, size in zip(digits, symbols, strict=True))
+    assert all(
+        0 <= digit < size
+        for digits in digits_BTJ.flatten(0, 1).tolist()
+        for digit, size in zip(digits, symbols, strict=True)
+    )
     assert torch.equal(join(digits_BTJ, symbols), tokens_BT)
 
 
@@ -42,7 +46,9 @@ def test_symbols_are_the_token_or_its_subtokens() -> None:
 def test_a_token_is_embedded_as_the_sum_of_its_subtokens() -> None:
     embedding = network(codes=32, subtoken_bits=(2, 3)).tok_emb
     assert embedding(torch.tensor([[0b10_110]])).shape == (1, 1, 128)
-    torch.testing.assert_close(embedding(torch.tensor(0b10_110)), embedding.parts[0].weight[0b10] + embedding.parts[1].weight[0b110])
+    torch.testing.assert_close(
+        embedding(torch.tensor(0b10_110)), embedding.parts[0].weight[0b10] + embedding.parts[1].weight[0b110]
+    )
 
 
 @pytest.mark.parametrize("bits", SPLITS)
@@ -59,8 +65,13 @@ def test_probabilities_of_whole_tokens_sum_to_one_and_are_those_of_the_loss(bits
             log_p_BK[:, token] += logits_BK.log_softmax(1)[:, digit]
         predictions = transformer.predictions(hidden_BSW, torch.full((2, 5), token))
         assert [tuple(weight_KW.shape) for _, weight_KW, _ in predictions] == [(2**b, 128) for b in bits]
-        losses = [F.cross_entropy(hidden_NW @ weight_KW.T, targets_N, reduction="none") for hidden_NW, weight_KW, targets_N in predictions]
-        torch.testing.assert_close(-torch.stack(losses).sum(0).view(2, 5)[:, 3], log_p_BK[:, token], rtol=1e-10, atol=1e-10)
+        losses = [
+            F.cross_entropy(hidden_NW @ weight_KW.T, targets_N, reduction="none")
+            for hidden_NW, weight_KW, targets_N in predictions
+        ]
+        torch.testing.assert_close(
+            -torch.stack(losses).sum(0).view(2, 5)[:, 3], log_p_BK[:, token], rtol=1e-10, atol=1e-10
+        )
     assert log_p_BK.std(1).min() > 0.1
     torch.testing.assert_close(log_p_BK.exp().sum(1), torch.ones(2, dtype=torch.float64))
 
@@ -79,14 +90,20 @@ def test_a_plain_token_has_one_prediction_by_the_head() -> None:
 
 def test_a_new_head_predicts_nothing() -> None:
     transformer = Transformer(TransformerConfig(depth=2, codebook_size=16, classes=3, grid=3, subtoken_bits=(1, 3)))
-    scales = {name: p.detach()[: 2 * 128].std().item() for name, p in transformer.named_parameters() if name.endswith("ada_lin.1.weight")}
+    scales = {
+        name: p.detach()[: 2 * 128].std().item()
+        for name, p in transformer.named_parameters()
+        if name.endswith("ada_lin.1.weight")
+    }
     assert scales.pop("head_nm.ada_lin.1.weight") == pytest.approx(0.01, rel=0.05)
     assert scales.pop("head.norm.ada_lin.1.weight") == pytest.approx(0.01, rel=0.05)
     assert sorted(scales) == [f"{part}blocks.{i}.ada_lin.1.weight" for part in ("", "head.") for i in (0, 1)]
     assert list(scales.values()) == pytest.approx([2e-5] * 4, rel=0.05)
     for _, weight_KW, _ in transformer.predictions(torch.randn(1, 4, 128), torch.zeros(1, 4, dtype=torch.int64)):
         assert weight_KW.abs().max() == 0
-    tokens_BN = Sampler(transformer, Sampling(), seed=0, batch_size=200)(torch.arange(200), torch.zeros(200, dtype=torch.int64))
+    tokens_BN = Sampler(transformer, Sampling(), seed=0, batch_size=200)(
+        torch.arange(200), torch.zeros(200, dtype=torch.int64)
+    )
     assert tokens_BN.flatten().bincount(minlength=16).min() > 60  # uniform: 112.5 each
 
 
@@ -103,17 +120,28 @@ def test_every_part_receives_a_gradient(bits: tuple[int, ...]) -> None:
 
 
 def test_whole_logits_of_subtokens_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^tokens are predicted in sub-tokens of 2 x 8 values, which have no logits over whole tokens"):
+    with pytest.raises(
+        ValueError, match=r"^tokens are predicted in sub-tokens of 2 x 8 values, which have no logits over whole tokens"
+    ):
         network(codes=16, subtoken_bits=(1, 3))(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([0]))
 
 
 def test_parameters_of_a_split_at_the_papers_size() -> None:
-    """2^18 codes in 6 + 12 bits: the head and the embeddings shrink from two matrices of 2^18 rows to a few small ones."""
+    """2^18 codes in 6 + 12 bits: the head and the embeddings shrink from two matrices of 2^18 rows to a few small
+    ones."""
     with torch.device("meta"):
-        split_up, whole = (Transformer(TransformerConfig(depth=16, codebook_size=2**18, subtoken_bits=bits)) for bits in ((6, 12), ()))
+        split_up, whole = (
+            Transformer(TransformerConfig(depth=16, codebook_size=2**18, subtoken_bits=bits)) for bits in ((6, 12), ())
+        )
     W, count = 1024, [sum(parameter.numel() for parameter in model.parameters()) for model in (split_up, whole)]
     block = sum(parameter.numel() for parameter in split_up.blocks[0].parameters())
     rows = (64 + 4096) * 2 + 64 + 2
     norm = W + W * 2 * W + 2 * W
     assert count[0] - (count[1] - 2 * 2**18 * W) == rows * W + 2 * block + norm
-    assert {name for name, _ in split_up.head.named_children()} == {"embeddings", "positions", "blocks", "norm", "outputs"}
+    assert {name for name, _ in split_up.head.named_children()} == {
+        "embeddings",
+        "positions",
+        "blocks",
+        "norm",
+        "outputs",
+    }

@@ -18,7 +18,9 @@ METHODS = ["vq", "ibq"]
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_decoding_from_indices_gives_the_image_of_the_forward_pass(tiny: Any, method: str, batch: int, layout: torch.memory_format) -> None:
+def test_decoding_from_indices_gives_the_image_of_the_forward_pass(
+    tiny: Any, method: str, batch: int, layout: torch.memory_format
+) -> None:
     tokenizer = Tokenizer(tiny(method)).eval().to(memory_format=layout)
     images = torch.rand(batch, 1, 32, 32).mul(2).sub(1).to(memory_format=layout)
     with torch.no_grad():
@@ -49,9 +51,15 @@ def test_images_that_do_not_fit_are_refused_with_their_shape(tiny: Any, shape: t
 
 def test_the_quantizer_does_not_change_the_networks_initial_weights(tiny: Any) -> None:
     weights = []
-    for config in (tiny("vq"), tiny("ibq"), tiny("ibq", **{"quantizer.codebook_size": 64, "quantizer.codebook_init": "features"})):
+    for config in (
+        tiny("vq"),
+        tiny("ibq"),
+        tiny("ibq", **{"quantizer.codebook_size": 64, "quantizer.codebook_init": "features"}),
+    ):
         torch.manual_seed(7)
-        weights.append({name: p for name, p in Tokenizer(config).named_parameters() if not name.startswith("quantize.")})
+        weights.append(
+            {name: p for name, p in Tokenizer(config).named_parameters() if not name.startswith("quantize.")}
+        )
     for other in weights[1:]:
         assert other.keys() == weights[0].keys()
         assert all(torch.equal(other[name], weights[0][name]) for name in other)
@@ -66,11 +74,12 @@ def test_the_decoders_loss_trains_the_encoder(tiny: Any, method: str) -> None:
     assert (codebook_gradient is None) == (method == "vq")
 
 
-# --- Saving and loading ------------------------------------------------------------------------------------------------------------------
+# --- Saving and loading -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("method", "fields"), [("vq", {}), ("ibq", {}), ("vq", {"quantizer.codebook_init": "features"}), ("ibq", {"data.name": "photos"})]
+    ("method", "fields"),
+    [("vq", {}), ("ibq", {}), ("vq", {"quantizer.codebook_init": "features"}), ("ibq", {"data.name": "photos"})],
 )
 def test_save_and_load_round_trip(tiny: Any, tmp_path: Path, method: str, fields: dict[str, Any]) -> None:
     tokenizer = Tokenizer(tiny(method, **fields)).to(memory_format=torch.channels_last)
@@ -127,7 +136,9 @@ def test_weights_of_another_config_are_refused(tiny: Any, saved: Path, path: str
     assert mentions in refusal(saved)
 
 
-@pytest.mark.parametrize("text", ["", '{"quantizer": {"meth', "[]", "null", '{"quantizer": {"method": "vqq"}}', '{"steps": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", '{"quantizer": {"meth', "[]", "null", '{"quantizer": {"method": "vqq"}}', '{"steps": 3}']
+)
 def test_a_config_that_is_not_valid_is_refused(saved: Path, text: str) -> None:
     (saved / "config.json").write_text(text)
     refusal(saved)

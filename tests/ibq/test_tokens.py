@@ -1,4 +1,5 @@
-"""Tokens of a split: what they are, that no finished file is made again, what can break; and the batches that a generator learns from."""
+"""Tokens of a split: what they are, that no finished file is made again, what can break; and the batches that a
+transformer learns from."""
 
 from __future__ import annotations
 
@@ -17,17 +18,17 @@ import torch
 from picture_files import draw
 from training_runs import stop_after
 
-import ibq.tokens as module
+import ibq.data.tokens as module
 from ibq.config import DataConfig, TrainConfig
 from ibq.data import DataError, Images, load_images
-from ibq.data.batches import TrainingBatches, batch_indices, images_seen
+from ibq.data.loader import TrainingBatches, batch_indices, images_seen
+from ibq.data.shards import Parts
+from ibq.data.tokens import TokenBatches, Tokens, decode, encode_split, labels_of
 from ibq.errors import ConfigError, NonFiniteInputError
-from ibq.evaluation import measuring
-from ibq.generator_config import GeneratorConfig
+from ibq.evaluation.tokenizer import measuring
 from ibq.models.tokenizer import Tokenizer
-from ibq.parts import Parts
-from ibq.tokens import TokenBatches, Tokens, decode, encode_split, labels_of
-from ibq.training import StopRequested
+from ibq.training.runtime import StopRequested
+from ibq.transformer_config import TransformerTrainConfig
 
 CPU = torch.device("cpu")
 N, SHARD = 45, 16
@@ -37,8 +38,8 @@ MakeConfig = Callable[..., TrainConfig]
 @pytest.fixture
 def images() -> Images:
     noise = torch.Generator().manual_seed(1)
-    pixels_NCHW = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=noise)
-    return Images("photos", "train", pixels_NCHW, torch.randint(0, 5, (N,), generator=noise))
+    pixels_NCHW = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, transformer=noise)
+    return Images("photos", "train", pixels_NCHW, torch.randint(0, 5, (N,), transformer=noise))
 
 
 @pytest.fixture
@@ -72,7 +73,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def by_hand(tokenizer: Tokenizer, x_BCHW: torch.Tensor) -> torch.Tensor:
     """Encoder, then the largest logit, image by image and row by row."""
     tokenizer.eval()
-    tokens = [tokenizer.quantize.logits(tokenizer.features(x_1CHW)[0].flatten(1).T).argmax(1) for x_1CHW in x_BCHW.split(1)]
+    tokens = [
+        tokenizer.quantize.logits(tokenizer.features(x_1CHW)[0].flatten(1).T).argmax(1) for x_1CHW in x_BCHW.split(1)
+    ]
     return torch.stack(tokens)
 
 
@@ -80,7 +83,7 @@ def shards(cache: Path) -> list[Path]:
     return sorted(cache.glob("*/*.safetensors"))
 
 
-# --- What is encoded ---------------------------------------------------------------------------------------------------------------------
+# --- What is encoded --------------------------------------------------------------------------------------------------
 
 
 def test_tokens_are_those_of_the_encoder_row_by_row(tokenizer: Tokenizer, images: Images) -> None:
@@ -96,7 +99,9 @@ def test_tokens_are_those_of_the_encoder_row_by_row(tokenizer: Tokenizer, images
         assert torch.allclose(decode(tokenizer, tokens.tokens_NT), expected_NCHW, atol=1e-5)
 
 
-def test_a_precision_switched_on_outside_changes_nothing(tokenizer: Tokenizer, images: Images, encoded: list[int]) -> None:
+def test_a_precision_switched_on_outside_changes_nothing(
+    tokenizer: Tokenizer, images: Images, encoded: list[int]
+) -> None:
     inside: list[torch.dtype] = []
     tokenizer.quant_conv.register_forward_hook(lambda *arguments: inside.append(arguments[2].dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -109,13 +114,18 @@ def test_labels_have_to_fit_the_classes(images: Images) -> None:
     with pytest.raises(ConfigError, match=r"^labels of photos train go up to 4 and classes=4; set classes=5 or more$"):
         labels_of(images, 4)
     bare = Images("photos", "train", images.images_NCHW)
-    with pytest.raises(ConfigError, match=r"^photos has no labels and classes=3; set classes=1, or sort the images into a folder a class$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^photos has no labels and classes=3; set classes=1, or sort the images into a folder a class$",
+    ):
         labels_of(bare, 3)
     assert labels_of(bare, 1).tolist() == [0] * N
     assert labels_of(images, 7) is images.labels_N
 
 
-def test_a_short_run_encodes_what_it_sees_and_keeps_it_apart(tokenizer: Tokenizer, images: Images, encoded: list[int], cache: Path) -> None:
+def test_a_short_run_encodes_what_it_sees_and_keeps_it_apart(
+    tokenizer: Tokenizer, images: Images, encoded: list[int], cache: Path
+) -> None:
     seen_M = images_seen(3, 2, N, 10)
     assert seen_M is not None
     assert seen_M.tolist() == sorted(torch.cat([batch_indices(3, step, N, 10) for step in (0, 1)]).tolist())
@@ -133,7 +143,7 @@ def test_a_short_run_encodes_what_it_sees_and_keeps_it_apart(tokenizer: Tokenize
     assert len(shards(cache)) == 2 + 3
 
 
-# --- What is kept ------------------------------------------------------------------------------------------------------------------------
+# --- What is kept -----------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_encodes_nothing(tokenizer: Tokenizer, images: Images, encoded: list[int], cache: Path) -> None:
@@ -145,7 +155,9 @@ def test_a_second_run_encodes_nothing(tokenizer: Tokenizer, images: Images, enco
     assert torch.equal(second.tokens_NT, first.tokens_NT)
 
 
-def test_other_weights_other_images_or_another_size_share_nothing(tokenizer: Tokenizer, images: Images, encoded: list[int]) -> None:
+def test_other_weights_other_images_or_another_size_share_nothing(
+    tokenizer: Tokenizer, images: Images, encoded: list[int]
+) -> None:
     encode_split(tokenizer, images, classes=5)
     with torch.no_grad():
         tokenizer.quant_conv.bias[0] += 1e-3
@@ -162,7 +174,9 @@ def test_what_is_finished_when_a_run_is_stopped_is_not_done_again(
 ) -> None:
     """After so many of the six batches, two of which make a file."""
     with pytest.raises(StopRequested, match=r"^asked to stop while encoding photos train; finished parts are kept$"):
-        encode_split(tokenizer, images, classes=5, beat=stop_after(1 + batches))  # asked once before anything is encoded
+        encode_split(
+            tokenizer, images, classes=5, beat=stop_after(1 + batches)
+        )  # asked once before anything is encoded
     assert len(encoded) == batches
     encode_split(tokenizer, images, classes=5)
     assert sum(encoded) == N + batches % 2 * 8
@@ -215,7 +229,9 @@ def test_a_folder_that_cannot_be_written_costs_time_alone(
 
 
 @pytest.mark.parametrize(("codebook_size", "dtype"), [(2**15, torch.int16), (2**15 + 1, torch.int32)])
-def test_files_hold_two_bytes_a_token_where_these_are_enough(codebook_size: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_files_hold_two_bytes_a_token_where_these_are_enough(
+    codebook_size: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
     expected_NT = torch.tensor([[0, codebook_size - 1], [7, codebook_size // 2]])
@@ -229,8 +245,10 @@ def test_files_hold_two_bytes_a_token_where_these_are_enough(codebook_size: int,
 
 def test_long_work_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(0, 45)
-    monkeypatch.setattr("ibq.parts.time.monotonic", lambda: float(next(clock)))
-    Parts(None, "key", 5000, 1000, 1, 4, "trying").collect(lambda numbers_B: numbers_B[:, None] % 4, 1000, lambda: False)
+    monkeypatch.setattr("ibq.data.shards.time.monotonic", lambda: float(next(clock)))
+    Parts(None, "key", 5000, 1000, 1, 4, "trying").collect(
+        lambda numbers_B: numbers_B[:, None] % 4, 1000, lambda: False
+    )
     assert capsys.readouterr().err.splitlines() == [
         "trying: 2,000 of 5,000 images, about 2 min left",
         "trying: 4,000 of 5,000 images, about 1 min left",
@@ -244,7 +262,7 @@ def test_what_is_not_finite_is_said_and_not_kept(tokenizer: Tokenizer, images: I
     assert shards(cache) == []
 
 
-# --- Another run at the same tokens ------------------------------------------------------------------------------------------------------
+# --- Another run at the same tokens -----------------------------------------------------------------------------------
 
 HOLDER = """
 import sys, time
@@ -312,15 +330,19 @@ def test_two_runs_at_once_encode_each_image_once(tokenizer: Tokenizer, images: I
     assert sum(encoded) == N
 
 
-# --- Batches -----------------------------------------------------------------------------------------------------------------------------
+# --- Batches ----------------------------------------------------------------------------------------------------------
 
 
-def config_for(tokenizer: Tokenizer, **fields: Any) -> GeneratorConfig:
+def config_for(tokenizer: Tokenizer, **fields: Any) -> TransformerTrainConfig:
     data = fields.pop("data", tokenizer.config.data)
-    return GeneratorConfig(tokenizer=tokenizer.config, data=data, classes=5, **({"batch_size": 8, "seed": 3} | fields))
+    return TransformerTrainConfig(
+        tokenizer=tokenizer.config, data=data, classes=5, **({"batch_size": 8, "seed": 3} | fields)
+    )
 
 
-def test_kept_batches_are_the_tokens_and_classes_of_the_steps_images(tokenizer: Tokenizer, images: Images, encoded: list[int]) -> None:
+def test_kept_batches_are_the_tokens_and_classes_of_the_steps_images(
+    tokenizer: Tokenizer, images: Images, encoded: list[int]
+) -> None:
     config, tokens = config_for(tokenizer), encode_split(tokenizer, images, classes=5)
     assert images.labels_N is not None
     encoded.clear()
@@ -337,11 +359,16 @@ def test_kept_batches_are_the_tokens_and_classes_of_the_steps_images(tokenizer: 
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_ranks_share_a_batch_as_training_batches_do(kept: bool, accumulate: int, tokenizer: Tokenizer, images: Images) -> None:
+def test_ranks_share_a_batch_as_training_batches_do(
+    kept: bool, accumulate: int, tokenizer: Tokenizer, images: Images
+) -> None:
     config = config_for(tokenizer, accumulate=accumulate)
     tokens = encode_split(tokenizer, images, classes=5)
     alone = TokenBatches(config, tokenizer, images, tokens, CPU, first_step=2)
-    ranks = [TokenBatches(config, tokenizer, images, tokens if kept else None, CPU, first_step=2, rank=r, world=2) for r in range(2)]
+    ranks = [
+        TokenBatches(config, tokenizer, images, tokens if kept else None, CPU, first_step=2, rank=r, world=2)
+        for r in range(2)
+    ]
     for _ in range(5):
         shares = [rank.next() for rank in ranks]
         for part, whole in zip(zip(*shares, strict=True), alone.next(), strict=True):
@@ -353,14 +380,21 @@ def test_ranks_share_a_batch_as_training_batches_do(kept: bool, accumulate: int,
 def folder(tmp_path: Path) -> Path:
     """Three classes of pictures of several sizes; one file in each is none."""
     for number in range(27):
-        draw(tmp_path / "folder" / "train" / f"class {number % 3}" / f"{number:02d}.png", 16 + number, 40 - number, seed=number)
+        draw(
+            tmp_path / "folder" / "train" / f"class {number % 3}" / f"{number:02d}.png",
+            16 + number,
+            40 - number,
+            seed=number,
+        )
     for number in range(3):
         (tmp_path / "folder" / "train" / f"class {number}" / "broken.png").write_text("I am no picture")
         draw(tmp_path / "folder" / "val" / f"class {number}" / "0.png", 20, 30)
     return tmp_path / "folder"
 
 
-def test_fresh_tokens_are_those_of_the_squares_and_the_classes_those_of_the_files(tiny: MakeConfig, folder: Path) -> None:
+def test_fresh_tokens_are_those_of_the_squares_and_the_classes_those_of_the_files(
+    tiny: MakeConfig, folder: Path
+) -> None:
     data = DataConfig(name=f"imagefolder:{folder}", resolution=16, crop="random", flip=True)
     tokenizer = Tokenizer(tiny(**{"data.name": "photos", "data.resolution": 16})).train()
     config = config_for(tokenizer, data=data)
@@ -388,7 +422,9 @@ def test_fresh_tokens_are_those_of_the_squares_and_the_classes_those_of_the_file
 def test_batches_that_do_not_fit_are_refused(tokenizer: Tokenizer, images: Images) -> None:
     tokens = Tokens(torch.zeros(N, 16, dtype=torch.int32), torch.zeros(N, dtype=torch.int64))
     for given in (tokens, None):
-        with pytest.raises(ConfigError, match=r"^batch_size=8 cannot be shared out evenly over 3 processes with accumulate=1; .* of 3$"):
+        with pytest.raises(
+            ConfigError, match=r"^batch_size=8 cannot be shared out evenly over 3 processes with accumulate=1; .* of 3$"
+        ):
             TokenBatches(config_for(tokenizer), tokenizer, images, given, CPU, first_step=0, world=3)
     with pytest.raises(ConfigError, match="labels of photos train go up to 4 and classes=2"):
         TokenBatches(config_for(tokenizer).with_fields(classes=2), tokenizer, images, None, CPU, first_step=0)

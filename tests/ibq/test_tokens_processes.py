@@ -1,4 +1,5 @@
-"""Two processes encode, sample and measure what one does, each image by one of them; what stops or fails on one ends both."""
+"""Two processes encode, sample and measure what one does, each image by one of them; what stops or fails on one ends
+both."""
 
 from __future__ import annotations
 
@@ -9,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
-from tiny_generator import CONFIG, build, fashion
+from tiny_transformer import CONFIG, build, fashion
 from training_runs import stop_after
 
-import ibq.generation
-import ibq.tokens
+import ibq.data.tokens
+import ibq.evaluation.transformer
 from ibq.data import DataError, Images
+from ibq.data.tokens import encode_split
 from ibq.distributed import Processes, barrier
 from ibq.errors import NonFiniteError
-from ibq.generation import evaluate_generator
+from ibq.evaluation.transformer import evaluate_transformer
 from ibq.models.tokenizer import Tokenizer
 from ibq.sampling import Sampler
-from ibq.tokens import encode_split
-from ibq.training import Runtime, StopRequested
+from ibq.training.runtime import Runtime, StopRequested
 
 pytestmark = pytest.mark.processes
 
@@ -32,7 +33,7 @@ RUNTIME = Runtime(device="cpu", eval_images=N_IMAGES, eval_batch_size=40, sample
 def work(folder: Path, rank: int) -> dict[str, Any]:
     """Everything that a rank finds; images that it encoded and samples that it drew are counted."""
     images = fashion(N_IMAGES)  # before the cache that they may lie in is another
-    ibq.tokens.SHARD, ibq.tokens.IMAGES_AT_ONCE, ibq.generation.PART = 16, 8, 25
+    ibq.data.tokens.SHARD, ibq.data.tokens.IMAGES_AT_ONCE, ibq.evaluation.transformer.PART = 16, 8, 25
     transformer, tokenizer = build()
     counts = {"encoded": 0, "drawn": 0}
     encode, draw = Tokenizer.encode, Sampler.__call__
@@ -57,8 +58,8 @@ def work(folder: Path, rank: int) -> dict[str, Any]:
         found["tokens apart"] = encode_split(tokenizer, images, classes=10).tokens_NT
 
         arguments = (CONFIG, transformer, tokenizer, images, tokens, RUNTIME, folder / "samples")
-        found["evaluated"], found["drawn"] = evaluate_generator(*arguments, lambda: False), counts["drawn"]
-        found["evaluated again"] = evaluate_generator(*arguments, lambda: False)
+        found["evaluated"], found["drawn"] = evaluate_transformer(*arguments, lambda: False), counts["drawn"]
+        found["evaluated again"] = evaluate_transformer(*arguments, lambda: False)
         found["drawn again"] = counts["drawn"] - found["drawn"]
     finally:
         Tokenizer.encode, Sampler.__call__ = encode, draw  # type: ignore[method-assign]
@@ -96,14 +97,14 @@ def refusals(folder: Path, rank: int) -> dict[str, str]:
     arguments = (CONFIG, transformer, tokenizer, images, tokens, RUNTIME, folder / "other samples")
     for what, asked in (("likelihood", 1), ("sampling", 2), ("measuring", 6)):
         try:
-            evaluate_generator(*arguments, of_one(stop_after(asked)))
+            evaluate_transformer(*arguments, of_one(stop_after(asked)))
         except StopRequested as stopped:
             said[what] = str(stopped)
         barrier()
     if rank == 1:
         torch.nn.init.constant_(transformer.head.weight, float("nan"))
     try:
-        evaluate_generator(*arguments, lambda: False)
+        evaluate_transformer(*arguments, lambda: False)
     except NonFiniteError as error:
         said["not finite"] = str(error)
     return said
@@ -117,7 +118,11 @@ def failing(*_: object) -> torch.Tensor:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IBQ_CACHE", os.environ.get("IBQ_CACHE", ""))  # so that what `work` sets is undone
-        for module, name in ((ibq.tokens, "SHARD"), (ibq.tokens, "IMAGES_AT_ONCE"), (ibq.generation, "PART")):
+        for module, name in (
+            (ibq.data.tokens, "SHARD"),
+            (ibq.data.tokens, "IMAGES_AT_ONCE"),
+            (ibq.evaluation.transformer, "PART"),
+        ):
             patch.setattr(module, name, getattr(module, name))
         return work(tmp_path_factory.mktemp("alone"), 0)
 
@@ -129,7 +134,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_tokens_are_those_of_one_process_and_each_image_is_encoded_once(alone: dict[str, Any], together: list[dict[str, Any]]) -> None:
+def test_tokens_are_those_of_one_process_and_each_image_is_encoded_once(
+    alone: dict[str, Any], together: list[dict[str, Any]]
+) -> None:
     for found in together:
         assert torch.equal(found["tokens"], alone["tokens"])
         assert torch.equal(found["tokens apart"], alone["tokens"])
@@ -138,7 +145,9 @@ def test_tokens_are_those_of_one_process_and_each_image_is_encoded_once(alone: d
     assert [found["encoded again"] for found in (alone, *together)] == [0, 0, 0]
 
 
-def test_an_evaluation_is_that_of_one_process_and_each_sample_is_drawn_once(alone: dict[str, Any], together: list[dict[str, Any]]) -> None:
+def test_an_evaluation_is_that_of_one_process_and_each_sample_is_drawn_once(
+    alone: dict[str, Any], together: list[dict[str, Any]]
+) -> None:
     metrics, protocol, tensors = alone["evaluated"]
     timed = {"sample_images_per_s"}
     for rank, found in enumerate(together):
@@ -149,7 +158,9 @@ def test_an_evaluation_is_that_of_one_process_and_each_sample_is_drawn_once(alon
             for name in metrics.keys() - timed:
                 assert other_metrics[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-6), name
             assert {**other_protocol, "sample_images_per_s": ""} == {**protocol, "sample_images_per_s": ""}
-            assert other_tensors.keys() == {name for name in tensors if rank == 0 or not name.startswith(("shown", "images"))}
+            assert other_tensors.keys() == {
+                name for name in tensors if rank == 0 or not name.startswith(("shown", "images"))
+            }
             assert all(torch.equal(other_tensors[name], tensors[name]) for name in other_tensors)
     assert sum(found["drawn"] for found in together) == alone["drawn"] == 2 * 115
     assert min(found["drawn"] for found in together) == 2 * 50

@@ -1,4 +1,5 @@
-"""The game of two players in the trainer: against a loop written out by hand, over micro-batches, stops and losses of finiteness."""
+"""The game of two players in the trainer: against a loop written out by hand, over micro-batches, stops and losses of
+finiteness."""
 
 from __future__ import annotations
 
@@ -25,17 +26,17 @@ from training_runs import (
     weights_of,
 )
 
-import ibq.train_tokenizer as trainer
-from ibq.checkpoint import load_checkpoint
+import ibq.training.tokenizer as trainer
 from ibq.config import TrainConfig
 from ibq.data import load_images
-from ibq.data.batches import batch_indices
+from ibq.data.loader import batch_indices
 from ibq.errors import NonFiniteError
 from ibq.losses import PerceptualLoss
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import Runtime, StopRequested
-from ibq.training_state import TrainingState
+from ibq.training.checkpoint import load_checkpoint
+from ibq.training.runtime import Runtime, StopRequested
+from ibq.training.tokenizer import train_tokenizer
+from ibq.training.tokenizer_state import TrainingState
 
 __all__ = ["read_the_images_once"]
 
@@ -56,11 +57,12 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[TrainingState]:
     return made
 
 
-# --- The step against one written out ----------------------------------------------------------------------------------------------------
+# --- The step against one written out ---------------------------------------------------------------------------------
 
 
 def by_hand(config: TrainConfig, state: TrainingState, steps: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Plain steps from the same beginning: discriminator first, then the generator, on one forward pass; PAPER section 4."""
+    """Plain steps from the same beginning: discriminator first, then the generator, on one forward pass; docs/method.md
+    section 4."""
     tokenizer, critic = copy.deepcopy(state.tokenizer), copy.deepcopy(state.players["discriminator"].network)
     perceptual, images = PerceptualLoss("fashion-cnn"), load_images(config.data, "train")
     optimizers = [torch.optim.Adam(network.parameters(), lr=SMALL, betas=(0.5, 0.9)) for network in (tokenizer, critic)]
@@ -92,8 +94,12 @@ def by_hand(config: TrainConfig, state: TrainingState, steps: int) -> tuple[torc
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_three_steps_equal_those_written_out_by_hand(tiny: Any, tmp_path: Path, states: list[TrainingState], adaptive: bool) -> None:
-    config = tiny(steps=3, **{"optim.milestones": [1.0], "optim.lr": SMALL, "loss.adversarial.adaptive": adaptive}, **GAN)
+def test_three_steps_equal_those_written_out_by_hand(
+    tiny: Any, tmp_path: Path, states: list[TrainingState], adaptive: bool
+) -> None:
+    config = tiny(
+        steps=3, **{"optim.milestones": [1.0], "optim.lr": SMALL, "loss.adversarial.adaptive": adaptive}, **GAN
+    )
     expected = by_hand(config, TrainingState(config, torch.device("cpu")), 3)
     list(train_tokenizer(config, tmp_path, EVERY_STEP))
     for player, network in zip(states[0].players.values(), expected, strict=True):
@@ -108,7 +114,12 @@ ARMS: dict[str, dict[str, Any]] = {
         "loss.adversarial.lecam_weight": 0.0,
         "loss.adversarial.start": 0.5,
     },
-    "two micro-batches, clipped, cosine": {"accumulate": 2, "optim.clip_norm": 0.5, "optim.schedule": "cosine", "optim.warmup": 0.3},
+    "two micro-batches, clipped, cosine": {
+        "accumulate": 2,
+        "optim.clip_norm": 0.5,
+        "optim.schedule": "cosine",
+        "optim.warmup": 0.3,
+    },
     "fp16": {"precision": "fp16"},
     "bf16": {"precision": "bf16"},
 }
@@ -116,7 +127,9 @@ every_arm = pytest.mark.parametrize("arm", ARMS)
 
 
 @every_arm
-def test_terms_add_up_for_both_players_and_a_resumed_run_equals_the_whole_one(tiny: Any, tmp_path: Path, arm: str) -> None:
+def test_terms_add_up_for_both_players_and_a_resumed_run_equals_the_whole_one(
+    tiny: Any, tmp_path: Path, arm: str
+) -> None:
     config = tiny(**GAN | ARMS[arm])
     list(train_tokenizer(config, tmp_path / "whole", RUNTIME))
     run = RunDirectory(tmp_path / "whole")
@@ -142,22 +155,32 @@ def test_terms_add_up_for_both_players_and_a_resumed_run_equals_the_whole_one(ti
         assert_same_run(RunDirectory(tmp_path / str(stop)), run)
 
 
-def test_before_its_start_the_discriminator_does_nothing(tiny: Any, tmp_path: Path, states: list[TrainingState]) -> None:
+def test_before_its_start_the_discriminator_does_nothing(
+    tiny: Any, tmp_path: Path, states: list[TrainingState]
+) -> None:
     late = tiny(steps=4, **GAN, **{"loss.adversarial.start": 0.5})
     without = tiny(steps=4, **{"loss.perceptual": "fashion-cnn", "model.norm_groups": 2})
-    beginning = [p.clone() for p in TrainingState(late, torch.device("cpu")).players["discriminator"].network.parameters()]
+    beginning = [
+        p.clone() for p in TrainingState(late, torch.device("cpu")).players["discriminator"].network.parameters()
+    ]
     games = [train_tokenizer(config, tmp_path / str(i), EVERY_STEP) for i, config in enumerate((late, without))]
     for (one, other), step in zip(itertools.islice(zip(*games, strict=True), 3), (1, 2, 3), strict=True):
         now = [p.clone() for p in states[0].players["discriminator"].network.parameters()]
         assert all(map(torch.equal, now, beginning)) == (step <= 2)
-        assert (one.record["loss_pixel"] == other.record["loss_pixel"]) == (step <= 3)  # the third loss is of weights that two steps made
+        assert (one.record["loss_pixel"] == other.record["loss_pixel"]) == (
+            step <= 3
+        )  # the third loss is of weights that two steps made
         assert (one.record["gradient_norm"] == other.record["gradient_norm"]) == (step <= 2)
 
 
-def test_micro_batches_equal_the_whole_batch_but_for_the_entropy(tiny: Any, tmp_path: Path, states: list[TrainingState]) -> None:
+def test_micro_batches_equal_the_whole_batch_but_for_the_entropy(
+    tiny: Any, tmp_path: Path, states: list[TrainingState]
+) -> None:
     for entropy_weight in (0.0, 0.05):
         for accumulate in (1, 2, 4):
-            config = tiny(steps=5, accumulate=accumulate, **GAN, **{"optim.lr": SMALL, "quantizer.entropy_weight": entropy_weight})
+            config = tiny(
+                steps=5, accumulate=accumulate, **GAN, **{"optim.lr": SMALL, "quantizer.entropy_weight": entropy_weight}
+            )
             list(train_tokenizer(config, tmp_path / f"{entropy_weight} {accumulate}", EVERY_STEP))
     weights = [weights_of(*(player.network for player in state.players.values())) for state in states]
     plain, entropic = [[(w - group[0]).abs().max().item() for w in group[1:]] for group in (weights[:3], weights[3:])]
@@ -172,7 +195,7 @@ def test_recomputed_activations_change_nothing(tiny: Any, tmp_path: Path) -> Non
     assert_same_run(RunDirectory(tmp_path / "kept"), RunDirectory(tmp_path / "recomputed"))
 
 
-# --- One player ---------------------------------------------------------------------------------------------------------------------------
+# --- One player -------------------------------------------------------------------------------------------------------
 
 
 def test_clipping_shortens_the_gradient_to_the_norm_and_reports_the_one_before(tiny: Any) -> None:
@@ -209,7 +232,7 @@ def test_an_overflow_in_fp16_costs_one_update_and_halves_the_scale_until_there_i
         step(math.inf)
 
 
-# --- What is not finite stops the run before an update -----------------------------------------------------------------------------------
+# --- What is not finite stops the run before an update ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -248,7 +271,9 @@ def test_nan_stops_before_any_update_names_term_and_step_and_leaves_the_last_goo
     assert kept.meta["step"] == 1
 
 
-def test_a_state_that_is_not_finite_takes_no_checkpoints_place(tiny: Any, tmp_path: Path, states: list[TrainingState]) -> None:
+def test_a_state_that_is_not_finite_takes_no_checkpoints_place(
+    tiny: Any, tmp_path: Path, states: list[TrainingState]
+) -> None:
     events = train_tokenizer(tiny(**GAN), tmp_path, EVERY_STEP)
     assert [next(events).step for _ in range(3)] == [1, 2, 3]
     poison_codebook(states[0])

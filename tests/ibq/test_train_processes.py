@@ -1,4 +1,5 @@
-"""Several processes train what one does: weights, history, snapshots and row. They stop, fail and go on together, and one writes."""
+"""Several processes train what one does: weights, history, snapshots and row. They stop, fail and go on together, and
+one writes."""
 
 from __future__ import annotations
 
@@ -26,17 +27,17 @@ from training_runs import (
     weights_of,
 )
 
-import ibq.train_tokenizer as trainer
+import ibq.training.tokenizer as trainer
 from ibq.config import DataConfig, TrainConfig, parse_train_config
 from ibq.data import DataError, Images
-from ibq.data.batches import TrainingBatches
 from ibq.data.images import Split
+from ibq.data.loader import TrainingBatches
 from ibq.distributed import Processes, barrier
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import Runtime, StopRequested
-from ibq.training_state import TrainingState
+from ibq.training.runtime import Runtime, StopRequested
+from ibq.training.tokenizer import train_tokenizer
+from ibq.training.tokenizer_state import TrainingState
 
 pytestmark = pytest.mark.processes
 
@@ -52,14 +53,18 @@ EQUAL: dict[str, dict[str, Any]] = {
     "vq": {"quantizer": VQ},
     "lfq": {"quantizer": LFQ},
 }
-ARMS = EQUAL | {"local": {"averages": "local"}, "bf16": {"precision": "bf16"}, "vq local": {"averages": "local", "quantizer": VQ}}
+ARMS = EQUAL | {
+    "local": {"averages": "local"},
+    "bf16": {"precision": "bf16"},
+    "vq local": {"averages": "local", "quantizer": VQ},
+}
 RESUMED = ("whole", "two micro-batches")
 CLOSE = 1e-5
 CLOSE_WEIGHTS = 1e-6
 """A fiftieth of what the five steps can move a weight by: less than what local averages change in either player."""
 LEARNING_RATE = 1e-5
-"""So that a step is no larger: where a pixel's error is nearly 0, rounding decides on the sign of its gradient, and Adam may make much of
-that."""
+"""So that a step is no larger: where a pixel's error is nearly 0, rounding decides on the sign of its gradient, and
+Adam may make much of that."""
 OF_ONE_PROCESS = {
     *("feature_norm", "quantization_error", "logit_spread", "max_probability", "assignment_entropy", "entropy_pull"),
     *("gap", "gap_used", "gap_dead"),
@@ -72,7 +77,9 @@ def config_of(arm: str) -> TrainConfig:
     fields = ARMS[arm]
     quantizer = {"method": "ibq", "codebook_size": 16, "code_dim": 8} | fields.get("quantizer", {})
     config = parse_train_config({"model": MODEL, "quantizer": quantizer, "steps": 5, "batch_size": 8})
-    return config.with_fields(**GAN | {"optim.lr": LEARNING_RATE} | {name: value for name, value in fields.items() if name != "quantizer"})
+    return config.with_fields(
+        **GAN | {"optim.lr": LEARNING_RATE} | {name: value for name, value in fields.items() if name != "quantizer"}
+    )
 
 
 class Seen(TrainingState):
@@ -85,7 +92,12 @@ class Seen(TrainingState):
         Seen.last = self
 
 
-def train(arm: str, folder: Path, should_stop: Callable[[], bool] = lambda: False, at_step: Callable[[int], None] = lambda _: None) -> str:
+def train(
+    arm: str,
+    folder: Path,
+    should_stop: Callable[[], bool] = lambda: False,
+    at_step: Callable[[int], None] = lambda _: None,
+) -> str:
     """Returns what the run was ended with, '' if it came to its end."""
     try:
         for event in train_tokenizer(config_of(arm), folder, RUNTIME, should_stop):
@@ -115,7 +127,7 @@ def weights() -> dict[str, torch.Tensor]:
     return {name: weights_of(player.network) for name, player in Seen.last.players.items()}
 
 
-# --- What the two processes do ------------------------------------------------------------------------------------------------------------
+# --- What the two processes do ----------------------------------------------------------------------------------------
 
 
 def train_together(processes: Processes, folder: Path) -> None:
@@ -123,7 +135,9 @@ def train_together(processes: Processes, folder: Path) -> None:
     watch(patch)
     said: dict[str, str] = {}
     for arm in EQUAL | {"local": {}, "bf16": {}}:
-        said[arm] = train(arm, folder / ("nothing" if second else "together") / arm)  # where both see no file, one could write elsewhere
+        said[arm] = train(
+            arm, folder / ("nothing" if second else "together") / arm
+        )  # where both see no file, one could write elsewhere
         torch.save(weights(), folder / f"{arm} {processes.rank}.pt")
     stop_and_go_on(second, folder, said)
     lose(second, folder, said)
@@ -154,7 +168,12 @@ def lose(second: bool, folder: Path, said: dict[str, str]) -> None:
         said[f"{arm}, {what}"] = train(arm, folder / f"{arm}, {what}", at_step=at_step)
 
 
-POISONS = {"images": poison_images, "decoder": poison_decoder, "codebook": poison_codebook, "discriminator": poison_discriminator}
+POISONS = {
+    "images": poison_images,
+    "decoder": poison_decoder,
+    "codebook": poison_codebook,
+    "discriminator": poison_discriminator,
+}
 REASONS = {
     "images": r"^step 2: the images are not finite: \d+ of \d+ values of features are NaN",
     "decoder": r"^step 2: the reconstructions are not finite: loss term 'discriminator' is nan$",
@@ -174,8 +193,14 @@ POISONED = [
 
 def refuse(second: bool, folder: Path, said: dict[str, str], patch: pytest.MonkeyPatch) -> None:
     train("whole", folder / "shared", stop_after(1))
-    said["another folder"] = train("whole", folder / ("not shared" if second else "shared")).replace("not shared", "shared")
-    odd: dict[str, Callable[..., Images]] = {"other data": partial(few_images, count=50), "no data": no_images, "lost data": few_images}
+    said["another folder"] = train("whole", folder / ("not shared" if second else "shared")).replace(
+        "not shared", "shared"
+    )
+    odd: dict[str, Callable[..., Images]] = {
+        "other data": partial(few_images, count=50),
+        "no data": no_images,
+        "lost data": few_images,
+    }
     for name, load in odd.items():
         patch.setattr(trainer, "load_images", load if second else few_images)
         if name == "lost data":
@@ -187,7 +212,7 @@ def no_images(*_: object) -> Images:
     raise DataError("there are no images here")
 
 
-# --- One process, and what both came to ---------------------------------------------------------------------------------------------------
+# --- One process, and what both came to -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -221,21 +246,33 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 def assert_equal_runs(run: RunDirectory, alone: RunDirectory) -> None:
     """Averaged weights to 1e-6; history, snapshots, evaluation and row to 1e-5."""
-    averaged, expected = ({k: v for k, v in load_file(of.model).items() if WITHOUT_EFFECT not in k} for of in (run, alone))
+    averaged, expected = (
+        {k: v for k, v in load_file(of.model).items() if WITHOUT_EFFECT not in k} for of in (run, alone)
+    )
     assert_close(averaged, expected, CLOSE_WEIGHTS)
-    lines = [[{k: v for k, v in line.items() if k not in OF_ONE_PROCESS} for line in of.read_history()] for of in (run, alone)]
+    lines = [
+        [{k: v for k, v in line.items() if k not in OF_ONE_PROCESS} for line in of.read_history()]
+        for of in (run, alone)
+    ]
     assert [line["step"] for line in lines[0]] == [2, 4, 5]
     for line, other in zip(*lines, strict=True):
-        amplified = {name: other[name] for name in other if "gradient" in name or name in ("loss", "weighted_adversarial")}
+        amplified = {
+            name: other[name] for name in other if "gradient" in name or name in ("loss", "weighted_adversarial")
+        }
         assert line == pytest.approx(other | {name: line[name] for name in amplified}, rel=CLOSE, abs=CLOSE)
         # a sharp softmax and a quotient of norms make more of rounding than the weights do
         assert {name: line[name] for name in amplified} == pytest.approx(amplified, rel=1e-4)
     assert run.snapshot_steps() == alone.snapshot_steps() == [0, 2, 5]
     for step in run.snapshot_steps():
         assert_close(run.read_snapshot(step), alone.read_snapshot(step))
-    rows = [{name: value for name, value in of.read_row().items() if name not in TIMED | {"processes"}} for of in (run, alone)]
+    rows = [
+        {name: value for name, value in of.read_row().items() if name not in TIMED | {"processes"}}
+        for of in (run, alone)
+    ]
     for name, value in rows[1].items():
-        assert rows[0][name] == (pytest.approx(value, rel=CLOSE, abs=CLOSE) if isinstance(value, float) else value), name
+        assert rows[0][name] == (pytest.approx(value, rel=CLOSE, abs=CLOSE) if isinstance(value, float) else value), (
+            name
+        )
 
 
 @pytest.mark.parametrize("arm", EQUAL)
@@ -245,7 +282,9 @@ def test_two_processes_equal_one_with_the_same_global_batch(folder: Path, said: 
     assert alone.keys() == {"model", "discriminator"}
     for weights_of_one in both:
         assert_close(weights_of_one, alone, CLOSE_WEIGHTS)
-    assert all(torch.equal(both[0][player], both[1][player]) for player in alone), "both hold the same weights to the bit"
+    assert all(torch.equal(both[0][player], both[1][player]) for player in alone), (
+        "both hold the same weights to the bit"
+    )
     assert_equal_runs(RunDirectory(folder / "together" / arm), RunDirectory(folder / "alone" / arm))
 
 
@@ -271,7 +310,9 @@ def test_one_process_writes(folder: Path, said: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("arm", RESUMED)
-def test_a_run_stops_on_all_processes_at_once_and_goes_on_with_any_number(folder: Path, said: dict[str, str], arm: str) -> None:
+def test_a_run_stops_on_all_processes_at_once_and_goes_on_with_any_number(
+    folder: Path, said: dict[str, str], arm: str
+) -> None:
     assert said[f"{arm} stopped"] == "StopRequested: stopped at step 3 of 5; the next run goes on from there"
     expected, alone = load_weights(folder, f"{arm} alone"), RunDirectory(folder / "alone" / arm)
     assert train(arm, folder / f"{arm}, two then one") == ""
@@ -283,7 +324,9 @@ def test_a_run_stops_on_all_processes_at_once_and_goes_on_with_any_number(folder
 
 
 @pytest.mark.parametrize(("arm", "what"), POISONED)
-def test_what_is_not_finite_on_one_process_ends_all_in_the_same_words(folder: Path, said: dict[str, str], arm: str, what: str) -> None:
+def test_what_is_not_finite_on_one_process_ends_all_in_the_same_words(
+    folder: Path, said: dict[str, str], arm: str, what: str
+) -> None:
     kind, reason = said[f"{arm}, {what}"].split(": ", 1)
     assert kind == "NonFiniteError"
     assert re.search(REASONS[what], reason)
@@ -294,10 +337,14 @@ def test_what_is_not_finite_on_one_process_ends_all_in_the_same_words(folder: Pa
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("another folder", r"^ConfigError: process 1 finds the checkpoint of .*shared absent, process 0 of step 1 \(\w+\); all proc"),
+        (
+            "another folder",
+            r"^ConfigError: process 1 finds the checkpoint of .*shared absent, process 0 of step 1 \(\w+\); all proc",
+        ),
         (
             "other data",
-            r"^ConfigError: process 1 finds the data of .* \w+, process 0 \w+; all processes need the same folders of runs and data$",
+            r"^ConfigError: process 1 finds the data of .* \w+, process 0 \w+; all processes need the same folders of "
+            r"runs and data$",
         ),
         ("no data", "^DataError: there are no images here$"),
         ("lost data", "^DataError: there are no images here$"),

@@ -1,4 +1,5 @@
-"""The trainer with every quantizer: what they keep beside parameters survives a stop, and errors are measured where codes are compared."""
+"""The trainer with every quantizer: what they keep beside parameters survives a stop, and errors are measured where
+codes are compared."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ from quantizer_variants import VARIANTS
 from training_runs import RUNTIME, assert_same_run, images_once, read_the_images_once, stop_after  # noqa: F401
 
 from ibq import load_tokenizer
-from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig, parse_train_config
 from ibq.errors import NonFiniteError
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import StopRequested
+from ibq.training.checkpoint import load_checkpoint
+from ibq.training.runtime import StopRequested
+from ibq.training.tokenizer import train_tokenizer
 
 TRAINED = (
     "vq cosine",
@@ -66,7 +67,9 @@ def finished(config_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.mark.parametrize("variant", TRAINED)
-def test_stop_and_resume_equals_the_uninterrupted_run(config_of: Any, finished: Any, tmp_path: Path, variant: str) -> None:
+def test_stop_and_resume_equals_the_uninterrupted_run(
+    config_of: Any, finished: Any, tmp_path: Path, variant: str
+) -> None:
     with pytest.raises(StopRequested):
         list(train_tokenizer(config_of(variant), tmp_path, RUNTIME, stop_after(3)))
     torch.manual_seed(99)
@@ -85,7 +88,11 @@ def test_a_finished_run_loads_and_its_numbers_are_finite(finished: Any, variant:
     x_BCHW = torch.rand(2, 1, 32, 32)
     assert torch.equal(tokenizer.decode(tokenizer.encode(x_BCHW)), tokenizer(x_BCHW).images)
     D = tokenizer.config.quantizer.code_dim
-    assert (snapshot["codes"].shape, snapshot["features"].shape, snapshot["code_norms"].shape) == ((64, D), (2048, D), (64,))
+    assert (snapshot["codes"].shape, snapshot["features"].shape, snapshot["code_norms"].shape) == (
+        (64, D),
+        (2048, D),
+        (64,),
+    )
 
 
 @pytest.mark.parametrize("variant", ["vq cosine", "ibq cosine", "bsq", "fsq"])
@@ -99,32 +106,51 @@ def test_features_and_errors_are_in_the_space_of_the_codes(finished: Any, varian
         torch.testing.assert_close(features_ND.norm(dim=1), torch.ones(2048))
         torch.testing.assert_close(codes_KD.norm(dim=1), torch.ones(64))
         assert {round(line["feature_norm"], 4) for line in run.read_history()} == {1.0}
-    nearest = (features_ND[:, None] - codes_KD).square().sum(2).min(1).values.mean() / features_ND.var(0, correction=0).sum()
+    nearest = (features_ND[:, None] - codes_KD).square().sum(2).min(1).values.mean() / features_ND.var(
+        0, correction=0
+    ).sum()
     assert run.read_history()[-1]["quantization_error"] == pytest.approx(nearest.item(), rel=0.5)
 
     tokenizer = load_tokenizer(run.path)
-    _, z_BDHW, quantized = tokenizer(images_once(tokenizer.config.data, "test").batch(torch.arange(8), torch.device("cpu")))
+    _, z_BDHW, quantized = tokenizer(
+        images_once(tokenizer.config.data, "test").batch(torch.arange(8), torch.device("cpu"))
+    )
     space_BDHW = tokenizer.quantize.to_code_space(z_BDHW)
-    error = (space_BDHW - quantized.z_q).square().sum() / (space_BDHW - space_BDHW.mean((0, 2, 3), keepdim=True)).square().sum()
+    error = (space_BDHW - quantized.z_q).square().sum() / (
+        space_BDHW - space_BDHW.mean((0, 2, 3), keepdim=True)
+    ).square().sum()
     assert run.read_row()["quantization_error"] == pytest.approx(error.item(), rel=1e-3)
 
 
-def test_codes_that_are_averages_are_not_averaged_again_and_have_no_optimizer_state(config_of: Any, tmp_path: Path) -> None:
+def test_codes_that_are_averages_are_not_averaged_again_and_have_no_optimizer_state(
+    config_of: Any, tmp_path: Path
+) -> None:
     with pytest.raises(StopRequested):
         list(train_tokenizer(config_of("vq ema restart"), tmp_path, RUNTIME, stop_after(3)))
     tensors = load_checkpoint(tmp_path / "checkpoint")[0].tensors
     assert not [name for name in tensors if name.startswith("optimizer.quantize")]
     average, raw = tensors["average.module.quantize.embedding"], tensors["model.quantize.embedding"]
     assert torch.equal(average, raw)
-    for name in ("restart.usage_K", "restart.weight_K", "restart.anchors_KD", "moving_average.counts_K", "moving_average.observed"):
+    for name in (
+        "restart.usage_K",
+        "restart.weight_K",
+        "restart.anchors_KD",
+        "moving_average.counts_K",
+        "moving_average.observed",
+    ):
         assert torch.equal(tensors[f"average.module.quantize.{name}"], tensors[f"model.quantize.{name}"])
 
 
 def test_a_restarted_code_is_restarted_in_the_averaged_weights_at_once(config_of: Any, tmp_path: Path) -> None:
-    """A checkpoint every step; where a code is restarted in a step, its average is the code, and where it is not, it is not."""
+    """A checkpoint every step; where a code is restarted in a step, its average is the code, and where it is not, it is
+    not."""
     runtime = replace(RUNTIME, log_every=1, checkpoint_every_s=0)
     config = config_of("vq restart").with_fields(**{"quantizer.restart_threshold": 0.9})
-    states = [load_checkpoint(tmp_path / "checkpoint")[0].tensors for event in train_tokenizer(config, tmp_path, runtime) if event.step > 1]
+    states = [
+        load_checkpoint(tmp_path / "checkpoint")[0].tensors
+        for event in train_tokenizer(config, tmp_path, runtime)
+        if event.step > 1
+    ]
     restarted = []
     for before, after in itertools.pairwise(states):
         moved_K = before["model.quantize.restart.weight_K"].bool()
@@ -136,7 +162,9 @@ def test_a_restarted_code_is_restarted_in_the_averaged_weights_at_once(config_of
 
 @pytest.mark.parametrize("variant", ["vq", "ibq", "fsq", "lfq", "gumbel"])
 @pytest.mark.parametrize("steps", [6, 1], ids=["in training", "at the last update"])
-def test_features_that_leave_the_finite_numbers_end_a_run_with_a_row(config_of: Any, tmp_path: Path, variant: str, steps: int) -> None:
+def test_features_that_leave_the_finite_numbers_end_a_run_with_a_row(
+    config_of: Any, tmp_path: Path, variant: str, steps: int
+) -> None:
     config = config_of(variant).with_fields(**{"optim.lr": 1e38, "optim.ema_decay": 0.0, "steps": steps})
     with pytest.raises(NonFiniteError, match=f"step {min(steps, 1)}: ") as caught:
         list(train_tokenizer(config, tmp_path, RUNTIME))

@@ -17,20 +17,20 @@ import torch
 from safetensors.torch import load_file
 from training_runs import RUNTIME, assert_same_run, assert_same_tensors, images_once, read_the_images_once, stop_after  # noqa: F401
 
-import ibq.train_tokenizer as trainer
+import ibq.training.tokenizer as trainer
 from ibq import load_tokenizer
-from ibq.analysis import code_gap
-from ibq.checkpoint import load_checkpoint
 from ibq.config import TrainConfig
-from ibq.data.batches import batch_indices
+from ibq.data.loader import batch_indices
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, NonFiniteError
-from ibq.evaluation import evaluate
+from ibq.evaluation.tokenizer import evaluate
 from ibq.losses import loss_weights
-from ibq.observation import GAPS
+from ibq.metrics.codebook import code_gap
 from ibq.run_directory import RunDirectory
-from ibq.train_tokenizer import train_tokenizer
-from ibq.training import LogEvent, Runtime, StopRequested
+from ibq.training.checkpoint import load_checkpoint
+from ibq.training.logging import GAPS
+from ibq.training.runtime import LogEvent, Runtime, StopRequested
+from ibq.training.tokenizer import train_tokenizer
 
 CHECKPOINT_ALWAYS = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8, checkpoint_every_s=0)
 ARMS = {
@@ -43,7 +43,9 @@ every_arm = pytest.mark.parametrize("arm", ARMS)
 
 
 @pytest.fixture(scope="module")
-def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[RunDirectory, list[LogEvent]]]:
+def finished(
+    tiny: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[RunDirectory, list[LogEvent]]]:
     """An uninterrupted run of each arm, trained once."""
 
     @functools.cache
@@ -60,7 +62,7 @@ def of_arm(tiny: Any, arm: str) -> TrainConfig:
     return tiny(method, **fields)
 
 
-# --- A whole run -------------------------------------------------------------------------------------------------------------------------
+# --- A whole run ------------------------------------------------------------------------------------------------------
 
 
 @every_arm
@@ -78,9 +80,15 @@ def test_another_seed_gives_another_run(tiny: Any, finished: Any, tmp_path: Path
     assert other.read_row()["run"] != run.read_row()["run"]
 
 
-def test_log_cadence_snapshots_and_checkpoints_do_not_change_the_numbers(tiny: Any, finished: Any, tmp_path: Path) -> None:
+def test_log_cadence_snapshots_and_checkpoints_do_not_change_the_numbers(
+    tiny: Any, finished: Any, tmp_path: Path
+) -> None:
     run, _ = finished("ibq")
-    list(train_tokenizer(tiny(), tmp_path, Runtime(device="cpu", log_every=3, snapshots=0, eval_images=8, checkpoint_every_s=0)))
+    list(
+        train_tokenizer(
+            tiny(), tmp_path, Runtime(device="cpu", log_every=3, snapshots=0, eval_images=8, checkpoint_every_s=0)
+        )
+    )
     other = RunDirectory(tmp_path)
     assert [line["step"] for line in other.read_history()] == [3, 6, 8]
     assert other.snapshot_steps() == []
@@ -158,7 +166,9 @@ def test_snapshots_hold_what_figures_need(finished: Any) -> None:
     gaps = code_gap(snapshot["features"], snapshot["codes"], in_use)
     assert {name: snapshot[name].item() for name in GAPS if name in snapshot} == pytest.approx(gaps)
     assert {name: run.read_row()[name] for name in gaps} == pytest.approx(gaps)
-    assert run.read_row()["protocol.gap"].startswith("raw weights; at most 2048 features of the first test images, 1024 codes; in use: ")
+    assert run.read_row()["protocol.gap"].startswith(
+        "raw weights; at most 2048 features of the first test images, 1024 codes; in use: "
+    )
     assert [name for name in GAPS if name in run.read_snapshot(0)] == ["gap"]  # nothing is counted yet
     torch.testing.assert_close(snapshot["code_norms"][snapshot["code_indices"]], snapshot["codes"].norm(dim=1))
     assert not torch.equal(run.read_snapshot(0)["codes"], snapshot["codes"])
@@ -166,7 +176,9 @@ def test_snapshots_hold_what_figures_need(finished: Any) -> None:
 
 def test_the_learning_rate_that_is_logged_follows_the_schedule(tiny: Any, finished: Any) -> None:
     run, _ = finished("vq")
-    assert [line["lr"] for line in run.read_history()] == [tiny("vq").lr_at(line["step"] - 1) for line in run.read_history()]
+    assert [line["lr"] for line in run.read_history()] == [
+        tiny("vq").lr_at(line["step"] - 1) for line in run.read_history()
+    ]
     assert len({line["lr"] for line in run.read_history()}) > 1
 
 
@@ -209,7 +221,9 @@ def test_codes_drawn_from_features_are_features_of_the_runs_first_images(tiny: A
     assert distance_K.max() < 1e-5
 
 
-def test_a_row_of_fashion_mnist_has_the_distances_of_its_images(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_fashion_mnist_has_the_distances_of_its_images(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny(steps=2)
     images_once(config.data, "train"), images_once(config.data, "test")
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
@@ -222,7 +236,9 @@ def test_a_row_of_fashion_mnist_has_the_distances_of_its_images(tiny: Any, tmp_p
     assert "protocol.gap" not in row  # without snapshots
 
 
-def test_a_gap_that_is_no_number_stays_out_of_the_row(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gap_that_is_no_number_stays_out_of_the_row(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def snapshot(*arguments: Any) -> dict[str, torch.Tensor]:
         return trainer_snapshot(*arguments) | {"gap": torch.tensor(math.inf), "gap_used": torch.tensor(0.5)}
 
@@ -243,15 +259,18 @@ def test_the_peak_of_memory_is_that_of_training(tiny: Any, tmp_path: Path, monke
     assert 0 < RunDirectory(tmp_path).read_row()["peak_memory_gib"] < 2**10
 
 
-# --- The averaged weights ----------------------------------------------------------------------------------------------------------------
+# --- The averaged weights ---------------------------------------------------------------------------------------------
 
 
 def test_the_averaged_weights_are_an_exponential_moving_average(tiny: Any, tmp_path: Path) -> None:
-    """Each checkpoint, written at every step, holds weights and average; the event of a step finds that of the step before on disk."""
+    """Each checkpoint, written at every step, holds weights and average; the event of a step finds that of the step
+    before on disk."""
     config = tiny(steps=6, **{"optim.ema_decay": 0.7})
     every_step = Runtime(device="cpu", log_every=1, snapshots=2, eval_images=8, checkpoint_every_s=0)
     states = [load_checkpoint(tmp_path / "checkpoint")[0] for _ in train_tokenizer(config, tmp_path, every_step)][1:]
-    names = [name.removeprefix("model.") for name in states[0][0] if name.startswith("model.") and "initialized" not in name]
+    names = [
+        name.removeprefix("model.") for name in states[0][0] if name.startswith("model.") and "initialized" not in name
+    ]
     assert [meta["step"] for _, meta in states] == [1, 2, 3, 4, 5]
     for (before, _), (after, _) in itertools.pairwise(states):
         for name in names:
@@ -260,7 +279,9 @@ def test_the_averaged_weights_are_an_exponential_moving_average(tiny: Any, tmp_p
             assert not torch.equal(after[f"average.module.{name}"], after[f"model.{name}"])
     run, last_average = RunDirectory(tmp_path), states[-1][0]["average.module.quantize.embedding"]
     last_codes = run.read_snapshot(6)["codes"]
-    torch.testing.assert_close(load_file(run.model)["quantize.embedding"], 0.7 * last_average + 0.3 * last_codes, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        load_file(run.model)["quantize.embedding"], 0.7 * last_average + 0.3 * last_codes, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_without_decay_the_evaluated_weights_are_the_last_ones(tiny: Any, tmp_path: Path) -> None:
@@ -270,12 +291,14 @@ def test_without_decay_the_evaluated_weights_are_the_last_ones(tiny: Any, tmp_pa
     assert torch.equal(load_file(run.model)["quantize.embedding"], run.read_snapshot(8)["codes"])
 
 
-# --- Stopping, dying, resuming -----------------------------------------------------------------------------------------------------------
+# --- Stopping, dying, resuming ----------------------------------------------------------------------------------------
 
 
 @every_arm
 @pytest.mark.parametrize("steps", [0, 1, 4, 7])
-def test_stop_and_resume_equals_the_uninterrupted_run(tiny: Any, finished: Any, tmp_path: Path, arm: str, steps: int) -> None:
+def test_stop_and_resume_equals_the_uninterrupted_run(
+    tiny: Any, finished: Any, tmp_path: Path, arm: str, steps: int
+) -> None:
     config = of_arm(tiny, arm)
     with pytest.raises(StopRequested, match=f"step {steps} of 8"):
         list(train_tokenizer(config, tmp_path, RUNTIME, stop_after(steps)))
@@ -289,8 +312,11 @@ def test_stop_and_resume_equals_the_uninterrupted_run(tiny: Any, finished: Any, 
 
 @pytest.mark.parametrize("arm", ["vq", "ibq", "vq from features"])
 @pytest.mark.parametrize("runtime", [RUNTIME, CHECKPOINT_ALWAYS], ids=["no checkpoint yet", "checkpoint every step"])
-def test_a_killed_run_resumes_to_the_same_end(tiny: Any, finished: Any, tmp_path: Path, arm: str, runtime: Runtime) -> None:
-    """Killed while its third event is looked at: lines and snapshots beyond the last checkpoint are on disk and are redone."""
+def test_a_killed_run_resumes_to_the_same_end(
+    tiny: Any, finished: Any, tmp_path: Path, arm: str, runtime: Runtime
+) -> None:
+    """Killed while its third event is looked at: lines and snapshots beyond the last checkpoint are on disk and are
+    redone."""
     config = of_arm(tiny, arm)
     abandoned = train_tokenizer(config, tmp_path, runtime)
     for _ in range(3):
@@ -338,7 +364,9 @@ def test_the_directory_of_another_config_is_refused_by_the_field(tiny: Any, tmp_
     with pytest.raises(ConfigError, match=r"quantizer\.code_dim=8, not 4; pass another directory"):
         list(train_tokenizer(tiny(**{"quantizer.code_dim": 4}), tmp_path, RUNTIME))
     if state == "stopped":
-        assert len(list(train_tokenizer(tiny(), tmp_path, RUNTIME))) == 3, "the refused attempt must not have harmed the run"
+        assert len(list(train_tokenizer(tiny(), tmp_path, RUNTIME))) == 3, (
+            "the refused attempt must not have harmed the run"
+        )
 
 
 @pytest.mark.parametrize(
@@ -357,13 +385,18 @@ def test_a_cadence_out_of_range_is_refused_before_anything_is_trained(field: str
         Runtime(**{field: value})
 
 
-# --- Refusals and failures ---------------------------------------------------------------------------------------------------------------
+# --- Refusals and failures --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["vq", "ibq"])
-def test_a_diverging_run_ends_with_a_named_term_and_a_row_without_metrics(tiny: Any, tmp_path: Path, method: str) -> None:
+def test_a_diverging_run_ends_with_a_named_term_and_a_row_without_metrics(
+    tiny: Any, tmp_path: Path, method: str
+) -> None:
     config = tiny(method, **{"optim.lr": 1e30})
-    named = r"loss term '\w+' is (nan|inf)|the gradient of '[\w.]+' is not finite|\d+ of \d+ values of features are NaN or infinite"
+    named = (
+        r"loss term '\w+' is (nan|inf)|the gradient of '[\w.]+' is not finite|\d+ of \d+ values of features are "
+        r"NaN or infinite"
+    )
     with pytest.raises(NonFiniteError, match=rf"^step \d+: ({named})") as caught:
         list(train_tokenizer(config, tmp_path, RUNTIME))
     run = RunDirectory(tmp_path)

@@ -1,5 +1,6 @@
-"""The transformer: PAPER's sizes and initialisation, and every module type against the formulas of section 6, in float64, with imported
-weights; the formulas read the file's tensors by their released names and use no layer of torch.nn.
+"""The transformer: PAPER's sizes and initialisation, and every module type against the formulas of section 6, in
+float64, with imported weights; the formulas read the file's tensors by their released names and use no layer of
+torch.nn.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import released_layout
 import torch
 from released_layout import CLASSES, CODES, DEPTH, Tensors
 
-from ibq import Generator, load_released
+from ibq import TrainedTransformer, load_released
 from ibq.errors import ConfigError
 from ibq.models.transformer import Transformer, build_transformer
-from ibq.models.transformer_config import SIZES, TransformerConfig
+from ibq.models.transformer.config import SIZES, TransformerConfig
 
 WIDTH = 64 * DEPTH
 GRID = 64  # 256 pixels at the small tokenizer's factor of 4
 
 
-# --- Sizes and initialisation ------------------------------------------------------------------------------------------------------------
+# --- Sizes and initialisation -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "depth", "width", "parameters"), [
@@ -66,15 +67,17 @@ def test_a_new_transformer_gives_equal_logits() -> None:
     assert logits_BSK.abs().max() == 0
 
 
-# --- The formulas ------------------------------------------------------------------------------------------------------------------------
+# --- The formulas -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def transformer(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
-    path = released_layout.write(tmp_path_factory.mktemp("released") / "transformer.ckpt", released_layout.transformer_state())
-    generator = load_released(path)
-    assert isinstance(generator, Generator)
-    return generator.transformer.double().requires_grad_(False)
+    path = released_layout.write(
+        tmp_path_factory.mktemp("released") / "transformer.ckpt", released_layout.transformer_state()
+    )
+    transformer = load_released(path)
+    assert isinstance(transformer, TrainedTransformer)
+    return transformer.transformer.double().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,8 @@ def rms_norm(w: Tensors, name: str, x_BSW: torch.Tensor) -> torch.Tensor:
 
 
 def rotated(vector_E: torch.Tensor, position: int, grid: int) -> torch.Tensor:
-    """RoPE as multiplication of complex numbers: pair p of a half turns by coordinate * 10000^(-p / 16); zero at the class position."""
+    """RoPE as multiplication of complex numbers: pair p of a half turns by coordinate * 10000^(-p / 16); zero at the
+    class position."""
     if position == 0:
         return torch.zeros_like(vector_E)
     row, column = divmod(position - 1, grid)
@@ -107,7 +111,9 @@ def rotated(vector_E: torch.Tensor, position: int, grid: int) -> torch.Tensor:
     for pair in range(32):
         coordinate, exponent = (row, pair / 16) if pair < 16 else (column, (pair - 16) / 16)
         angle = coordinate * 10000**-exponent
-        z = complex(float(vector_E[2 * pair]), float(vector_E[2 * pair + 1])) * complex(math.cos(angle), math.sin(angle))
+        z = complex(float(vector_E[2 * pair]), float(vector_E[2 * pair + 1])) * complex(
+            math.cos(angle), math.sin(angle)
+        )
         turned += [z.real, z.imag]
     return torch.tensor(turned, dtype=torch.float64)
 
@@ -157,7 +163,7 @@ def whole(w: Tensors, tokens_BT: torch.Tensor, classes_B: torch.Tensor, grid: in
     return head_norm(w, x_BSW, condition_BW) @ w["head.weight"].T
 
 
-# --- Modules against formulas ------------------------------------------------------------------------------------------------------------
+# --- Modules against formulas -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +192,8 @@ def test_attention(on_a_small_grid: Transformer, w: Tensors) -> None:
 
 
 def test_the_class_position_sends_no_signal_but_its_value(on_a_small_grid: Transformer, w: Tensors) -> None:
-    """Its query is zero, so it takes the mean of what it sees, itself; its key is zero, so others give it a logit of 0."""
+    """Its query is zero, so it takes the mean of what it sees, itself; its key is zero, so others give it a logit of
+    0."""
     x_BSW = sequence(1)
     v_BSW = (x_BSW @ w["blocks.0.attention.wqkv.weight"].T)[..., 2 * WIDTH :]
     rotation_2SP = torch.zeros(2, 1, 32, dtype=torch.float64)
@@ -198,7 +205,9 @@ def test_feed_forward(transformer: Transformer, w: Tensors) -> None:
     assert_same(transformer.blocks[0].feed_forward(x_BSW), feed_forward(w, "blocks.0.feed_forward", x_BSW))
 
 
-@pytest.mark.parametrize(("depth", "hidden"), [(1, 256), (2, 512), (3, 512), (4, 768), (6, 1024), (16, 2816), (30, 5120)])
+@pytest.mark.parametrize(
+    ("depth", "hidden"), [(1, 256), (2, 512), (3, 512), (4, 768), (6, 1024), (16, 2816), (30, 5120)]
+)
 def test_the_hidden_width_is_two_thirds_of_four_widths_in_steps_of_256(depth: int, hidden: int) -> None:
     assert TransformerConfig(depth=depth).ffn_width == hidden == math.ceil(int(8 * 64 * depth / 3) / 256) * 256
 
@@ -228,7 +237,10 @@ def test_head_norm(transformer: Transformer, w: Tensors) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 8])
 def test_transformer_whole(on_a_small_grid: Transformer, w: Tensors, length: int) -> None:
-    tokens_BT, classes_B = torch.randint(0, CODES, (2, length)), torch.tensor([3, CLASSES])  # the last is the unconditional class
+    tokens_BT, classes_B = (
+        torch.randint(0, CODES, (2, length)),
+        torch.tensor([3, CLASSES]),
+    )  # the last is the unconditional class
     logits_BSK = on_a_small_grid(tokens_BT, classes_B)
     assert logits_BSK.shape == (2, length + 1, CODES)
     assert_same(logits_BSK, whole(w, tokens_BT, classes_B, grid=3))
@@ -240,7 +252,7 @@ def test_the_imported_grid_is_that_of_the_tokenizer(transformer: Transformer, w:
     assert_same(transformer(tokens_BT, classes_B), whole(w, tokens_BT, classes_B, GRID))
 
 
-# --- Step by step ------------------------------------------------------------------------------------------------------------------------
+# --- Step by step -----------------------------------------------------------------------------------------------------
 
 
 def test_steps_with_a_cache_are_the_full_pass(on_a_small_grid: Transformer) -> None:
@@ -261,7 +273,7 @@ def test_a_cache_is_of_the_transformers_precision_and_no_part_of_a_state(on_a_sm
     assert cache.parts[0].v_BHSE.shape == (2, DEPTH, 9, 64)
 
 
-# --- Behaviour ---------------------------------------------------------------------------------------------------------------------------
+# --- Behaviour --------------------------------------------------------------------------------------------------------
 
 
 def test_no_prediction_sees_its_token_or_a_later_one(on_a_small_grid: Transformer) -> None:
@@ -321,11 +333,17 @@ def test_every_parameter_receives_a_gradient_once_the_head_is_not_zero() -> None
         (torch.tensor([[0, 12]]), [0], r"tokens reach from 0 to 12; they must lie in \[0, 12\)"),
         (torch.tensor([[-1, 0]]), [0], r"tokens reach from -1 to 0; they must lie in \[0, 12\)"),
         (torch.tensor([[1]]), [6], r"classes reach from 6 to 6; they must lie in \[0, 6\)"),
-        (torch.tensor([[1]]), [0, 1], r"tokens of shape \(1, 1\) and classes of shape \(2,\) do not fit; pass \(B, T\) and \(B,\)"),
+        (
+            torch.tensor([[1]]),
+            [0, 1],
+            r"tokens of shape \(1, 1\) and classes of shape \(2,\) do not fit; pass \(B, T\) and \(B,\)",
+        ),
         (torch.tensor([1]), [0], r"tokens of shape \(1,\) and classes of shape \(1,\) do not fit"),
     ],
 )
-def test_what_does_not_fit_is_refused(on_a_small_grid: Transformer, tokens: torch.Tensor, classes: list[int], message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    on_a_small_grid: Transformer, tokens: torch.Tensor, classes: list[int], message: str
+) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         on_a_small_grid(tokens, torch.tensor(classes))
 

@@ -1,4 +1,5 @@
-"""What people do about VQ's collapse: moving averages, restarts, online clustering, k-means, rotation, linear codes, unit length."""
+"""What people do about VQ's collapse: moving averages, restarts, online clustering, k-means, rotation, linear codes,
+unit length."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from quantizer_variants import assert_refused
 
 from ibq import VectorQuantizer, VQConfig, build_quantizer
-from ibq.quantizers.gradients import rotation
-from ibq.quantizers.kmeans import kmeans
+from ibq.quantizers.base import rotation
+from ibq.quantizers.updates import kmeans
 
 K, D = 16, 4
 EMA = {"ema_decay": 0.9, "beta_on": "commitment"}
@@ -38,7 +39,7 @@ def distance_to_nearest(codes_KD: torch.Tensor, features_MD: torch.Tensor) -> to
     return (codes_KD[:, None] - features_MD).norm(dim=2).min(1).values
 
 
-# --- Moving averages ---------------------------------------------------------------------------------------------------------------------
+# --- Moving averages --------------------------------------------------------------------------------------------------
 
 
 def test_codes_move_by_the_formula_and_only_at_the_next_training_forward() -> None:
@@ -70,7 +71,7 @@ def test_moving_averages_have_no_gradient_and_no_codebook_term() -> None:
     assert quantizer.config.loss_weights == {"commitment": 0.25}
 
 
-# --- Restarts ----------------------------------------------------------------------------------------------------------------------------
+# --- Restarts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ema", [{}, EMA], ids=["gradient", "moving average"])
@@ -88,7 +89,9 @@ def test_codes_without_tokens_restart_on_distinct_features_and_the_others_stay(e
     torch.testing.assert_close(codebook_KD[:4], start_KD[:4], rtol=1e-2, atol=1e-2)
     assert (distance_to_nearest(codebook_KD[4:], features_ND) == 0).all()
     assert len({tuple(code) for code in codebook_KD.tolist()}) == K
-    assert (quantizer.restart.usage_K[4:] >= 0.5).all(), "a restarted code has its usage back and is not restarted at once"
+    assert (quantizer.restart.usage_K[4:] >= 0.5).all(), (
+        "a restarted code has its usage back and is not restarted at once"
+    )
 
 
 def test_more_dead_codes_than_features_wait_for_the_next_batch() -> None:
@@ -105,11 +108,14 @@ def test_a_restarted_moving_average_begins_anew() -> None:
     z_BDHW = at_codes(quantizer, [0] * 40)
     quantizer(z_BDHW)
     tokens_K = torch.bincount(quantizer(z_BDHW).indices.flatten(), minlength=K)
-    torch.testing.assert_close(quantizer.moving_average.counts_K[1:], (0.9 + 0.1 * tokens_K)[1:])  # from one feature each
+    torch.testing.assert_close(
+        quantizer.moving_average.counts_K[1:], (0.9 + 0.1 * tokens_K)[1:]
+    )  # from one feature each
 
 
 def test_online_clustering_is_the_papers_formula() -> None:
-    """One feature only, so that every anchor is known; usage after one forward is (1 - decay) times the share over 1/K."""
+    """One feature only, so that every anchor is known; usage after one forward is (1 - decay) times the share over
+    1/K."""
     quantizer = make(restart="online", usage_decay=0.9)
     start_KD, feature_D = quantizer.codebook.detach().clone(), torch.randn(D)
     chosen = quantizer(grid(feature_D.expand(3, D))).indices.unique().item()
@@ -158,7 +164,7 @@ def test_the_average_of_a_code_moves_to_it_by_the_weight_that_moved_the_code(res
     assert torch.equal(average.embedding[weight_K == 1], quantizer.embedding[weight_K == 1])
 
 
-# --- k-means -----------------------------------------------------------------------------------------------------------------------------
+# --- k-means ----------------------------------------------------------------------------------------------------------
 
 
 def blobs(centers: int, each: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,11 +183,15 @@ def test_kmeans_is_closer_to_features_than_a_draw_of_them_and_repeatable() -> No
     drawn_KD = features_MD[torch.randperm(400, generator=torch.Generator().manual_seed(0))[:K]]
     first, again = (kmeans(features_MD, K, torch.Generator().manual_seed(0)) for _ in range(2))
     assert torch.equal(first, again)
-    assert distance_to_nearest(features_MD, first).square().mean() < 0.75 * distance_to_nearest(features_MD, drawn_KD).square().mean()
+    assert (
+        distance_to_nearest(features_MD, first).square().mean()
+        < 0.75 * distance_to_nearest(features_MD, drawn_KD).square().mean()
+    )
 
 
 def test_empty_clusters_move_to_features_that_are_far_from_their_center() -> None:
-    """Equal features first: of the equal centers that they give all but one are empty, until they find the other features."""
+    """Equal features first: of the equal centers that they give all but one are empty, until they find the other
+    features."""
     features_MD = torch.cat([torch.zeros(50, D), torch.eye(D)])
     centers_KD = kmeans(features_MD, D + 1, torch.Generator().manual_seed(0))
     assert distance_to_nearest(features_MD, centers_KD).max() < 1e-6
@@ -199,7 +209,7 @@ def test_kmeans_initialisation_of_a_cosine_codebook_is_on_the_sphere() -> None:
     torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(K))
 
 
-# --- Rotation, linear codes, unit length -------------------------------------------------------------------------------------------------
+# --- Rotation, linear codes, unit length ------------------------------------------------------------------------------
 
 
 def test_the_rotation_trick_turns_the_gradient_as_it_turns_z() -> None:
@@ -252,7 +262,7 @@ def test_cosine_distance_ignores_lengths_of_features_and_codes() -> None:
     torch.testing.assert_close(before.losses["commitment"], (F.normalize(z_BDHW, dim=1) - before.z_q).square().mean())
 
 
-# --- What does not go together -----------------------------------------------------------------------------------------------------------
+# --- What does not go together ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -262,7 +272,10 @@ def test_cosine_distance_ignores_lengths_of_features_and_codes() -> None:
         ({**EMA, "beta_on": "both"}, ("ema_decay=0.9", "beta_on='both'", "set beta_on='commitment'")),
         ({**EMA, "reparametrization": "linear"}, ("ema_decay=0.9", "reparametrization='linear'", "set ema_decay=None")),
         ({**EMA, "restart": "online"}, ("ema_decay=0.9", "restart='online'", "restart='dead'")),
-        ({"restart": "dead", "reparametrization": "linear"}, ("restart='dead'", "reparametrization='linear'", "set restart='none'")),
+        (
+            {"restart": "dead", "reparametrization": "linear"},
+            ("restart='dead'", "reparametrization='linear'", "set restart='none'"),
+        ),
         ({"restart": "online", "reparametrization": "linear"}, ("restart='online'", "'linear'")),
         ({"ema_decay": 1.0}, ("ema_decay", "less than 1")),
         ({"distance": "manhattan"}, ("distance", "'manhattan'", "cosine")),
@@ -276,5 +289,7 @@ def test_options_that_contradict_each_other_are_one_sentence(fields: dict[str, A
 
 def test_what_goes_together_may_be_combined() -> None:
     VQConfig(**EMA, restart="dead", distance="cosine", gradient="rotation", codebook_init="kmeans", entropy_weight=0.1)
-    VQConfig(reparametrization="linear", distance="cosine", gradient="rotation", codebook_init="kmeans", entropy_weight=0.1)
+    VQConfig(
+        reparametrization="linear", distance="cosine", gradient="rotation", codebook_init="kmeans", entropy_weight=0.1
+    )
     VQConfig(restart="online", distance="cosine", gradient="rotation", codebook_init="features")

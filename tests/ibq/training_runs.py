@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ibq.train_tokenizer as trainer
+import ibq.training.tokenizer as trainer
 from ibq.config import DataConfig
 from ibq.data import Images, load_images
 from ibq.run_directory import RunDirectory
-from ibq.training import Runtime
-from ibq.training_state import TrainingState
+from ibq.training.runtime import Runtime
+from ibq.training.tokenizer_state import TrainingState
 
 RUNTIME = Runtime(device="cpu", log_every=2, snapshots=3, eval_images=8)
 GAN = {
@@ -31,8 +31,8 @@ GAN = {
 SMALL = 1e-4
 """A learning rate at which what Adam makes of rounding stays small."""
 WITHOUT_EFFECT = "attn_1.k.bias"
-"""Adds one number to all logits of a query: its gradient is rounding, which Adam makes steps of. (With one channel a group, so are the
-biases before a norm; hence two.)"""
+"""Adds one number to all logits of a query: its gradient is rounding, which Adam makes steps of. (With one channel a
+group, so are the biases before a norm; hence two.)"""
 TIMED = {"train_seconds", "peak_memory_gib", "seconds", "images_per_s", "data_wait_pct"}
 
 
@@ -69,7 +69,8 @@ def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, tor
 
 
 def assert_same_run(actual: RunDirectory, expected: RunDirectory) -> None:
-    """All that two runs of one config must share: weights, history, snapshots, evaluation and row, bit for bit but for the clock."""
+    """All that two runs of one config must share: weights, history, snapshots, evaluation and row, bit for bit but for
+    the clock."""
     assert untimed(actual.read_history()) == untimed(expected.read_history())
     assert_same_tensors(load_file(actual.model), load_file(expected.model))
     assert_same_tensors(load_file(actual.evaluation), load_file(expected.evaluation))
@@ -80,7 +81,7 @@ def assert_same_run(actual: RunDirectory, expected: RunDirectory) -> None:
     assert rows[0] == rows[1]
 
 
-# --- What is not finite -------------------------------------------------------------------------------------------------------------------
+# --- What is not finite -----------------------------------------------------------------------------------------------
 
 
 def poison_codebook(state: TrainingState) -> None:

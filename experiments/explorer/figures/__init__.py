@@ -1,4 +1,5 @@
-"""The figures of the explorer, each of up to four runs in one theme; a panel without data says in words what is not there yet."""
+"""The figures of the explorer, each of up to four runs in one theme; a panel without data says in words what is not
+there yet."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from experiments.explorer.figures.codebooks import draw_codebook, draw_images, d
 from experiments.explorer.figures.curves import draw_assignment, draw_geometry, draw_losses, draw_overview
 from experiments.explorer.figures.parts import legend, new_figure, say
 from experiments.explorer.view import View
-from experiments.figures.theme import theme
+from experiments.report.figures.theme import theme
 
 FIGURES: dict[str, Callable[[Figure, Sequence[View]], None]] = {
     "overview": draw_overview,

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.analysis.projections import Projection
 from experiments.explorer.figures.parts import REFERENCE, color, say
 from experiments.explorer.view import View, planar
-from experiments.figures.theme import COLORS, MARKERS
-from experiments.projections import Projection
+from experiments.report.figures.theme import COLORS, MARKERS
 
 WAITING = "Nothing yet: the first moment is still to come."
 FEATURES, USED, DEAD = "0.72", COLORS[0], COLORS[3]
@@ -30,7 +30,9 @@ def draw_codebook(figure: Figure, views: Sequence[View]) -> None:
         label = f"{view.letter}: {len(used):,} of {len(counts_K):,} codes, step {view.tensors_step}"
         marker = {"marker": MARKERS[view.slot], "ms": 5, "markevery": [len(used) - 1]}
         ranks.plot(np.arange(1, len(used) + 1), used / used.sum(), color=color(view), lw=1.6, label=label, **marker)
-    for (tokens, K), _ in {(int(view.tensors["counts"].sum()), len(view.tensors["counts"])): view for view in counted}.items():
+    for (tokens, K), _ in {
+        (int(view.tensors["counts"].sum()), len(view.tensors["counts"])): view for view in counted
+    }.items():
         uniform = np.sort(np.random.default_rng(0).multinomial(tokens, np.full(K, 1 / K)))[::-1]
         uniform = uniform[uniform > 0]
         ranks.plot(np.arange(1, len(uniform) + 1), uniform / tokens, color=REFERENCE, ls="--", lw=1)
@@ -61,7 +63,12 @@ def draw_map(figure: Figure, views: Sequence[View]) -> None:
     for column, view in enumerate(views):
         _draw_codes(axes[0, column], view, _principal(view), WAITING)
         if rows == 2:
-            _draw_codes(axes[1, column], view, view.projection, "No UMAP of this run yet: press UMAP, which projects all runs shown.")
+            _draw_codes(
+                axes[1, column],
+                view,
+                view.projection,
+                "No UMAP of this run yet: press UMAP, which projects all runs shown.",
+            )
     style: dict[str, Any] = {"ls": "", "ms": 5}
     handles = [
         Line2D([], [], color=FEATURES, marker="o", label="features", **style),
@@ -105,10 +112,14 @@ def draw_images(figure: Figure, views: Sequence[View]) -> None:
     shown: torch.Tensor | None = None
     for view in views:
         originals = view.pictures.get("images_BCHW")
-        if originals is not None and (shown is None or originals.shape != shown.shape or not bool((originals == shown).all())):
+        if originals is not None and (
+            shown is None or originals.shape != shown.shape or not bool((originals == shown).all())
+        ):
             strips.append(("original", "0.2", originals))
             shown = originals
-        strips.append((f"{view.letter}  step {view.tensors_step}", color(view), view.pictures.get("reconstructions_BCHW")))
+        strips.append(
+            (f"{view.letter}  step {view.tensors_step}", color(view), view.pictures.get("reconstructions_BCHW"))
+        )
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     for axis, (name, its_color, images_BCHW) in zip(axes, strips, strict=True):
         if images_BCHW is None:

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.explorer.figures.parts import REFERENCE, color, finite, mark_interventions, say
 from experiments.explorer.view import View
-from experiments.figures.theme import MARKERS
+from experiments.report.figures.theme import MARKERS
 
 Curve = Callable[[View], pd.Series]
 DECADE = 10
@@ -22,8 +22,8 @@ WAITING = "Nothing yet: the first log step is still to come."
 
 
 class Panel(NamedTuple):
-    """A plot: its title and unit, a run's curve, that of indifference (dashed, once for each K), a second one of the run (dashed), and what
-    to say where no run has the curve."""
+    """A plot: its title and unit, a run's curve, that of indifference (dashed, once for each K), a second one of the
+    run (dashed), and what to say where no run has the curve."""
 
     title: str
     unit: str
@@ -65,7 +65,11 @@ REACH = Panel(
     absent="No gradient reaches a codebook here: its codes are fixed, or set without one.",
 )
 GAP = Panel(
-    "Gap", "distance / variance of z", column("gap"), absent="No gap is logged: an older run, or features that do not vary.", log=True
+    "Gap",
+    "distance / variance of z",
+    column("gap"),
+    absent="No gap is logged: an older run, or features that do not vary.",
+    log=True,
 )
 
 
@@ -119,16 +123,34 @@ def draw_assignment(figure: Figure, views: Sequence[View]) -> None:
                 absent="No assignment entropy is logged: an older run.",
             ),
             REACH,
-            Panel("Gradient above Adam's eps", "% of codes", column("reach_above_eps", 100), absent=REACH.absent, most=104),
-            Panel("Pull of the entropy term", "gradient / all other terms'", column("entropy_pull"), absent=entropy_off, log=True),
+            Panel(
+                "Gradient above Adam's eps", "% of codes", column("reach_above_eps", 100), absent=REACH.absent, most=104
+            ),
+            Panel(
+                "Pull of the entropy term",
+                "gradient / all other terms'",
+                column("entropy_pull"),
+                absent=entropy_off,
+                log=True,
+            ),
         ],
     )
 
 
 def draw_losses(figure: Figure, views: Sequence[View]) -> None:
-    names = list(dict.fromkeys(name for view in views for name in view.history if name.startswith("loss_") and name != "loss_mean"))
+    names = list(
+        dict.fromkeys(
+            name for view in views for name in view.history if name.startswith("loss_") and name != "loss_mean"
+        )
+    )
     terms = [
-        Panel(name.removeprefix("loss_").replace("_", " ").capitalize(), _unit(name), column(name), second=_weighted(name), least=None)
+        Panel(
+            name.removeprefix("loss_").replace("_", " ").capitalize(),
+            _unit(name),
+            column(name),
+            second=_weighted(name),
+            least=None,
+        )
         for name in names
     ]
     total = Panel("Total", "sum of weighted terms", column("loss"), least=None)

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from experiments.explorer.colors import RUN_HEX
 from experiments.explorer.view import View, in_words
-from experiments.figures.theme import MARKERS
+from experiments.report.figures.theme import MARKERS
 
 REFERENCE = "0.2"
 MOST_CHANGES = 4
@@ -45,9 +45,15 @@ def say(axis: Axes, words: str) -> None:
 
 def legend(figure: Figure, views: Sequence[View], interventions: bool) -> None:
     """Runs above all panels; below them what was changed and when, if the figure marks it."""
-    handles = [Line2D([], [], color=color(view), marker=MARKERS[view.slot], ms=5, lw=1.6, label=view.label) for view in views]
+    handles = [
+        Line2D([], [], color=color(view), marker=MARKERS[view.slot], ms=5, lw=1.6, label=view.label) for view in views
+    ]
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(views), 2 if len(views) == 4 else 3), frameon=False, fontsize=8.5
+        handles=handles,
+        loc="outside upper left",
+        ncols=min(len(views), 2 if len(views) == 4 else 3),
+        frameon=False,
+        fontsize=8.5,
     )
     changes = [
         f"{view.letter} {number}: {in_words(each)} from step {each.step}"

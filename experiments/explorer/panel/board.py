@@ -1,7 +1,7 @@
 """The whole interface: settings at the left; at the right runs side by side, and the figures that compare them.
 
-The kernel never draws and never waits: a task looks at the folders of runs twice a second and asks the painter for the figure that is on
-the screen when there is something new.
+The kernel never draws and never waits: a task looks at the folders of runs twice a second and asks the painter for the
+figure that is on the screen when there is something new.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class Panel:
         self.add(run)
 
     def start(self) -> None:
-        """Begin to load what training and drawing need, and to look at runs; needs a running event loop, as a notebook has."""
+        """Begin to load what training and drawing need, and to look at runs; needs a running event loop, as a notebook
+        has."""
         self.workers.warm()
         self.painter.warm()
         loop = asyncio.get_running_loop()
@@ -113,7 +114,8 @@ class Panel:
         self._presence = Presence(_Processes(loop, self.sleep))
 
     def sleep(self) -> None:
-        """End all processes, since nobody looks; runs stop with a checkpoint, and the next thing that somebody does wakes this up."""
+        """End all processes, since nobody looks; runs stop with a checkpoint, and the next thing that somebody does
+        wakes this up."""
         self._asleep = True
         self.painter.close()
         self.workers.close()
@@ -147,7 +149,8 @@ class Panel:
             await asyncio.sleep(TICK_S)
 
     def tick(self) -> None:
-        """Look at the runs if it is time, show a figure that has come, ask for one if there is something new. Takes milliseconds."""
+        """Look at the runs if it is time, show a figure that has come, ask for one if there is something new. Takes
+        milliseconds."""
         now = time.monotonic()
         if now - self._looked >= LOOK_S:
             self._looked = now
@@ -171,7 +174,10 @@ class Panel:
         self._look_for_umaps()
 
     def _show_painting(self, painting: Painting) -> None:
-        self._painted, self._pause_s = time.monotonic(), painting.seconds  # half of the painter's time is left to training
+        self._painted, self._pause_s = (
+            time.monotonic(),
+            painting.seconds,
+        )  # half of the painter's time is left to training
         self._say("figure", problem(painting.problem))
         if painting.problem:
             return
@@ -188,7 +194,11 @@ class Panel:
         """Say which projections are still awaited, and which could not be made."""
         problems = {card.letter: self.workers.projection(card.run.directory) for card in self.cards}
         awaited = [letter for letter, words in problems.items() if words is None]
-        said = [note(f"UMAP of {', '.join(awaited)} is being computed; the first one takes most of a minute.")] if awaited else []
+        said = (
+            [note(f"UMAP of {', '.join(awaited)} is being computed; the first one takes most of a minute.")]
+            if awaited
+            else []
+        )
         said += [problem(f"UMAP of {letter} could not be made: {words}") for letter, words in problems.items() if words]
         self._say("UMAP", "".join(said))
 
@@ -204,7 +214,9 @@ class Panel:
     def _free_slot(self) -> int:
         free = [slot for slot in range(PLACES) if slot not in {card.slot for card in self.cards}]
         if not free:
-            raise ConfigError(f"{PLACES} runs are shown, which is all there is room for; hide one first (stop it if it trains)")
+            raise ConfigError(
+                f"{PLACES} runs are shown, which is all there is room for; hide one first (stop it if it trains)"
+            )
         return free[0]
 
     def add(self, run: ExplorerRun) -> RunCard:
@@ -254,7 +266,9 @@ class Panel:
         self._look_for_umaps()
 
     def _arranged(self) -> widgets.Box:
-        left = widgets.VBox([self.side, self._stack], layout={"width": "290px", "flex": "0 0 290px", "margin": "0 8px 0 0"})
+        left = widgets.VBox(
+            [self.side, self._stack], layout={"width": "290px", "flex": "0 0 290px", "margin": "0 8px 0 0"}
+        )
         tabs = widgets.HBox([self.tabs, self.umap])
         right = widgets.VBox(
             [self._row, self.difference, self.message, tabs, self.picture, self.drawn, self.caption],
@@ -282,7 +296,9 @@ def difference_in_words(cards: list[RunCard]) -> str:
         return ""
     configs = [card.run.config for card in cards]
     flat = [flatten(config.to_json_dict()) for config in configs]
-    paths = [path for path in fields_that_differ(configs) if all(path in each for each in flat)]  # not a method's own options
+    paths = [
+        path for path in fields_that_differ(configs) if all(path in each for each in flat)
+    ]  # not a method's own options
     shown = [f"{_short(path)} {' | '.join(str(each[path]) for each in flat)}" for path in paths[:6]]
     if not shown:
         return f"Runs {', '.join(card.letter for card in cards)} have the same settings."

@@ -13,8 +13,8 @@ from experiments.explorer.run import ExplorerRun
 from experiments.explorer.view import LETTERS, describe
 from experiments.explorer.watch import Watch
 from ibq.config import TrainConfig
-from ibq.diagnosis import diagnose
 from ibq.errors import ConfigError
+from ibq.evaluation.diagnosis import diagnose
 
 ALLOWED = {
     "new": ("Train", "Reset"),
@@ -64,12 +64,17 @@ class RunCard:
         self._asked = ""
         self._signature: Any = None
         self.title = widgets.HTML(
-            f'<div class="ibq-title" title="{escape(run.name)}">{badge(self.letter, slot)}{escape(describe(run.config))}</div>'
+            f'<div class="ibq-title" '
+            f'title="{escape(run.name)}">{badge(self.letter, slot)}{escape(describe(run.config))}</div>'
         )
         self.progress = widgets.HTML()
         self.status, self.findings, self.problem = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.buttons = {name: widgets.Button(description=name, tooltip=f"{text} ({self.letter})") for name, text in BUTTONS.items()}
-        self.copy = widgets.Button(description="Copy", tooltip=f"Copy the settings of run {self.letter} into the form of a new run")
+        self.buttons = {
+            name: widgets.Button(description=name, tooltip=f"{text} ({self.letter})") for name, text in BUTTONS.items()
+        }
+        self.copy = widgets.Button(
+            description="Copy", tooltip=f"Copy the settings of run {self.letter} into the form of a new run"
+        )
         self.close = widgets.Button(
             description="Hide", tooltip=f"Show run {self.letter} no longer; its folder stays and can be loaded again"
         )
@@ -110,7 +115,13 @@ class RunCard:
         except ConfigError as error:
             self.problem.value = problem(str(error))
             return
-        self._asked = {"Stop": "stopping", "Reset": "resetting", "Train": "starting", "Resume": "resuming", "Pause": "pausing"}[name]
+        self._asked = {
+            "Stop": "stopping",
+            "Reset": "resetting",
+            "Train": "starting",
+            "Resume": "resuming",
+            "Pause": "pausing",
+        }[name]
         self._show()
         self.refresh()
 
@@ -126,7 +137,9 @@ class RunCard:
         left = self.watch.seconds_left(steps)
         if self.state in ("training", "paused") and left is not None:
             words.append(f"{duration(left)} left" if step < steps else "evaluating")
-        self.status.value = f'<div class="ibq-status" role="status" aria-label="status of run {self.letter}">{" · ".join(words)}</div>'
+        self.status.value = (
+            f'<div class="ibq-status" role="status" aria-label="status of run {self.letter}">{" · ".join(words)}</div>'
+        )
         self.progress.value = bar(step / steps, self.slot, f"progress of run {self.letter}")
         for name, button in self.buttons.items():
             button.layout.display = None if name in ALLOWED[self.state] else "none"
@@ -140,4 +153,6 @@ class RunCard:
             return
         sentences = [f'<div class="bad">{escape(finding.sentence)}</div>' for finding in diagnose(self.watch.records)]
         said = "".join(sentences) or "Diagnosis: nothing wrong is seen."
-        self.findings.value = f'<div class="ibq-findings" role="status" aria-label="diagnosis of run {self.letter}">{said}</div>'
+        self.findings.value = (
+            f'<div class="ibq-findings" role="status" aria-label="diagnosis of run {self.letter}">{said}</div>'
+        )

@@ -1,4 +1,5 @@
-"""Widgets for the fields of a config, made from the fields themselves: their values, what they allow, and what they mean."""
+"""Widgets for the fields of a config, made from the fields themselves: their values, what they allow, and what they
+mean."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import ipywidgets as widgets
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from experiments.quantizer_options import option_in_words
+from experiments.cli.quantizer_options import option_in_words
 
 STYLE = {"description_width": "128px"}
 WIDE = {"width": "auto", "margin": "1px 2px"}
@@ -59,7 +60,8 @@ def text_of(value: Any) -> str:
 
 
 def value_of(widget: widgets.ValueWidget) -> Any:
-    """The value that a widget holds, text read as a number, a list or none where it is one; whether it fits is the config's affair."""
+    """The value that a widget holds, text read as a number, a list or none where it is one; whether it fits is the
+    config's affair."""
     if not isinstance(widget.value, str) or isinstance(widget, widgets.Dropdown):
         return widget.value
     text = widget.value.strip()

@@ -28,8 +28,8 @@ SIZES = {"codebook_size": "K, codes", "code_dim": "D, dimension"}
 
 
 class SettingsForm:
-    """Widgets of a TrainConfig: data, method and options, sizes, learning rate, steps, loss weights; what has no widget is as in the config
-    that the form was filled with.
+    """Widgets of a TrainConfig: data, method and options, sizes, learning rate, steps, loss weights; what has no widget
+    is as in the config that the form was filled with.
 
     Args:
         config: what it begins with.
@@ -103,7 +103,9 @@ class SettingsForm:
 
     def _show_quantizer(self, config: QuantizerConfig) -> None:
         fields, self._implied = type(config).model_fields, _is_implied(config)
-        self.sizes = {name: field_widget(name, fields[name], getattr(config, name), label) for name, label in SIZES.items()}
+        self.sizes = {
+            name: field_widget(name, fields[name], getattr(config, name), label) for name, label in SIZES.items()
+        }
         self.options = {
             name: field_widget(name, field, getattr(config, name))
             for name, field in fields.items()
@@ -113,7 +115,8 @@ class SettingsForm:
             widget.observe(self._check, "value")
 
     def _new_method(self, _: Any) -> None:
-        """Options at the method's defaults; sizes stay as they are, unless the method's codebook follows from its own."""
+        """Options at the method's defaults; sizes stay as they are, unless the method's codebook follows from its
+        own."""
         if self._filling:
             return
         config = parse_quantizer_config({"method": self.method.value})

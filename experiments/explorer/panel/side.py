@@ -1,4 +1,5 @@
-"""What stands beside the settings of a new run: changing a run while it trains, loading one, taking its settings elsewhere."""
+"""What stands beside the settings of a new run: changing a run while it trains, loading one, taking its settings
+elsewhere."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from experiments.explorer.run import explore_folder
 from experiments.explorer.view import SHORT_NAMES, describe, in_words
 from experiments.study import Study
 from ibq.errors import ConfigError
-from ibq.interventions import Intervention, live_fields
+from ibq.training.interventions import Intervention, live_fields
 
 Cards = Callable[[], Sequence[RunCard]]
 
 
 def _wide_button(description: str, tooltip: str, icon: str = "", style: str = "") -> widgets.Button:
-    return widgets.Button(description=description, tooltip=tooltip, icon=icon, button_style=style, layout={"width": "auto"})
+    return widgets.Button(
+        description=description, tooltip=tooltip, icon=icon, button_style=style, layout={"width": "auto"}
+    )
 
 
 def _offer(choice: widgets.Dropdown, options: list[tuple[str, str]]) -> None:
@@ -31,7 +34,8 @@ def _offer(choice: widgets.Dropdown, options: list[tuple[str, str]]) -> None:
 
 
 class ChangeForm:
-    """The weights and rates of a run that trains, each of which takes effect at its next step and leaves a mark on the curves.
+    """The weights and rates of a run that trains, each of which takes effect at its next step and leaves a mark on the
+    curves.
 
     Args:
         cards: the runs that are shown.
@@ -40,10 +44,14 @@ class ChangeForm:
     def __init__(self, cards: Cards) -> None:
         self._cards = cards
         self._shown: tuple[str, int] | None = None
-        self.run = widgets.Dropdown(description="run", tooltip="the run to change", options=[], style=STYLE, layout=WIDE)
+        self.run = widgets.Dropdown(
+            description="run", tooltip="the run to change", options=[], style=STYLE, layout=WIDE
+        )
         self.fields: dict[str, widgets.ValueWidget] = {}
         self.apply = _wide_button("Apply changes", "Change the run from its next step on", "check", "primary")
-        self.restart = _wide_button("Restart dead codes", "Put codes without a token on features of the next batch", "refresh")
+        self.restart = _wide_button(
+            "Restart dead codes", "Put codes without a token on features of the next batch", "refresh"
+        )
         self.message = widgets.HTML()
         self._form = widgets.VBox()
         self._form.add_class("ibq-form")
@@ -56,7 +64,11 @@ class ChangeForm:
 
     def refresh(self) -> None:
         """Offer the runs that train or are paused."""
-        offered = [(f"{card.letter}  {describe(card.run.config)}", card.letter) for card in self._cards() if card.state in CHANGEABLE]
+        offered = [
+            (f"{card.letter}  {describe(card.run.config)}", card.letter)
+            for card in self._cards()
+            if card.state in CHANGEABLE
+        ]
         if tuple(offered) != tuple(self.run.options):
             _offer(self.run, offered)
             self._show()
@@ -76,7 +88,9 @@ class ChangeForm:
             return
         self._shown = (card.run.name, len(card.run.interventions))
         config = card.run.amended_config
-        self.fields = {path: field_widget(path, *field_at(config, path), SHORT_NAMES[path]) for path in live_fields(config)}
+        self.fields = {
+            path: field_widget(path, *field_at(config, path), SHORT_NAMES[path]) for path in live_fields(config)
+        }
         self._form.children = tuple(self.fields.values())
 
     def _apply(self) -> None:
@@ -112,7 +126,12 @@ class LoadForm:
     def __init__(self, load: Callable[[str], None]) -> None:
         self._load = load
         self.name = widgets.Combobox(
-            description="run id", options=[], placeholder="vq-s0-…", tooltip="the id of a run, or its beginning", style=STYLE, layout=WIDE
+            description="run id",
+            options=[],
+            placeholder="vq-s0-…",
+            tooltip="the id of a run, or its beginning",
+            style=STYLE,
+            layout=WIDE,
         )
         self.button = _wide_button("Load", "Show this run beside the others", "folder-open", "primary")
         self.message = widgets.HTML()
@@ -122,11 +141,16 @@ class LoadForm:
 
     def refresh(self) -> None:
         """Read the folders of runs."""
-        study = sorted(path.parent.name for path in Study().runs_folder.glob("*/config.json") if not path.parent.name.startswith("gen-"))
+        study = sorted(
+            path.parent.name
+            for path in Study().runs_folder.glob("*/config.json")
+            if not path.parent.name.startswith("gen-")
+        )
         explored = sorted((path.parent.name for path in explore_folder().glob("*/config.json")), reverse=True)
         self.name.options = (*explored, *study)
         self.hint.value = note(
-            f"{len(study)} tokenizers of the study and {len(explored)} runs of the explorer are there. The study's are only shown; the "
+            f"{len(study)} tokenizers of the study and {len(explored)} runs of the explorer are there. The study's are "
+            f"only shown; the "
             "explorer's go on where they were."
         )
 
@@ -140,7 +164,8 @@ class LoadForm:
 
 
 class ExportForm:
-    """A run's settings as a recipe, a Python file that trains it again with all changes, and as the command for a headless study.
+    """A run's settings as a recipe, a Python file that trains it again with all changes, and as the command for a
+    headless study.
 
     Args:
         cards: the runs that are shown.
@@ -148,10 +173,16 @@ class ExportForm:
 
     def __init__(self, cards: Cards) -> None:
         self._cards = cards
-        self.run = widgets.Dropdown(description="run", tooltip="the run to export", options=[], style=STYLE, layout=WIDE)
-        self.recipe = _wide_button("As recipe", "A Python file that trains this run again, changes included", "file-code-o")
+        self.run = widgets.Dropdown(
+            description="run", tooltip="the run to export", options=[], style=STYLE, layout=WIDE
+        )
+        self.recipe = _wide_button(
+            "As recipe", "A Python file that trains this run again, changes included", "file-code-o"
+        )
         self.command = _wide_button("As command", "The command that trains these settings headless", "terminal")
-        self.text = widgets.Textarea(tooltip="select and copy", layout={"width": "auto", "height": "440px"}, placeholder="the text to copy")
+        self.text = widgets.Textarea(
+            tooltip="select and copy", layout={"width": "auto", "height": "440px"}, placeholder="the text to copy"
+        )
         self.message = widgets.HTML()
         self.widget = widgets.VBox([self.run, widgets.HBox([self.recipe, self.command]), self.message, self.text])
         self.recipe.on_click(lambda _: self._show(self._recipe))
@@ -167,10 +198,14 @@ class ExportForm:
             self.message.value = note("No run is shown, so there is nothing to export.")
 
     def _recipe(self, card: RunCard) -> tuple[str, str]:
-        return recipe_text(card.run.config, card.run.interventions), f"A Python file for run {card.letter}, changes included."
+        return recipe_text(
+            card.run.config, card.run.interventions
+        ), f"A Python file for run {card.letter}, changes included."
 
     def _command(self, card: RunCard) -> tuple[str, str]:
-        changed = " What was changed while it trained is not in it, but in the recipe." if card.run.interventions else ""
+        changed = (
+            " What was changed while it trained is not in it, but in the recipe." if card.run.interventions else ""
+        )
         return command_text(card.run.config), f"A command that trains the settings of run {card.letter}.{changed}"
 
     def _show(self, of: Callable[[RunCard], tuple[str, str]]) -> None:

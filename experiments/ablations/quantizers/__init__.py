@@ -1,0 +1,248 @@
+"""Every quantizer that people use, with the tricks its users need, and IBQ's parts taken away one by one.
+
+Paper: Table 1 compares tokenizers of different recipes, data and lengths; here autoencoder, data, steps, bits a token
+    (K) and the tuning
+budget are equal: before the comparison every method searches its learning rate at three values, in runs of a third of
+    the steps. Close
+relatives take over the rate of the arm that they change: the controls of IBQ that of IBQ as released, so that one part
+    alone differs.
+Cost: 48 runs of the search and 28 of the comparison, 6,600 steps at quick, since arms take half of the preset's steps:
+12 minutes on 2 cores with one seed, UMAP included; --seeds 3 adds 56 runs of the comparison.
+Command: python -m experiments run quantizers
+
+Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving
+averages and for the usage that restarts go by, 100 steps for the fall of Gumbel's temperature (half of which a search
+run sees).
+
+D is the preset's but where a method has its own: 8 for cosine codes (LlamaGen), log2 K for LFQ and BSQ, the number of
+levels for FSQ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.ablations import vq_vs_ibq
+from experiments.ablations.base import Ablation, Anatomy, Arm, Contrast, Factor, PaperRow, Part, Tuning
+from ibq.errors import ConfigError
+
+STEP_SHARE, SEARCH_SHARE = 1 / 2, 1 / 3
+VQ = vq_vs_ibq.quantizer(vq_vs_ibq.levels("VQ", "uniform", "off", "commitment"), 0)
+IBQ = vq_vs_ibq.quantizer(vq_vs_ibq.levels("IBQ", "normal", "on", "codebook", "on"), 0)
+FAIR_IBQ = vq_vs_ibq.quantizer(vq_vs_ibq.levels("IBQ", "kmeans", "on", "commitment"), 0)
+ENTROPY = {"entropy_weight": IBQ["entropy_weight"]}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "Euclidean search, straight-through copy": VQ,
+    "cosine search in 8 dimensions (LlamaGen)": VQ | {"distance": "cosine", "codebook_init": "normal", "code_dim": 8},
+    "codes as moving averages (VQ-VAE-2)": VQ | {"ema_decay": 0.9},  # in steps, of which there are 150
+    "restart of dead codes (Jukebox)": VQ
+    | {"restart": "dead", "usage_decay": 0.9},  # an unused code is dead after 22 steps, not 230
+    "codes drawn to features (CVQ-VAE)": VQ | {"restart": "online"},
+    "k-means init and entropy penalty": VQ | {"codebook_init": "kmeans"} | ENTROPY,
+    "entropy penalty": VQ | ENTROPY,
+    "codes drawn from N(0, 1)": VQ | {"codebook_init": "normal"},
+    "rotation trick, features init": VQ | {"gradient": "rotation", "codebook_init": "features"},
+    "learnt linear map of learnt codes, features init": VQ
+    | {"reparametrization": "linear", "codebook_init": "features"},
+    "learnt linear map of frozen codes (SimVQ)": {"method": "simvq", "beta_on": "commitment"},
+    "signs, D = log2 K (LFQ)": {"method": "lfq"},
+    "signs on the sphere, D = log2 K (BSQ)": {"method": "bsq"},
+    "rounded channels (FSQ)": {"method": "fsq"},
+    "Gumbel-softmax, straight-through, T from 1 to 1/16 (DALL-E)": {
+        "method": "gumbel",
+        "final_temperature": 1 / 16,
+        "anneal_steps": 100,
+    },
+    "Gumbel-softmax without noise, T = 1": {"method": "gumbel", "noise": False},
+    "as released": IBQ,
+    "k-means init, 0.25 on commitment, no double term": FAIR_IBQ,
+    "VQ but for search, logits and gradient": VQ | {"method": "ibq", "double": False},
+    "without entropy penalty": IBQ | {"entropy_weight": 0.0},
+    "without double term": IBQ | {"double": False},
+    "codes drawn from U(-1/K, 1/K)": IBQ | {"codebook_init": "uniform"},
+    "0.25 on commitment": IBQ | {"beta_on": "commitment"},
+    "soft path to features alone (entropies still reach all codes)": IBQ | {"soft_path": "features"},
+    "soft path to codes alone": IBQ | {"soft_path": "codes"},
+    "softmax over the 8 best codes": IBQ | {"top_m": 8},
+    "logits over 8 (the root of D = 64), entropies as they were": IBQ
+    | {"logit_scale": 1 / 8, "entropy_temperature": 0.01 / 8},
+    "normalised features and codes, logits ×10": IBQ
+    | {"similarity": "cosine", "logit_scale": 10.0},  # at 1 p is all but uniform
+}
+"""Quantizer fields by what is said of them in tables."""
+
+
+def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
+    """Quantizer fields of an arm; the methods without a learnt codebook take their dimension from K."""
+    fields = METHODS[levels["method"]]
+    if fields["method"] in ("lfq", "bsq"):
+        return fields | {"code_dim": bits_of(codebook_size)}
+    if fields["method"] == "fsq":
+        levels_of_channels = fsq_levels(bits_of(codebook_size))
+        return fields | {"levels": levels_of_channels, "code_dim": len(levels_of_channels)}
+    return dict(fields)
+
+
+def bits_of(codebook_size: int) -> int:
+    """log2 K.
+
+    Raises:
+        ConfigError: K is not a power of two, of at least 4, so that methods without a learnt codebook cannot have it.
+    """
+    bits = codebook_size.bit_length() - 1
+    if codebook_size != 1 << bits or bits < 2:
+        raise ConfigError(
+            f"quantizer.codebook_size={codebook_size} has no LFQ and no FSQ beside it; choose a power of two, at least "
+            f"4"
+        )
+    return bits
+
+
+def fsq_levels(bits: int) -> list[int]:
+    """The fewest channels of 8 and 4 levels whose combinations make 2^bits codes, e.g. 8, 8, 4, 4 for 10 bits."""
+    fours = -bits % 3
+    return [8] * ((bits - 2 * fours) // 3) + [4] * fours
+
+
+def scales(levels: Mapping[str, str]) -> dict[str, float]:
+    return {"steps": STEP_SHARE}
+
+
+def arm(name: str, family: str, method: str, *, focal: bool = False, tuned_as: str | None = None) -> Arm:
+    return Arm(name, {"family": family, "method": method}, focal=focal, tuned_as=tuned_as)
+
+
+PLAIN, HELPED, IMPLIED, GUMBEL, OURS, CONTROL = (
+    "VQ",
+    "VQ with help",
+    "no learnt codebook",
+    "Gumbel",
+    "IBQ",
+    "IBQ, a part off",
+)
+
+ARMS = (
+    arm("vq", PLAIN, "Euclidean search, straight-through copy", focal=True),
+    arm("vq_cosine", HELPED, "cosine search in 8 dimensions (LlamaGen)"),
+    arm("vq_ema", HELPED, "codes as moving averages (VQ-VAE-2)"),
+    arm("vq_restart", HELPED, "restart of dead codes (Jukebox)", focal=True),
+    arm("vq_online", HELPED, "codes drawn to features (CVQ-VAE)"),
+    arm("vq_best", HELPED, "k-means init and entropy penalty", focal=True),
+    arm("vq_entropy", HELPED, "entropy penalty", tuned_as="vq"),
+    arm("vq_normal", HELPED, "codes drawn from N(0, 1)", tuned_as="vq"),
+    arm("vq_rotation", HELPED, "rotation trick, features init"),
+    arm("vq_linear", HELPED, "learnt linear map of learnt codes, features init"),
+    arm("simvq", HELPED, "learnt linear map of frozen codes (SimVQ)"),
+    arm("lfq", IMPLIED, "signs, D = log2 K (LFQ)", focal=True),
+    arm("bsq", IMPLIED, "signs on the sphere, D = log2 K (BSQ)"),
+    arm("fsq", IMPLIED, "rounded channels (FSQ)", focal=True),
+    arm("gumbel", GUMBEL, "Gumbel-softmax, straight-through, T from 1 to 1/16 (DALL-E)"),
+    arm("gumbel_noiseless", GUMBEL, "Gumbel-softmax without noise, T = 1"),
+    arm("ibq", OURS, "as released", focal=True),
+    arm("ibq_fair", OURS, "k-means init, 0.25 on commitment, no double term"),
+    arm("ibq_bare", OURS, "VQ but for search, logits and gradient", tuned_as="vq"),
+    arm("ibq_no_entropy", CONTROL, "without entropy penalty", tuned_as="ibq"),
+    arm("ibq_single", CONTROL, "without double term", tuned_as="ibq"),
+    arm("ibq_uniform", CONTROL, "codes drawn from U(-1/K, 1/K)", tuned_as="ibq"),
+    arm("ibq_commitment", CONTROL, "0.25 on commitment", tuned_as="ibq"),
+    arm("ibq_features_path", CONTROL, "soft path to features alone (entropies still reach all codes)", tuned_as="ibq"),
+    arm("ibq_codes_path", CONTROL, "soft path to codes alone", tuned_as="ibq"),
+    arm("ibq_top_8", CONTROL, "softmax over the 8 best codes", tuned_as="ibq"),
+    arm("ibq_scaled", CONTROL, "logits over 8 (the root of D = 64), entropies as they were", tuned_as="ibq"),
+    arm("ibq_normalised", CONTROL, "normalised features and codes, logits ×10", tuned_as="ibq"),
+)
+
+ABLATION = Ablation(
+    name="quantizers",
+    title="Every quantizer on its best foot",
+    notebook="07_quantizers",
+    question="With equal bits a token and an equal tuning budget, what does IBQ have over its rivals, and which of its "
+    "parts does it need?",
+    factors=(
+        Factor(
+            "family",
+            (PLAIN, HELPED, IMPLIED, GUMBEL, OURS, CONTROL),
+            "VQ as it is or with one remedy; grids that need no codebook; sampling; IBQ; IBQ as released with one part "
+            "changed",
+        ),
+        Factor("method", tuple(METHODS), "what sets the arm apart from the first of its family"),
+    ),
+    arms=ARMS,
+    contrasts=(
+        Contrast(
+            "usage",
+            "vq",
+            "ibq",
+            "Each at its best rate, IBQ as released uses at least twice the codes of plain VQ.",
+            "bits",
+            1.0,
+        ),
+        Contrast(
+            "quality",
+            "vq_best",
+            "ibq",
+            "Each at its best rate, IBQ as released reconstructs better than VQ with k-means and entropy penalty, by "
+            "at least 0.003 of L1.",
+            "l1",
+            -0.003,
+        ),
+        Contrast(
+            "estimator",
+            "vq_best",
+            "ibq_fair",
+            "Each at its best rate, and alike but for the estimator, IBQ reconstructs better than that VQ, by at least "
+            "0.003 of L1.",
+            "l1",
+            -0.003,
+        ),
+    ),
+    quantizer=quantizer,
+    scales=scales,
+    tuning=Tuning("optim.lr", factors=(0.3, 1.0, 3.0), step_share=SEARCH_SHARE),
+    anatomy=Anatomy(
+        whole="ibq",
+        bare="vq",
+        collapse=0.1,
+        parts=(
+            Part("entropy penalty", removed="ibq_no_entropy", alone="vq_entropy"),
+            Part("double term", removed="ibq_single", alone=None),
+            Part("initialisation from N(0, 1)", removed="ibq_uniform", alone="vq_normal"),
+            Part("0.25 on the codebook term", removed="ibq_commitment", alone=None),
+            Part("search, logits and gradient of IBQ", removed=None, alone="ibq_bare"),
+            Part("gradient of z_q to codes that were not selected", removed="ibq_features_path", alone=None),
+            Part("soft path to the features", removed="ibq_codes_path", alone=None),
+            Part("all codes in the softmax", removed="ibq_top_8", alone=None),
+            Part("logits as large as they are", removed="ibq_scaled", alone=None),
+            Part("features and codes of any length", removed="ibq_normalised", alone=None),
+        ),
+    ),
+    figures=("usage_over_training", "usage_of_each", "search", "rate_distortion", "reconstructions", "code_map"),
+    tables=("verdicts", "search", "parts", "arms", "paper"),
+    columns=(
+        "code_dim",
+        "learning_rate",
+        "perplexity",
+        "usage",
+        "bits",
+        "psnr_db",
+        "ssim",
+        "l1",
+        "quantization_error",
+        "step_ms",
+        "parameters",
+        "peak_memory",
+    ),
+    paper_source="Table 1 (ImageNet 256x256, 50k validation images; recipes and lengths differ)",
+    paper_rows=(
+        PaperRow("VQGAN, K = 1,024, D = 256", {"rFID": 7.94, "usage %": 44.0}, "vq"),
+        PaperRow("VQGAN, K = 16,384, D = 256", {"rFID": 4.98, "usage %": 5.9}, "vq"),
+        PaperRow("LlamaGen, K = 16,384, D = 8", {"rFID": 2.19, "usage %": 97.0}, "vq_cosine"),
+        PaperRow("LlamaGen, K = 16,384, D = 256", {"rFID": 9.21, "usage %": 0.29}),
+        PaperRow("Open-MAGVIT2 (LFQ), K = 262,144, D = 18", {"rFID": 1.17, "usage %": 100.0}, "lfq"),
+        PaperRow("IBQ, K = 1,024, D = 256", {"rFID": 2.24, "usage %": 99.0}, "ibq"),
+        PaperRow("IBQ, K = 16,384, D = 256", {"rFID": 1.37, "usage %": 96.0}, "ibq"),
+    ),
+    core=False,
+)

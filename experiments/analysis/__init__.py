@@ -1,0 +1,1 @@
+"""Effects, verdicts, findings, diagnoses and projections, computed from rows and run directories."""

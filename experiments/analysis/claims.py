@@ -1,0 +1,163 @@
+"""Every claim there is and what the rows of a study say of it: those of the paper, tested or not, and this study's own
+questions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pandas as pd
+
+from experiments.ablations import ABLATIONS, Ablation, Contrast
+from experiments.analysis.effects import verdict
+from experiments.study import Study
+
+WORDS = ("confirmed", "consistent", "undecided", "refuted")
+SIZES = {
+    "codebook_size": ("K = ", ""),
+    "code_dim": ("D = ", ""),
+    "config.tokenizer.steps": ("tokenizers of ", " steps"),
+    "config.transformer.depth": ("depth ", ""),
+    "config.steps": ("", " steps"),
+}
+"""What a scale says of rows, by their columns, where they have them."""
+NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and its verdict, in words that stand in a table.
+
+    Args:
+        sentence: what is claimed.
+        paper: where the paper makes it and what it reports there; empty: this study's own question.
+        word: one of WORDS.
+        reason: why it is undecided; empty otherwise.
+        required: the change that was required beforehand, in every seed; empty where nothing here tests the claim.
+        seen: the change at each of `seeds`; empty while no pair of runs is finished.
+        seeds: those that both arms have finished.
+        scale: preset, data, codes, dimension and steps of the compared runs.
+        ablation: what tests it, None where nothing does.
+        arms: the letters of the compared arms.
+    """
+
+    sentence: str
+    paper: str
+    word: str = "undecided"
+    reason: str = ""
+    required: str = ""
+    seen: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    scale: str = ""
+    ablation: Ablation | None = None
+    arms: str = ""
+
+
+UNTESTED = (
+    Claim(
+        "The tokenizers reach an rFID of 2.24 with 1,024 codes, down to 1.00 with 262,144.",
+        "Table 1: ImageNet 256×256, 50,000 validation images, D = 256",
+        reason="needs ImageNet and Inception's weights",
+    ),
+    Claim(
+        "Index backpropagation carries a gradient to all codes, where VQ reaches the selected ones.",
+        "figure of gradient flow",
+        reason="seen in the figures of gradient reach, but no threshold was stated beforehand",
+    ),
+    Claim(
+        "IBQ's transformers compare well with DiT, LlamaGen, VAR and MAR.",
+        "Table 7: gFID of IBQ 2.88 (B), 2.45 (L), 2.14 (XL), 2.05 (XXL); of the others no number is known here",
+        reason="needs ImageNet, Inception's weights and those models",
+    ),
+)
+"""Claims of the paper that nothing here can test yet."""
+
+
+def claims(study: Study, rows: pd.DataFrame) -> list[Claim]:
+    """Every claim of every ablation, with or without rows, in the order of the ablations; then the paper's claims that
+    nothing tests.
+
+    A grid, which claims nothing and has rows of its own, has none.
+    """
+    if study.grid:
+        return []
+    judged = [claim for ablation in ABLATIONS.values() for claim in claims_of(study, ablation, rows)]
+    return [*judged, *UNTESTED]
+
+
+def claims_of(study: Study, ablation: Ablation, rows: pd.DataFrame) -> list[Claim]:
+    """The claims of one ablation, judged by its rows alone."""
+    mine = rows[rows["ablation"] == ablation.name]
+    return [_judged(study, ablation, contrast, mine) for contrast in ablation.contrasts]
+
+
+def _judged(study: Study, ablation: Ablation, contrast: Contrast, rows: pd.DataFrame) -> Claim:
+    judged = verdict(contrast, rows)
+    return Claim(
+        sentence=contrast.claim,
+        paper=contrast.paper,
+        word=judged.word,
+        reason=judged.reason,
+        required=judged.required,
+        seen=judged.seen,
+        seeds=judged.seeds,
+        scale=scale(
+            study, rows[rows["arm"].isin([contrast.without, contrast.with_]) & rows["seed"].isin(judged.seeds)]
+        ),
+        ablation=ablation,
+        arms=f"{ablation.letter(contrast.without)}→{ablation.letter(contrast.with_)}",
+    )
+
+
+def scale(study: Study, rows: pd.DataFrame) -> str:
+    """At which scale rows were made, e.g. "quick: fashion-mnist 32×32, K = 1,024, D = 64, 300 steps"; empty without a
+    finished row. Of transformers the steps are theirs, with their depth and the steps of their tokenizers before
+    them."""
+    finished = rows[rows["status"] == "ok"]
+    if finished.empty:
+        return ""
+    known = finished.dropna(axis=1)
+    sizes = {name: " and ".join(f"{int(n):,}" for n in sorted(known[name].unique())) for name in SIZES if name in known}
+    data = [
+        f"{name} {int(size)}×{int(size)}"
+        for name, size in _pairs(finished, "config.data.name", "config.data.resolution")
+    ]
+    parts = [f"{before}{sizes[name]}{after}" for name, (before, after) in SIZES.items() if name in sizes]
+    return f"{study.preset_name}: {', '.join([*data, *parts])}"
+
+
+def _pairs(rows: pd.DataFrame, one: str, other: str) -> list[tuple]:
+    return list(rows[[one, other]].drop_duplicates().itertuples(index=False, name=None))
+
+
+def table(of: list[Claim]) -> pd.DataFrame:
+    """Claims as data: what is claimed, where in the paper if it is there, what was required and seen, at which scale,
+    and the verdict."""
+    lines = []
+    for claim in of:
+        lines.append(
+            {
+                "claim": claim.sentence,
+                "in the paper": claim.paper,
+                "required in every seed": claim.required or "–",
+                "seen, seed by seed": ", ".join(claim.seen) or ("nothing yet" if claim.ablation else "–"),
+                "seeds": ", ".join(map(str, claim.seeds)),
+                "verdict": claim.word + (f": {claim.reason}" if claim.reason else ""),
+                "scale": claim.scale or "–",
+                "ablation": f"{claim.ablation.name} {claim.arms}" if claim.ablation else "none",
+            }
+        )
+    table = pd.DataFrame(lines)
+    return table if any(claim.paper for claim in of) else table.drop(columns="in the paper", errors="ignore")
+
+
+def count(of: list[Claim]) -> str:
+    """How many claims have which verdict, in words, e.g. "four claims: none confirmed, one consistent, three undecided,
+    none refuted"."""
+    counts = Counter(claim.word for claim in of)
+    parts = ", ".join(f"{_number(counts[word])} {word}" for word in WORDS)
+    return f"{_number(len(of))} {'claim' if len(of) == 1 else 'claims'}: {parts}"
+
+
+def _number(n: int) -> str:
+    return NUMBERS[n] if n < len(NUMBERS) else str(n)

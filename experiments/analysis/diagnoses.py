@@ -1,0 +1,82 @@
+"""What `ibq.evaluation.diagnosis` says of a study's tokenizers: of older runs too, and for the report's pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from experiments.ablations import Ablation
+from experiments.study import Cell, Study, unique_runs
+from ibq.config import TrainConfig
+from ibq.evaluation.diagnosis import NOTHING_SEEN, Finding, diagnose, summary
+from ibq.quantizers.ibq import IBQConfig
+from ibq.run_directory import RunDirectory, write_json
+from ibq.training.logging import GAPS
+
+NAME = "diagnosis"
+"""Of the evaluation, of its file under eval/, and of the column."""
+
+
+def findings_of(cell: Cell) -> list[Finding]:
+    """What the history of a tokenizer's run shows, finished or not; nothing for a transformer."""
+    return diagnose(lines_of(cell.run, cell.config)) if isinstance(cell.config, TrainConfig) else []
+
+
+def lines_of(run: RunDirectory, config: TrainConfig) -> list[dict[str, Any]]:
+    """The history; where it is of code that logged less, with what the config has, and at each line what the last
+    snapshot showed."""
+    history = run.read_history()
+    if not history or "never_used" in history[-1]:
+        return history
+    known: dict[str, float] = {"codebook_size": config.quantizer.codebook_size, "code_dim": config.quantizer.code_dim}
+    if isinstance(config.quantizer, IBQConfig):
+        known["logit_scale"] = config.quantizer.scale
+    lines, snapshots = [], [step for step in run.snapshot_steps() if step]  # at step 0 nothing has been counted
+    used_K = torch.zeros(config.quantizer.codebook_size, dtype=torch.bool)
+    seen: dict[str, float] = {}
+    for line in history:
+        while snapshots and snapshots[0] <= line["step"]:
+            with safe_open(run.snapshot_path(snapshots.pop(0)), "pt") as tensors:
+                names = set(tensors.keys())
+                used_K |= tensors.get_tensor("counts") > 0
+                seen = {name: tensors.get_tensor(name).item() for name in GAPS if name in names}
+            seen["never_used"] = float((~used_K).sum())
+        lines.append(known | seen | line)
+    return lines
+
+
+def evaluate(study: Study, say: Callable[[str], None] = print) -> int:
+    """Add eval/diagnosis.json to every finished tokenizer of a study whose row has no diagnosis; returns how many were
+    added.
+
+    The file has the phrase that a row has, as `diagnosis`, and its sentences, as `diagnosis_sentences`.
+    """
+    todo = [
+        cell for cell in unique_runs(study.cells) if cell.run.finished and not cell.tokenizer and not _is_known(cell)
+    ]
+    for i, cell in enumerate(todo, 1):
+        found = findings_of(cell)
+        sentences = " ".join(finding.sentence for finding in found)
+        write_json(cell.run.path / "eval" / f"{NAME}.json", {NAME: summary(found), f"{NAME}_sentences": sentences})
+        say(f"[{i}/{len(todo)}] {NAME} {cell.name}: {summary(found)}")
+    return len(todo)
+
+
+def _is_known(cell: Cell) -> bool:
+    return NAME in cell.run.read_row() or (cell.run.path / "eval" / f"{NAME}.json").is_file()
+
+
+def seen_in(study: Study, ablation: Ablation) -> list[tuple[Cell, list[Finding]]]:
+    """The runs of an ablation, finished or not, in which something is seen, and what; those of searches are left
+    out."""
+    cells = [cell for cell in study.cells if cell.ablation.name == ablation.name and not cell.search]
+    return [(cell, found) for cell in cells if (found := findings_of(cell))]
+
+
+def phrase(row: dict[str, Any]) -> str:
+    """What a row's diagnosis adds to a line about the run; empty where nothing was seen, or nobody looked."""
+    seen = row.get(NAME, NOTHING_SEEN)
+    return "" if seen == NOTHING_SEEN else f"; {seen}"

@@ -1,0 +1,157 @@
+"""The finding of an ablation in words, computed from its rows: what carries the difference, and what fails."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from experiments.ablations import Ablation
+from experiments.ablations.collapse_atlas import collapse_map
+from experiments.ablations.grid import BASE, numbers, varied
+from experiments.ablations.quantizers import anatomy
+from experiments.analysis import transformers
+from experiments.analysis.effects import OUTCOMES, Verdict, main_effects, verdict
+from experiments.report.tables import COLUMNS, chosen_value, searches
+from experiments.rows import of_arms
+
+
+def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
+    """Sentences for the report and the notebook; with missing rows it says so first."""
+    rows = of_arms(rows[rows["ablation"] == ablation.name])
+    sentences = []
+    lost_search = rows["status"].eq("nan") & (
+        rows["search.arm"].notna() if "search.arm" in rows else False
+    )  # a result of a search
+    known = rows[~lost_search & rows["status"].ne("waiting")]
+    counts = known["status"][known["status"] != "ok"].value_counts()
+    if len(counts):
+        states = ", ".join(f"{n} {state}" for state, n in counts.items())
+        sentences.append(
+            f"{counts.sum()} of {len(known)} runs have no result ({states}); what follows rests on the others."
+        )
+    waiting = rows[rows["status"] == "waiting"]
+    untokenized = int(waiting["stage"].eq("transformer").sum()) if "stage" in waiting else 0
+    if ablation.border and len(waiting):
+        sentences.append(f"{len(waiting)} runs wait for their neighbours.")
+    elif searching := len(waiting) - untokenized:
+        sentences.append(f"{searching} runs wait for the search of their learning rate.")
+    if untokenized:
+        sentences.append(
+            "1 transformer waits for its tokenizer."
+            if untokenized == 1
+            else f"{untokenized} transformers wait for their tokenizers."
+        )
+    sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
+    if "main_effects" in ablation.tables and not (table := main_effects(ablation, rows)).empty:
+        sentences += _of_effects(table)
+    if "grid" in ablation.tables:
+        sentences += _of_grid(ablation, rows)
+    if "search" in ablation.tables:
+        sentences += _of_searches(rows)
+    return (
+        sentences
+        + anatomy.sentences(ablation, rows)
+        + collapse_map.sentences(ablation, rows)
+        + transformers.sentences(ablation, rows)
+    )
+
+
+def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
+    """Where in the grid each base does best and worst, by the means over seeds, and where the best lies at an edge."""
+    finished, sentences = rows[rows["status"] == "ok"], []
+    for base in ablation.factors[0].levels:
+        mine = finished[finished[f"factor.{BASE}"] == base]
+        if mine["arm"].nunique() < 2:
+            continue
+        shares, errors = (
+            COLUMNS[name].value(mine).groupby(mine["arm"]).mean().sort_values(kind="stable") for name in ("share", "l1")
+        )
+        at = {arm: arm.removeprefix(base).strip() for arm in shares.index}
+        (fewest, most), (best, worst) = ((means.index[0], means.index[-1]) for means in (shares, errors))
+        sentences.append(
+            f"{base}: perplexity / K is highest ({shares[most]:.1f}%) at {at[most]} and lowest ({shares[fewest]:.1f}%) "
+            f"at {at[fewest]}; "
+            f"L1 is lowest ({errors[best]:.4f}) at {at[best]} and highest ({errors[worst]:.4f}) at {at[worst]}."
+        )
+        inner = [field for field in varied(ablation) if len(field.levels) > 2 and numbers(field.levels)]
+        edges = [
+            field.name
+            for field in inner
+            if ablation.arm(best).levels[field.name] in (field.levels[0], field.levels[-1])
+        ]
+        if edges:
+            sentences[-1] += (
+                f" The lowest L1 lies at the edge of the grid in {' and '.join(edges)}, so perhaps not the best there "
+                f"is."
+            )
+    if sentences:
+        sentences.append(
+            f"Nothing was claimed beforehand, so nothing here is confirmed or refuted; seeds an arm: "
+            f"{finished['seed'].nunique()}."
+        )
+    return sentences
+
+
+def _of_searches(rows: pd.DataFrame) -> list[str]:
+    """What the searches chose, and where a choice at the edge of the grid says that the best value may lie beyond."""
+    chosen = {arm: value for arm, search in searches(rows) if (value := chosen_value(search)) is not None}
+    if not chosen:
+        return []
+    by_value = {value: [arm for arm in chosen if chosen[arm] == value] for value in sorted(set(chosen.values()))}
+    said = "; ".join(f"{value:g} for {', '.join(arms)}" for value, arms in by_value.items())
+    grid = rows["search.value"].dropna()
+    edges = [arm for arm, value in chosen.items() if value in (grid.min(), grid.max())]
+    return [
+        f"The search chose {said}."
+        + (f" At the edge of the grid, so perhaps not the best there is: {', '.join(edges)}." if edges else "")
+    ]
+
+
+def _of_verdict(judged: Verdict) -> str:
+    because = (
+        f", since {judged.reason}"
+        if judged.reason and judged.differences
+        else f" ({judged.reason})"
+        if judged.reason
+        else ""
+    )
+    sentence = f"{judged.contrast.claim} {judged.word.capitalize()}{because}"
+    if not judged.differences:
+        return f"{sentence}."
+    _, unit, digits, *_ = OUTCOMES[judged.contrast.outcome]
+    spread = f" ({', '.join(judged.seen)})" if len(judged.seen) > 1 else ""
+    return (
+        f"{sentence}: the change is {judged.mean:+.{digits}f} {unit}{spread}; {judged.required} in every seed was "
+        f"required."
+    )
+
+
+def _of_effects(table: pd.DataFrame) -> list[str]:
+    by_size = table.reindex(table["bits_mean"].abs().sort_values(ascending=False).index)
+    ranking = "; ".join(
+        f"{e['change']} {e['bits_mean']:+.2f} ({_range(e, 'bits', 2)})" for e in by_size.to_dict("records")
+    )
+    sentences = [
+        f"Changes by the size of their mean effect on the rate, in bits a token (range over pairs): {ranking}."
+    ]
+    flips = [e["change"] for e in table.to_dict("records") if e["bits_min"] < -0.25 and e["bits_max"] > 0.25]
+    if flips:
+        sentences.append(
+            f"These change their sign with the surroundings, so read the pairs and not the mean: {'; '.join(flips)}."
+        )
+    worse = [e for e in table.to_dict("records") if e["bits_mean"] > 0.25 and e["l1_mean"] > 0.001]
+    if worse:
+        named = "; ".join(f"{e['change']} ({e['bits_mean']:+.2f} bits, {e['l1_mean']:+.4f} L1)" for e in worse)
+        sentences.append(f"More codes in use did not mean a lower error for: {named}.")
+    quality = table.loc[table["l1_mean"].idxmin()]
+    if quality["l1_mean"] < -0.001:
+        sentences.append(
+            f"What lowered the error most was {quality['change']}: {quality['l1_mean']:+.4f} L1 "
+            f"({_range(dict(quality), 'l1', 4)})."
+        )
+    return sentences
+
+
+def _range(effect: dict, outcome: str, digits: int) -> str:
+    if effect["pairs"] == 1:
+        return "one pair"
+    return f"{effect[f'{outcome}_min']:+.{digits}f} to {effect[f'{outcome}_max']:+.{digits}f}"

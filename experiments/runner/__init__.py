@@ -1,0 +1,1 @@
+"""Sweeps: worker processes, torchrun, plans, and commands on single runs."""

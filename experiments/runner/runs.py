@@ -1,0 +1,237 @@
+"""What is done to single runs: forget, rerun, compare, and evaluate anew without training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file
+
+from experiments.analysis import diagnoses
+from experiments.rows import OF_THE_ROWS_IMAGES
+from experiments.runner.sweep import train_study
+from experiments.runner.worker import TOKENIZER_ROW
+from experiments.study import Cell, Study, unique_runs
+from ibq.config import flatten
+from ibq.data import DataError, load_images
+from ibq.distributed import resolve_device
+from ibq.errors import ConfigError, nearest
+from ibq.evaluation.tokenizer import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
+from ibq.evaluation.transformer import evaluate_samples
+from ibq.models.tokenizer import load_tokenizer
+from ibq.run_directory import RunDirectory, write_json
+from ibq.transformer_config import RunConfig, parse_run_config
+
+EVALUATIONS: dict[str, str] = {
+    "full_test": "the whole test split, where the row has its first images only",
+    "train_split": "as many images of the train split: what the tokenizer has seen",
+    "fashion-cnn": "FID[fashion-cnn] and its kin, on the row's own images",
+    "inception": "FID, KID, inception score, precision and recall on the whole test split, as FID needs, and of what "
+    "transformers sampled; "
+    "needs weights of Inception-v3",
+    "lpips-alex": "LPIPS, on the row's own images; needs weights of AlexNet",
+    "lpips-vgg": "LPIPS, likewise; needs weights of VGG-16",
+    diagnoses.NAME: "what a tokenizer's history shows, in words: whether its codebook has collapsed, and of what",
+}
+"""Evaluations of finished runs by name, and what they add to the row: as `name.metric` unless it is one of
+`rows.PLAIN`."""
+
+
+def find_run(study: Study, name: str) -> RunDirectory:
+    """A run of the study's runs folder by its id, or by an unambiguous beginning of it.
+
+    Raises:
+        ConfigError: no run or several begin so; a name that is not an id (a path, say) is not looked up at all.
+    """
+    known = sorted(
+        path.name for path in study.runs_folder.glob("*/") if (path / "config.json").is_file() and path.name[0] != "."
+    )
+    matches = [run for run in known if run == name] or [run for run in known if name and run.startswith(name)]
+    if len(matches) != 1:
+        found = (
+            f"{len(matches)} runs begin with it"
+            if matches
+            else f"no run has that id; {nearest(name, known)}"
+            if known
+            else "there are no runs"
+        )
+        raise ConfigError(f"run {name!r} cannot be chosen: {found}")
+    return RunDirectory(study.runs_folder / matches[0])
+
+
+def read_config(run: RunDirectory) -> RunConfig:
+    """The config of a run directory, checked.
+
+    Raises:
+        ConfigError: config.json is not JSON or not a valid config.
+    """
+    try:
+        return parse_run_config(json.loads(run.config.read_text()))
+    except ValueError as error:
+        raise ConfigError(
+            f"{run.config} cannot be read: {' '.join(str(error).split())}; forget the run and train it again"
+        ) from None
+
+
+def forget(run: RunDirectory) -> None:
+    """Remove a run for good. It leaves the runs folder in one step, so that a kill leaves no half of it behind.
+
+    Transformers that were trained on a tokenizer outlive it: each has a copy of it and of its row. The study's next run
+    trains the tokenizer again, since it is one of its runs, and no finished transformer.
+
+    Raises:
+        ConfigError: the run is being trained.
+    """
+    doomed = run.path.with_name(f".forgotten-{run.path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        with FileLock(run.lock, timeout=0):
+            run.path.rename(doomed)
+    except Timeout:
+        raise ConfigError(f"run {run.path.name} is being trained; stop it first") from None
+    shutil.rmtree(doomed)
+
+
+def transformers_on(tokenizer: RunDirectory) -> list[RunDirectory]:
+    """The runs of transformers that have a copy of a tokenizer's run."""
+    copies = sorted(tokenizer.path.parent.glob(f"gen-*/{TOKENIZER_ROW}"))
+    return [
+        RunDirectory(path.parents[1]) for path in copies if json.loads(path.read_text())["run"] == tokenizer.path.name
+    ]
+
+
+def kept_copies(tokenizer: RunDirectory) -> str:
+    """What becomes of the transformers on a tokenizer that is forgotten or trained again, in a phrase; empty where
+    there are none."""
+    transformers = transformers_on(tokenizer)
+    if not transformers:
+        return ""
+    if len(transformers) == 1:
+        return "1 transformer trained on it keeps its copy of it: forget it to train it anew"
+    return f"{len(transformers)} transformers trained on it keep their copy of it: forget them to train them anew"
+
+
+def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Train a run's config again, beside it; once the new row is there, it takes the old one's place.
+
+    A transformer is trained on the tokenizer as it now is. Transformers whose tokenizer is trained again stay as they
+    are, each with its copy.
+
+    Returns:
+        The former row and the new one, each None where there is none.
+
+    Raises:
+        ConfigError: the run is of no arm of the study, or its tokenizer is not finished.
+    """
+    before = run.read_row() if run.finished else None
+    waiting = [cell for cell in study.waiting if cell.tokenizer]  # whose tokenizer is not finished, which is said below
+    cells = [cell for cell in study.cells + waiting if cell.run.path == run.path]
+    if not cells:
+        known_by = "--preset, --seeds, --set and --grid it was trained with"
+        raise ConfigError(f"run {run.path.name} is of no arm of study {study.name}; give the {known_by}")
+    if (tokenizer := cells[0].tokenizer) and not tokenizer.run.finished:
+        raise ConfigError(
+            f"run {run.path.name} needs its tokenizer, run {tokenizer.run.path.name}, which is not finished; train "
+            f"that one first"
+        )
+    fresh = RunDirectory(run.path.with_name(f".rerun-{run.path.name}"))
+    train_study(study.only([replace(cells[0], run=fresh)]), **options)
+    if not fresh.finished:
+        return before, None
+    forget(run)
+    fresh.path.rename(run.path)
+    return before, run.read_row()
+
+
+def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]]:
+    """Config fields and row entries in which two runs differ, as (name, value of one, value of the other)."""
+    sides = []
+    for run in (one, other):
+        facts = flatten(read_config(run).to_json_dict())
+        row = run.read_row() if run.finished else {"status": "unfinished"}
+        sides.append(facts | {name: value for name, value in row.items() if not name.startswith("config.")})
+    names = list(dict.fromkeys([*sides[0], *sides[1]]))
+    return [
+        (name, sides[0].get(name), sides[1].get(name)) for name in names if sides[0].get(name) != sides[1].get(name)
+    ]
+
+
+def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = print) -> int:
+    """Add an evaluation to every finished run of a study that lacks it, as eval/<name>.json; returns how many were
+    added.
+
+    Runs of a search are passed by, since no table shows them but for what decided. So are, with a word, runs that the
+    metric does not fit,
+    and transformers: their tokenizers are evaluated, and but for `inception` their samples were when they were trained.
+
+    Raises:
+        ConfigError: an unknown evaluation (the nearest is named).
+        DataError: a network's weights are absent, or there are runs to measure and the metric fits none of them.
+    """
+    if name not in EVALUATIONS:
+        raise ConfigError(f"evaluation {name!r} does not exist; {nearest(name, EVALUATIONS)}")
+    if name == diagnoses.NAME:
+        return diagnoses.evaluate(study, say)
+    compared = unique_runs(cell for cell in study.cells if not cell.search)
+    rows = [
+        (cell, cell.run.read_row())
+        for cell in compared
+        if cell.run.finished and not evaluation_file(cell, name).is_file()
+    ]
+    todo = [
+        (cell, row) for cell, row in rows if row["status"] == "ok" and f"kid[{name}]" not in row
+    ]  # a row may have it from training
+    if name != "inception" and (passed_by := [cell for cell, _ in todo if cell.tokenizer]):
+        todo = [(cell, row) for cell, row in todo if not cell.tokenizer]
+        say(
+            f"{name} is of tokenizers: {len(passed_by)} transformers are passed by, whose own metrics came with their "
+            f"training"
+        )
+    device, batch_size = resolve_device("auto"), study.preset.runtime.eval_batch_size
+    perceptual = PerceptualEvaluation(name, device) if name in PERCEPTUAL else None
+    split_of = lru_cache(maxsize=1)(load_images)  # the runs of a study mostly share their images
+    reasons = []
+    for i, (cell, row) in enumerate(todo, 1):
+        if name in OF_THE_ROWS_IMAGES:
+            images, n_images = split_of(cell.config.data, row["protocol.split"]), row["protocol.n_images"]
+        elif name == "train_split":
+            images, n_images = split_of(cell.config.data, "train"), study.preset.runtime.eval_images
+        else:
+            images = split_of(cell.config.data, "test")
+            n_images = len(images)
+        tokenizer = load_tokenizer(cell.run.tokenizer if cell.tokenizer else cell.run.path).to(device)
+        try:
+            if perceptual and cell.tokenizer:
+                metrics, protocol = evaluate_samples(
+                    perceptual, tokenizer, load_file(cell.run.generated), images, n_images, batch_size
+                )
+            else:
+                metrics, protocol, *_ = (perceptual or evaluate)(tokenizer, images, n_images, batch_size, weights="ema")
+        except UnfitError as error:
+            reasons.append(str(error))
+            say(f"[{i}/{len(todo)}] {name} {cell.name}: {error}")
+            continue
+        write_json(evaluation_file(cell, name), metrics | {f"protocol.{key}": value for key, value in protocol.items()})
+        say(f"[{i}/{len(todo)}] {name} {cell.name}: {_summary(metrics, protocol)}")
+    if todo and len(reasons) == len(todo):
+        raise DataError(reasons[0])
+    return len(todo) - len(reasons)
+
+
+def _summary(metrics: dict[str, float], protocol: dict[str, Any]) -> str:
+    """A few of the numbers, at least one, and why any is absent."""
+    shown = [
+        key for key in ("perplexity", "l1", "fid", "fid[fashion-cnn]", "lpips[alex]", "lpips[vgg]") if key in metrics
+    ]
+    numbers = [f"{key} {metrics[key]:.4g}" for key in shown or list(metrics)[:1]]
+    return ", ".join(numbers + [f"{key} {why}" for key, why in protocol.items() if str(why).startswith("absent: ")])
+
+
+def evaluation_file(cell: Cell, name: str) -> Path:
+    return cell.run.path / "eval" / f"{name}.json"

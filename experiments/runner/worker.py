@@ -1,0 +1,203 @@
+"""The process that trains one run. Imported once by the server that forks these, so that an arm starts with torch
+already loaded."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from ibq.config import TrainConfig
+from ibq.data import DataError, data_hash_of
+from ibq.distributed import PeerLostError, exit_with_parent, peers, resolve_device
+from ibq.errors import ConfigError, NonFiniteError
+from ibq.models.tokenizer import Tokenizer, load_tokenizer
+from ibq.run_directory import RunDirectory, append_line, write_json
+from ibq.training.interventions import Asked
+from ibq.training.runtime import LogEvent, Runtime, StopRequested, row_of, write_lost
+from ibq.training.tokenizer import train_tokenizer
+from ibq.training.transformer import train_transformer
+from ibq.transformer_config import RunConfig, TransformerTrainConfig, parse_run_config
+
+UNFIT, DISK_FULL, BUSY = 2, 74, 75
+"""Exit codes: the run cannot be trained as given, nothing more can be written, or another process holds this run. 0 is
+finished or stopped, 1 any other recorded failure."""
+
+HEARTBEAT_S = 1.0
+TOKENIZER_ROW = "tokenizer/row.json"
+"""In a transformer's run, beside the copy of its tokenizer: that one's row, which stays right whatever becomes of the
+tokenizer's run."""
+
+
+def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, tokenizer: str | None = None) -> None:
+    """Train one run to its row, a transformer's on the tokens of the finished run in the folder `tokenizer`; record the
+    attempt and how it ended in attempts.jsonl.
+
+    The claim on the run is a lock of the operating system, which dies with this process; this process dies with its
+    parent. SIGTERM asks it to stop; nothing is shared with other trainers, so that killing one can block no other.
+    """
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides what it means
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    exit_with_parent()
+    torch.set_num_threads(threads)
+    run = RunDirectory(folder)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(run.lock, timeout=2):  # another driver may have finished it while this process started
+            of = None if tokenizer is None else RunDirectory(tokenizer)
+            raise SystemExit(0 if run.finished else attempt(run, config, runtime, stop.is_set, tokenizer=of))
+    except Timeout:
+        raise SystemExit(BUSY) from None
+    except OSError as error:  # even the attempt could not be noted
+        raise SystemExit(DISK_FULL if is_disk_full(error) else 1) from None
+
+
+def attempt(
+    run: RunDirectory,
+    config: dict[str, Any],
+    runtime: Runtime,
+    should_stop: Callable[[], bool],
+    seen: Callable[[LogEvent], None] = lambda event: None,
+    tokenizer: Tokenizer | RunDirectory | None = None,
+    intervene: Asked | None = None,
+) -> int:
+    """Train a run whose lock is held, and record the attempt and how it ended in attempts.jsonl.
+
+    Args:
+        run: its directory.
+        config: a RunConfig as a dict.
+        runtime: device and cadences.
+        should_stop: asked before every step; once true, the run ends resumably.
+        seen: receives every log event.
+        tokenizer: that of a transformer's run, or the finished run that it is of.
+        intervene: of a tokenizer's run: asked before every step what to change, as `train_tokenizer` says.
+
+    Returns:
+        the exit code: 0 is finished (a row may say "nan") or stopped, UNFIT, DISK_FULL, 1 any other failure.
+    """
+    started = time.time()
+    append_line(run.attempts, {"event": "started", "time": started, "pid": os.getpid(), "host": socket.gethostname()})
+    code, reason = 0, None
+    try:
+        with peers():
+            for logged in trained(
+                parse_run_config(config), tokenizer, run, runtime, _beating(run, should_stop), intervene
+            ):
+                seen(logged)
+        event = "finished"
+    except StopRequested as stopped:
+        event, reason = "stopped", str(stopped)
+    except NonFiniteError as error:
+        event, reason = "nan", str(error)
+    except Exception as error:  # the boundary of the process: whatever went wrong is recorded, and the other arms go on
+        event, reason = classify(error)
+        code = DISK_FULL if is_disk_full(error) else UNFIT if isinstance(error, (ConfigError, DataError)) else 1
+        if event == "error" and not isinstance(error, (ConfigError, DataError, OSError)):
+            (run.path / "traceback.txt").write_text(traceback.format_exc())
+    append_line(run.attempts, {"event": event, "time": time.time(), "seconds": time.time() - started, "reason": reason})
+    return code
+
+
+def trained(
+    config: RunConfig,
+    tokenizer: Tokenizer | RunDirectory | None,
+    run: RunDirectory,
+    runtime: Runtime,
+    should_stop: Callable[[], bool],
+    intervene: Asked | None = None,
+) -> Iterator[LogEvent]:
+    """The events of the trainer that the config is for; a transformer's wants its tokenizer, or the finished run that
+    it is of."""
+    if isinstance(config, TrainConfig):
+        return train_tokenizer(config, run.path, runtime, should_stop, intervene)
+    if isinstance(tokenizer, RunDirectory):
+        tokenizer = _tokenizer_of(tokenizer, config, run, runtime)
+    assert tokenizer is not None
+    return train_transformer(config, tokenizer, run.path, runtime, should_stop)
+
+
+def _tokenizer_of(
+    source: RunDirectory, config: TransformerTrainConfig, run: RunDirectory, runtime: Runtime
+) -> Tokenizer:
+    """A finished run's tokenizer; its row is copied into the transformer's run.
+
+    Raises:
+        NonFiniteError: it did not stay finite, so that there is no tokenizer, and the transformer's row has been
+            written, which says so.
+        ConfigError: the run is not finished, or damaged.
+    """
+    if not source.finished:
+        raise ConfigError(
+            f"the tokenizer of run {run.path.name} is that of run {source.path.name}, which is not finished; train "
+            f"that one first"
+        )
+    row = source.read_row()
+    write_json(run.path / TOKENIZER_ROW, row)
+    if row["status"] == "ok":
+        return load_tokenizer(source.path)
+    write_json(run.config, config.to_json_dict())
+    facts = {"data_hash": data_hash_of(config.data), "train_seconds": 0.0}
+    facts |= {"reason": f"its tokenizer, run {source.path.name}, did not stay finite: {row['reason']}"}
+    raise write_lost(run, row_of(config, "nan", facts, {}, resolve_device(runtime.device)))
+
+
+def classify(error: Exception) -> tuple[str, str]:
+    """The event and the one-line reason that an exception stands for; running out of memory says what was asked."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return (
+            "oom",
+            f"out of memory: {text[:400] or 'the system gave no size'}; lower batch_size or the number of runs at a "
+            f"time (--slots)",
+        )
+    if isinstance(error, PeerLostError):
+        return "lost", f"{text}; the same command goes on from the last checkpoint"
+    if isinstance(error, (ConfigError, DataError)):
+        return "error", text
+    if isinstance(error, OSError) and error.errno is not None:
+        return "error", f"{os.strerror(error.errno)}: {error.filename or 'while writing the run'}"
+    return "error", f"{type(error).__name__}: {text}"
+
+
+def note_killed(run: RunDirectory, code: int) -> None:
+    """Record, on behalf of a trainer that could not, which signal ended it."""
+    why = " (by hand, or by the system for lack of memory)" if -code == signal.SIGKILL else ""
+    note(run, "killed", f"killed by {signal.Signals(-code).name}{why}")
+
+
+def note(run: RunDirectory, event: str, reason: str) -> None:
+    """Record how an attempt ended; a full disk must not keep whoever does it from stopping well."""
+    with suppress(OSError):
+        append_line(run.attempts, {"event": event, "time": time.time(), "reason": reason})
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True where no retry helps until space is made: the disk or a quota is full. safetensors reports it as text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error)
+
+
+def _beating(run: RunDirectory, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+    """The trainer's question whether to stop, asked before every step, doubles as its sign of life."""
+    last = 0.0
+
+    def asked() -> bool:
+        nonlocal last
+        if time.monotonic() - last > HEARTBEAT_S:
+            last = time.monotonic()
+            run.heartbeat.touch()
+        return should_stop()
+
+    return asked

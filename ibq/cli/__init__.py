@@ -1,0 +1,1 @@
+"""Command line of the method: reconstruct, evaluate, sample."""

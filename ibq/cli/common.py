@@ -1,0 +1,266 @@
+"""What the commands share: arguments, a tokenizer and pictures, the loop over batches, a bar, errors of one sentence.
+
+Suffixes: B pictures, C channels, H W pixels or token grid, D code dimension.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from tqdm import tqdm
+
+from ibq.cli.pictures import Fit, Framing, Picture, PictureFolder, to_float
+from ibq.data.folder import first_few
+from ibq.data.images import DataError, one_line, quoted
+from ibq.distributed import PeerLostError, is_writer, last_words, resolve_device
+from ibq.errors import ConfigError, NonFiniteInputError
+from ibq.evaluation.tokenizer import measuring
+from ibq.models.tokenizer import Tokenizer, load_tokenizer
+from ibq.run_directory import RunDirectory
+from ibq.training.runtime import peak_memory_gib
+
+PIXEL_PROTOCOL = "float images in [-1, 1], reconstructions clamped, not rounded to 8 bits"
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tokenizer on its device, and where it comes from.
+
+    Args:
+        tokenizer: in eval mode.
+        source: the path that was given.
+        weights: which weights these are, for people.
+    """
+
+    tokenizer: Tokenizer
+    source: str
+    weights: str
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of architecture and weights, wherever they were read from."""
+        return self.tokenizer.digest()
+
+    def facts(self, framing: Framing) -> dict[str, str]:
+        """What stands above every table of numbers."""
+        config = self.tokenizer.config
+        quantizer, device = config.quantizer, next(self.tokenizer.parameters()).device
+        return {
+            "model": f"{quoted(self.source)} (sha256 {self.digest[:12]})",
+            "weights": self.weights,
+            "quantizer": f"{quantizer.method}, K = {quantizer.codebook_size:,}, D = {quantizer.code_dim}, f = "
+            f"{framing.factor}",
+            "pictures seen": str(framing),
+            "precision": f"fp32 on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'the CPU'}, torch "
+            f"{torch.__version__}",
+        }
+
+
+class Batch(NamedTuple):
+    """Pictures of one size, as the tokenizer read them, with its features and codes (B, D, h, w), indices (B, h, w),
+    reconstructions."""
+
+    pictures: list[Picture]
+    originals_BCHW: torch.Tensor
+    reconstructions_BCHW: torch.Tensor
+    features_BDHW: torch.Tensor
+    codes_BDHW: torch.Tensor
+    indices_BHW: torch.Tensor
+
+
+def picture_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with the arguments MODEL and PICTURES and the options of all commands on pictures."""
+    parser = argparse.ArgumentParser(prog=f"python -m ibq.{command}", description=description)
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a finished run or of Tokenizer.save, or a released checkpoint (.ckpt)"
+    )
+    parser.add_argument(
+        "pictures", metavar="PICTURES", help="folder of pictures, of any sizes, with subfolders or without"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--fit",
+        choices=get_args(Fit),
+        default="whole",
+        help="of a picture whose size the tokenizer does not divide: skip it (whole), or take the largest centre part "
+        "(crop) (%(default)s)",
+    )
+    size.add_argument(
+        "--resize",
+        type=positive,
+        metavar="R",
+        help="scale the shorter side to R, take the centre square; enlarges nothing",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N files of the sorted listing")
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="pictures at a time; fewer above 256×256 pixels (%(default)s)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        default="ema",
+        help="of a released checkpoint: averaged, or as trained (%(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, of an argument."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def open_model(given: argparse.Namespace) -> tuple[Model, PictureFolder]:
+    """The model on the device, and the pictures framed for it, of arguments that `picture_parser` has read.
+
+    Raises:
+        ConfigError, DataError: one of them cannot be used.
+    """
+    device = resolve_device(given.device)
+    tokenizer, weights = read_tokenizer(given.model, given.weights)
+    if given.weights == "raw" and Path(given.model).expanduser().is_dir():
+        raise ConfigError(
+            f"--weights raw is for released checkpoints; {quoted(given.model)} holds one set of weights ({weights})"
+        )
+    config = tokenizer.config
+    framing = Framing(config.model.downsampling, config.data.channels, given.fit, given.resize)
+    pictures = PictureFolder(given.pictures, framing, given.limit)
+    if framing.channels == 1:
+        print("the tokenizer has one channel, so it is shown every picture in grey", file=sys.stderr)
+    return Model(tokenizer.to(device).eval(), given.model, weights), pictures
+
+
+def read_tokenizer(given: str | Path, weights: Literal["ema", "raw"] = "ema") -> tuple[Tokenizer, str]:
+    """A tokenizer in eval mode on the CPU, and which weights it has, for people.
+
+    Args:
+        given: the folder of a finished run or of Tokenizer.save, or a released checkpoint; of a transformer's the
+            tokenizer in it.
+        weights: of a released checkpoint, as `load_released`.
+
+    Raises:
+        ConfigError, DataError: there is none, or it cannot be used.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        if (copy := path / "tokenizer").is_dir():  # in the folder of a transformer's run
+            return load_tokenizer(copy), "as the transformer was trained on"
+        return load_tokenizer(path), "averaged (EMA)" if RunDirectory(path).finished else "as saved"
+    if path.is_file() and path.suffix == ".ckpt":
+        from ibq.pretrained.released import load_released
+
+        released = load_released(path, weights)
+        if isinstance(released, Tokenizer):
+            tokenizer, averaged, as_they_are = released, weights == "ema", "as trained, not averaged"
+        else:
+            tokenizer, averaged, as_they_are = (
+                released.tokenizer,
+                released.averaged,
+                "as in the transformer's checkpoint",
+            )
+        return tokenizer, "averaged (EMA), as released" if averaged else as_they_are
+    wrong = "is neither a folder nor a .ckpt file" if path.exists() else "does not exist"
+    raise ConfigError(
+        f"{quoted(path)} {wrong}; pass the folder of a finished run or of Tokenizer.save, or a released checkpoint "
+        f"file (.ckpt)"
+    )
+
+
+def reconstructed(model: Model, pictures: PictureFolder, names: Iterable[str], batch_size: int) -> Iterator[Batch]:
+    """Batches of pictures of one size with their reconstructions, in float32.
+
+    Args:
+        names: of `pictures.names`, drawn as the work gets on.
+        batch_size: as `PictureFolder.batches`; it changes the numbers by rounding at most.
+
+    Raises:
+        ConfigError: memory does not suffice, or the model gives numbers that are not finite.
+    """
+    tokenizer = model.tokenizer
+    device = next(tokenizer.parameters()).device
+    for batch in pictures.batches(names, batch_size):
+        height, width = batch[0].pixels_CHW.shape[1:]
+        this = f"{quoted(batch[0].name)} ({width}×{height} pixels, {len(batch)} at a time)"
+        try:
+            with (
+                enough_memory(f"{this}; lower --batch-size, or use --resize or another --device"),
+                measuring(tokenizer),
+            ):
+                x_BCHW = to_float(batch, device)
+                y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
+        except NonFiniteInputError as error:
+            raise ConfigError(f"the model cannot reconstruct {this}: {one_line(error)}") from None
+        if not bool(y_BCHW.isfinite().all()):
+            raise ConfigError(f"the model's reconstruction of {this} is not finite; its weights are damaged")
+        yield Batch(batch, x_BCHW, y_BCHW, z_BDHW, quantized.z_q, quantized.indices)
+
+
+@contextlib.contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """ConfigError where memory, the CPU's or a GPU's, does not suffice for `what`, a noun and a remedy."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise ConfigError(f"there is not enough memory for {what}") from None
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str = "picture", done: int = 0) -> Iterator[tqdm[None]]:
+    """A bar on stderr with what is left; where no one watches, a line every half minute. Of several processes the first
+    one has it."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    pace = {"mininterval": interval, "maxinterval": max(10.0, interval)}
+    with tqdm(total=total, unit=unit, initial=done, disable=not is_writer(), **pace) as bar:
+        yield bar
+
+
+def closing_line(pictures: PictureFolder, used: int, device: torch.device) -> str:
+    """How many pictures were used and skipped, the first reasons, and the peak memory."""
+    skipped = f", {len(pictures.skipped):,} skipped ({first_few(pictures.skipped)})" if pictures.skipped else ""
+    return f"{used:,} picture{'s' * (used != 1)}{skipped}; peak memory {peak_memory_gib(device):.2f} GiB"
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], None],
+    arguments: list[str] | None,
+    when_stopped: str,
+) -> None:
+    """Run a command; what a user can mend becomes one sentence on stderr and exit code 2. `when_stopped` is said after
+    Ctrl-C.
+
+    Of the processes that torchrun has started on a node, the first one says it.
+    """
+    given = parser.parse_args(arguments)
+    name = parser.prog.removeprefix("python -m ")
+    try:
+        command(given)
+    except (ConfigError, DataError, PeerLostError) as error:
+        _leave(f"{name}: {error}", USER_ERROR)
+    except OSError as error:
+        where = f"{quoted(error.filename)}: " if error.filename else ""
+        _leave(f"{name}: {where}{one_line(error.strerror or error)}", USER_ERROR)
+    except KeyboardInterrupt:
+        _leave(f"{name}: stopped; {when_stopped}", INTERRUPTED)
+
+
+def _leave(sentence: str, code: int) -> None:
+    last_words(sentence, interrupted=code == INTERRUPTED)
+    sys.exit(code)

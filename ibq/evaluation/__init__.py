@@ -1,0 +1,1 @@
+"""Evaluation of trained tokenizers and transformers, and the diagnosis of a run."""

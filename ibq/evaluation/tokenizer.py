@@ -1,0 +1,286 @@
+"""Evaluation of a tokenizer on a stated split: usage, rate and distortion side by side, with the protocol that the
+numbers belong to.
+
+Several processes share an evaluation batch by batch: every batch is that of one process, whoever computes it, no image
+is padded or counted twice, and each process has a run of batches, rank 0 the first, so that what they gather is in the
+order of the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ibq.data import DataError, ImageSource
+from ibq.data.images import one_line
+from ibq.distributed import copy_of_first, gather_objects, is_writer, rank, shared_errors, sum_over_ranks, world_size
+from ibq.errors import NonFiniteInputError
+from ibq.metrics import ImageQuality, usage_metrics
+from ibq.metrics.codebook import QuantizationError
+from ibq.metrics.distances import EXTRACTED_AT_ONCE, Distances, References, to_uint8, too_few
+from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
+from ibq.models.tokenizer import Tokenizer
+from ibq.ops.precision import full_float32
+
+if TYPE_CHECKING:
+    from ibq.pretrained.extractors import Extractor
+
+SHOWN_IMAGES = 8
+LPIPS_BACKBONES: dict[str, Backbone] = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
+PERCEPTUAL = ("fashion-cnn", "inception", *LPIPS_BACKBONES)
+"""Metrics that need a trained network, by the name of the network."""
+
+
+class UnfitError(DataError):
+    """A metric means nothing on these images, or fails on them; it may do on others."""
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the mode before is restored."""
+    mode = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(mode)
+
+
+@contextmanager
+def measuring(network: nn.Module) -> Iterator[None]:
+    """`evaluating` in whole float32, neither autocast nor TF32: what is reported must not hang on how training was made
+    fast."""
+    with evaluating(network), full_float32(next(network.parameters()).device, convolutions=True):
+        yield
+
+
+@contextmanager
+def sparing(reasons: list[str]) -> Iterator[None]:
+    """Whatever goes wrong in a metric that can be done without is noted, so that it costs the metric alone and no
+    trained run."""
+    try:
+        yield
+    except Exception as error:
+        reasons.append(one_line(error))
+
+
+def own_batches(n: int, batch_size: int) -> list[torch.Tensor]:
+    """This process's batches of the numbers below n, ascending; those of all ranks one after the other are all of
+    them."""
+    of_all = torch.arange(n).split(batch_size)
+    return [of_all[b] for b in torch.arange(len(of_all)).tensor_split(world_size())[rank()]]
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The batches of this process among all of the first `n_images`; gone through, it gives their pixels."""
+
+    images: ImageSource
+    n_images: int
+    batch_size: int
+
+    @property
+    def batches(self) -> list[torch.Tensor]:
+        """Indices of the images of each batch, ascending."""
+        return own_batches(self.n_images, self.batch_size)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for indices_B in torch.cat([torch.arange(0), *self.batches]).split(EXTRACTED_AT_ONCE):
+            yield self.images.pixels(indices_B)
+
+
+def evaluate(
+    tokenizer: Tokenizer, images: ImageSource, n_images: int, batch_size: int, weights: str
+) -> tuple[dict[str, float], dict[str, Any], dict[str, torch.Tensor]]:
+    """Reconstruct the first `n_images` of a split in float32; with several processes a collective, each computing a
+    share of the batches.
+
+    Args:
+        tokenizer: on the device to compute on.
+        images: the split; its name stands in the protocol.
+        n_images: how many, from the start of the split; at most all.
+        batch_size: images a forward pass; for speed and memory, the numbers it changes by rounding at most. The number
+            of processes changes less: counts not at all.
+        weights: which weights these are ("ema" or "raw"), for the protocol.
+
+    Returns:
+        metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z, both in the space of the
+        codes, and for Fashion-MNIST the distances in the features of fashion-cnn); protocol, which also says why
+        distances are absent; and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8 of the
+        first batch; rank 0 alone has these two).
+
+    Raises:
+        NonFiniteInputError: features of this or another process have NaN or infinite values.
+        DataError: images of this or another process cannot be read.
+    """
+    n_images = min(n_images, len(images))
+    device = next(tokenizer.parameters()).device
+    counts_K = torch.zeros(tokenizer.config.quantizer.codebook_size, dtype=torch.int64, device=device)
+    quality, error = ImageQuality(), QuantizationError()
+    shown: dict[str, torch.Tensor] = {}
+    share = Share(images, n_images, batch_size)
+    distances: Distances | None = None
+    absent: list[str] = []
+    with sparing(absent):
+        distances = fashion_cnn_distances(share, device)
+    with shared_errors(NonFiniteInputError, DataError), measuring(tokenizer):
+        for indices_B in share.batches:
+            x_BCHW = images.batch(indices_B, device)
+            y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
+            quality.update(x_BCHW, y_BCHW)
+            if distances and not absent:
+                with sparing(absent):
+                    distances.update(y_BCHW)
+            error.update(tokenizer.quantize.to_code_space(z_BDHW), quantized.z_q)
+            counts_K += torch.bincount(quantized.indices.flatten(), minlength=len(counts_K))
+            if is_writer() and not shown:
+                shown = {
+                    "images_BCHW": to_uint8(x_BCHW[:SHOWN_IMAGES]),
+                    "reconstructions_BCHW": to_uint8(y_BCHW[:SHOWN_IMAGES]),
+                }
+    sum_over_ranks(counts_K)
+    quality.reduce()
+    error.reduce()
+    perceptual, perceptual_protocol = measured(distances, absent)
+    metrics = usage_metrics(counts_K) | quality.compute() | {"quantization_error": error.compute()} | perceptual
+    protocol = protocol_of(images, n_images, weights) | perceptual_protocol
+    if absent:
+        protocol["distances[fashion-cnn]"] = f"absent: {absent[0]}"
+    return metrics, protocol, {"counts_K": counts_K} | shown
+
+
+def measured(metric: Distances | LPIPS | None, absent: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics and protocol over the images of all processes, a collective; where one process fails, all note in
+    `absent` why."""
+    if isinstance(metric, Distances) and not absent:
+        with sparing(absent):
+            metric.finish()
+    absent[:] = [reason for reasons in gather_objects(absent) for reason in reasons]
+    found: tuple[dict[str, float], dict[str, Any]] = {}, {}
+    if absent or metric is None:
+        return found
+    metric.reduce()
+    if is_writer():  # FID's square root or KID's subsets on every process would only make all of them slower
+        with sparing(absent):
+            found = metric.compute()
+    found, absent[:] = copy_of_first((found, absent))
+    return found
+
+
+class PerceptualEvaluation:
+    """One of the metrics that need a trained network, which is loaded once for any number of tokenizers, when it is
+    first needed.
+
+    Args:
+        name: of PERCEPTUAL.
+        device: where the network computes.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+
+    def __call__(
+        self, tokenizer: Tokenizer, images: ImageSource, n_images: int, batch_size: int, weights: str
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Arguments as in `evaluate`, as is the work of several processes; metrics and protocol.
+
+        Raises:
+            UnfitError: the metric means nothing on these images, or on so few, or fails on them; said before the
+                network is sought, if so.
+            DataError: the network's weights are absent or damaged, or a package is; one sentence that names the file.
+        """
+        n_images = min(n_images, len(images))
+        self._require_fit(images, n_images)
+        with shared_errors(DataError):
+            start = self._start
+        share = Share(images, n_images, batch_size)
+        metric: Distances | LPIPS | None = None
+        absent: list[str] = []
+        with sparing(absent), measuring(tokenizer):
+            metric = start(share)
+            for indices_B in share.batches:
+                x_BCHW = images.batch(indices_B, next(tokenizer.parameters()).device)
+                y_BCHW, _, _ = tokenizer(x_BCHW)
+                if isinstance(metric, LPIPS):
+                    metric.update(x_BCHW, y_BCHW)
+                else:
+                    metric.update(y_BCHW)
+        metrics, protocol = measured(metric, absent)
+        if absent or not metrics:
+            raise UnfitError(f"{self.name} is {f'absent: {absent[0]}' if absent else next(iter(protocol.values()))}")
+        return metrics, protocol_of(images, n_images, weights) | protocol
+
+    def distances(self, references: Share) -> Distances:
+        """Ready to be fed with images of any origin; arguments and errors as on the call, of a network whose features
+        make distances."""
+        self._require_fit(references.images, references.n_images)
+        with shared_errors(DataError):
+            distances = self._start(references)
+        assert isinstance(distances, Distances)
+        return distances
+
+    def _require_fit(self, images: ImageSource, n_images: int) -> None:
+        if self.name == "fashion-cnn":
+            _require_fashion_mnist(images)
+        if self.name in LPIPS_BACKBONES:
+            if reason := too_small(images.pixels(torch.arange(1))):
+                raise UnfitError(reason)
+        elif reason := too_few(n_images):
+            raise UnfitError(f"{self.name} is absent: {reason}; evaluate more images")
+
+    @cached_property
+    def _start(self) -> Callable[[References], Distances | LPIPS]:
+        """What begins to measure against references, its network loaded."""
+        network = self.network
+        if isinstance(network, nn.Module):
+            return lambda _: LPIPS(LPIPS_BACKBONES[self.name], network)
+        return partial(Distances, network)
+
+    @cached_property
+    def network(self) -> Extractor | nn.Module:
+        """An extractor of features for `Distances`, or the network of `LPIPS`. DataError: as on the call."""
+        try:
+            if self.name in LPIPS_BACKBONES:
+                backbone = LPIPS_BACKBONES[self.name]
+                return lpips_network(backbone, backbone_weights(backbone)).to(self.device)
+            from ibq.pretrained.extractors import fashion_cnn_extractor, inception_extractor
+
+            return {"fashion-cnn": fashion_cnn_extractor, "inception": inception_extractor}[self.name](self.device)
+        except ImportError as error:
+            raise DataError(
+                f"{self.name} needs a package that cannot be imported ({one_line(error)}); install ibq again"
+            ) from None
+
+
+def fashion_cnn_distances(share: Share, device: torch.device) -> Distances:
+    """Ready to be fed. DataError: they would mean nothing here, or the weights are absent; ImportError: torch-fidelity
+    is."""
+    _require_fashion_mnist(share.images)
+    if reason := too_few(share.n_images):  # said before seconds are spent on importing
+        raise UnfitError(reason)
+    from ibq.pretrained.extractors import fashion_cnn_extractor
+
+    return Distances(fashion_cnn_extractor(device), share)
+
+
+def _require_fashion_mnist(images: ImageSource) -> None:
+    if images.name != "fashion-mnist":
+        raise UnfitError(f"fashion-cnn knows Fashion-MNIST, not {images.name}")
+
+
+def protocol_of(images: ImageSource, n_images: int, weights: str) -> dict[str, Any]:
+    protocol = {
+        "split": images.split,
+        "n_images": n_images,
+        "weights": weights,
+        "precision": "fp32",
+        "images": "float in [-1, 1], clamped",
+    }
+    return protocol | ({"unusable_files": len(images.skipped)} if images.skipped else {})

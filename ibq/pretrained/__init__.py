@@ -1,0 +1,1 @@
+"""Released checkpoints, feature networks and their pretrained weights."""

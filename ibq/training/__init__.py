@@ -1,0 +1,1 @@
+"""Training loops of tokenizer and transformer, with optimizer, state, checkpoints, interventions and logging."""

@@ -1,0 +1,208 @@
+"""Everything that training changes: the two players, the averaged weights, the windows of the log; saved, restored and
+shared as one.
+
+Suffixes: B images, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ibq.config import RESULTS_VERSION, TrainConfig
+from ibq.distributed import initialized, is_writer, mean_over_ranks, world_size
+from ibq.metrics import usage_metrics
+from ibq.models.autoencoder import Level
+from ibq.models.discriminator import PatchDiscriminator
+from ibq.models.tokenizer import Tokenizer
+from ibq.run_directory import source_commit
+from ibq.training.checkpoint import (
+    Checkpoint,
+    part_of,
+    random_states,
+    require_version,
+    restore_random_states,
+    save_checkpoint,
+)
+from ibq.training.logging import CODEBOOK_PARAMETER, LossWindow, TokenWindow
+from ibq.training.optimizer import Player, draw_apart, not_finite
+
+
+class TrainingState:
+    """The tokenizer (`generator`), its averaged weights, the `discriminator` where the config has one, LeCam's
+    averages, windows, step."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.device = config, device
+        self.tokenizer = Tokenizer(config).to(device).to(memory_format=torch.channels_last)
+        self.players = {"model": self._player(self.tokenizer)}
+        if config.loss.adversarial.weight:
+            network = PatchDiscriminator(config.loss.adversarial, config.data.channels)
+            self.players["discriminator"] = self._player(network.to(device).to(memory_format=torch.channels_last))
+        self.logit_averages_2 = torch.zeros(2, device=device)
+        K = config.quantizer.codebook_size
+        self.log_window, self.snapshot_window, self.pixel_window = (
+            TokenWindow(K, device),
+            TokenWindow(K, device),
+            LossWindow(device),
+        )
+        self.recent_window, self.run_window = TokenWindow(K, device), TokenWindow(K, device)
+        self.step, self.seconds = 0, 0.0
+
+    def _player(self, network: nn.Module) -> Player:
+        optim = self.config.optim
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        adam = torch.optim.Adam(trained, lr=optim.lr, betas=optim.betas, fused=True)
+        return Player(network, adam, clip_norm=optim.clip_norm, precision=self.config.precision, device=self.device)
+
+    @property
+    def generator(self) -> Player:
+        return self.players["model"]
+
+    @property
+    def discriminator(self) -> Player | None:
+        """None where there is none, or before it starts."""
+        return self.players.get("discriminator") if self.step >= self.config.adversarial_start else None
+
+    def start_average(self) -> None:
+        """Begin the averaged weights; after the codebook is initialised, since they start as a copy."""
+        self.average = AveragedModel(self.tokenizer, multi_avg_fn=get_ema_multi_avg_fn(self.config.optim.ema_decay))
+        self.average.n_averaged.fill_(1)  # the initial weights count: no warm-up, as released
+
+    def update_average(self) -> None:
+        self.average.update_parameters(self.tokenizer)
+        self.tokenizer.quantize.mend_average(self.averaged_tokenizer.quantize)
+
+    @property
+    def averaged_tokenizer(self) -> Tokenizer:
+        averaged = self.average.module
+        assert isinstance(averaged, Tokenizer)
+        return averaged
+
+    def update_logit_averages(self, means_2: torch.Tensor) -> torch.Tensor:
+        """LeCam's averages take in a step's mean real and fake logit, which are returned: once a step, after its loss,
+        so that they hang neither on micro-batches nor, unless the config wants it, on the number of processes. (VQGANs
+        of this line take the batch in before its own loss, which at a decay of 0.999 moves an average by a thousandth
+        of the way.)"""
+        means_2 = mean_over_ranks(means_2) if self.config.averages == "global" else means_2
+        self.logit_averages_2.lerp_(means_2, 1 - self.config.loss.adversarial.lecam_decay)
+        return means_2
+
+    @property
+    def windows(self) -> dict[str, TokenWindow | LossWindow]:
+        """By their names in a checkpoint: what is counted since the last log step, snapshot and log step; what the log
+        step before that has counted; and all until then."""
+        return {
+            "log": self.log_window,
+            "snapshot": self.snapshot_window,
+            "pixel": self.pixel_window,
+            "recent": self.recent_window,
+            "run": self.run_window,
+        }
+
+    def see(self, indices_BHW: torch.Tensor, pixel: torch.Tensor) -> None:
+        """Count a micro-batch's codes and its pixel loss in the windows."""
+        self.log_window.add(indices_BHW)
+        self.snapshot_window.add(indices_BHW)
+        self.pixel_window.add(pixel)
+
+    def report(self) -> tuple[dict[str, float], torch.Tensor]:
+        """Usage and mean pixel loss of all batches since the last report, where loss_pixel is of one, and codes without
+        a token since the start; besides it the counts (K,) since the last report. A collective."""
+        counts_K = self.log_window.total()
+        self.recent_window.restore(counts_K)
+        self.run_window.restore(self.run_window.total() + counts_K)
+        never_used = float((self.run_window.total() == 0).sum())
+        report = {"pixel_mean": self.pixel_window.mean()} | usage_metrics(counts_K) | {"never_used": never_used}
+        self.log_window.reset()
+        self.pixel_window.reset()
+        return report, counts_K
+
+    def amend(self, config: TrainConfig) -> None:
+        """Go on with other weights and rates. What the run began with remains the tokenizers' own config, and so the
+        row's."""
+        self.config = config
+        for tokenizer in (self.tokenizer, self.averaged_tokenizer):
+            tokenizer.quantize.config = config.quantizer
+
+    def restart_dead(self, features_MD: torch.Tensor) -> None:
+        """Put codes without a token since the last log step but one on features, and forget what averages and Adam know
+        of them.
+
+        Raises:
+            ConfigError: the quantizer places no single codes.
+        """
+        dead_K = self.log_window.total() + self.recent_window.total() == 0
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        moved_K = self.tokenizer.quantize.restart_codes(dead_K, features_MD, generator)
+        embedding = self.tokenizer.get_parameter(CODEBOOK_PARAMETER)
+        self.averaged_tokenizer.get_parameter(CODEBOOK_PARAMETER).data[moved_K] = embedding.data[moved_K]
+        for slot in self.generator.optimizer.state.get(embedding, {}).values():
+            if slot.shape == embedding.shape:
+                slot[moved_K] = 0
+
+    def speed_up(self, *, compiled: bool, checkpoint_activations: bool) -> None:
+        """What makes a step faster or smaller and changes its numbers by rounding at most. The quantizer has kernels of
+        its own."""
+        for level in self.tokenizer.modules():
+            if isinstance(level, Level):
+                level.checkpointed = checkpoint_activations
+        if compiled:
+            self.tokenizer.encoder.compile()
+            self.tokenizer.decoder.compile()
+            if "discriminator" in self.players:
+                self.players["discriminator"].network.compile()
+
+    def distribute(self) -> None:
+        """Share the work with the other processes, if there are any; to be called once all is as it shall begin or go
+        on.
+
+        All hold the same weights and, from here on, random numbers of their own, so that noise differs between their
+        images.
+        """
+        if not initialized():
+            return
+        for player in self.players.values():
+            player.distribute()
+        self.tokenizer.quantize.peers = dist.group.WORLD
+        if self.config.averages == "global":
+            self.tokenizer.quantize.group = dist.group.WORLD
+        draw_apart(self.config.seed, self.step)
+
+    def not_finite(self) -> str | None:
+        return not_finite(self.players.values())
+
+    def save(self, folder: Path, data_hash: str) -> None:
+        """Write the checkpoint, which is rank 0's state but for the windows, which are everyone's; a collective."""
+        tensors = {name: value for key, player in self.players.items() for name, value in player.tensors(key).items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        tensors |= {f"window.{name}": window.total() for name, window in self.windows.items()}
+        if "discriminator" in self.players:
+            tensors["lecam.averages"] = self.logit_averages_2
+        tensors |= random_states(self.device)
+        meta = {"step": self.step, "seconds": self.seconds, "data_hash": data_hash}
+        meta |= {"scalers": {name: player.scaler.state_dict() for name, player in self.players.items()}}
+        meta |= {"processes": world_size(), "commit": source_commit(), "results_version": RESULTS_VERSION}
+        if is_writer():
+            save_checkpoint(folder, tensors, meta)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """ConfigError: the checkpoint is of another version of the code, or lacks something."""
+        tensors, meta = checkpoint.tensors, checkpoint.meta
+        require_version(meta, "results_version", RESULTS_VERSION)
+        begins_at = {"model": 0, "discriminator": self.config.adversarial_start}
+        for name, player in self.players.items():
+            player.restore(name, checkpoint, updated=meta["step"] > begins_at[name])
+        self.average.load_state_dict(part_of(tensors, "average."))
+        for name, window in self.windows.items():
+            if f"window.{name}" in tensors:  # checkpoints of before lack what was not counted then: it begins here
+                window.restore(tensors[f"window.{name}"])
+        if "discriminator" in self.players:
+            self.logit_averages_2 = tensors["lecam.averages"].to(self.device)
+        restore_random_states(tensors, self.device)
+        self.step, self.seconds = meta["step"], meta["seconds"]
