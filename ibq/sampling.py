@@ -37,7 +37,7 @@ Schedule = Literal["constant", "linear", "cosine", "interval"]
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far the logits of a class are taken beyond those of no class (classifier-free guidance), by step.
+    """Scale of classifier-free guidance by step: logits of no class + scale * (of the class - of no class).
 
     Attributes:
         scale: 1 is no guidance, 0 is no class.
@@ -95,7 +95,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a symbol is drawn from its logits; the module says in which order.
+    """Temperature, top-k, top-p, min-p and guidance; the module says in which order they apply.
 
     Attributes:
         temperature: 0 is greedy.
@@ -126,7 +126,7 @@ class Sampling:
 
     @property
     def guided(self) -> bool:
-        """Whether the logits of no class count at all."""
+        """True if the logits of no class are needed."""
         return self.guidance.scale != 1
 
 
@@ -222,8 +222,7 @@ class _Batch(nn.Module):
 def sample_uncached(
     transformer: Transformer, sampling: Sampling, *, seed: int, numbers_B: torch.Tensor, classes_B: torch.Tensor
 ) -> torch.Tensor:
-    """What a Sampler gives, by a full forward pass for every token: slow, and what it is compared with. Arguments and
-    errors are its."""
+    """Reference for `Sampler`: the same samples by a full forward pass for every token; same arguments and errors."""
     _require_seed(seed)
     _require_fitting(transformer, numbers_B, classes_B)
     device, N, J = transformer.head_nm.rmsnorm.weight.device, transformer.config.tokens, len(transformer.symbols)
@@ -283,8 +282,8 @@ def draw(logits_BK: torch.Tensor, uniforms_B: torch.Tensor, sampling: Sampling) 
 
 
 def probabilities(logits_BK: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """What symbols are drawn by at a temperature above 0, up to a factor for each row: (B, K) float64; 0 for those that
-    are cut off."""
+    """Unnormalised probabilities of the symbols at a temperature above 0, (B, K) float64; 0 for those that are cut
+    off."""
     scaled_BK = (logits_BK - logits_BK.amax(1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled_BK.shape[1]:
         scaled_BK = scaled_BK.masked_fill(~_largest(scaled_BK, sampling.top_k), -math.inf)
@@ -297,14 +296,14 @@ def probabilities(logits_BK: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def _largest(scores_BK: torch.Tensor, k: int) -> torch.Tensor:
-    """Which are the k largest of a row, the first of equals."""
+    """Mask of the k largest of a row, the first of equals."""
     border_B1 = scores_BK.topk(k).values[:, -1:]
     above_BK, equal_BK = scores_BK > border_B1, scores_BK == border_B1
     return above_BK | (equal_BK & (equal_BK.cumsum(1) <= k - above_BK.sum(1, keepdim=True)))
 
 
 def _nucleus(p_BK: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Which are the fewest of a row, counted from the largest (the first of equals), that together have at least
+    """Mask of the fewest of a row, counted from the largest (the first of equals), that together have at least
     top_p."""
     sorted_BK, order_BK = p_BK.sort(dim=1, descending=True, stable=True)
     before_BK = F.pad(sorted_BK.cumsum(1)[:, :-1], (1, 0))

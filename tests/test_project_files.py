@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import tomllib
 from pathlib import Path
@@ -67,9 +68,45 @@ def imported_modules(folder: str) -> dict[str, set[str]]:
     return modules
 
 
+def imports_of_modules() -> dict[str, set[str]]:
+    """Modules of `ibq` and `experiments` by module: every import, those inside functions included."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in ("ibq", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    imports: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        names = imports.setdefault(module, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in paths else node.module for name in submodules}
+        imports[module] = {name for name in names if name in paths and name != module}
+    return imports
+
+
 def test_imports_run_one_way() -> None:
     assert not imported_modules("ibq").keys() & {"experiments", "notebooks", "pandas", "matplotlib", "papermill"}
     assert not imported_modules("experiments").keys() & {"notebooks", "tests"}
+
+
+def test_no_import_circle() -> None:
+    order = graphlib.TopologicalSorter(imports_of_modules())
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("folder", ["ibq", "experiments"])
+def test_few_modules_at_the_root_and_no_long_file(folder: str) -> None:
+    roots = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__", "__main__"}
+    assert len(roots) <= 8, sorted(roots)
+    lines = {str(path): len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert not {path: count for path, count in lines.items() if count > 400}
 
 
 @pytest.mark.parametrize(("folder", "extras"), [("ibq", []), ("experiments", ["study"])])

@@ -11,7 +11,7 @@ from ibq.errors import ConfigError, nearest
 from ibq.transformer_config import RunConfig
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {**TOKENIZERS, **TRANSFORMERS}
-"""What `train` and `plan` know by name."""
+"""Recipes that `train` and `plan` know by name."""
 
 
 def recipe_of(name: str) -> Callable[[], RunConfig]:

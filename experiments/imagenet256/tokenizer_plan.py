@@ -1,4 +1,4 @@
-"""What a recipe would cost: sizes, schedule, an estimate of its memory, and hours from measured throughput alone."""
+"""Cost of a tokenizer's recipe: sizes, schedule, estimated memory, and hours from measured throughput alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BASIS = (
 
 
 def plan(config: TrainConfig, gpus: int) -> list[tuple[str, str]]:
-    """What there is to know of a recipe before it trains, as lines of a heading and a text.
+    """Summary of a recipe before it trains, as lines of a heading and a text.
 
     Args:
         config: the recipe.

@@ -1,5 +1,5 @@
-"""What a transformer's recipe would cost: sizes, schedule, memory and compute counted by rules that are shown, and
-hours at an assumed share of a GPU's peak, since of transformers nothing has been measured.
+"""Cost of a transformer's recipe: sizes, schedule, memory and compute by rules that are shown, and hours at an assumed
+share of a GPU's peak, since no transformer has been measured.
 
 Suffixes: B images of a micro-batch, S positions, W width.
 """
@@ -35,7 +35,7 @@ BASIS = (
 
 @dataclass(frozen=True)
 class Costs:
-    """What a recipe needs, counted on shapes alone.
+    """Parameters, memory and FLOPs of a recipe, counted on shapes alone.
 
     Args:
         transformer, block, tokenizer: parameters: of the transformer, of one of its blocks, of the tokenizer.
@@ -57,7 +57,7 @@ class Costs:
 
 
 def plan(config: TransformerTrainConfig, gpus: int) -> list[tuple[str, str]]:
-    """What there is to know of a recipe before it trains, as lines of a heading and a text.
+    """Summary of a recipe before it trains, as lines of a heading and a text.
 
     Args:
         config: the recipe.

@@ -22,7 +22,7 @@ BLOCK_BYTES = {"cpu": 2**20, "other": 2**26}
 """Size of one (n, k) block of elementwise work: what the cache of a core holds, or what a GPU needs to be busy."""
 
 MEMORY_BYTES = 768 * 2**20
-"""What the two (n, K) buffers may hold together; the widest codebooks get shorter chunks."""
+"""Largest size of the two (n, K) buffers together; the widest codebooks get shorter chunks."""
 
 
 def chunks(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> Iterator[slice]:

@@ -156,7 +156,7 @@ def _blocks(z_ND: torch.Tensor) -> dict[str, Any]:
 
 
 def _splits(size: int, block: int, programs: int) -> tuple[int, int]:
-    """How many programs share a loop over `size`, and how much of it each takes: whole blocks, and enough programs to
+    """Number of programs that share a loop over `size`, and the share of each: whole blocks, and enough programs to
     fill a GPU."""
     blocks = _cdiv(size, block)
     per_split = _cdiv(blocks, min(blocks, _cdiv(_PROGRAMS, programs))) * block

@@ -104,7 +104,7 @@ def row_means(
     CODES: tl.constexpr, SPREAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What the softmax backward passes subtract, over one split of the codes.
+    """Row sums that the softmax backward passes subtract, over one split of the codes.
 
     rowsum(P_tau v) if SPREAD; if CODES the sums of e = exp(s - max) and of e dS, whose quotient is rowsum(P dS).
     """

@@ -165,7 +165,7 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
 
     @torch.no_grad()
     def _apply_updates(self) -> None:
-        """What the training forward before this one has seen."""
+        """Codebook updates from the training forward before this one."""
         if self.moving_average is not None:
             self.moving_average.apply_to(self.embedding)
         if self.restart is not None:
