@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
 def picture_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """A parser with the arguments MODEL and PICTURES and the options of all commands on pictures."""
-    parser = argparse.ArgumentParser(prog=f"python -m ibq.{command}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m ibq.cli.{command}", description=description)
     parser.add_argument(
         "model", metavar="MODEL", help="folder of a finished run or of Tokenizer.save, or a released checkpoint (.ckpt)"
     )

@@ -96,7 +96,7 @@ def test_dead_codes_are_put_on_features_and_nothing_else_is(tiny: Any) -> None:
     embedding = state.tokenizer.get_parameter(CODEBOOK_PARAMETER)
     before_KD = embedding.detach().clone()
     embedding.grad = torch.ones_like(embedding)
-    state.transformer.optimizer.step()
+    state.generator.optimizer.step()
     stepped_KD = embedding.detach().clone()
     state.log_window.add(torch.tensor([0, 1, 1]))
     state.recent_window.add(torch.tensor([2]))
@@ -108,7 +108,7 @@ def test_dead_codes_are_put_on_features_and_nothing_else_is(tiny: Any) -> None:
     averaged = state.averaged_tokenizer.get_parameter(CODEBOOK_PARAMETER)
     assert torch.equal(averaged[moved], embedding[moved])
     assert torch.equal(averaged[:3], before_KD[:3])
-    moments = state.transformer.optimizer.state[embedding]
+    moments = state.generator.optimizer.state[embedding]
     assert not moments["exp_avg"][moved].any()
     assert moments["exp_avg"][:3].all()
 

@@ -116,14 +116,14 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ibq.ops import kernels, tiled
+from ibq.ops import triton as tiles
+from ibq.ops import triton_kernels as kernels
 
 import torch
 
 names = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-for kernel in (triton_kernels.row_statistics, triton_kernels.assignment_sums, triton_kernels.row_means,
-triton_kernels.logit_gradients):
-    for dtype, blocks in triton._BLOCKS.items():
+for kernel in (kernels.row_statistics, kernels.assignment_sums, kernels.row_means, kernels.logit_gradients):
+    for dtype, blocks in tiles._BLOCKS.items():
         signature, constants = {}, {}
         for i, name in enumerate(kernel.arg_names):
             if name.isupper() and len(name) > 1:
@@ -135,8 +135,8 @@ triton_kernels.logit_gradients):
             else:
                 signature[name] = "fp32" if name == "inverse_tau" else "i32"
         options = {"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"], "enable_fp_fusion": True}
-        compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90,
-        32), options=options)
+        source, target = ASTSource(kernel, signature, constexprs=constants), GPUTarget("cuda", 90, 32)
+        compiled = triton.compile(source, target=target, options=options)
         assert compiled.metadata.shared <= 227 * 1024, (kernel.__name__, dtype, compiled.metadata.shared)
         print(kernel.__name__, dtype, compiled.metadata.shared)
 """

@@ -38,8 +38,8 @@ MakeConfig = Callable[..., TrainConfig]
 @pytest.fixture
 def images() -> Images:
     noise = torch.Generator().manual_seed(1)
-    pixels_NCHW = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, transformer=noise)
-    return Images("photos", "train", pixels_NCHW, torch.randint(0, 5, (N,), transformer=noise))
+    pixels_NCHW = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=noise)
+    return Images("photos", "train", pixels_NCHW, torch.randint(0, 5, (N,), generator=noise))
 
 
 @pytest.fixture
