@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ibq.config import TrainConfig, flatten, parse_train_config
+from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.data.imagenet import imagenet_steps
 from ibq.errors import ConfigError, nearest
+from ibq.schema import flatten
 from ibq.training.runtime import Runtime
-from ibq.transformer_config import TransformerTrainConfig, parse_transformer_config
 
 
 def imagenet_data() -> dict[str, Any]:
@@ -219,7 +219,7 @@ def tokenizer(preset: Preset, quantizer: dict[str, Any], seed: int = 0) -> Train
     """
     sizes = {"codebook_size": preset.codebook_size, "code_dim": preset.code_dim}
     fields = preset.fields | {"data": preset.data(), "quantizer": sizes | quantizer, "seed": seed}
-    config = parse_train_config(fields | {"accumulate": 1})
+    config = TrainConfig.parse(fields | {"accumulate": 1})
     micro_batches = preset.fields.get("accumulate", 1)
     if (
         micro_batches == 1 or config.quantizer.changes_in_forward
@@ -237,7 +237,7 @@ def transformer(preset: Preset, of: TrainConfig, changes: Mapping[str, Any], see
         changes: what is set otherwise, by dotted path.
         seed: of weights, data order and dropout.
     """
-    config = parse_transformer_config(
+    config = TransformerTrainConfig.parse(
         {**preset.transformer, "tokenizer": of.to_json_dict(), "data": of.data.model_dump(), "seed": seed}
     )
     return config.with_fields(**changes) if changes else config

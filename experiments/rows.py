@@ -13,9 +13,9 @@ from experiments.analysis import diagnoses
 from experiments.runner.sweep import failure_reason, last_step, result_of
 from experiments.runner.worker import TOKENIZER_ROW
 from experiments.study import Cell, Study
-from ibq.config import flatten
 from ibq.errors import ConfigError
 from ibq.evaluation.diagnosis import summary
+from ibq.schema import flatten
 
 if TYPE_CHECKING:
     import pandas as pd

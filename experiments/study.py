@@ -18,11 +18,11 @@ from experiments.ablations.collapse_atlas import bisection
 from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
 from experiments.ablations.quantizers import tuning
 from experiments.recipes import Preset, get_preset, scaled, tokenizer, transformer
-from ibq.config import TrainConfig, flatten
+from ibq.config import RunConfig, TrainConfig
 from ibq.data import data_hash_of
 from ibq.errors import ConfigError, nearest
 from ibq.run_directory import RunDirectory
-from ibq.transformer_config import RunConfig
+from ibq.schema import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100

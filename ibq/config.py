@@ -1,8 +1,8 @@
-"""The configuration of one training run: frozen, typed, complete.
+"""Every config of a run, and its id: frozen, typed, complete.
 
-A run is identified by everything that changes its numbers (this config, the seed inside it, the content hash of its
-data and RESULTS_VERSION) and by nothing else: device, paths, workers, log cadence and evaluation live in `Runtime` and
-never enter it.
+A run is identified by everything that changes its numbers (its config, the seed inside it, the content hash of its data
+and RESULTS_VERSION) and by nothing else: device, paths, workers, log cadence and evaluation live in `Runtime` and never
+enter it.
 """
 
 from __future__ import annotations
@@ -11,35 +11,24 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
-from ibq.errors import ConfigError, nearest, one_sentence
-from ibq.quantizers.base import QuantizerConfig, parse_quantizer_config
+from ibq.errors import ConfigError, nearest
+from ibq.models.autoencoder import AutoencoderConfig
+from ibq.models.discriminator import LEAST_PATCHES, AdversarialConfig
+from ibq.models.transformer.config import TransformerConfig, TransformerDials
+from ibq.quantizers.base import parse_quantizer_config
+from ibq.quantizers.config import QuantizerConfig
+from ibq.run_directory import RunDirectory
+from ibq.schema import Frozen, later, without_later
 
 RESULTS_VERSION = 3
 """Raised whenever a change of the code changes the numbers that a config would give."""
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-
-def _later(default: Any, **constraints: Any) -> Any:
-    """A field that came when runs existed already. Its default is what was done before, and stays out of a run's id:
-    what is finished under that id is still the run that the config describes."""
-    return Field(default, json_schema_extra={"later": True}, **constraints)
-
+TRANSFORMER_VERSION = 1
+"""Raised whenever a change of the code changes the numbers that a transformer's config would give from the same
+tokenizer."""
 
 DATA_SETS = ("fashion-mnist", "photos")
 
@@ -50,10 +39,10 @@ class DataConfig(Frozen):
 
     name: str = "fashion-mnist"
     resolution: int = Field(32, strict=True, ge=8, le=4096)
-    crop: Literal["center", "random"] = _later("center")
+    crop: Literal["center", "random"] = later("center")
     """Of training images: the centre square of each, held in memory; or a fresh random square each time, read from the
     folder (docs/method.md section 5)."""
-    flip: bool = _later(False, strict=True)
+    flip: bool = later(False, strict=True)
     """Mirror every other training image, drawn at random; needs crop="random" (the released recipe does not flip)."""
 
     @model_validator(mode="after")
@@ -101,95 +90,16 @@ class DataConfig(Frozen):
         return 1 if self.kind == "fashion-mnist" else 3
 
 
-class AutoencoderConfig(Frozen):
-    """Size of the VQGAN encoder and decoder (docs/method.md section 5 has the paper's: 128, (1, 1, 2, 2, 4), 4
-    ResBlocks, z 256).
-
-    The down-sampling factor is 2 ** (len(channel_multipliers) - 1).
-    """
-
-    base_channels: int = Field(16, strict=True, ge=1)
-    channel_multipliers: tuple[int, ...] = Field((1, 2, 2), min_length=1)
-    res_blocks: int = Field(
-        1, strict=True, ge=1, description="ResBlocks a level in the encoder; the decoder has one more"
-    )
-    attention_resolutions: tuple[int, ...] = ()
-    z_channels: int = Field(32, strict=True, ge=1)
-    norm_groups: int = Field(16, strict=True, ge=1)
-
-    @property
-    def downsampling(self) -> int:
-        return int(2 ** (len(self.channel_multipliers) - 1))
-
-    @model_validator(mode="after")
-    def _groups_divide_channels(self) -> AutoencoderConfig:
-        for multiplier in self.channel_multipliers:
-            width = multiplier * self.base_channels
-            if width < 1 or width % self.norm_groups:
-                raise ValueError(
-                    f"norm_groups={self.norm_groups} does not divide a level of {width} channels; choose norm_groups "
-                    f"among the divisors of "
-                    f"base_channels={self.base_channels}"
-                )
-        return self
-
-
-DISCRIMINATOR_GROUPS = 8
-LEAST_PATCHES = 3
-"""Pixels a side that a discriminator's strided layers must leave, since the two layers after them take one each."""
-
-
-class AdversarialConfig(Frozen):
-    """The PatchGAN discriminator and its part in the loss (docs/method.md section 4); weight 0: there is none.
-
-    The discriminator takes the generator's learning rate, schedule, betas and clipping.
-    """
-
-    weight: float = Field(0.0, ge=0, description="of the generator's term; the paper: 0.1")
-    adaptive: bool = Field(False, strict=True)
-    """VQGAN's weight: `weight` times |gradient of pixel and perceptual terms| / |gradient of the adversarial term| at
-    the decoder's last layer, instead of `weight` alone."""
-    loss: Literal["hinge", "vanilla"] = "hinge"
-    start: float = Field(
-        0.0, ge=0, lt=1, description="fraction of the run after which discriminator and generator's term begin"
-    )
-    lecam_weight: float = Field(0.05, ge=0)
-    lecam_decay: float = Field(
-        0.999, ge=0, lt=1, description="of the averages of the logits that LeCam compares with, a step"
-    )
-    channels: int = Field(64, strict=True, ge=1, description="of the first layer; doubled a layer up to eightfold")
-    layers: int = Field(3, strict=True, ge=1, le=6, description="of stride 2")
-    norm: Literal["batch", "group", "none"] = "batch"
-
-    @model_validator(mode="after")
-    def _nothing_is_idle(self) -> AdversarialConfig:
-        changed = [
-            name for name, field in AdversarialConfig.model_fields.items() if getattr(self, name) != field.default
-        ]
-        if changed and not self.weight:
-            value = getattr(self, changed[0])
-            raise ValueError(
-                f"{changed[0]}={value!r} has no effect with weight=0.0; set loss.adversarial.weight, e.g. to 0.1, or "
-                f"leave it out"
-            )
-        if self.norm == "group" and (2 * self.channels) % DISCRIMINATOR_GROUPS:
-            raise ValueError(
-                f"norm='group' has {DISCRIMINATOR_GROUPS} groups, which do not divide {2 * self.channels} channels; "
-                f"choose channels={self.channels} as a multiple of {DISCRIMINATOR_GROUPS // 2}"
-            )
-        return self
-
-
 class LossConfig(Frozen):
     """The terms on the reconstruction; the weights of the quantizer's own terms live in the quantizer's config."""
 
     pixel: Literal["l1", "l2"] = "l1"
     pixel_weight: float = Field(1.0, gt=0)
-    perceptual: Literal["none", "lpips-vgg", "fashion-cnn"] = _later("none")
+    perceptual: Literal["none", "lpips-vgg", "fashion-cnn"] = later("none")
     """LPIPS on VGG-16 (the paper), or a stand-in in the features of fashion-cnn, which knows Fashion-MNIST and bears
     its own name."""
-    perceptual_weight: float = _later(1.0, gt=0)
-    adversarial: AdversarialConfig = _later(AdversarialConfig())
+    perceptual_weight: float = later(1.0, gt=0)
+    adversarial: AdversarialConfig = later(AdversarialConfig())
 
     @model_validator(mode="after")
     def _no_weight_is_idle(self) -> LossConfig:
@@ -209,12 +119,12 @@ class OptimConfig(Frozen):
 
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.5, 0.9)
-    schedule: Literal["multi-step", "cosine"] = _later("multi-step")
+    schedule: Literal["multi-step", "cosine"] = later("multi-step")
     milestones: tuple[float, ...] = (250 / 330, 300 / 330)
     decay_factor: float = Field(0.1, gt=0, le=1)
-    final_factor: float = _later(0.0, ge=0, le=1, description="share of lr that a cosine ends at")
-    warmup: float = _later(0.0, ge=0, lt=1, description="fraction of the run over which the rate rises linearly")
-    clip_norm: float | None = _later(None, gt=0, description="largest norm of the gradient; None: as it is")
+    final_factor: float = later(0.0, ge=0, le=1, description="share of lr that a cosine ends at")
+    warmup: float = later(0.0, ge=0, lt=1, description="fraction of the run over which the rate rises linearly")
+    clip_norm: float | None = later(None, gt=0, description="largest norm of the gradient; None: as it is")
     ema_decay: float = Field(0.98, ge=0, lt=1, description="decay per step of the averaged weights that are evaluated")
 
     @model_validator(mode="after")
@@ -241,7 +151,71 @@ class OptimConfig(Frozen):
         return self.lr * self.decay_factor**passed
 
 
-class TrainConfig(Frozen):
+class AdamWConfig(Frozen):
+    """AdamW, with weight decay on matrices alone. The learning rate rises linearly, rests on a plateau and falls
+    linearly; the paper has 1e-4 for every 256 images of a batch, a warm-up over 6 epochs of 300, a plateau of 5%, and
+    no averaged weights.
+    """
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.02, ge=0, lt=1, description="fraction of the run over which the rate rises")
+    plateau: float = Field(0.05, ge=0, lt=1, description="fraction of the run over which it then stays")
+    final_factor: float = Field(0.1, ge=0, le=1, description="share of lr that the last step comes down to")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: as it is")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="decay per step of averaged weights, which are then the result; None: none"
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AdamWConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must both lie in [0, 1)")
+        if self.warmup + self.plateau > 1:
+            raise ValueError(
+                f"warmup={self.warmup} and plateau={self.plateau} are fractions of one run; let their sum be at most 1"
+            )
+        return self
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of the update that follows `step` finished updates of a run of `steps`."""
+        rising = math.ceil(self.warmup * steps - 1e-9)
+        if step < rising:
+            return self.lr * (step + 1) / (rising + 1)
+        rested = rising + math.ceil(self.plateau * steps - 1e-9)
+        if step < rested:
+            return self.lr
+        return self.lr * (1 - (1 - self.final_factor) * (step + 1 - rested) / (steps - rested))
+
+
+class _RunConfig(Frozen):
+    """Learning rate, identity and id, which the configs of both stages share."""
+
+    id_prefix: ClassVar[str] = ""
+    versions: ClassVar[dict[str, int]] = {}
+
+    def lr_at(self: Any, step: int) -> float:
+        """Learning rate of the update that follows `step` finished updates."""
+        rate: float = self.optim.rate(step, self.steps)
+        return rate
+
+    def identity(self: Any) -> dict[str, Any]:
+        """The fields that decide this run's numbers: all, but of a folder of images not the path (its content has a
+        hash of its own)."""
+        tree: dict[str, Any] = self.to_json_dict()
+        tree["data"]["name"] = self.data.kind
+        return tree
+
+    def run_id(self: Any, data_hash: str) -> str:
+        """Name of this run's directory: method, seed and a hash of all that decides its numbers."""
+        fields = without_later(self, self.identity())
+        identity = {"config": fields, "data": data_hash, "results_version": RESULTS_VERSION} | self.versions
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{self.id_prefix}{self.quantizer.method}-s{self.seed}-{digest}"
+
+
+class TrainConfig(_RunConfig):
     """Everything that decides what a tokenizer's training run gives."""
 
     data: DataConfig = DataConfig()
@@ -251,12 +225,12 @@ class TrainConfig(Frozen):
     optim: OptimConfig = OptimConfig()
     steps: int = Field(300, strict=True, ge=1)
     batch_size: int = Field(32, strict=True, ge=1, description="images a step, over all processes")
-    accumulate: int = _later(1, strict=True, ge=1)
+    accumulate: int = later(1, strict=True, ge=1)
     """Micro-batches that a step's images are cut into, one after the other, to save memory. Means over tokens or images
     are then of a micro-batch: the codebook's entropy cannot exceed the logarithm of its tokens, and adaptive weight and
     batch norm see it alone. With a discriminator a micro-batch goes through the tokenizer twice, the first time in
     evaluation mode: quantizers that change or draw in their forward pass are therefore refused."""
-    averages: Literal["global", "local"] = _later("global")
+    averages: Literal["global", "local"] = later("global")
     """With several processes: the mean assignment of the entropy penalty and LeCam's averages are of all of them, or
     each process has its own (as released; the result then depends on their number)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -309,83 +283,109 @@ class TrainConfig(Frozen):
     def tokens_per_image(self) -> int:
         return (self.data.resolution // self.model.downsampling) ** 2
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of the update that follows `step` finished updates."""
-        return self.optim.rate(step, self.steps)
-
     @property
     def adversarial_start(self) -> int:
         """Finished updates after which the discriminator begins, where there is one."""
         return min(round(self.loss.adversarial.start * self.steps), self.steps - 1)
 
-    def to_json_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+
+class TransformerTrainConfig(_RunConfig):
+    """Everything that decides what a transformer's training run gives.
+
+    A tokenizer is known by the config that it was trained from; where its weights come from elsewhere,
+    `tokenizer_sha256` names them. The grid of tokens and K follow from it. With data.crop="center" every image is
+    encoded once; with "random" each step encodes fresh squares.
+    """
+
+    id_prefix: ClassVar[str] = "gen-"
+    versions: ClassVar[dict[str, int]] = {"generator_version": TRANSFORMER_VERSION}
+
+    tokenizer: TrainConfig
+    tokenizer_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    """`Tokenizer.digest` of the tokenizer's weights; empty: those that training `tokenizer` gives."""
+    data: DataConfig
+    transformer: TransformerDials = TransformerDials()
+    classes: int = Field(10, strict=True, ge=1, description="labels of the data; 1 where it has none")
+    optim: AdamWConfig = AdamWConfig()
+    steps: int = Field(1000, strict=True, ge=1)
+    batch_size: int = Field(64, strict=True, ge=1, description="images a step, over all processes")
+    accumulate: int = Field(
+        1, strict=True, ge=1, description="micro-batches that a step's images are cut into, to save memory"
+    )
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = Field(0, strict=True, ge=0)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TransformerTrainConfig:
+        f, channels = self.tokenizer.model.downsampling, self.tokenizer.data.channels
+        if self.data.resolution % f:
+            raise ValueError(
+                f"data.resolution={self.data.resolution} is not divided by the tokenizer's factor {f} into a grid of "
+                f"tokens; "
+                f"choose a multiple of {f}"
+            )
+        if self.data.channels != channels:
+            raise ValueError(
+                f"data.name={self.data.name!r} has {self.data.channels} channels and the tokenizer reads {channels}; "
+                "choose data like the tokenizer's"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}; choose a divisor of "
+                f"it"
+            )
+        self.transformer_config  # noqa: B018 (sub-tokens have to fit K)
+        return self
+
+    @property
+    def quantizer(self) -> QuantizerConfig:
+        """The tokenizer's."""
+        return self.tokenizer.quantizer
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side of an image."""
+        return self.data.resolution // self.tokenizer.model.downsampling
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.grid**2
+
+    @property
+    def tokens(self) -> Literal["cached", "fresh"]:
+        """Whether images are encoded once, or fresh squares of them at each step."""
+        return "cached" if self.data.crop == "center" else "fresh"
+
+    @property
+    def transformer_config(self) -> TransformerConfig:
+        sizes = {"codebook_size": self.quantizer.codebook_size, "classes": self.classes, "grid": self.grid}
+        return TransformerConfig(**self.transformer.model_dump(), **sizes)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide this run's numbers: all, but of a folder of images not the path (its content has a
-        hash of its own)."""
-        tree = self.to_json_dict()
-        tree["data"]["name"] = self.data.kind
-        return tree
-
-    def run_id(self, data_hash: str) -> str:
-        """Name of this run's directory: method, seed and a hash of all that decides its numbers."""
-        fields = without_later(self, self.identity())
-        identity = {"config": fields, "data": data_hash, "results_version": RESULTS_VERSION}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        return f"{self.quantizer.method}-s{self.seed}-{digest}"
-
-    def with_fields(self, **dotted: Any) -> TrainConfig:
-        """A copy with fields set by dotted path, validated whole.
-
-        Args:
-            dotted: values by path, e.g. ``**{"quantizer.codebook_size": 4096, "steps": 100}``.
-
-        Raises:
-            ConfigError: a path names no field (the nearest valid path is given), or the result contradicts itself.
-        """
-        return parse_train_config(set_fields(self.to_json_dict(), dotted))
+        """As of a tokenizer's config, and its tokenizer's too."""
+        return super().identity() | {"tokenizer": self.tokenizer.identity()}
 
 
-def without_later(model: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
-    """A model's dump without the later fields that are at their default."""
-    kept = {}
-    for name, info in type(model).model_fields.items():
-        value, extra = getattr(model, name), info.json_schema_extra
-        if not (isinstance(extra, dict) and extra.get("later") and value == info.default):
-            kept[name] = without_later(value, tree[name]) if isinstance(value, BaseModel) else tree[name]
-    return kept
+RunConfig = TrainConfig | TransformerTrainConfig
+"""The config of a run directory, of either stage."""
 
 
-def set_fields(tree: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a nested dict with existing leaves replaced by dotted path; a path that is not there is a
-    ConfigError."""
-    tree = json.loads(json.dumps(tree))
-    for path, value in dotted.items():
-        *parents, leaf = path.split(".")
-        node: Any = tree
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or leaf not in node or isinstance(node[leaf], dict):
-            raise ConfigError(f"there is no field {path!r}; {nearest(path, flatten(tree))}")
-        node[leaf] = value
-    return tree
+def parse_run_config(tree: Any) -> RunConfig:
+    """The config of either stage: a transformer's is the one with a transformer (ConfigError, one sentence)."""
+    stage = TransformerTrainConfig if isinstance(tree, dict) and "transformer" in tree else TrainConfig
+    return stage.parse(tree)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict to a flat one with dotted paths."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def read_config(run: RunDirectory) -> RunConfig:
+    """The config of a run directory.
 
-
-def parse_train_config(tree: dict[str, Any]) -> TrainConfig:
-    """Validate a nested dict into a TrainConfig; pydantic's report becomes one sentence (ConfigError)."""
+    Raises:
+        ConfigError: config.json is absent, is not JSON, or is not a valid config.
+    """
     try:
-        return TrainConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(one_sentence(error)) from None
+        return parse_run_config(json.loads(run.config.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{run.path} holds no config.json; pass the folder of a run") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{run.config} cannot be read ({reason}); forget the run and train it again") from None

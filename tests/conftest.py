@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ibq.config import TrainConfig, parse_train_config
+from ibq.config import TrainConfig
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before ibq.ops.triton_kernels is imported
@@ -54,7 +54,7 @@ def tiny() -> MakeConfig:
             "norm_groups": 4,
         }
         quantizer = {"method": method, "codebook_size": 16, "code_dim": 8}
-        config = parse_train_config({"model": model, "quantizer": quantizer, "steps": 8, "batch_size": 4})
+        config = TrainConfig.parse({"model": model, "quantizer": quantizer, "steps": 8, "batch_size": 4})
         return config.with_fields(**dotted)
 
     return make

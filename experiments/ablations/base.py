@@ -10,7 +10,7 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from experiments.recipes import Preset
-from ibq.transformer_config import TransformerTrainConfig
+from ibq.config import TransformerTrainConfig
 
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
 

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 from experiments.ablations import ABLATIONS
 from experiments.ablations.base import COLUMNS, Ablation, Arm, Factor
-from ibq.config import flatten, parse_train_config
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError, nearest
 from ibq.quantizers import Quantizer
+from ibq.schema import flatten
 
 PUBLISHED_PAIR = ("vq_vs_ibq/vq_published", "vq_vs_ibq/ibq_published")
 MOST_ARMS = 700
@@ -204,7 +205,7 @@ def _check_field(field: str, bases: Sequence[Base]) -> None:
             "instead"
         )
     shared = set(
-        flatten(parse_train_config({"quantizer": {"method": "vq"}}).model_dump(mode="json", exclude={"quantizer"}))
+        flatten(TrainConfig.parse({"quantizer": {"method": "vq"}}).model_dump(mode="json", exclude={"quantizer"}))
     )
     own = {
         method: {f"quantizer.{name}" for name in of.config_class.model_fields}

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from experiments.benchmarks import cells
 from experiments.report import figures
-from ibq.config import DataConfig, TrainConfig, parse_train_config
+from ibq.config import DataConfig, TrainConfig
 from ibq.data import load_images
 from ibq.distributed import resolve_device
 from ibq.evaluation.tokenizer import evaluate
@@ -67,7 +67,7 @@ def config_of(folder: Path, small: bool = False) -> TrainConfig:
             "steps": 6,
         }
         fields["quantizer"] = {"method": "ibq", "codebook_size": 32, "code_dim": 8}
-    return parse_train_config(fields)
+    return TrainConfig.parse(fields)
 
 
 def run(device_name: str = "auto", small: bool = False, say: Callable[[str], None] = print) -> pd.DataFrame:

@@ -34,8 +34,8 @@ from experiments.recipes import PRESETS
 from experiments.runner import runs
 from experiments.runner.sweep import HANG_S, train_study
 from experiments.study import Study
+from ibq.config import TransformerTrainConfig
 from ibq.errors import ConfigError, nearest
-from ibq.transformer_config import TransformerTrainConfig
 
 MetricOption = Annotated[
     str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in runs.EVALUATIONS.items()))

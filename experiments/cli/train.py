@@ -14,10 +14,10 @@ from experiments.imagenet256 import recipe_of
 from experiments.recipes import get_preset
 from experiments.runner import torchrun
 from ibq.cli.common import read_tokenizer
-from ibq.config import TrainConfig, set_fields
+from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.errors import ConfigError
 from ibq.models.tokenizer import Tokenizer
-from ibq.transformer_config import TransformerTrainConfig, parse_transformer_config
+from ibq.schema import set_fields
 
 
 @app.command()
@@ -123,7 +123,7 @@ def on_tokenizer(
         "tokenizer": tokenizer.config.to_json_dict(),
         "tokenizer_sha256": tokenizer.digest(),
     }
-    return parse_transformer_config(set_fields(tree, overrides))
+    return TransformerTrainConfig.parse(set_fields(tree, overrides))
 
 
 def _say_of_another(usual: TrainConfig, given: TrainConfig) -> None:

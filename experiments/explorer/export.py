@@ -13,8 +13,9 @@ from experiments.explorer.trainer import runtime_of
 from experiments.recipes import PRESETS
 from experiments.runner.plan import command
 from experiments.study import Study
-from ibq.config import TrainConfig, flatten
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError
+from ibq.schema import flatten
 from ibq.training.interventions import Intervention
 
 RECIPE = '''\
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ibq.config import TrainConfig, parse_train_config
+from ibq.config import TrainConfig
 from ibq.training.interventions import Intervention, scheduled
 from ibq.training.runtime import Runtime
 from ibq.training.tokenizer import train_tokenizer
@@ -33,7 +34,7 @@ from ibq.training.tokenizer import train_tokenizer
 
 def recipe() -> TrainConfig:
     """What the run began with."""
-    return parse_train_config(
+    return TrainConfig.parse(
 {config}
     )
 

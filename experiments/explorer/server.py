@@ -26,7 +26,7 @@ from typing import Any
 from experiments.explorer import trainer
 from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Projected, Reset, Said, Tell, Train
 from experiments.runner import worker
-from ibq.config import parse_train_config
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory
 
@@ -235,7 +235,7 @@ def _train(order: Train, commands: Connection, others: list[Connection]) -> None
     for name in [name for name in os.environ if name.startswith("IBQ_")]:
         del os.environ[name]
     os.environ.update(order.environment)
-    config = parse_train_config(order.config)
+    config = TrainConfig.parse(order.config)
     trainer.train(config, order.folder, trainer.runtime_of(config, order.device), order.threads, commands)
 
 

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from experiments.analysis.projections import Projection, project
 from experiments.explorer.live_umap import read_live_umap
 from experiments.explorer.trainer import LIVE
-from ibq.config import TrainConfig, flatten
+from ibq.config import TrainConfig, parse_run_config
 from ibq.errors import ConfigError
 from ibq.evaluation.diagnosis import Finding, diagnose
 from ibq.run_directory import RunDirectory, read_lines
+from ibq.schema import flatten
 from ibq.training.interventions import Intervention
-from ibq.transformer_config import parse_run_config
 
 LETTERS = "ABCD"
 SHORT_NAMES = {

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from experiments.imagenet256.tokenizers import TOKENIZERS
 from experiments.imagenet256.transformers import TRANSFORMERS
+from ibq.config import RunConfig
 from ibq.errors import ConfigError, nearest
-from ibq.transformer_config import RunConfig
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {**TOKENIZERS, **TRANSFORMERS}
 """Recipes that `train` and `plan` know by name."""

@@ -24,10 +24,9 @@ from typing import Any
 
 from experiments.imagenet256.tokenizers import imagenet256_ibq_16384, imagenet256_lfq_16384, imagenet256_lfq_262144
 from experiments.recipes import get_preset, imagenet_data, transformer
-from ibq.config import TrainConfig
+from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.data.imagenet import imagenet_steps
 from ibq.models.transformer.config import SIZES
-from ibq.transformer_config import TransformerTrainConfig
 
 BATCH = 768
 

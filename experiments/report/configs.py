@@ -10,8 +10,9 @@ import pandas as pd
 
 from experiments.ablations import Ablation
 from experiments.study import Study
-from ibq.config import AdversarialConfig, flatten
-from ibq.transformer_config import RunConfig, TransformerTrainConfig
+from ibq.config import RunConfig, TransformerTrainConfig
+from ibq.models.discriminator import AdversarialConfig
+from ibq.schema import flatten
 
 ABSENT = "–"
 

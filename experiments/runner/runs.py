@@ -18,7 +18,7 @@ from experiments.rows import OF_THE_ROWS_IMAGES
 from experiments.runner.sweep import train_study
 from experiments.runner.worker import TOKENIZER_ROW
 from experiments.study import Cell, Study, unique_runs
-from ibq.config import flatten
+from ibq.config import RunConfig, parse_run_config
 from ibq.data import DataError, load_images
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, nearest
@@ -26,7 +26,7 @@ from ibq.evaluation.tokenizer import PERCEPTUAL, PerceptualEvaluation, UnfitErro
 from ibq.evaluation.transformer import evaluate_samples
 from ibq.models.tokenizer import load_tokenizer
 from ibq.run_directory import RunDirectory, write_json
-from ibq.transformer_config import RunConfig, parse_run_config
+from ibq.schema import flatten
 
 EVALUATIONS: dict[str, str] = {
     "full_test": "the whole test split, where the row has its first images only",

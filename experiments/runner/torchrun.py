@@ -23,13 +23,13 @@ from experiments.analysis import diagnoses
 from experiments.runner import worker
 from experiments.runner.sweep import HEARTBEAT_S, failure_reason, time_left
 from experiments.study import runs_folder
+from ibq.config import RunConfig
 from ibq.data import DataError, data_hash_of
 from ibq.distributed import copy_of_first, is_first_here, is_writer, peers, process_group, rank, shared_errors
 from ibq.errors import ConfigError, NonFiniteError
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory
 from ibq.training.runtime import LogEvent, Runtime, StopRequested, check_config
-from ibq.transformer_config import RunConfig
 
 STOPPED = 130
 """Exit code of a run that was asked to stop, and goes on when it is called again."""

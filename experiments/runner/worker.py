@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ibq.config import TrainConfig
+from ibq.config import RunConfig, TrainConfig, TransformerTrainConfig, parse_run_config
 from ibq.data import DataError, data_hash_of
 from ibq.distributed import PeerLostError, exit_with_parent, peers, resolve_device
 from ibq.errors import ConfigError, NonFiniteError
@@ -27,7 +27,6 @@ from ibq.training.interventions import Asked
 from ibq.training.runtime import LogEvent, Runtime, StopRequested, row_of, write_lost
 from ibq.training.tokenizer import train_tokenizer
 from ibq.training.transformer import train_transformer
-from ibq.transformer_config import RunConfig, TransformerTrainConfig, parse_run_config
 
 UNFIT, DISK_FULL, BUSY = 2, 74, 75
 """Exit codes: the run cannot be trained as given, nothing more can be written, or another process holds this run. 0 is

@@ -28,10 +28,10 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont
 
 from ibq.cli.pictures import png
-from ibq.config import flatten
 from ibq.data.images import one_line, quoted
 from ibq.errors import ConfigError
 from ibq.run_directory import replacing, write_bytes, write_json
+from ibq.schema import flatten
 
 GRID_ROWS, GRID_COLUMNS = 20, 10
 GAP, LEGEND = 2, 36

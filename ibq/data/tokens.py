@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from ibq.config import TransformerTrainConfig
 from ibq.data import DataError, ImageSource, cache_folder
 from ibq.data.loader import TrainingBatches, shares
 from ibq.data.shards import Parts
@@ -27,7 +28,6 @@ from ibq.errors import ConfigError
 from ibq.evaluation.tokenizer import evaluating, measuring
 from ibq.models.tokenizer import Tokenizer
 from ibq.training.runtime import StopRequested
-from ibq.transformer_config import TransformerTrainConfig
 
 SHARD = 4096
 """Images of a file of tokens."""

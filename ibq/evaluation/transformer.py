@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ibq.config import TRANSFORMER_VERSION, TransformerTrainConfig
 from ibq.data import ImageSource
 from ibq.data.shards import Parts
 from ibq.data.tokens import Tokens, decode
@@ -39,7 +40,6 @@ from ibq.models.tokenizer import Tokenizer, digest_of
 from ibq.models.transformer import Transformer
 from ibq.sampling import Guidance, Sampler, Sampling
 from ibq.training.runtime import Runtime, StopRequested
-from ibq.transformer_config import TRANSFORMER_VERSION, TransformerTrainConfig
 
 PART = 250
 """Samples of a file: what a kill may cost at most."""

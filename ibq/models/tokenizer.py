@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ibq.config import TrainConfig, parse_train_config, without_later
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.models.autoencoder import Decoder, Encoder
 from ibq.quantizers import Quantized, build_quantizer
 from ibq.run_directory import write_json, write_tensors
+from ibq.schema import without_later
 
 
 class Reconstruction(NamedTuple):
@@ -133,7 +134,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ConfigError(
             f"{folder} is a transformer's run, not a tokenizer's; pass its tokenizer, {folder / 'tokenizer'}"
         )
-    tokenizer = Tokenizer(parse_train_config(config))
+    tokenizer = Tokenizer(TrainConfig.parse(config))
     try:
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from ibq.config import TrainConfig, parse_train_config
+from ibq.config import TrainConfig
 from ibq.data.imagenet import imagenet_steps
 from ibq.data.images import DataError, one_line, quoted
 from ibq.errors import ConfigError, one_sentence
@@ -338,7 +338,7 @@ def _tokenizer_config(part: _Part) -> TrainConfig:
         "norm_groups": NORM_GROUPS,
     }
     try:
-        return parse_train_config(_released_recipe(model, K, D))
+        return TrainConfig.parse(_released_recipe(model, K, D))
     except ConfigError as error:
         raise part.unfit(one_line(error)) from None
 

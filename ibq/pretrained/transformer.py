@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ibq.config import TransformerTrainConfig, parse_run_config
 from ibq.data.images import one_line, quoted
 from ibq.errors import ConfigError
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
@@ -16,7 +17,6 @@ from ibq.models.transformer import Transformer
 from ibq.models.transformer.config import TransformerConfig
 from ibq.pretrained.released import TrainedTransformer, Weights, load_released
 from ibq.run_directory import RunDirectory
-from ibq.transformer_config import TransformerTrainConfig, parse_run_config
 
 
 def load_transformer(

@@ -5,23 +5,22 @@ Tensor suffixes here and in all quantizers: B images, D code dimension, H W toke
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 from torch import nn
 
 from ibq.distributed import copy_from_first
 from ibq.errors import ConfigError, one_sentence
 from ibq.ops.arguments import require_finite
 from ibq.ops.precision import full_float32
+from ibq.quantizers.config import FROM_FEATURES, EmbeddingConfig, QuantizerConfig
 from ibq.quantizers.entropy import euclidean_as_dot
 from ibq.quantizers.updates import kmeans
 
-CodebookInit = Literal["uniform", "normal", "features", "kmeans"]
-FROM_FEATURES = ("features", "kmeans")
 KMEANS_FEATURES = 4  # per code: the means of fewer features are hardly means
 
 
@@ -37,93 +36,6 @@ class Quantized(NamedTuple):
     z_q: torch.Tensor
     indices: torch.Tensor
     losses: dict[str, torch.Tensor]
-
-
-class QuantizerConfig(BaseModel):
-    """Fields that all quantizers share; a method's config adds its own and sets `method`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-    method: str
-    codebook_size: int = Field(1024, strict=True, ge=1, description="K, the number of codes")
-    code_dim: int = Field(64, strict=True, ge=1, description="D, the dimension of a code")
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Weight of each raw term of `Quantized.losses` in the total loss."""
-        raise NotImplementedError
-
-    @property
-    def changes_in_forward(self) -> bool:
-        """Whether a training forward moves codes or draws noise, so that it matters how often it is called for one
-        step."""
-        return False
-
-    @property
-    def places_codes(self) -> bool:
-        """Whether codes can be put on features one by one (`restart_codes`)."""
-        return False
-
-
-class EmbeddingConfig(QuantizerConfig):
-    """How a learnt codebook begins: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
-
-    codebook_init: CodebookInit = "uniform"
-    init_scale: float = Field(
-        1.0, gt=0, description="factor on codes drawn from U or N", json_schema_extra={"later": True}
-    )
-
-    @property
-    def unit_norm(self) -> bool:
-        """Whether features and codes are compared at unit length."""
-        return False
-
-    @property
-    def places_codes(self) -> bool:
-        return True
-
-    @model_validator(mode="after")
-    def _scale_means_something(self) -> EmbeddingConfig:
-        if self.init_scale != 1 and (self.unit_norm or self.codebook_init in FROM_FEATURES):
-            why = (
-                "codes are at unit length"
-                if self.unit_norm
-                else f"codebook_init={self.codebook_init!r} takes features as they are"
-            )
-            raise ValueError(f"init_scale={self.init_scale:g} has no effect, since {why}; leave it out")
-        return self
-
-
-class TermsConfig(QuantizerConfig):
-    """Weights of the two quantization terms and of the entropy penalty.
-
-    `beta` (0.25 in the literature) stands on the commitment term (VQ-VAE's order), on the codebook term (the order of
-    taming-transformers and SEED-Voken) or on both; docs/method.md section 2. `entropy_weight` 0 switches the entropy
-    penalty off.
-    """
-
-    beta: float = Field(0.25, ge=0)
-    beta_on: Literal["commitment", "codebook", "both"] = "codebook"
-    entropy_weight: float = Field(0.0, ge=0)
-    entropy_temperature: float = Field(0.01, gt=0)
-
-    @property
-    def active_entropy_temperature(self) -> float | None:
-        return self.entropy_temperature if self.entropy_weight else None
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        weights = {
-            "commitment": self.beta if self.beta_on in ("commitment", "both") else 1.0,
-            "codebook": self.beta if self.beta_on in ("codebook", "both") else 1.0,
-        }
-        if self.entropy_weight:
-            weights |= {"sample_entropy": self.entropy_weight, "codebook_entropy": -self.entropy_weight}
-        return weights
-
-
-class CodebookConfig(EmbeddingConfig, TermsConfig):
-    """Fields of the methods that learn a codebook by gradient."""
 
 
 class Quantizer(nn.Module):

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from ibq.quantizers.base import QuantizerConfig, straight_through
+from ibq.quantizers.base import straight_through
+from ibq.quantizers.config import QuantizerConfig
 from ibq.quantizers.implied import ImpliedCodebookQuantizer
 
 MARGIN = 1e-3  # the outermost levels are reached within this of tanh's bound

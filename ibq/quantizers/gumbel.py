@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from ibq.quantizers.base import CodebookInit, CodebookQuantizer, EmbeddingConfig
+from ibq.quantizers.base import CodebookQuantizer
+from ibq.quantizers.config import CodebookInit, EmbeddingConfig
 
 
 class GumbelConfig(EmbeddingConfig):

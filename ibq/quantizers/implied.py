@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ibq.quantizers.base import Quantizer, QuantizerConfig
+from ibq.quantizers.base import Quantizer
+from ibq.quantizers.config import QuantizerConfig
 
 
 class ImpliedCodebookQuantizer(Quantizer):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from ibq.ops import index_backprop
-from ibq.quantizers.base import QuantizerConfig, straight_through
+from ibq.quantizers.base import straight_through
+from ibq.quantizers.config import QuantizerConfig
 from ibq.quantizers.implied import ImpliedCodebookQuantizer
 
 

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ibq.quantizers.base import Quantizer, TermsConfig, quantization_terms, straight_through
+from ibq.quantizers.base import Quantizer, quantization_terms, straight_through
+from ibq.quantizers.config import TermsConfig
 from ibq.quantizers.vq import nearest_with_entropies
 
 

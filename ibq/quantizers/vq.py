@@ -23,14 +23,8 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ibq.ops import index_backprop, nearest_code
-from ibq.quantizers.base import (
-    CodebookConfig,
-    CodebookQuantizer,
-    Quantizer,
-    quantization_terms,
-    rotation,
-    straight_through,
-)
+from ibq.quantizers.base import CodebookQuantizer, Quantizer, quantization_terms, rotation, straight_through
+from ibq.quantizers.config import CodebookConfig
 from ibq.quantizers.entropy import entropy_terms, euclidean_as_dot
 from ibq.quantizers.updates import DeadRestart, MovingAverage, OnlineClustering, Restart
 

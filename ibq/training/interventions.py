@@ -12,10 +12,11 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from ibq.config import Frozen, TrainConfig, flatten
+from ibq.config import TrainConfig
 from ibq.distributed import world_size
 from ibq.errors import ConfigError, nearest, one_sentence
 from ibq.run_directory import RunDirectory, append_line, read_lines
+from ibq.schema import Frozen, flatten
 
 LIVE_FIELDS = (
     "optim.lr",

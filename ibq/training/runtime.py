@@ -14,13 +14,13 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from ibq.config import RESULTS_VERSION, flatten
+from ibq.config import RESULTS_VERSION, RunConfig, parse_run_config
 from ibq.distributed import barrier, device_name, gather_objects, is_writer, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError, nearest
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory, source_commit, write_json
+from ibq.schema import flatten
 from ibq.training.checkpoint import Checkpoint, load_checkpoint, remove_checkpoint
-from ibq.transformer_config import RunConfig, parse_run_config
 
 Sharding = Literal["ddp", "fsdp"]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ibq.config import TRANSFORMER_VERSION, TransformerTrainConfig
 from ibq.data import DataError, data_hash, data_hash_of, load_images
 from ibq.data.loader import images_seen, require_even_shares
 from ibq.data.tokens import TokenBatches, encode_split, labels_of
@@ -41,7 +42,6 @@ from ibq.training.runtime import (
     write_lost,
 )
 from ibq.training.transformer_state import TransformerState
-from ibq.transformer_config import TRANSFORMER_VERSION, TransformerTrainConfig
 
 
 def train_transformer(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ibq.config import RESULTS_VERSION
+from ibq.config import RESULTS_VERSION, TRANSFORMER_VERSION, TransformerTrainConfig
 from ibq.distributed import initialized, is_writer, world_size
 from ibq.losses import NextTokenLoss
 from ibq.models.transformer import Transformer
@@ -21,7 +21,6 @@ from ibq.training.logging import LossWindow
 from ibq.training.optimizer import Player, not_finite
 from ibq.training.runtime import peak_memory_gib
 from ibq.training.sharding import gather_for_writer, part_like, shard, whole
-from ibq.transformer_config import TRANSFORMER_VERSION, TransformerTrainConfig
 
 COUNTED = ("step", "seconds", "encode_seconds", "peak_memory_gib")
 """Of a state, by their names in a checkpoint's meta."""

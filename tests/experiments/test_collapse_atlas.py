@@ -20,7 +20,7 @@ from experiments.analysis.findings import findings
 from experiments.report import figures, tables
 from experiments.report.figures.collapse import BORDER
 from experiments.study import Cell, Study, unique_runs
-from ibq.config import flatten
+from ibq.schema import flatten
 
 ABLATION = ABLATIONS["collapse_atlas"]
 OUTSIDE = name("outside", "fast", 256)

@@ -20,9 +20,10 @@ from experiments.explorer.panel.parts import CSS, duration, problem
 from experiments.explorer.run import Workers, explore_folder, new_run
 from experiments.explorer.tabs import TABS
 from experiments.recipes import get_preset, tokenizer
-from ibq.config import TrainConfig, flatten
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.quantizers import Quantizer
+from ibq.schema import flatten
 
 LONG = 100_000
 PATIENCE_S = 240.0

@@ -22,13 +22,12 @@ from experiments.explorer.tabs import TABS
 from experiments.explorer.trainer import LIVE
 from experiments.explorer.view import describe, fields_that_differ, in_words, planar, read_view
 from experiments.explorer.watch import Watch
-from ibq.config import TrainConfig
+from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
 from ibq.training.interventions import Intervention, scheduled
 from ibq.training.runtime import Runtime
 from ibq.training.tokenizer import train_tokenizer
-from ibq.transformer_config import parse_transformer_config
 
 SIZE = (8.3, 5.1)
 CHANGES = [
@@ -113,7 +112,7 @@ def test_foreign_folders_are_refused_in_one_sentence(tmp_path: Path, tiny: Calla
         read_view(directory)
     config = tiny("ibq")
     transformer = {"transformer": {"depth": 1}, "tokenizer": config.to_json_dict(), "data": config.data.model_dump()}
-    write_json(directory.config, parse_transformer_config(transformer).to_json_dict())
+    write_json(directory.config, TransformerTrainConfig.parse(transformer).to_json_dict())
     with pytest.raises(ConfigError, match="foreign is a transformer's run, and the explorer shows tokenizers'"):
         read_view(directory)
 

@@ -20,9 +20,8 @@ from experiments.report.configs import active_fields
 from experiments.runner.plan import command
 from experiments.runner.runs import evaluation_file
 from experiments.study import Study, unique_runs
-from ibq.config import TrainConfig
+from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.run_directory import write_json
-from ibq.transformer_config import TransformerTrainConfig
 
 FID = "fid[fashion-cnn]"
 pytestmark = pytest.mark.usefixtures("own_folders")

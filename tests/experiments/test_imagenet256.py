@@ -13,9 +13,10 @@ from experiments.imagenet256.tokenizers import TOKENIZERS
 from experiments.recipes import get_preset
 from experiments.runner.plan import expected_cost
 from experiments.study import Study
-from ibq.config import flatten, parse_train_config
+from ibq.config import TrainConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.pretrained.released import _released_recipe
+from ibq.schema import flatten
 
 # docs/method.md sections 4 and 5
 SHARED = {
@@ -159,6 +160,6 @@ def test_the_preset_is_that_of_the_recipes(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_importer_of_released_files_knows_the_same_recipes(codes: int) -> None:
     """What `load_released` gives as provenance; the folder of the images is nobody's."""
     ours = TOKENIZERS[f"imagenet256_ibq_{codes}"]().to_json_dict()
-    theirs = parse_train_config(_released_recipe(ours["model"], codes, 256)).to_json_dict()
+    theirs = TrainConfig.parse(_released_recipe(ours["model"], codes, 256)).to_json_dict()
     mine, other = flatten(ours), flatten(theirs)
     assert {name for name in mine | other if mine.get(name) != other.get(name)} == {"data.name"}

@@ -13,9 +13,9 @@ import torch
 from experiments.imagenet256 import RECIPES
 from experiments.imagenet256.tokenizers import TOKENIZERS, imagenet256_vqgan_16384
 from experiments.imagenet256.transformers import TRANSFORMERS
-from ibq.config import flatten
 from ibq.errors import ConfigError
 from ibq.models.transformer import Transformer
+from ibq.schema import flatten
 
 # docs/method.md section 6
 SHARED = {

@@ -11,8 +11,8 @@ from experiments.ablations import ABLATIONS, CORE
 from experiments.report import figures, tables
 from experiments.runner.plan import expected_cost, plan_table
 from experiments.study import Study, unique_runs
-from ibq.config import flatten
 from ibq.errors import ConfigError
+from ibq.schema import flatten
 
 SIZES = {
     "codebook_size": "quantizer.codebook_size",

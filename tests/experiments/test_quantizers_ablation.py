@@ -13,9 +13,9 @@ from experiments.ablations.quantizers import METHODS, anatomy, fsq_levels
 from experiments.analysis import findings
 from experiments.report import tables
 from experiments.study import Study
-from ibq.config import flatten
 from ibq.errors import ConfigError
 from ibq.quantizers import Quantizer
+from ibq.schema import flatten
 
 ABLATION = ABLATIONS["quantizers"]
 

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from experiments.cli import app
 from experiments.imagenet256 import transformer_plan
 from experiments.imagenet256.transformers import TRANSFORMERS
+from ibq.config import TransformerTrainConfig
 from ibq.errors import ConfigError
 from ibq.models.transformer import Transformer
-from ibq.transformer_config import TransformerTrainConfig
 
 SMALL = {
     "transformer.depth": 2,

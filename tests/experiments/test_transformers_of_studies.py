@@ -22,10 +22,10 @@ from experiments.report.configs import differing_fields
 from experiments.runner import runs, worker
 from experiments.runner.sweep import failure_reason, train_study
 from experiments.study import Study, unique_runs
+from ibq.config import TransformerTrainConfig
 from ibq.errors import ConfigError
 from ibq.models.tokenizer import load_tokenizer
 from ibq.run_directory import RunDirectory, append_line
-from ibq.transformer_config import TransformerTrainConfig
 
 pytestmark = pytest.mark.usefixtures("toy")
 

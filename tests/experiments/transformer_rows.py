@@ -11,8 +11,8 @@ import torch
 from experiments.ablations import ABLATIONS
 from experiments.runner.worker import TOKENIZER_ROW
 from experiments.study import Cell, Study
-from ibq.config import flatten
 from ibq.run_directory import append_line, write_json, write_tensors
+from ibq.schema import flatten
 
 ABLATION = ABLATIONS["generation"]
 GUIDANCES = (1.0, 2.0, 3.0)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from ibq.config import AutoencoderConfig, parse_train_config
-from ibq.models.autoencoder import AttentionBlock, Decoder, Downsample, Encoder, ResBlock, Upsample
+from ibq.config import TrainConfig
+from ibq.models.autoencoder import AttentionBlock, AutoencoderConfig, Decoder, Downsample, Encoder, ResBlock, Upsample
 from ibq.models.tokenizer import Tokenizer
 
 
@@ -24,7 +24,7 @@ def paper_sized() -> dict[str, tuple[int, ...]]:
         "norm_groups": 32,
     }
     quantizer = {"method": "ibq", "codebook_size": 16384, "code_dim": 256}
-    config = parse_train_config({"data": {"name": "photos", "resolution": 256}, "model": model, "quantizer": quantizer})
+    config = TrainConfig.parse({"data": {"name": "photos", "resolution": 256}, "model": model, "quantizer": quantizer})
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Tokenizer(config).named_parameters()}
 

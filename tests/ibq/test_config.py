@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ibq import IBQConfig, VQConfig
-from ibq.config import TrainConfig, flatten, parse_train_config, set_fields
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError
+from ibq.schema import flatten, set_fields
 from ibq.training.runtime import Runtime
 
 IBQ = TrainConfig(quantizer=IBQConfig())
@@ -109,7 +110,7 @@ def test_fields_that_came_later_leave_the_ids_of_finished_runs_alone() -> None:
     former = tree | {"loss": {"pixel": "l1", "pixel_weight": 1.0}, "data": {"name": "fashion-mnist", "resolution": 32}}
     former["optim"] = {name: tree["optim"][name] for name in ("lr", "betas", "milestones", "decay_factor", "ema_decay")}
     del former["accumulate"], former["averages"]
-    assert parse_train_config(former) == IBQ, "what was written then can be read"
+    assert TrainConfig.parse(former) == IBQ, "what was written then can be read"
 
 
 def test_method_data_and_results_version_change_the_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,7 @@ def test_method_data_and_results_version_change_the_run_id(monkeypatch: pytest.M
 
 
 def test_equal_configs_have_one_run_id_however_they_were_written() -> None:
-    spelled_out = parse_train_config(
+    spelled_out = TrainConfig.parse(
         {"quantizer": {"codebook_size": 1024, "method": "ibq"}, "optim": {"betas": [0.5, 0.9]}, "steps": 300}
     )
     assert spelled_out == IBQ
@@ -163,8 +164,8 @@ def test_nothing_of_the_runtime_is_a_training_field() -> None:
     ),
 )
 def test_json_round_trip(method: str, changes: dict[str, Any]) -> None:
-    config = parse_train_config({"quantizer": {"method": method}}).with_fields(**changes)
-    back = parse_train_config(json.loads(json.dumps(config.to_json_dict())))
+    config = TrainConfig.parse({"quantizer": {"method": method}}).with_fields(**changes)
+    back = TrainConfig.parse(json.loads(json.dumps(config.to_json_dict())))
     assert back == config
     assert type(back.quantizer) is type(config.quantizer)
     assert back.run_id("data") == config.run_id("data")
@@ -188,7 +189,7 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
     tree = IBQ.to_json_dict()
     (tree[part] if part else tree)["misspelt"] = 1
     with pytest.raises(ConfigError, match=r"^([a-z]+\.)?misspelt: [^\n]*$"):
-        parse_train_config(tree)
+        TrainConfig.parse(tree)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +256,9 @@ def test_micro_batches_are_refused_for_what_every_forward_moves_or_draws() -> No
         with pytest.raises(
             ConfigError, match=rf"accumulate=2 would move what method='{quantizer['method']}' changes or draws"
         ):
-            parse_train_config({"quantizer": quantizer, "accumulate": 2})
+            TrainConfig.parse({"quantizer": quantizer, "accumulate": 2})
     for quantizer in ({"method": "vq"}, {"method": "ibq"}, {"method": "gumbel", "noise": False}):
-        assert parse_train_config({"quantizer": quantizer, "accumulate": 2}).accumulate == 2
+        assert TrainConfig.parse({"quantizer": quantizer, "accumulate": 2}).accumulate == 2
 
 
 def test_several_problems_are_all_reported_in_one_line() -> None:
@@ -268,7 +269,7 @@ def test_several_problems_are_all_reported_in_one_line() -> None:
 @pytest.mark.parametrize("tree", [{}, {"quantizer": None}, {"quantizer": 7}, {"quantizer": {}}])
 def test_a_config_needs_a_quantizer(tree: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^quantizer: [^\n]*$"):
-        parse_train_config(tree)
+        TrainConfig.parse(tree)
 
 
 @pytest.mark.parametrize(

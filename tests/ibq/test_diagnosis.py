@@ -18,7 +18,7 @@ from training_runs import read_the_images_once, stop_after  # noqa: F401
 
 import ibq.metrics.codebook
 import ibq.training.tokenizer as trainer
-from ibq.config import TrainConfig, parse_train_config
+from ibq.config import TrainConfig
 from ibq.errors import NonFiniteError
 from ibq.evaluation.diagnosis import CAUSES, COLLAPSED_EARLY, EARLY, NOTHING_SEEN, diagnose, summary
 from ibq.run_directory import RunDirectory
@@ -64,7 +64,7 @@ def config_of(run: dict[str, Any]) -> TrainConfig:
         "batch_size": 8,
         "optim": {"lr": run.get("lr", 1e-3)},
     }
-    return parse_train_config(tree)
+    return TrainConfig.parse(tree)
 
 
 @pytest.fixture(scope="module")

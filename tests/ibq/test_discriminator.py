@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ibq.config import AdversarialConfig
-from ibq.models.discriminator import PatchDiscriminator
+from ibq.models.discriminator import AdversarialConfig, PatchDiscriminator
 
 
 def discriminator(inputs: int = 1, **fields: object) -> PatchDiscriminator:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import run_processes
 
-from ibq.config import DataConfig, parse_train_config
+from ibq.config import DataConfig, TrainConfig
 from ibq.data import Images, load_images
 from ibq.distributed import Processes
 from ibq.errors import NonFiniteInputError
@@ -48,7 +48,7 @@ class SquaredError(torch.nn.Module):
 
 def tokenizer_and_images() -> tuple[Tokenizer, Images]:
     torch.manual_seed(0)
-    return Tokenizer(parse_train_config(CONFIG)), load_images(DataConfig(), "test")
+    return Tokenizer(TrainConfig.parse(CONFIG)), load_images(DataConfig(), "test")
 
 
 def lpips_of_squares() -> PerceptualEvaluation:

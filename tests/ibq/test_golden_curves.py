@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ibq.config import RESULTS_VERSION, TrainConfig, parse_train_config
+from ibq.config import RESULTS_VERSION, TrainConfig
 from ibq.training.runtime import Runtime
 from ibq.training.tokenizer import train_tokenizer
 
@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).with_name("golden_curves.json")
 
 
 def config() -> TrainConfig:
-    return parse_train_config(
+    return TrainConfig.parse(
         {
             "model": {"base_channels": 4, "channel_multipliers": (1, 2, 2), "z_channels": 8, "norm_groups": 2},
             "quantizer": {"method": "ibq", "codebook_size": 8, "code_dim": 8, "entropy_temperature": 0.5},

@@ -14,7 +14,7 @@ from processes import run_processes
 from torch import nn
 
 import ibq.losses as losses
-from ibq.config import parse_train_config
+from ibq.config import TrainConfig
 from ibq.data import DataError
 from ibq.distributed import Processes, barrier
 from ibq.losses import (
@@ -188,7 +188,7 @@ def fetch(processes: Processes, folder: Path) -> None:
             raise DataError("vgg16.pth is not there")
         return {}
 
-    config = parse_train_config({"quantizer": {"method": "ibq"}, "loss": {"perceptual": "lpips-vgg"}})
+    config = TrainConfig.parse({"quantizer": {"method": "ibq"}, "loss": {"perceptual": "lpips-vgg"}})
     with (
         mock.patch("ibq.losses.backbone_weights", slowly),
         mock.patch("ibq.losses.lpips_network", return_value=nn.Identity()),

@@ -355,11 +355,11 @@ def test_a_daemonic_process_decodes_by_itself_and_says_so(
 
 TRAINER = """
 import json, multiprocessing, os, sys, time, torch
-from ibq.config import parse_train_config
+from ibq.config import TrainConfig
 from ibq.data import load_images
 from ibq.data.loader import TrainingBatches
 if __name__ == "__main__":
-    config = parse_train_config(json.loads(sys.argv[1]))
+    config = TrainConfig.parse(json.loads(sys.argv[1]))
     batches = TrainingBatches(load_images(config.data, "train"), config, torch.device("cpu"), first_step=0, workers=2)
     for _ in range(2):
         batches.next()  # one of each worker: none is still being started

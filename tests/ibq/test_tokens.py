@@ -19,7 +19,7 @@ from picture_files import draw
 from training_runs import stop_after
 
 import ibq.data.tokens as module
-from ibq.config import DataConfig, TrainConfig
+from ibq.config import DataConfig, TrainConfig, TransformerTrainConfig
 from ibq.data import DataError, Images, load_images
 from ibq.data.loader import TrainingBatches, batch_indices, images_seen
 from ibq.data.shards import Parts
@@ -28,7 +28,6 @@ from ibq.errors import ConfigError, NonFiniteInputError
 from ibq.evaluation.tokenizer import measuring
 from ibq.models.tokenizer import Tokenizer
 from ibq.training.runtime import StopRequested
-from ibq.transformer_config import TransformerTrainConfig
 
 CPU = torch.device("cpu")
 N, SHARD = 45, 16

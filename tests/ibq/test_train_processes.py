@@ -28,7 +28,7 @@ from training_runs import (
 )
 
 import ibq.training.tokenizer as trainer
-from ibq.config import DataConfig, TrainConfig, parse_train_config
+from ibq.config import DataConfig, TrainConfig
 from ibq.data import DataError, Images
 from ibq.data.images import Split
 from ibq.data.loader import TrainingBatches
@@ -76,7 +76,7 @@ OF_ONE_PROCESS = {
 def config_of(arm: str) -> TrainConfig:
     fields = ARMS[arm]
     quantizer = {"method": "ibq", "codebook_size": 16, "code_dim": 8} | fields.get("quantizer", {})
-    config = parse_train_config({"model": MODEL, "quantizer": quantizer, "steps": 5, "batch_size": 8})
+    config = TrainConfig.parse({"model": MODEL, "quantizer": quantizer, "steps": 5, "batch_size": 8})
     return config.with_fields(
         **GAN | {"optim.lr": LEARNING_RATE} | {name: value for name, value in fields.items() if name != "quantizer"}
     )

@@ -17,7 +17,7 @@ from quantizer_variants import VARIANTS
 from training_runs import RUNTIME, assert_same_run, images_once, read_the_images_once, stop_after  # noqa: F401
 
 from ibq import load_tokenizer
-from ibq.config import TrainConfig, parse_train_config
+from ibq.config import TrainConfig
 from ibq.errors import NonFiniteError
 from ibq.run_directory import RunDirectory
 from ibq.training.checkpoint import load_checkpoint
@@ -50,7 +50,7 @@ CODES_WITHOUT_GRADIENT = ("vq ema restart", "vq cosine ema restart", "lfq booste
 def config_of(tiny: Any) -> Callable[[str], TrainConfig]:
     def make(variant: str) -> TrainConfig:
         quantizer = {"codebook_size": 64, "code_dim": 6} | VARIANTS[variant]
-        return parse_train_config(tiny().to_json_dict() | {"quantizer": quantizer, "steps": 6})
+        return TrainConfig.parse(tiny().to_json_dict() | {"quantizer": quantizer, "steps": 6})
 
     return make
 

@@ -38,7 +38,7 @@ import ibq.evaluation.transformer
 import ibq.training.runtime
 import ibq.training.transformer as trainer
 from ibq import load_tokenizer
-from ibq.config import RESULTS_VERSION
+from ibq.config import RESULTS_VERSION, TRANSFORMER_VERSION, TransformerTrainConfig
 from ibq.data import load_images
 from ibq.losses import NextTokenLoss
 from ibq.models.transformer import Transformer
@@ -47,7 +47,6 @@ from ibq.training.checkpoint import load_checkpoint
 from ibq.training.runtime import LogEvent, Runtime, StopRequested
 from ibq.training.transformer import train_transformer
 from ibq.training.transformer_state import decaying_adamw
-from ibq.transformer_config import TRANSFORMER_VERSION, TransformerTrainConfig
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},

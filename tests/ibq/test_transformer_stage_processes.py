@@ -34,6 +34,7 @@ from transformer_runs import (
 )
 
 import ibq.training.transformer as trainer
+from ibq.config import TransformerTrainConfig
 from ibq.data import DataError, Images
 from ibq.distributed import Processes, barrier
 from ibq.errors import ConfigError, NonFiniteError
@@ -42,7 +43,6 @@ from ibq.run_directory import RunDirectory
 from ibq.training.runtime import StopRequested
 from ibq.training.sharding import is_sharded, local
 from ibq.training.transformer import train_transformer
-from ibq.transformer_config import TransformerTrainConfig
 
 pytestmark = pytest.mark.processes
 

@@ -28,7 +28,7 @@ from transformer_runs import (  # noqa: F401
 )
 
 import ibq.training.transformer as trainer
-from ibq.config import DataConfig
+from ibq.config import DataConfig, TransformerTrainConfig
 from ibq.data import Images
 from ibq.data.images import Split
 from ibq.errors import ConfigError, NonFiniteError
@@ -37,7 +37,6 @@ from ibq.training.checkpoint import load_checkpoint
 from ibq.training.runtime import Runtime, StopRequested
 from ibq.training.transformer import train_transformer
 from ibq.training.transformer_state import TransformerState
-from ibq.transformer_config import TransformerTrainConfig
 
 # --- What is not finite -----------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 from transformer_runs import transformer_config
 
+from ibq.config import AdamWConfig
 from ibq.errors import ConfigError
-from ibq.transformer_config import AdamWConfig
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ibq.config import TransformerTrainConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.run_directory import write_json, write_tensors
-from ibq.transformer_config import TransformerTrainConfig, parse_transformer_config
 
 MODEL = {"base_channels": 4, "channel_multipliers": (1, 2, 2), "res_blocks": 1, "z_channels": 8, "norm_groups": 4}
 """A tokenizer with f = 4."""
@@ -25,7 +25,7 @@ def transformer_config(**dotted: Any) -> TransformerTrainConfig:
         "transformer": {"depth": 1},
         "steps": 2,
     }
-    return parse_transformer_config(tree).with_fields(**dotted)
+    return TransformerTrainConfig.parse(tree).with_fields(**dotted)
 
 
 def write_transformer(folder: Path, *, seed: int = 0, **dotted: Any) -> Path:

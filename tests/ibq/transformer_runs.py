@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training_runs import TIMED, assert_same_tensors, images_once, untimed
 
 import ibq.training.transformer as trainer
-from ibq.config import DataConfig, parse_train_config
+from ibq.config import DataConfig, TrainConfig, TransformerTrainConfig
 from ibq.data import Images, fashion_mnist
 from ibq.data.images import Split
 from ibq.models.tokenizer import Tokenizer
@@ -24,7 +24,6 @@ from ibq.training.runtime import LogEvent, Runtime
 from ibq.training.sharding import local
 from ibq.training.transformer import train_transformer
 from ibq.training.transformer_state import TransformerState
-from ibq.transformer_config import TransformerTrainConfig, parse_transformer_config
 
 RUNTIME = Runtime(device="cpu", log_every=2, eval_images=10, eval_batch_size=4, samples=4, guidances=(1.0, 2.0))
 EVERY_STEP = dataclasses.replace(RUNTIME, log_every=1, checkpoint_every_s=0)
@@ -45,13 +44,13 @@ def transformer_config(**dotted: Any) -> TransformerTrainConfig:
     """The smallest with every part: a grid of 4 x 4 tokens of 32 codes, one block; changed by dotted path."""
     tokenizer = {"model": AUTOENCODER, "quantizer": {"method": "ibq", "codebook_size": 32, "code_dim": 4}}
     tree = {"tokenizer": tokenizer, "data": {}, "transformer": {"depth": 1}, "steps": 8, "batch_size": 8}
-    return parse_transformer_config(tree).with_fields(**{"optim.lr": 1e-3} | dotted)
+    return TransformerTrainConfig.parse(tree).with_fields(**{"optim.lr": 1e-3} | dotted)
 
 
 @functools.cache
 def untrained_tokenizer(config: TransformerTrainConfig) -> Tokenizer:
     torch.manual_seed(7)
-    return Tokenizer(parse_train_config(config.tokenizer.to_json_dict())).eval()
+    return Tokenizer(TrainConfig.parse(config.tokenizer.to_json_dict())).eval()
 
 
 def few_images(config: DataConfig, split: Split, count: int = N_IMAGES) -> Images:

@@ -22,8 +22,9 @@ from experiments.explorer.presence import UNWATCHED, Presence
 from experiments.explorer.run import WORKERS, ExplorerRun, Workers, load_run, new_run
 from experiments.explorer.tabs import TABS
 from experiments.explorer.view import LETTERS, SHORT_NAMES, fields_that_differ
-from ibq.config import TrainConfig, flatten
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError
+from ibq.schema import flatten
 
 PLACES = len(LETTERS)
 TICK_S, LOOK_S = 0.1, 0.4

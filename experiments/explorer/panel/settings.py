@@ -9,7 +9,7 @@ import ipywidgets as widgets
 
 from experiments.explorer.panel.fields import STYLE, WIDE, field_at, field_widget, text_of, value_of
 from experiments.explorer.panel.parts import heading, problem
-from ibq.config import DATA_SETS, TrainConfig, parse_train_config
+from ibq.config import DATA_SETS, TrainConfig
 from ibq.errors import ConfigError
 from ibq.quantizers import Quantizer, QuantizerConfig
 from ibq.quantizers.base import parse_quantizer_config
@@ -99,7 +99,7 @@ class SettingsForm:
             for parent in parents:
                 node = node[parent]
             node[leaf] = value_of(widget)
-        return parse_train_config(tree)
+        return TrainConfig.parse(tree)
 
     def _show_quantizer(self, config: QuantizerConfig) -> None:
         fields, self._implied = type(config).model_fields, _is_implied(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from ibq.schema import Frozen
 
 SIZES = {"XXS": 2, "XS": 4, "S": 8, "B": 16, "L": 20, "XL": 24, "XXL": 30}
 """Depth by name; from B on the paper's."""
@@ -10,11 +12,9 @@ SIZES = {"XXS": 2, "XS": 4, "S": 8, "B": 16, "L": 20, "XL": 24, "XXL": 30}
 HEAD_DIM = 64
 
 
-class TransformerDials(BaseModel):
+class TransformerDials(Frozen):
     """What is chosen of a transformer. Depth is the one dial of its size: width 64 * depth, as many heads as blocks;
     dropouts are the paper's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     depth: int = Field(16, strict=True, ge=1)
     subtoken_bits: tuple[int, ...] = ()
