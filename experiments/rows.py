@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
+from experiments import status
 from experiments.ablations.collapse_atlas import bisection
 from experiments.ablations.quantizers import tuning
 from experiments.analysis import diagnoses
-from experiments.runner.sweep import failure_reason, last_step, result_of
-from experiments.runner.worker import TOKENIZER_ROW
 from experiments.study import Cell, Study
 from ibq.errors import ConfigError
 from ibq.evaluation.diagnosis import summary
@@ -33,9 +30,9 @@ def load(study: Study | None = None) -> pd.DataFrame:
 
     Returns:
         Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "oom", "failed",
-        "interrupted", "running", "pending", "waiting" for a search, a tokenizer or neighbours; "oom" and "failed" also
-        of a transformer whose tokenizer is so), `stage` ("tokenizer" or "transformer"), then the facts and metrics of
-        finished runs, the levels of the arm's factors as `factor.<name>`, evaluations added later as
+        "interrupted", "running", "stopped", "pending", "waiting" for a search, a tokenizer or neighbours; "oom" and
+        "failed" also of a transformer whose tokenizer is so), `stage` ("tokenizer" or "transformer"), then the facts
+        and metrics of finished runs, the levels of the arm's factors as `factor.<name>`, evaluations added later as
         `<evaluation>.<metric>` (those of PLAIN: as `<metric>`), and `reason` where there is no result. Runs of a search
         have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss`
         what decides. So have tokenizers of transformers; `tokenizer_of` names the transformer's arm. A transformer's
@@ -95,14 +92,14 @@ def _state_of_waiting(study: Study, cell: Cell) -> tuple[str, str]:
     """A waiting cell's state and why: "waiting", or that of its tokenizer where it is lost, so that no verdict passes
     over it."""
     if cell.tokenizer and (lost := state(cell.tokenizer)) in ("failed", "oom"):
-        return lost, f"its tokenizer {cell.tokenizer.run.path.name}: {failure_reason(cell.tokenizer.run)}"
+        return lost, f"its tokenizer {cell.tokenizer.run.path.name}: {status.of(cell.tokenizer.run).reason}"
     return "waiting", waits_for(study, cell)
 
 
 def _of_tokenizer(cell: Cell, tokenizer: Cell) -> dict[str, Any]:
     """What is known of the tokenizer that a transformer was trained on: the copy of its row, and what was evaluated
     since of that one."""
-    copy = cell.run.path / TOKENIZER_ROW
+    copy = cell.run.tokenizer_row
     if not copy.is_file():
         return {}
     row: dict[str, Any] = json.loads(copy.read_text())
@@ -140,9 +137,9 @@ def _waits_between(study: Study, cell: Cell) -> str:
 
 def _reason(cell: Cell) -> str:
     """Why a run has no row, and how far it came."""
-    step = last_step(cell)
-    progress = f"last logged step {step} of {cell.config.steps}" if step else ""
-    return "; ".join(part for part in (failure_reason(cell.run), progress) if part)
+    now = status.of(cell.run)
+    progress = f"last logged step {now.step} of {cell.config.steps}" if now.step else ""
+    return "; ".join(part for part in (now.reason, progress) if part)
 
 
 def checked_row(cell: Cell) -> dict[str, Any]:
@@ -168,42 +165,29 @@ def _evaluations(cell: Cell) -> dict[str, Any]:
 
 
 def state(cell: Cell) -> str:
-    """State of a run: that of its row, else running, oom, failed, interrupted (its trainer died without a word) or
-    pending."""
-    if cell.run.finished:
-        return str(checked_row(cell)["status"])
-    if cell.run.lock.exists():
-        try:
-            with FileLock(cell.run.lock, timeout=0):
-                pass
-        except Timeout:
-            return "running"
-    attempts = [attempt for attempt in cell.run.read_attempts() if attempt["event"] != "damaged"]
-    if attempts and attempts[-1]["event"] == "started":
-        return "interrupted"
-    if attempts and attempts[-1]["event"] == "oom":
-        return "oom"
-    return "failed" if attempts and attempts[-1]["event"] in ("error", "killed", "lost", "timeout") else "pending"
+    """State of a run, as `status.of` has it; of a finished one, its row must be of this very config."""
+    return str(checked_row(cell)["status"]) if cell.run.finished else status.of(cell.run).state
 
 
 def status_lines(study: Study) -> list[dict[str, Any]]:
     """For `status`: every arm with its state and one phrase about it."""
     lines = []
     for cell in study.cells:
-        row = checked_row(cell) | _evaluations(cell) if cell.run.finished else {}
-        phrase, kind = "", row.get("status") or state(cell)
-        if kind == "ok":
-            phrase = result_of(row)
-        elif kind == "nan":
-            phrase = f"{row['reason']}{diagnoses.phrase(row)}"
-        elif history := cell.run.read_history():
-            speed = history[-1]["step"] / max(history[-1]["seconds"], 1e-9)
-            phrase = f"step {last_step(cell)} of {cell.config.steps}, {speed:.1f} steps/s"
-            phrase += diagnoses.phrase({diagnoses.NAME: summary(diagnoses.findings_of(cell))})
-        if kind in ("failed", "oom"):
-            phrase = failure_reason(cell.run) + (f" ({phrase})" if phrase else "")
-        lines.append({"arm": cell.name, "state": kind, "detail": phrase, "run": cell.run.path.name})
+        lines.append({"arm": cell.name, "run": cell.run.path.name} | _state_and_detail(cell))
     for cell in study.waiting:
         kind, phrase = _state_of_waiting(study, cell)
         lines.append({"arm": cell.name, "state": kind, "detail": phrase, "run": ""})
     return lines
+
+
+def _state_and_detail(cell: Cell) -> dict[str, str]:
+    if cell.run.finished:
+        row = checked_row(cell) | _evaluations(cell)
+        return {"state": row["status"], "detail": status.result_of(row)}
+    now, detail = status.of(cell.run), ""
+    if now.step:
+        detail = f"step {now.step} of {cell.config.steps}, {now.step / max(now.last['seconds'], 1e-9):.1f} steps/s"
+        detail += diagnoses.phrase({diagnoses.NAME: summary(diagnoses.findings_of(cell))})
+    if now.state in ("failed", "oom"):
+        detail = now.reason + (f" ({detail})" if detail else "")
+    return {"state": now.state, "detail": detail}

@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from ibq.errors import ConfigError
 
+TAIL_BYTES = 65_536
+"""Size of the end of a history in which its last lines are looked for."""
+
 
 class _Member:
     """A path in a run's directory, made on first use: a study has thousands of runs, and most commands look at one file
@@ -40,7 +43,7 @@ class RunDirectory:
     config.json       the TrainConfig or TransformerTrainConfig
     history.jsonl     a line per log step
     snapshots/        of a tokenizer: tensors at up to 8 points of training
-    tokenizer/        of a transformer: its tokenizer, as `Tokenizer.save` writes one
+    tokenizer/        of a transformer: its tokenizer, as `Tokenizer.save` writes one, and the row of that one's run
     checkpoint/       for resuming; removed when the run is finished
     samples/          of a transformer: parts of an evaluation that is not whole; removed as well
     model.safetensors the averaged weights of a finished run; a transformer's as they are where it averages none
@@ -55,6 +58,7 @@ class RunDirectory:
     history = _Member("history.jsonl")
     snapshots = _Member("snapshots")
     tokenizer = _Member("tokenizer")
+    tokenizer_row = _Member("tokenizer/row.json")
     checkpoint = _Member("checkpoint")
     model = _Member("model.safetensors")
     evaluation = _Member("eval/reconstruction.safetensors")
@@ -88,6 +92,16 @@ class RunDirectory:
     def read_history(self) -> list[dict[str, Any]]:
         return read_lines(self.history)
 
+    def read_recent(self, count: int) -> list[dict[str, Any]]:
+        """The last lines of the history, at most `count` and oldest first, read from its end."""
+        try:
+            with open(self.history, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+                tail = file.read()
+        except FileNotFoundError:
+            return []
+        return [record for record in parsed_lines(tail) if "step" in record][-count:]
+
     def read_attempts(self) -> list[dict[str, Any]]:
         return read_lines(self.attempts)
 
@@ -114,14 +128,19 @@ class RunDirectory:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines of a file, [] if it is absent; lines torn by a kill are left out."""
-    if not path.is_file():
-        return []
+    return parsed_lines(path.read_bytes()) if path.is_file() else []
+
+
+def parsed_lines(content: bytes) -> list[dict[str, Any]]:
+    """JSON objects, one a line; what is torn is left out."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in content.splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

@@ -194,7 +194,7 @@ def _obstacle(contrast: Contrast, rows: pd.DataFrame, has_pair: bool) -> str:
         return f"no result of {', '.join(f'{row.arm} seed {row.seed} ({row.status})' for row in lost.itertuples())}"
     if has_pair:
         return ""
-    if pair["status"].isin(["pending", "waiting"]).all():  # or no row at all
+    if pair["status"].isin(["pending", "stopped", "waiting"]).all():  # or no row at all
         return "not trained"
     if absent := [arm for arm in (contrast.without, contrast.with_) if arm not in set(pair["arm"])]:
         return f"{absent[0]} is not in this study"

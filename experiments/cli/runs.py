@@ -8,30 +8,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.ablations import ABLATIONS
-from experiments.cli.base import (
-    BaseOption,
-    GridOption,
-    PresetOption,
-    SeedsOption,
-    SetOption,
-    app,
-    console,
-    one_sentence_errors,
-    say,
-    study_of,
-)
+from experiments.cli.base import DeviceOption, app, console, one_sentence_errors, say
 from experiments.runner import runs
-from experiments.study import Study
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
 
 
 @app.command()
 @one_sentence_errors
-def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
+def forget(run_id: RunArgument) -> None:
     """Remove a run for good."""
-    run = runs.find_run(Study(preset), run_id)
+    run = runs.find_run(run_id)
     kept = runs.kept_copies(run)
     runs.forget(run)
     print("; ".join(part for part in (f"forgot {run.path.name}", kept) if part))
@@ -39,18 +26,10 @@ def forget(run_id: RunArgument, preset: PresetOption = "quick") -> None:
 
 @app.command()
 @one_sentence_errors
-def rerun(
-    run_id: RunArgument,
-    preset: PresetOption = "quick",
-    seeds: SeedsOption = None,
-    set_: SetOption = None,
-    grid: GridOption = None,
-    base: BaseOption = None,
-) -> None:
+def rerun(run_id: RunArgument, device: DeviceOption = "auto") -> None:
     """Train a run again, and say what changed."""
-    study = study_of(None if grid else list(ABLATIONS), preset, seeds, set_, grid, base)
-    run = runs.find_run(study, run_id)
-    before, after = runs.rerun(study, run, say=say)
+    run = runs.find_run(run_id)
+    before, after = runs.rerun(run, device, say)
     if before and after:
         changed = [name for name in after if before.get(name) != after[name]]
         print(f"entries that differ from the former row: {', '.join(changed) or 'none'}")
@@ -62,9 +41,9 @@ def rerun(
 
 @app.command()
 @one_sentence_errors
-def compare(one: RunArgument, other: RunArgument, preset: PresetOption = "quick") -> None:
+def compare(one: RunArgument, other: RunArgument) -> None:
     """Config fields and results in which two runs differ."""
-    pair = [runs.find_run(Study(preset), name) for name in (one, other)]
+    pair = [runs.find_run(name) for name in (one, other)]
     table = Table("", *(run.path.name for run in pair), box=None)
     for line in runs.compare(*pair):
         table.add_row(*(escape(str(value)) for value in line))

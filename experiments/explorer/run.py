@@ -8,7 +8,6 @@ explorer are runs/explore/NNNN-method-..., outside the study's rows, which never
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -18,14 +17,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from experiments import status
 from experiments.explorer.workers import WORKERS, Workers
-from experiments.runner.runs import find_run, forget, read_config
-from experiments.runner.sweep import failure_reason
-from experiments.study import Study, runs_folder
-from ibq.config import TrainConfig
+from experiments.runner.runs import find_run, forget
+from experiments.study import runs_folder
+from ibq.config import TrainConfig, read_config
 from ibq.errors import ConfigError, one_sentence
 from ibq.run_directory import RunDirectory, write_json
 from ibq.training.interventions import Intervention, after, read_interventions
@@ -37,8 +35,6 @@ SHOWN: dict[str, State] = {"removing": "new"}
 """As what a trainer's activity is shown, where not by its own name."""
 POLL_S = 0.02
 ROOM_BYTES = 2**20
-TAIL_BYTES = 16_384
-"""Of history.jsonl, in which its last whole line lies."""
 
 
 def explore_folder() -> Path:
@@ -71,7 +67,8 @@ class ExplorerRun:
     @property
     def step(self) -> int:
         """The newest logged step, 0 before the first."""
-        return _last_step(self.directory.history)
+        recent = self.directory.read_recent(1)
+        return int(recent[-1]["step"]) if recent else 0
 
     @property
     def state(self) -> State:
@@ -85,7 +82,7 @@ class ExplorerRun:
             return SHOWN.get(activity, activity)  # type: ignore[arg-type]
         if self.directory.finished:
             return "failed" if self._lost else "finished"
-        if _held(self.directory):
+        if status.is_held(self.directory):
             return "training"  # by another kernel
         events = [attempt["event"] for attempt in self.directory.read_attempts() if attempt["event"] != "damaged"]
         if not events:
@@ -105,7 +102,7 @@ class ExplorerRun:
                 f"on from where it was"
             )
         return (
-            failure_reason(self.directory)
+            status.of(self.directory).reason
             or "its trainer ended without a word; train it again, it goes on from its last checkpoint"
         )
 
@@ -231,7 +228,7 @@ class ExplorerRun:
             )
 
     def _require_free(self) -> None:
-        if self.workers.activity(self.directory) is None and _held(self.directory):
+        if self.workers.activity(self.directory) is None and status.is_held(self.directory):
             raise ConfigError(f"run {self.name} is being trained by another process; stop it there first")
 
 
@@ -267,7 +264,7 @@ def load_run(run_id: str, workers: Workers = WORKERS) -> ExplorerRun:
         raise ConfigError(
             f"run {run_id!r} cannot be chosen: {len(matches)} runs of the explorer begin with it; give more of its id"
         )
-    run = RunDirectory(matches[0]) if matches else find_run(Study(), run_id)
+    run = RunDirectory(matches[0]) if matches else find_run(run_id)
     config = read_config(run)
     if not isinstance(config, TrainConfig):
         raise ConfigError(
@@ -284,30 +281,3 @@ def _written() -> Iterator[None]:
     except OSError as error:
         why, where = os.strerror(error.errno or errno.EIO), error.filename or explore_folder()
         raise ConfigError(f"{why}: {where}; make space, or let IBQ_RUNS name another folder") from None
-
-
-def _held(run: RunDirectory) -> bool:
-    """Whether some process trains a run: its claim is a lock that dies with it."""
-    if not run.lock.exists():
-        return False
-    try:
-        with FileLock(run.lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def _last_step(history: Path) -> int:
-    """The step of the last whole line, read from the end, since this is asked often."""
-    try:
-        with open(history, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError):
-            continue
-    return 0

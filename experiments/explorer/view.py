@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from experiments.analysis.projections import Projection, project
 from experiments.explorer.live_umap import read_live_umap
 from experiments.explorer.trainer import LIVE
-from ibq.config import TrainConfig, parse_run_config
+from ibq.config import TrainConfig, read_config
 from ibq.errors import ConfigError
 from ibq.evaluation.diagnosis import Finding, diagnose
 from ibq.run_directory import RunDirectory, read_lines
@@ -121,7 +121,7 @@ def read_view(run: RunDirectory, slot: int = 0) -> View:
     return View(
         name=run.path.name,
         slot=slot,
-        config=read_config(run),
+        config=tokenizer_config(run),
         history=pd.DataFrame(records, columns=None if records else ["step"]),
         tensors=tensors,
         tensors_step=step,
@@ -132,20 +132,13 @@ def read_view(run: RunDirectory, slot: int = 0) -> View:
     )
 
 
-def read_config(run: RunDirectory) -> TrainConfig:
-    """The config that a run began with.
+def tokenizer_config(run: RunDirectory) -> TrainConfig:
+    """The config that a tokenizer's run began with.
 
     Raises:
         ConfigError: as `read_view`.
     """
-    try:
-        config = parse_run_config(json.loads(run.config.read_text()))
-    except OSError:
-        raise ConfigError(f"{run.path.name} holds no config.json, so it is no run; give the folder of a run") from None
-    except ValueError as error:
-        raise ConfigError(
-            f"the config of {run.path.name} cannot be read ({' '.join(str(error).split())}); give another run"
-        ) from None
+    config = read_config(run)
     if not isinstance(config, TrainConfig):
         raise ConfigError(
             f"{run.path.name} is a transformer's run, and the explorer shows tokenizers'; give a tokenizer's run"

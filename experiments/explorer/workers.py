@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import IO, Literal
 
 from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Projected, Reset, Said, Tell, Train
-from experiments.runner.sweep import cores
+from experiments.runner.pool import cores
 from experiments.runner.worker import note
 from experiments.study import ROOT
 from ibq.config import TrainConfig

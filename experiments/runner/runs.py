@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from experiments.analysis import diagnoses
 from experiments.rows import OF_THE_ROWS_IMAGES
-from experiments.runner.sweep import train_study
-from experiments.runner.worker import TOKENIZER_ROW
-from experiments.study import Cell, Study, unique_runs
-from ibq.config import RunConfig, parse_run_config
+from experiments.runner import torchrun
+from experiments.study import Cell, Study, runs_folder, unique_runs
+from ibq.config import RunConfig, TrainConfig, read_config
 from ibq.data import DataError, load_images
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, nearest
 from ibq.evaluation.tokenizer import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
 from ibq.evaluation.transformer import evaluate_samples
-from ibq.models.tokenizer import load_tokenizer
+from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, write_json
 from ibq.schema import flatten
+from ibq.training.runtime import Runtime
 
 EVALUATIONS: dict[str, str] = {
     "full_test": "the whole test split, where the row has its first images only",
@@ -43,40 +43,22 @@ EVALUATIONS: dict[str, str] = {
 `rows.PLAIN`."""
 
 
-def find_run(study: Study, name: str) -> RunDirectory:
-    """A run of the study's runs folder by its id, or by an unambiguous beginning of it.
+def find_run(name: str) -> RunDirectory:
+    """A run of the runs folder by its id, or by an unambiguous beginning of it.
 
     Raises:
         ConfigError: no run or several begin so; a name that is not an id (a path, say) is not looked up at all.
     """
-    known = sorted(
-        path.name for path in study.runs_folder.glob("*/") if (path / "config.json").is_file() and path.name[0] != "."
-    )
+    folder = runs_folder()
+    known = sorted(path.parent.name for path in folder.glob("[!.]*/config.json"))
     matches = [run for run in known if run == name] or [run for run in known if name and run.startswith(name)]
-    if len(matches) != 1:
-        found = (
-            f"{len(matches)} runs begin with it"
-            if matches
-            else f"no run has that id; {nearest(name, known)}"
-            if known
-            else "there are no runs"
-        )
-        raise ConfigError(f"run {name!r} cannot be chosen: {found}")
-    return RunDirectory(study.runs_folder / matches[0])
-
-
-def read_config(run: RunDirectory) -> RunConfig:
-    """The config of a run directory, checked.
-
-    Raises:
-        ConfigError: config.json is not JSON or not a valid config.
-    """
-    try:
-        return parse_run_config(json.loads(run.config.read_text()))
-    except ValueError as error:
-        raise ConfigError(
-            f"{run.config} cannot be read: {' '.join(str(error).split())}; forget the run and train it again"
-        ) from None
+    if len(matches) == 1:
+        return RunDirectory(folder / matches[0])
+    if matches:
+        found = f"{len(matches)} runs begin with it"
+    else:
+        found = f"no run has that id; {nearest(name, known)}" if known else f"there are no runs in {folder}"
+    raise ConfigError(f"run {name!r} cannot be chosen: {found}")
 
 
 def forget(run: RunDirectory) -> None:
@@ -100,7 +82,7 @@ def forget(run: RunDirectory) -> None:
 
 def transformers_on(tokenizer: RunDirectory) -> list[RunDirectory]:
     """The runs of transformers that have a copy of a tokenizer's run."""
-    copies = sorted(tokenizer.path.parent.glob(f"gen-*/{TOKENIZER_ROW}"))
+    copies = sorted(tokenizer.path.parent.glob("gen-*/tokenizer/row.json"))
     return [
         RunDirectory(path.parents[1]) for path in copies if json.loads(path.read_text())["run"] == tokenizer.path.name
     ]
@@ -117,36 +99,54 @@ def kept_copies(tokenizer: RunDirectory) -> str:
     return f"{len(transformers)} transformers trained on it keep their copy of it: forget them to train them anew"
 
 
-def rerun(study: Study, run: RunDirectory, **options: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def rerun(
+    run: RunDirectory, device: str = "auto", say: Callable[[str], None] = print
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Train a run's config again, beside it; once the new row is there, it takes the old one's place.
 
-    A transformer is trained on the tokenizer as it now is. Transformers whose tokenizer is trained again stay as they
-    are, each with its copy.
+    Device aside, it is watched as the last attempt was (cadences, images of the evaluation, threads). A transformer is
+    trained on the tokenizer as it now is. Transformers whose tokenizer is trained again stay as they are, each with its
+    copy.
 
     Returns:
         The former row and the new one, each None where there is none.
 
     Raises:
-        ConfigError: the run is of no arm of the study, or its tokenizer is not finished.
+        ConfigError: the run was never started, its config cannot be read, or its tokenizer is not finished.
     """
-    before = run.read_row() if run.finished else None
-    waiting = [cell for cell in study.waiting if cell.tokenizer]  # whose tokenizer is not finished, which is said below
-    cells = [cell for cell in study.cells + waiting if cell.run.path == run.path]
-    if not cells:
-        known_by = "--preset, --seeds, --set and --grid it was trained with"
-        raise ConfigError(f"run {run.path.name} is of no arm of study {study.name}; give the {known_by}")
-    if (tokenizer := cells[0].tokenizer) and not tokenizer.run.finished:
-        raise ConfigError(
-            f"run {run.path.name} needs its tokenizer, run {tokenizer.run.path.name}, which is not finished; train "
-            f"that one first"
-        )
+    config, before = read_config(run), run.read_row() if run.finished else None
+    started = [attempt for attempt in run.read_attempts() if attempt["event"] == "started"]
+    if not started:
+        raise ConfigError(f"run {run.path.name} was never started; train it by `run` or `train` first")
     fresh = RunDirectory(run.path.with_name(f".rerun-{run.path.name}"))
-    train_study(study.only([replace(cells[0], run=fresh)]), **options)
-    if not fresh.finished:
+    fields = started[-1]["runtime"]
+    runtime = Runtime(**fields | {"device": device, "guidances": tuple(fields["guidances"])})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(started[-1]["threads"])  # sums, and so rows, depend on the threads in their last bits
+    try:
+        torchrun.train(config, runtime, fresh.path, say, _tokenizer_of(run, config))
+    except SystemExit:  # it has been said why
         return before, None
+    finally:
+        torch.set_num_threads(threads)
     forget(run)
     fresh.path.rename(run.path)
     return before, run.read_row()
+
+
+def _tokenizer_of(run: RunDirectory, config: RunConfig) -> Tokenizer | RunDirectory | None:
+    """The tokenizer of a transformer's run: the finished run that it names, or where it names none the copy in it."""
+    if isinstance(config, TrainConfig):
+        return None
+    if run.tokenizer_row.is_file():
+        tokenizer = RunDirectory(run.path.with_name(json.loads(run.tokenizer_row.read_text())["run"]))
+        if not tokenizer.finished:
+            raise ConfigError(
+                f"run {run.path.name} needs its tokenizer, run {tokenizer.path.name}, which is not finished; train "
+                f"that one first"
+            )
+        return tokenizer
+    return load_tokenizer(run.tokenizer)
 
 
 def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]]:

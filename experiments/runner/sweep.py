@@ -3,28 +3,24 @@ left."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing.context import ForkServerProcess
-from typing import Any
 
-from experiments.analysis import diagnoses
+from experiments import status
 from experiments.runner import worker
+from experiments.runner.pool import Pool, cores
 from experiments.runner.throughput import step_cost, work
 from experiments.study import STAGES, Cell, Study, unique_runs
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
-from ibq.run_directory import RunDirectory
 
 POLL_S = 0.3
-HEARTBEAT_S = 30.0
-GRACE_S = 8.0
-"""How long trainers have to write a checkpoint when asked to stop."""
+"""Longest wait for a trainer to end, between looks at the budget of time and at hung trainers."""
+REPORT_S = 30.0
+"""Time between two lines on what is left."""
 HANG_S = 600.0
 """Without a sign of life for so long, a trainer counts as hung. A tokenizer's evaluation, which gives none, must end
 within it."""
@@ -44,11 +40,6 @@ class Outcome:
 def default_slots(device: str) -> int:
     """Runs at a time: one a core on a CPU (a small run gains little from a second core), one on a GPU."""
     return 1 if resolve_device(device).type == "cuda" else cores()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train_study(
@@ -104,7 +95,7 @@ def train_study(
     study.runs_folder.mkdir(parents=True, exist_ok=True)
     runtime = replace(study.preset.runtime, device=device)
     progress = _Progress(study, todo, say)
-    pool = _Pool(runtime, threads)
+    pool, cell_of = Pool(runtime, threads), {cell.run.path: cell for cell in todo}
     queue, stopping, started = list(todo), False, time.monotonic()
 
     def stop(reason: str) -> None:
@@ -115,23 +106,22 @@ def train_study(
         pool.stop()
 
     with pool:
-        while queue or pool.running:
+        while queue or len(pool):
             if time_budget_s is not None and time.monotonic() - started > time_budget_s:
                 stop(f"time budget of {time_budget_s / 60:.1f} minutes spent; stopping at the next step, resumably")
-            while queue and len(pool.running) < slots:
-                pool.start(queue.pop(0))
+            while queue and len(pool) < slots:
+                cell = queue.pop(0)
+                pool.start(cell.run, cell.config, cell.tokenizer.run if cell.tokenizer else None)
             pool.kill_hung(hang_s)
-            for cell, code in pool.reap():
+            for run, code in pool.reap(POLL_S):
+                cell = cell_of[run.path]
                 for note in notes_of_last_attempt(cell):
                     say(f"{cell.name}: {note}")
                 if cell.run.finished:
                     outcome.finished.append(cell)
-                    known = {each.run.path for each in todo}
-                    joined = [
-                        each
-                        for each in unique_runs(study.advance())
-                        if not each.run.finished and each.run.path not in known
-                    ]
+                    new = [each for each in unique_runs(study.advance()) if not each.run.finished]
+                    joined = [each for each in new if each.run.path not in cell_of]
+                    cell_of |= {each.run.path: each for each in joined}
                     todo += joined
                     progress.count()
                     progress.finished(cell)
@@ -146,23 +136,14 @@ def train_study(
                     )
                 elif code != 0:
                     outcome.failed.append(cell)
-                    say(f"FAILED {cell.name}: {failure_reason(cell.run)}")
+                    say(f"FAILED {cell.name}: {status.of(cell.run).reason}")
                     if fail_fast:
                         stop("stopping everything at the first failure, as --fail-fast says")
             progress.heartbeat()
-            time.sleep(POLL_S)
     done = {cell.run.path for cell in outcome.finished + outcome.failed}
     outcome.unfinished = [cell for cell in todo if cell.run.path not in done] + unique_runs(study.waiting)
     outcome.seconds = time.monotonic() - started
     return outcome
-
-
-def failure_reason(run: RunDirectory) -> str:
-    """Why the last attempt at a run ended without a row, '' where there was none or it is still going on."""
-    attempts = [attempt for attempt in run.read_attempts() if attempt["event"] != "damaged"]
-    if not attempts or attempts[-1]["event"] == "started":
-        return ""
-    return attempts[-1].get("reason") or attempts[-1]["event"]
 
 
 def notes_of_last_attempt(cell: Cell) -> list[str]:
@@ -177,72 +158,6 @@ def notes_of_last_attempt(cell: Cell) -> list[str]:
             else notes
         )
     return notes
-
-
-class _Pool:
-    """Trainer processes, forked from a server that has torch loaded. Leaving the context stops what still runs."""
-
-    def __init__(self, runtime: Any, threads: int) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["experiments.runner.preload"])
-        self._stopping = False
-        self._runtime, self._threads = runtime, threads
-        self.running: dict[ForkServerProcess, Cell] = {}
-        self._started: dict[ForkServerProcess, float] = {}
-        self._hung: dict[ForkServerProcess, str] = {}
-
-    def start(self, cell: Cell) -> None:
-        tokenizer = str(cell.tokenizer.run.path) if cell.tokenizer else None
-        arguments = (cell.config.to_json_dict(), str(cell.run.path), self._runtime, self._threads, tokenizer)
-        process = self._context.Process(target=worker.train, args=arguments, daemon=False)
-        process.start()
-        self.running[process], self._started[process] = cell, time.time()
-
-    def reap(self) -> Iterator[tuple[Cell, int]]:
-        for process in [p for p in self.running if not p.is_alive()]:
-            process.join()
-            cell = self.running.pop(process)
-            code = process.exitcode or 0
-            if process in self._hung:
-                worker.note(cell.run, "timeout", self._hung.pop(process))
-            elif code < 0 and not (self._stopping and -code == signal.SIGTERM):
-                worker.note_killed(cell.run, code)
-            yield cell, code
-
-    def kill_hung(self, hang_s: float) -> None:
-        """Kill what has shown no sign of life for `hang_s` seconds."""
-        for process, cell in self.running.items():
-            heartbeat = cell.run.heartbeat.stat().st_mtime if cell.run.heartbeat.exists() else 0.0
-            silent_s = time.time() - max(heartbeat, self._started[process])
-            if silent_s > hang_s and process.is_alive():
-                self._hung[process] = f"no sign of life for {silent_s:.0f} s, killed"
-                process.kill()
-
-    def stop(self) -> None:
-        """Ask every trainer to write a checkpoint and end; one that has hardly started just ends."""
-        if not self._stopping:
-            self._stopping = True
-            for process in self.running:
-                process.terminate()
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        deadline = time.monotonic() + GRACE_S
-        for process in self.running:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-
-def time_left(seconds: float) -> str:
-    """Seconds as a phrase in the unit that suits them."""
-    if seconds > 2 * 3600:
-        return f"about {seconds / 3600:.1f} h left"
-    return f"about {seconds / 60:.1f} min left" if seconds > 45 else f"about {seconds:.0f} s left"
 
 
 class _Progress:
@@ -267,51 +182,27 @@ class _Progress:
         return self._weights[cell.stage] * work(cell, self._preset)
 
     def _done(self) -> float:
-        return sum(self._weight(cell) * _share_done(cell) for cell in self._cells)
+        return sum(self._weight(cell) * status.share_done(cell.run, cell.config.steps) for cell in self._cells)
 
     def _left(self) -> str:
         done = self._done()
         if done == self._at_start:
-            return "time left not known yet"
-        return time_left((time.monotonic() - self._start) * (self._total - done) / (done - self._at_start))
+            return status.time_left(None)
+        return status.time_left((time.monotonic() - self._start) * (self._total - done) / (done - self._at_start))
 
     def finished(self, cell: Cell) -> None:
         row = cell.run.read_row()
         self._count += 1
-        self._say(f"[{self._count}/{self._runs}] {row['status']} {cell.name}: {result_of(row)}; {self._left()}")
+        self._say(f"[{self._count}/{self._runs}] {row['status']} {cell.name}: {status.result_of(row)}; {self._left()}")
         self._last = time.monotonic()
 
     def heartbeat(self) -> None:
-        if time.monotonic() - self._last > HEARTBEAT_S:
+        if time.monotonic() - self._last > REPORT_S:
             self._last = time.monotonic()
-            steps = round(sum(cell.config.steps * _share_done(cell) for cell in self._cells))
+            steps = round(
+                sum(cell.config.steps * status.share_done(cell.run, cell.config.steps) for cell in self._cells)
+            )
             self._say(f"step {steps} of {self._steps} over all runs; {self._left()}")
-
-
-def _share_done(cell: Cell) -> float:
-    return 1.0 if cell.run.finished else last_step(cell) / cell.config.steps
-
-
-def result_of(row: dict[str, Any]) -> str:
-    """What a run gave, in a phrase; why it gave nothing; and what its history shows, if anything."""
-    if row["status"] != "ok":
-        result = row["reason"]
-    elif "bits_per_image" in row:
-        fid = (
-            f", FID[fashion-cnn] {row['fid[fashion-cnn]']:.3g} at guidance {row['guidance']:g}"
-            if "fid[fashion-cnn]" in row
-            else ""
-        )
-        result = f"bits/image {row['bits_per_image']:.0f}{fid}"
-    else:
-        result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}"
-    return f"{result}, {row['train_seconds']:.0f} s{diagnoses.phrase(row)}"
-
-
-def last_step(cell: Cell) -> int:
-    """The newest logged step of a run, 0 before the first."""
-    history = cell.run.read_history()
-    return int(history[-1]["step"]) if history else 0
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,9 +20,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from experiments.analysis import diagnoses
+from experiments import status
 from experiments.runner import worker
-from experiments.runner.sweep import HEARTBEAT_S, failure_reason, time_left
+from experiments.runner.sweep import REPORT_S
 from experiments.study import runs_folder
 from ibq.config import RunConfig
 from ibq.data import DataError, data_hash_of
@@ -44,7 +45,7 @@ def train(
     runtime: Runtime,
     out: Path | None = None,
     say: Callable[[str], None] = print,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | RunDirectory | None = None,
 ) -> None:
     """Train a run to its row, or go on with it; SIGTERM and Ctrl-C stop it resumably at its next step.
 
@@ -53,7 +54,7 @@ def train(
         runtime: device and cadences; under torchrun each process has the GPU of its local rank.
         out: the run's directory; None: its id in the runs folder (IBQ_RUNS, else runs/ in the repository).
         say: receives one line at a time: of the first process, and of another one what befell that one alone.
-        tokenizer: that of a transformer's config.
+        tokenizer: that of a transformer's config, or the finished run that it is of.
 
     Raises:
         SystemExit: the run has no row of status "ok": STOPPED, `worker.DISK_FULL`, 1 any other failure. The reason has
@@ -67,7 +68,7 @@ def train(
         run, made = _claim(config, out, claims)
         if copy_of_first(run.finished):
             if is_writer():
-                say(f"{run.path} is finished already: {_result(run)}")
+                say(f"{run.path} is finished already: {status.result_of(run.read_row())}")
             return
         try:
             code = (_lead if is_writer() else _follow)(config, tokenizer, run, runtime, stop, say)
@@ -118,7 +119,7 @@ def _require_own_folder(out: Path, config: RunConfig) -> None:
 
 def _lead(
     config: RunConfig,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | RunDirectory | None,
     run: RunDirectory,
     runtime: Runtime,
     stop: threading.Event,
@@ -131,16 +132,18 @@ def _lead(
     if code == worker.UNFIT:
         raise ConfigError(run.read_attempts()[-1]["reason"])
     if run.finished:
-        say(_result(run))
-        return int(run.read_row()["status"] != "ok")
+        row = run.read_row()
+        lost = row["status"] != "ok"
+        say(f"{row['status']}: {status.result_of(row)}" if lost else status.result_of(row))
+        return int(lost)
     if run.read_attempts()[-1]["event"] != "lost" or is_first_here(PEER_LOST):
-        say(failure_reason(run))
+        say(status.of(run).reason)
     return code or STOPPED
 
 
 def _follow(
     config: RunConfig,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | RunDirectory | None,
     run: RunDirectory,
     runtime: Runtime,
     stop: threading.Event,
@@ -190,16 +193,15 @@ class _Progress:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._last = say, float("-inf")
-        self._first: tuple[int, float] | None = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=status.SPEED_LINES)
 
     def __call__(self, event: LogEvent) -> None:
+        self._recent.append(event.record)
         now = time.monotonic()
-        self._first = self._first or (event.step, now)
-        if now - self._last < HEARTBEAT_S and event.step < event.steps:
+        if now - self._last < REPORT_S and event.step < event.steps:
             return
         self._last = now
-        steps, seconds = event.step - self._first[0], now - self._first[1]
-        left = time_left((event.steps - event.step) * seconds / steps) if steps else "time left not known yet"
+        left = status.time_left(status.seconds_left(self._recent, event.steps))
         numbers = _numbers(event.record)
         self._say(
             f"step {event.step:,} of {event.steps:,}: {numbers}" + (f"; {left}" if event.step < event.steps else "")
@@ -211,18 +213,3 @@ def _numbers(record: dict[str, Any]) -> str:
     if "perplexity" in record:
         return f"loss {record['loss']:.4f}, perplexity {record['perplexity']:.0f}"
     return f"loss {record['loss']:.4f} nats a token, perplexity {math.exp(record['loss']):.0f}"
-
-
-def _result(run: RunDirectory) -> str:
-    row = run.read_row()
-    if row["status"] != "ok":
-        return f"{row['status']}: {row['reason']}{diagnoses.phrase(row)}"
-    if "cross_entropy" in row:
-        bits = (
-            f"{row['bits_per_image']:.0f} bits an image, where drawing any code has {row['uniform_bits_per_image']:.0f}"
-        )
-        return (
-            f"cross-entropy {row['cross_entropy']:.4f} nats a token, {bits}, {row['train_seconds']:.0f} s of training"
-        )
-    result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}"
-    return f"{result}, {row['train_seconds']:.0f} s of training{diagnoses.phrase(row)}"

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -33,9 +34,6 @@ UNFIT, DISK_FULL, BUSY = 2, 74, 75
 finished or stopped, 1 any other recorded failure."""
 
 HEARTBEAT_S = 1.0
-TOKENIZER_ROW = "tokenizer/row.json"
-"""In a transformer's run, beside the copy of its tokenizer: that one's row, which stays right whatever becomes of the
-tokenizer's run."""
 
 
 def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, tokenizer: str | None = None) -> None:
@@ -86,7 +84,8 @@ def attempt(
         the exit code: 0 is finished (a row may say "nan") or stopped, UNFIT, DISK_FULL, 1 any other failure.
     """
     started = time.time()
-    append_line(run.attempts, {"event": "started", "time": started, "pid": os.getpid(), "host": socket.gethostname()})
+    where = {"pid": os.getpid(), "host": socket.gethostname(), "threads": torch.get_num_threads()}
+    append_line(run.attempts, {"event": "started", "time": started} | where | {"runtime": asdict(runtime)})
     code, reason = 0, None
     try:
         with peers():
@@ -142,7 +141,7 @@ def _tokenizer_of(
             f"that one first"
         )
     row = source.read_row()
-    write_json(run.path / TOKENIZER_ROW, row)
+    write_json(run.tokenizer_row, row)
     if row["status"] == "ok":
         return load_tokenizer(source.path)
     write_json(run.config, config.to_json_dict())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ibq.config import TransformerTrainConfig, parse_run_config
+from ibq.config import TransformerTrainConfig, read_config
 from ibq.data.images import one_line, quoted
 from ibq.errors import ConfigError
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
@@ -89,20 +88,11 @@ def _of_run(run: RunDirectory, tokenizer_folder: Path) -> TrainedTransformer:
 
 def _config_of(run: RunDirectory) -> TransformerTrainConfig:
     """ConfigError: the folder holds no run, or a tokenizer's."""
-    folder = quoted(run.path)
-    if not run.config.is_file():
-        raise ConfigError(
-            f"{folder} holds no config.json; pass the folder of a transformer's finished run, or a released checkpoint "
-            f"(.ckpt)"
-        )
-    try:
-        config = parse_run_config(json.loads(run.config.read_text()))
-    except ValueError as error:  # a ConfigError too
-        raise ConfigError(
-            f"{quoted(run.config)} cannot be read ({one_line(error)}); pass the folder of another run"
-        ) from None
+    config = read_config(run)
     if not isinstance(config, TransformerTrainConfig):
-        raise ConfigError(f"{folder} holds a tokenizer and no transformer; pass the folder of a transformer's run")
+        raise ConfigError(
+            f"{quoted(run.path)} holds a tokenizer and no transformer; pass the folder of a transformer's run"
+        )
     return config
 
 

@@ -3,7 +3,6 @@ facts of its row."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -14,7 +13,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from ibq.config import RESULTS_VERSION, RunConfig, parse_run_config
+from ibq.config import RESULTS_VERSION, RunConfig, read_config
 from ibq.distributed import barrier, device_name, gather_objects, is_writer, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError, nearest
 from ibq.models.tokenizer import Tokenizer
@@ -129,10 +128,7 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 def check_config(run: RunDirectory, config: RunConfig) -> None:
     """Refuse a directory whose config.json is another config."""
     if run.config.is_file():
-        try:
-            theirs = parse_run_config(json.loads(run.config.read_text())).identity()
-        except ValueError as error:
-            raise ConfigError(f"{run.config} cannot be read ({' '.join(str(error).split())}); forget the run") from None
+        theirs = read_config(run).identity()
         if differing := first_difference(theirs, config.identity()):
             raise ConfigError(f"{run.path} holds a run with {differing}; pass another directory")
 

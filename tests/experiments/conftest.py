@@ -17,6 +17,7 @@ from experiments.ablations import ABLATIONS
 from experiments.analysis.projections import project_all
 from experiments.explorer.run import ExplorerRun, Workers, new_run
 from experiments.runner import sweep
+from experiments.runner.pool import Pool
 from experiments.runner.sweep import Outcome, train_study
 from experiments.study import Study
 from ibq.data import fashion_mnist
@@ -56,7 +57,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def loaded_server() -> None:
     """The server that forks trainers has loaded torch, so that a limit of a few seconds is spent on training."""
-    process = sweep._Pool(Study("smoke").preset.runtime, threads=1)._context.Process(target=int)
+    process = Pool(Study("smoke").preset.runtime, threads=1)._context.Process(target=int)
     process.start()
     process.join()
 

@@ -191,7 +191,7 @@ def test_compare_names_what_differs_and_nothing_else(trained: tuple) -> None:
     names = [line[0] for line in runs.compare(one, other)]
     assert "quantizer.entropy_weight" in names
     assert not {"quantizer.method", "quantizer.codebook_init", "steps", "parameters"} & set(names)
-    output = runner.invoke(app, ["compare", one.path.name, other.path.name, "--preset", "smoke"]).output
+    output = runner.invoke(app, ["compare", one.path.name, other.path.name]).output
     assert one.path.name in output
 
 
@@ -201,9 +201,9 @@ def test_rerun_gives_the_same_row_and_forget_leaves_nothing(tmp_path: Path, monk
     study = study.only(study.cells[:1])
     train_study(study, device="cpu", say=lambda _: None)
     name = study.cells[0].run.path.name
-    result = runner.invoke(app, ["rerun", name[:12], "--preset", "smoke"])
+    result = runner.invoke(app, ["rerun", name[:12]])
     assert result.exit_code == 0, result.output
     changed = result.output.strip().rpartition(": ")[2]
     assert set(changed.split(", ")) <= {"none", "train_seconds", "peak_memory_gib"}
-    assert runner.invoke(app, ["forget", name, "--preset", "smoke"]).exit_code == 0
+    assert runner.invoke(app, ["forget", name]).exit_code == 0
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from experiments.analysis import diagnoses
 from experiments.cli import app
 from experiments.report import pages
 from experiments.runner import runs
-from experiments.runner.sweep import result_of
+from experiments.status import result_of
 from experiments.study import Cell, Study
 from ibq.evaluation.diagnosis import NOTHING_SEEN
 from ibq.run_directory import write_json, write_text
@@ -104,7 +104,7 @@ def test_sweep_and_status_name_the_cause(copied: Study) -> None:
     assert result_of(row | {"diagnosis": NOTHING_SEEN}) == result_of(row) == "perplexity 12 of 1024, L1 0.1200, 38 s"
     assert (
         result_of({"status": "nan", "reason": "step 7: lost", "train_seconds": 3.0, "diagnosis": seen})
-        == f"step 7: lost, 3 s; {seen}"
+        == f"step 7: lost; {seen}"
     )
 
     cell = tokenizer_of(copied, "vq")

@@ -296,7 +296,7 @@ def test_the_study_does_not_see_the_explorers_runs(own_folders: None, workers: W
     assert set(rows.load(study)["status"]) == {"pending"}
     for name in ("explore", run.name, "0001"):
         with pytest.raises(ConfigError, match="there are no runs"):
-            runs.find_run(study, name)
+            runs.find_run(name)
     assert runs.transformers_on(run.directory) == []
 
 

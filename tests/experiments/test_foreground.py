@@ -16,7 +16,7 @@ from recipe_runs import command, write_pictures
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.runner.sweep import time_left
+from experiments.status import time_left
 from experiments.study import ROOT
 from ibq.data import DataError
 from ibq.run_directory import RunDirectory

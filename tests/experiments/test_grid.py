@@ -338,7 +338,7 @@ def test_from_the_command_line_to_the_page(own_folders: Path) -> None:
     assert [cell.run.row.stat().st_mtime_ns for cell in study.cells] == written
     assert runner.invoke(app, ["status", *options]).output.count(" ok ") == 4
     assert "4 runs evaluated" in runner.invoke(app, ["evaluate", *options, "--metric", "train_split"]).output
-    assert runner.invoke(app, ["rerun", study.cells[1].run.path.name, *options]).exit_code == 0
+    assert runner.invoke(app, ["rerun", study.cells[1].run.path.name]).exit_code == 0
 
     [folder] = [folder for folder in (own_folders / "reports").iterdir() if "codebook_size" in folder.name]
     assert folder == study.report_folder

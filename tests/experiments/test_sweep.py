@@ -118,7 +118,7 @@ def test_a_time_budget_stops_resumably(tmp_path: Path, monkeypatch: pytest.Monke
     assert not run.finished
     assert run.read_attempts()[-1]["event"] == "stopped"
     assert (run.checkpoint / "meta.json").is_file()
-    assert rows.state(outcome.unfinished[0]) == "pending"
+    assert rows.state(outcome.unfinished[0]) == "stopped"
 
 
 @pytest.mark.usefixtures("loaded_server")

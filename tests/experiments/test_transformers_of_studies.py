@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from toy_transformers import TIMING, TOY, names, pretend
 
-from experiments import ablations, rows
+from experiments import ablations, rows, status
 from experiments.ablations import Contrast, Tuning
 from experiments.analysis.effects import verdict
 from experiments.analysis.findings import findings
 from experiments.recipes import PRESETS, get_preset, tokenizer, transformer
 from experiments.report.configs import differing_fields
 from experiments.runner import runs, worker
-from experiments.runner.sweep import failure_reason, train_study
+from experiments.runner.sweep import train_study
 from experiments.study import Study, unique_runs
 from ibq.config import TransformerTrainConfig
 from ibq.errors import ConfigError
@@ -205,7 +205,7 @@ def test_a_transformer_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(
     )
     assert code == 0
     assert not cell.run.finished
-    assert rows.status_lines(copied)[names(copied.cells).index("ibq 0")]["state"] == "pending"
+    assert rows.status_lines(copied)[names(copied.cells).index("ibq 0")]["state"] == "stopped"
     outcome = train_study(Study("smoke", ("toy",)), device="cpu", say=lambda _: None)
     assert names(outcome.finished) == ["ibq 0"]
     assert [attempt["event"] for attempt in cell.run.read_attempts()] == ["started", "stopped", "started", "finished"]
@@ -263,7 +263,7 @@ def test_transformer_stages_of_a_failed_tokenizer_have_no_result_and_the_others_
     assert names(outcome.unfinished) == ["ibq 0", "ibq_deep 0"]
     frame = rows.load(study).set_index("arm")
     assert frame.loc["tokenizer of ibq", "status"] == "failed"
-    reason = f"its tokenizer {broken.path.name}: {failure_reason(broken)}"
+    reason = f"its tokenizer {broken.path.name}: {status.of(broken).reason}"
     assert frame.loc["ibq", ["status", "reason"]].tolist() == ["failed", reason]
     assert [(line["state"], line["detail"]) for line in rows.status_lines(study)[-2:]] == [("failed", reason)] * 2
     assert findings(TOY, frame.reset_index())[0].startswith("2 of 3 runs have no result (2 failed)")

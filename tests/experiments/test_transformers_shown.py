@@ -113,7 +113,7 @@ def test_status_and_compare_know_both_stages(copied: Study) -> None:
     assert differing["transformer.depth"] == (1, 2)
     assert "bits_per_image" in differing or one.read_row()["bits_per_image"] == other.read_row()["bits_per_image"]
     assert not {"tokenizer.quantizer.method", "tokenizer_sha256", "steps"} & set(differing)
-    assert one.path.name in runner.invoke(app, ["compare", one.path.name, other.path.name, "--preset", "smoke"]).output
+    assert one.path.name in runner.invoke(app, ["compare", one.path.name, other.path.name]).output
 
 
 def test_tokenizers_of_transformers_are_no_arms_of_tables_and_pages(copied: Study) -> None:
@@ -143,7 +143,7 @@ def test_transformer_stages_are_not_projected(copied: Study) -> None:
 def test_a_transformer_outlives_its_tokenizer(copied: Study) -> None:
     before = rows.load(copied).set_index("arm")
     tokenizer_run = next(cell for cell in copied.cells if cell.arm.name == "tokenizer of ibq").run
-    output = runner.invoke(app, ["forget", tokenizer_run.path.name, "--preset", "smoke"]).output
+    output = runner.invoke(app, ["forget", tokenizer_run.path.name]).output
     assert (
         output
         == f"forgot {tokenizer_run.path.name}; 2 transformers trained on it keep their copy of it: forget them to "
@@ -159,7 +159,7 @@ def test_a_transformer_outlives_its_tokenizer(copied: Study) -> None:
         ConfigError,
         match=f"needs its tokenizer, run {tokenizer_run.path.name}, which is not finished; train that one first",
     ):
-        runs.rerun(study, one)
+        runs.rerun(one)
     assert names(train_study(study, device="cpu", say=lambda _: None).finished) == ["tokenizer of ibq 0"]
 
 
@@ -170,7 +170,7 @@ def test_an_unfinished_transformer_without_its_tokenizer_is_an_arm_all_the_same(
     with pytest.raises(
         ConfigError, match=f"needs its tokenizer, run {cells['tokenizer of ibq'].run.path.name}, which is not finished"
     ):
-        runs.rerun(Study("smoke", ("toy",)), cells["ibq"].run)
+        runs.rerun(cells["ibq"].run)
 
 
 def test_a_tokenizer_trained_again_says_what_transformers_keep(copied: Study) -> None:
@@ -179,14 +179,14 @@ def test_a_tokenizer_trained_again_says_what_transformers_keep(copied: Study) ->
         ("ibq", "2 transformers trained on it keep their copy of it: forget them to train them anew\n"),
         ("vq", "1 transformer trained on it keeps its copy of it: forget it to train it anew\n"),
     ):
-        result = runner.invoke(app, ["rerun", runs[f"tokenizer of {of}"].name, "--preset", "smoke"])
+        result = runner.invoke(app, ["rerun", runs[f"tokenizer of {of}"].name])
         assert result.exit_code == 0, result.output
         assert result.output.endswith(said)
 
 
 def test_a_transformer_is_trained_again_by_rerun(copied: Study) -> None:
     one = next(cell for cell in copied.cells if cell.arm.name == "ibq").run
-    before, after = runs.rerun(copied, runs.find_run(copied, one.path.name), say=lambda _: None, device="cpu")
+    before, after = runs.rerun(runs.find_run(one.path.name), "cpu", lambda _: None)
     assert before
     assert after
     assert {k: v for k, v in before.items() if k not in TIMING} == {k: v for k, v in after.items() if k not in TIMING}

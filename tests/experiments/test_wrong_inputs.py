@@ -86,11 +86,11 @@ def test_fields(change: str, words: list[str]) -> None:
         ("run --preset smoke --time-budget -1 --set steps=3", ["-1 minutes", "more than 0"]),
         ("run --preset smoke --device cuda:9 --set steps=3", ["'cuda:9'", "'cpu'"]),
         ("run --preset smoke --device tpu --set steps=3", ["'tpu'", "cpu"]),
-        ("forget nonsense --preset smoke", ["'nonsense'", "no run has that id"]),
-        ("forget ../../etc --preset smoke", ["'../../etc'"]),
-        ("forget vq --preset smoke", ["'vq'", "runs begin with it"]),
-        ("compare vq-s0 ibq-s7 --preset smoke", ["runs begin with it"]),
-        ("rerun ibq-s7 --preset smoke", ["'ibq-s7'"]),
+        ("forget nonsense", ["'nonsense'", "no run has that id"]),
+        ("forget ../../etc", ["'../../etc'"]),
+        ("forget vq", ["'vq'", "runs begin with it"]),
+        ("compare vq-s0 ibq-s7", ["runs begin with it"]),
+        ("rerun ibq-s7", ["'ibq-s7'"]),
         ("evaluate --preset smoke --metric full_tset", ["'full_tset'", "'full_test'"]),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_damaged_row(copied_run: Study) -> None:
 def test_a_damaged_config(copied_run: Study) -> None:
     run = copied_run.cells[0].run
     run.config.write_text("{")
-    assert "config.json cannot be read" in sentence("compare", run.path.name, run.path.name, "--preset", "smoke")
+    assert "config.json cannot be read" in sentence("compare", run.path.name, run.path.name)
 
 
 def test_a_runs_folder_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import torch
 
 from experiments.ablations import ABLATIONS
-from experiments.runner.worker import TOKENIZER_ROW
 from experiments.study import Cell, Study
 from ibq.run_directory import append_line, write_json, write_tensors
 from ibq.schema import flatten
@@ -73,9 +72,7 @@ def finish(cell: Cell, best: float = 2.0) -> None:
     row |= {f"config.{name}": value for name, value in flatten(cell.config.identity()).items()}
     row |= {"protocol.split": "test", "protocol.n_images": 2000, "protocol.weights": "raw", "protocol.samples": 1000}
     row |= {"protocol.guidances": "1, 2, 3", "protocol.sampling": f"temperature 1, no truncation, seed {cell.seed}"}
-    write_json(
-        cell.run.path / TOKENIZER_ROW, {"run": "tokenizer", "l1": l1, "perplexity": 500.0, "fid[fashion-cnn]": fid / 2}
-    )
+    write_json(cell.run.tokenizer_row, {"run": "tokenizer", "l1": l1, "perplexity": 500.0, "fid[fashion-cnn]": fid / 2})
     for step in (10, 20):
         append_line(cell.run.history, {"step": step, "loss": 7 - step / 10, "seconds": float(step)})
     shown_N = torch.arange(5, 27)

@@ -112,7 +112,7 @@ def test_folders_that_hold_no_finished_transformer(run: Path, tmp_path: Path, ti
     cases = {
         "absent does not exist; pass the folder of a transformer's finished run": "absent",
         "notes.txt is neither a folder nor a .ckpt file": "notes.txt",
-        "empty holds no config.json; pass the folder of a transformer's finished run": "empty",
+        "empty holds no config.json; pass the folder of a run": "empty",
         "tokenizer holds a tokenizer and no transformer; pass the folder of a transformer's run": "tokenizer",
     }
     for words, name in cases.items():
@@ -123,7 +123,7 @@ def test_folders_that_hold_no_finished_transformer(run: Path, tmp_path: Path, ti
     (run / "row.json").unlink()
     refused("the run in .*run is not finished; let its training go on to the end", run)
     change(run / "config.json", classes=0)
-    refused("config.json cannot be read .*classes.*; pass the folder of another run", run)
+    refused("config.json cannot be read .*classes.*; forget the run and train it again", run)
     (run / "config.json").write_text("{")
     refused("config.json cannot be read", run)
 

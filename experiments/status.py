@@ -1,0 +1,121 @@
+"""Status of a run, read from its directory alone: state, step, time left, and why it has no result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from experiments.analysis import diagnoses
+from ibq.run_directory import RunDirectory
+
+State = Literal["ok", "nan", "running", "interrupted", "oom", "failed", "stopped", "pending"]
+SPEED_LINES = 20
+"""Lines of the log over which the speed of a run is taken."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Snapshot of a run.
+
+    Attributes:
+        state: "ok" or "nan" with a row; "running" while a process holds its lock; "interrupted" where a trainer died
+            without a word; "oom" or "failed", of which `reason` says why; "stopped" resumably; "pending" before the
+            first attempt.
+        reason: why the last attempt ended without a row; empty where there was none or it is still going on.
+        recent: the newest lines of history.jsonl, oldest first.
+    """
+
+    state: State
+    reason: str
+    recent: tuple[dict[str, Any], ...]
+
+    @property
+    def step(self) -> int:
+        """The newest logged step, 0 before the first."""
+        return int(self.recent[-1]["step"]) if self.recent else 0
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest line of the log, {} before the first."""
+        return self.recent[-1] if self.recent else {}
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Seconds to the end of a run of `steps`, at the speed of the recent lines; None where it is not known."""
+        return seconds_left(self.recent, steps)
+
+
+def of(run: RunDirectory) -> Status:
+    """The status of a run.
+
+    Raises:
+        ConfigError: row.json is damaged.
+    """
+    recent = tuple(run.read_recent(SPEED_LINES))
+    if run.finished:
+        return Status(run.read_row()["status"], "", recent)
+    attempts = [attempt for attempt in run.read_attempts() if attempt["event"] != "damaged"]
+    event = attempts[-1]["event"] if attempts else ""
+    reason = "" if event in ("", "started") else attempts[-1].get("reason") or event
+    return Status(_state(run, event), reason, recent)
+
+
+def _state(run: RunDirectory, event: str) -> State:
+    if is_held(run):
+        return "running"
+    if event == "started":
+        return "interrupted"
+    if event in ("oom", "stopped"):
+        return event  # type: ignore[return-value]
+    return "failed" if event in ("error", "killed", "lost", "timeout") else "pending"
+
+
+def is_held(run: RunDirectory) -> bool:
+    """True while a process trains the run: its claim is a lock of the operating system, which dies with it."""
+    if not run.lock.exists():
+        return False
+    try:
+        with FileLock(run.lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def share_done(run: RunDirectory, steps: int) -> float:
+    """Share of a run's steps that are done, 1 with a row."""
+    if run.finished:
+        return 1.0
+    recent = run.read_recent(1)
+    return recent[-1]["step"] / steps if recent else 0.0
+
+
+def seconds_left(recent: Sequence[dict[str, Any]], steps: int) -> float | None:
+    """Seconds from the last of some lines of a log to step `steps`, at the speed between the first and the last."""
+    if len(recent) < 2 or recent[-1]["step"] <= recent[0]["step"]:
+        return None
+    per_step = (recent[-1]["seconds"] - recent[0]["seconds"]) / (recent[-1]["step"] - recent[0]["step"])
+    return float(per_step * (steps - recent[-1]["step"]))
+
+
+def time_left(seconds: float | None) -> str:
+    """Seconds as a phrase in the unit that suits them."""
+    if seconds is None:
+        return "time left not known yet"
+    if seconds > 2 * 3600:
+        return f"about {seconds / 3600:.1f} h left"
+    return f"about {seconds / 60:.1f} min left" if seconds > 45 else f"about {seconds:.0f} s left"
+
+
+def result_of(row: dict[str, Any]) -> str:
+    """Result of a finished run in a phrase, or why it has none, and the diagnosis of its history, if there is one."""
+    if row["status"] != "ok":
+        return f"{row['reason']}{diagnoses.phrase(row)}"
+    if "bits_per_image" in row:
+        result = f"bits/image {row['bits_per_image']:.0f}, of uniform tokens {row['uniform_bits_per_image']:.0f}"
+        if "fid[fashion-cnn]" in row:
+            result += f", FID[fashion-cnn] {row['fid[fashion-cnn]']:.3g} at guidance {row['guidance']:g}"
+    else:
+        result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}"
+    return f"{result}, {row['train_seconds']:.0f} s{diagnoses.phrase(row)}"
