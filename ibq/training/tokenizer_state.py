@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ibq.config import RESULTS_VERSION, TrainConfig
 from ibq.distributed import initialized, is_writer, mean_over_ranks, world_size
-from ibq.metrics import usage_metrics
+from ibq.metrics.usage import usage_metrics
 from ibq.models.autoencoder import Level
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
