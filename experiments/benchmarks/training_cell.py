@@ -45,7 +45,7 @@ SMALL = {
 def config_of(cell: dict[str, Any], folder: Path) -> TrainConfig:
     """The method's recipe with the cell's K, batch, micro-batches and precision, on images of a folder that are held in
     memory."""
-    fields = {"data.name": f"imagefolder:{folder}", "data.crop": "center"}
+    fields: dict[str, Any] = {"data.name": f"imagefolder:{folder}", "data.crop": "center"}
     fields |= {
         "batch_size": cell["batch"],
         "accumulate": cell["accumulate"],

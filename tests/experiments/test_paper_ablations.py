@@ -12,8 +12,8 @@ from experiments.report import figures, tables
 from experiments.runner.plan import expected_cost, plan_table
 from experiments.study import Study, unique_runs
 from ibq.errors import ConfigError
-from ibq.schema import flatten
 from ibq.metrics import METRICS
+from ibq.schema import flatten
 
 SIZES = {
     "codebook_size": "quantizer.codebook_size",
