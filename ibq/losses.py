@@ -47,14 +47,22 @@ class PerceptualLoss(nn.Module):
     over channels, mean over positions, mean over layers), after each of the six convolutions of a classifier of
     Fashion-MNIST.
 
+    Args:
+        weights: of VGG-16, named as torchvision names them; None: the pretrained ones.
+
     Raises:
         DataError: the weights are absent or damaged; one sentence that names the file.
     """
 
-    def __init__(self, kind: Literal["lpips-vgg", "fashion-cnn"]) -> None:
+    def __init__(
+        self, kind: Literal["lpips-vgg", "fashion-cnn"], weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.kind, self.term = kind, PERCEPTUAL_TERMS[kind]
-        self.network = lpips_network("vgg", backbone_weights("vgg")) if kind == "lpips-vgg" else load_fashion_cnn().body
+        if kind == "lpips-vgg":
+            self.network = lpips_network("vgg", weights or backbone_weights("vgg"))
+        else:
+            self.network = load_fashion_cnn().body
 
     def forward(self, originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> torch.Tensor:
         if self.kind == "lpips-vgg":

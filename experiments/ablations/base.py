@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from string import ascii_uppercase
-from typing import Any, Literal
+from typing import Any
 
 from experiments.recipes import Preset
 from ibq.config import TransformerTrainConfig
@@ -45,7 +45,7 @@ class Factor:
 class Contrast:
     """A claim and the pair of arms that tests it.
 
-    Stated before the numbers: `outcome` (one of `experiments.analysis.effects.OUTCOMES`) changes from `without` to
+    Stated before the numbers: `outcome` (one of `ibq.metrics.METRICS`) changes from `without` to
     `with_` by at least `effect` (its sign is the direction) in every seed; or, where the claim is that something
     `keeps`, by less than that. `paper` says where the paper makes this claim; empty: the question is this study's own.
     """
@@ -54,7 +54,7 @@ class Contrast:
     without: str
     with_: str
     claim: str
-    outcome: Literal["bits", "l1", "usage", "fid", "gap", "bits_per_image"]
+    outcome: str
     effect: float
     paper: str = ""
     keeps: bool = False

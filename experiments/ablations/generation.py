@@ -25,8 +25,8 @@ from typing import Any
 from experiments.ablations import codebook_size as sizes
 from experiments.ablations import lfq_comparison, vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
-from experiments.ablations.quantizers import bits_of
 from ibq.config import TransformerTrainConfig
+from ibq.quantizers.implied import bits_of
 
 METHODS = ("VQ", "VQ, strongest", "LFQ", "IBQ")
 DEPTHS = ("×1/2", "×1", "×3/2")

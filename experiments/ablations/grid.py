@@ -21,6 +21,7 @@ from experiments.ablations import ABLATIONS
 from experiments.ablations.base import COLUMNS, Ablation, Arm, Factor
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError, nearest
+from ibq.metrics import METRICS
 from ibq.quantizers import Quantizer
 from ibq.schema import flatten
 
@@ -35,7 +36,7 @@ LEVELS = "quantizer.levels"
 """Of FSQ, whose arms derive them from K: a power of two, which their product need not be."""
 ANY_SIZE = 1024
 """A K that every method can have."""
-GRID_COLUMNS = ("share", "bits", "l1", "fid")
+GRID_COLUMNS = tuple(name for name, metric in METRICS.items() if metric.headline)
 """Outcomes that the pivot table and the heat map show where they were measured; the table of arms has more."""
 
 

@@ -4,53 +4,23 @@ beforehand."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from experiments.ablations import Ablation, Arm, Contrast
+from experiments.analysis.metrics import compared
+from ibq.metrics import METRICS, Metric
 
 MIN_SEEDS = 3
 """Below this many seeds nothing is confirmed or refuted."""
-
 
 LOST = ("nan", "oom", "failed")
 """States of a run that was to give a result and gave none."""
 
 
-class Outcome(NamedTuple):
-    """Something that differences are taken of: how the difference is written, its unit in a sentence, digits, its value
-    in rows, and the range that it cannot leave."""
-
-    label: str
-    unit: str
-    digits: int
-    value: Callable[[pd.DataFrame], pd.Series]
-    least: float = -math.inf
-    most: float = math.inf
-
-
-def entry(name: str, scale: float = 1.0) -> Callable[[pd.DataFrame], pd.Series]:
-    """A column of rows as numbers, times a scale; not a number where rows lack it."""
-    return lambda rows: scale * rows[name].astype(float) if name in rows else pd.Series(math.nan, rows.index)
-
-
-def _log2(name: str) -> Callable[[pd.DataFrame], pd.Series]:
-    return lambda rows: np.log2(entry(name)(rows).where(lambda values: values > 0))
-
-
-OUTCOMES = {
-    "bits": Outcome("Δ bits a token", "bits a token", 3, entry("bits"), least=0),
-    "l1": Outcome("Δ L1", "L1", 4, entry("l1")),
-    "usage": Outcome("Δ usage, points", "points of usage", 1, entry("usage", 100), least=0, most=100),
-    "fid": Outcome("Δ log2 FID[fashion-cnn]", "doublings of FID[fashion-cnn]", 3, _log2("fid[fashion-cnn]")),
-    "bits_per_image": Outcome("Δ log2 bits an image", "doublings of the bits an image", 3, _log2("bits_per_image")),
-    "gap": Outcome("Δ log2 gap", "doublings of the gap between features and codes", 2, _log2("gap")),
-}
 RATE_AND_DISTORTION = ("bits", "l1")
 """What main effects are shown in, side by side."""
 
@@ -90,7 +60,7 @@ def paired_differences(
     A seed at which one of the two lacks an outcome is left out.
     """
     finished = rows[rows["status"] == "ok"]
-    values = pd.DataFrame({name: OUTCOMES[name].value(finished) for name in outcomes}).set_index(finished["seed"])
+    values = pd.DataFrame({name: compared(finished, name) for name in outcomes}).set_index(finished["seed"])
     sides = [values[(finished["arm"] == name).to_numpy()] for name in (low, high)]
     return (sides[1] - sides[0]).dropna().rename_axis("seed").reset_index()
 
@@ -144,16 +114,20 @@ class Verdict:
         return sum(self.differences) / len(self.differences) if self.differences else math.nan
 
     @property
+    def metric(self) -> Metric:
+        return METRICS[self.contrast.outcome]
+
+    @property
     def required(self) -> str:
         """What was required beforehand, e.g. "Δ L1 ≤ -0.003"."""
         signs = (">", "<") if self.contrast.keeps else ("≤", "≥")
         sign = signs[self.contrast.effect > 0]
-        return f"{OUTCOMES[self.contrast.outcome].label} {sign} {self.contrast.effect:+g}"
+        return f"{self.metric.change} {sign} {self.contrast.effect:+g}"
 
     @property
     def seen(self) -> tuple[str, ...]:
         """The differences as text, in the digits of their outcome."""
-        return tuple(f"{difference:+.{OUTCOMES[self.contrast.outcome].digits}f}" for difference in self.differences)
+        return tuple(f"{difference:+.{self.metric.change_digits}f}" for difference in self.differences)
 
 
 def verdict(contrast: Contrast, rows: pd.DataFrame) -> Verdict:
@@ -202,19 +176,20 @@ def _obstacle(contrast: Contrast, rows: pd.DataFrame, has_pair: bool) -> str:
         set(pair[(pair["arm"] == arm) & (pair["status"] == "ok")]["seed"]) for arm in (contrast.without, contrast.with_)
     ]
     if sides[0] & sides[1]:
-        return f"{OUTCOMES[contrast.outcome].unit} not measured"
+        return f"{METRICS[contrast.outcome].change_unit} not measured"
     unfinished = (f"{row.arm} seed {row.seed} {row.status}" for row in pair.itertuples() if row.status != "ok")
     return f"no finished pair: {', '.join(unfinished)}"
 
 
 def _no_room(contrast: Contrast, rows: pd.DataFrame) -> str:
     """Whether the outcome could not change by the effect from where it starts, e.g. usage by +10 points from 93%."""
-    outcome = OUTCOMES[contrast.outcome]
-    starts = outcome.value(rows[(rows["arm"] == contrast.without) & (rows["status"] == "ok")]).dropna()
+    metric = METRICS[contrast.outcome]
+    finished = rows[(rows["arm"] == contrast.without) & (rows["status"] == "ok")]
+    starts = compared(finished, contrast.outcome).dropna()
     ends = starts + contrast.effect
-    if contrast.keeps or ends.between(outcome.least, outcome.most).all():
+    if contrast.keeps or ends.between(metric.least, metric.most).all():
         return ""
     return (
-        f"it starts at {', '.join(f'{start:.{outcome.digits}f}' for start in starts)}, which leaves no room for "
+        f"it starts at {', '.join(f'{start:.{metric.change_digits}f}' for start in starts)}, which leaves no room for "
         f"{contrast.effect:+g}"
     )

@@ -9,8 +9,9 @@ from experiments.ablations.collapse_atlas import collapse_map
 from experiments.ablations.grid import BASE, numbers, varied
 from experiments.ablations.quantizers import anatomy
 from experiments.analysis import transformers
-from experiments.analysis.effects import OUTCOMES, Verdict, main_effects, verdict
-from experiments.report.tables import COLUMNS, chosen_value, searches
+from experiments.analysis.effects import Verdict, main_effects, verdict
+from experiments.analysis.metrics import values
+from experiments.report.tables import chosen_value, searches
 from experiments.rows import of_arms
 
 
@@ -63,7 +64,7 @@ def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         if mine["arm"].nunique() < 2:
             continue
         shares, errors = (
-            COLUMNS[name].value(mine).groupby(mine["arm"]).mean().sort_values(kind="stable") for name in ("share", "l1")
+            values(mine, name).groupby(mine["arm"]).mean().sort_values(kind="stable") for name in ("share", "l1")
         )
         at = {arm: arm.removeprefix(base).strip() for arm in shares.index}
         (fewest, most), (best, worst) = ((means.index[0], means.index[-1]) for means in (shares, errors))
@@ -117,7 +118,7 @@ def _of_verdict(judged: Verdict) -> str:
     sentence = f"{judged.contrast.claim} {judged.word.capitalize()}{because}"
     if not judged.differences:
         return f"{sentence}."
-    _, unit, digits, *_ = OUTCOMES[judged.contrast.outcome]
+    unit, digits = judged.metric.change_unit, judged.metric.change_digits
     spread = f" ({', '.join(judged.seen)})" if len(judged.seen) > 1 else ""
     return (
         f"{sentence}: the change is {judged.mean:+.{digits}f} {unit}{spread}; {judged.required} in every seed was "

@@ -81,9 +81,11 @@ def _cache(run: RunDirectory, method: Method, step: int) -> Path:
 
 
 def reduce(points: np.ndarray, method: Method) -> np.ndarray:
-    """Points (n, D) in two dimensions, the same for the same points."""
+    """Points (n, D) in two dimensions, the same for the same points; what one-dimensional ones lack is 0."""
     if method == "pca":
-        return PCA(2, random_state=0).fit_transform(points)
+        # by the (D, D) covariance, which is quick enough for every redraw; it cancels in float32
+        plane = PCA(min(2, points.shape[1]), svd_solver="covariance_eigh").fit_transform(points.astype(np.float64))
+        return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
     with warnings.catch_warnings():
         # umap-learn says that random_state costs it its threads, which is what repeatability costs
         warnings.filterwarnings("ignore", message="n_jobs value .* overridden to 1 by setting random_state")

@@ -9,9 +9,10 @@ import re
 import pandas as pd
 
 from experiments.ablations import Ablation
+from ibq.metrics import METRICS
 
-FID = "fid[fashion-cnn]"
-AGREEMENT = "label_agreement[fashion-cnn]"
+FID, AGREEMENT = METRICS["fid"].column, METRICS["label_agreement"].column
+TOKENIZER_L1 = METRICS["tokenizer_l1"].column
 
 
 def guidances(rows: pd.DataFrame) -> list[float]:
@@ -41,7 +42,7 @@ def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     if ablation.transformer is None:
         return []
     done = rows[rows["status"] == "ok"]
-    known = _means(ablation, done, FID, AGREEMENT, "bits_per_image", "tokenizer.l1", "parameters").dropna(
+    known = _means(ablation, done, FID, AGREEMENT, "bits_per_image", TOKENIZER_L1, "parameters").dropna(
         subset=[FID, "bits_per_image"]
     )
     if known.empty:
@@ -92,7 +93,7 @@ def _of_bits(known: pd.DataFrame) -> list[str]:
         return [
             f"Here the fewest bits an image ({bits[best]:.0f}) and the lowest FID[fashion-cnn] are of one arm, {best}."
         ]
-    distortion = known["tokenizer.l1"]
+    distortion = known[TOKENIZER_L1]
     behind = f", behind a tokenizer of L1 {distortion[fewest]:.3f}" if math.isfinite(distortion[fewest]) else ""
     return [
         f"Bits alone compare nothing: {fewest} has the fewest an image ({bits[fewest]:.0f}{behind}) at an "

@@ -110,7 +110,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         first = step(*tensors) if device.type == "cuda" else first  # that one held the compilation of kernels
         seconds = [step(*tensors) for _ in range(next(repeats for limit, repeats in REPEATS if first <= limit))]
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "allocate memory", "ALLOC_FAILED")):
+        if not is_out_of_memory(error):
             raise
         return {"status": "does not fit"}
     spread = {
@@ -133,6 +133,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         wait_for(device)
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / statistics.median(seconds[1:]) / 1e12
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in ("out of memory", "allocate memory", "ALLOC_FAILED"))
 
 
 def wait_for(device: torch.device) -> None:

@@ -29,6 +29,7 @@ from ibq.config import DataConfig, TrainConfig
 from ibq.data import load_images
 from ibq.distributed import resolve_device
 from ibq.evaluation.tokenizer import evaluate
+from ibq.metrics import METRICS
 from ibq.metrics.distances import to_uint8
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, append_line, read_lines, write_tensors
@@ -153,9 +154,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "step": shown["step"].astype(str),
-            "PSNR dB": shown["psnr_db"].map("{:.2f}".format),
-            "L1": shown["l1"].map("{:.4f}".format),
-            "perplexity": shown["perplexity"].map("{:.0f}".format),
+            **{METRICS[of].heading: shown[of].map(f"{{:.{METRICS[of].digits}f}}".format) for of in MEASURED},
             "seconds": shown["seconds"].map("{:.0f}".format),
             "peak GiB": shown["peak_gib"].map("{:.2f}".format),
         }
@@ -177,7 +176,7 @@ def figure(rows: pd.DataFrame, of_crops: dict[str, torch.Tensor]) -> Figure:
     left.grid(False)
     right.plot(rows["step"], rows["psnr_db"], marker="o", ms=3)
     right.axhline(WANTED_DB, color="0.3", ls="--", lw=1)
-    right.set(xlabel="training step", ylabel="PSNR, dB", title=f"dashed: {WANTED_DB:g} dB")
+    right.set(xlabel="training step", ylabel=METRICS["psnr_db"].axis, title=f"dashed: {WANTED_DB:g} dB")
     return drawn
 
 

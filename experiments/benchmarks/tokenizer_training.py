@@ -24,6 +24,7 @@ from experiments.benchmarks.training_cell import RECIPE_OF
 from experiments.report import figures
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, nearest
+from ibq.metrics import METRICS
 
 NAME = "tokenizer_training"
 CELL = ["device", "method", "K", "compiled", "operator", "batch", "accumulate", "precision", "small"]
@@ -131,7 +132,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     modes = list(itertools.product(OPERATORS, (False, True)))
     sizes = sorted(rows["K"].unique())
     for axis, (quantity, label) in zip(
-        axes, {"images_per_second": "images/s", "peak_gib": "peak memory, GiB"}.items(), strict=True
+        axes, {"images_per_second": "images/s", "peak_gib": METRICS["peak_memory"].axis}.items(), strict=True
     ):
         for place, (operator, compiled) in enumerate(modes):
             mine = rows[(rows["operator"] == operator) & (rows["compiled"] == compiled)].set_index("K")

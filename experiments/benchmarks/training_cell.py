@@ -1,9 +1,8 @@
 """One cell of the benchmark of training, in a process of its own: python -m experiments.benchmarks.training_cell CELL,
 CELL as JSON.
 
-The trainer is the real one; it is left after the last step, before it evaluates. Three things stand in for what a
-measurement does without: pictures of noise in memory for ImageNet, random weights for VGG-16's, and, where the cell
-says so, the operator's (N, K) matrix.
+The trainer is the real one; it is left after the last step, before it evaluates. Its pictures are noise in memory
+instead of ImageNet's, and its perceptual network has random weights, which cost the same.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from PIL import Image
@@ -22,11 +19,11 @@ from torchvision.models import vgg16
 
 from experiments.benchmarks import measure
 from experiments.imagenet256.tokenizers import TOKENIZERS
-from ibq import ops
 from ibq.config import TrainConfig
 from ibq.distributed import resolve_device
+from ibq.losses import PerceptualLoss
 from ibq.models.tokenizer import Tokenizer
-from ibq.ops.arguments import Backend
+from ibq.quantizers import Quantizer
 from ibq.training.runtime import Runtime
 from ibq.training.tokenizer import train_tokenizer
 
@@ -48,7 +45,7 @@ SMALL = {
 def config_of(cell: dict[str, Any], folder: Path) -> TrainConfig:
     """The method's recipe with the cell's K, batch, micro-batches and precision, on images of a folder that are held in
     memory."""
-    fields = {"data.name": f"imagefolder:{folder}", "data.crop": "center", "quantizer.codebook_size": cell["K"]}
+    fields: dict[str, Any] = {"data.name": f"imagefolder:{folder}", "data.crop": "center"}
     fields |= {
         "batch_size": cell["batch"],
         "accumulate": cell["accumulate"],
@@ -56,8 +53,8 @@ def config_of(cell: dict[str, Any], folder: Path) -> TrainConfig:
         "steps": WARM_UP + TIMED,
     }
     fields |= SMALL if cell["small"] else {}
-    if cell["method"] == "lfq":  # a code is its signs
-        fields["quantizer.code_dim"] = (cell["K"] - 1).bit_length()
+    sizes = Quantizer.registry[cell["method"]].config_class.sizes(cell["K"])
+    fields |= {f"quantizer.{name}": value for name, value in sizes.items()}
     return TOKENIZERS[RECIPE_OF[cell["method"]]]().with_fields(**fields)
 
 
@@ -66,7 +63,6 @@ def measure_training(cell: dict[str, Any]) -> dict[str, Any]:
     device = resolve_device(cell["device"])
     if device.type != "cuda":
         measure.limit_memory()
-    backend: Backend = "dense" if cell["operator"] == "matrix" else "auto"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = config_of(cell, folder / "images")
@@ -74,26 +70,28 @@ def measure_training(cell: dict[str, Any]) -> dict[str, Any]:
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in Tokenizer(config).parameters())
         runtime = Runtime(
-            device=cell["device"], log_every=WARM_UP, snapshots=0, checkpoint_every_s=1e9, compile=cell["compiled"]
+            device=cell["device"],
+            log_every=WARM_UP,
+            snapshots=0,
+            checkpoint_every_s=1e9,
+            compile=cell["compiled"],
+            backend="dense" if cell["operator"] == "matrix" else "auto",
         )
-        seconds = {}
-        with (
-            mock.patch("ibq.losses.backbone_weights", return_value=_random_vgg()),
-            mock.patch("ibq.quantizers.ibq.index_backprop", partial(ops.index_backprop, backend=backend)),
-        ):
-            try:
-                start = measure.start_peak(device)
-                for event in train_tokenizer(config, folder / "run", runtime):
-                    seconds[event.step] = event.record["seconds"]
-                    if event.step == config.steps:
-                        break
-            except RuntimeError as error:
-                if not any(words in str(error) for words in ("out of memory", "allocate memory", "ALLOC_FAILED")):
-                    raise
-                return {"status": "does not fit", "parameters": parameters, "resolution": config.data.resolution}
-            peak = measure.peak_bytes(device) - (start if device.type != "cuda" else 0)
+        sizes = {"parameters": parameters, "resolution": config.data.resolution}
+        weights, seconds = _random_vgg(), {}
+        start = measure.start_peak(device)
+        try:
+            perceptual = PerceptualLoss("lpips-vgg", weights)
+            for event in train_tokenizer(config, folder / "run", runtime, perceptual=perceptual):
+                seconds[event.step] = event.record["seconds"]
+                if event.step == config.steps:
+                    break
+        except RuntimeError as error:
+            if not measure.is_out_of_memory(error):
+                raise
+            return {"status": "does not fit"} | sizes
+        peak = measure.peak_bytes(device) - (start if device.type != "cuda" else 0)
     rate = TIMED * config.batch_size / (seconds[WARM_UP + TIMED] - seconds[WARM_UP])
-    sizes = {"parameters": parameters, "resolution": config.data.resolution}
     return {"status": "ok", "images_per_second": rate, "peak_gib": peak / 2**30, "timed_steps": TIMED} | sizes
 
 

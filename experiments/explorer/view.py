@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import ValidationError
@@ -191,19 +190,6 @@ def _newest_projection(run: RunDirectory) -> Projection | None:
         return asked or next(iter(project(run, "umap", run.snapshot_steps()[-1:], compute=False)), None)
     except (OSError, SafetensorError):
         return None
-
-
-def planar(points_ND: torch.Tensor) -> np.ndarray:
-    """The first two principal components of points (N, D), as (N, 2), each with the sign that makes its largest loading
-    positive; a dimension that is missing is 0. Fast enough for every redraw: the eigenvectors are of a (D, D)
-    matrix."""
-    points_ND = points_ND.double()
-    points_ND = points_ND - points_ND.mean(0)
-    _, axes_DD = torch.linalg.eigh(points_ND.T @ points_ND)
-    axes_D2 = axes_DD.flip(1)[:, :2]
-    signs_2 = axes_D2.gather(0, axes_D2.abs().argmax(0, keepdim=True)).sign()
-    plane_N2 = points_ND @ (axes_D2 * signs_2)
-    return torch.nn.functional.pad(plane_N2, (0, 2 - plane_N2.shape[1])).numpy()
 
 
 def fields_that_differ(configs: list[TrainConfig]) -> list[str]:

@@ -19,6 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
+from scipy.spatial import ConvexHull
 
 from experiments.playground.simulation import CODES, METHODS, Observation, Playground
 from experiments.report.figures.theme import COLORS, LINE_COLORS, theme
@@ -253,20 +254,9 @@ def arrow_shapes(pull_KD: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def convex_hull(points_KD: np.ndarray) -> np.ndarray:
-    """Corners of the convex hull of at least three points, the first one again at the end (Andrew's monotone chain)."""
-    ordered = points_KD[np.lexsort(points_KD.T[::-1])]
-    halves = []
-    for points in (ordered, ordered[::-1]):
-        half: list[list[float]] = []
-        for x, y in points.tolist():
-            while len(half) > 1:
-                (x0, y0), (x1, y1) = half[-2:]
-                if (x1 - x0) * (y - y0) > (y1 - y0) * (x - x0):
-                    break
-                half.pop()
-            half.append([x, y])
-        halves.append(half[:-1])
-    return np.array([*halves[0], *halves[1], halves[0][0]])
+    """Corners of the convex hull of at least three points, the first one again at the end."""
+    corners = ConvexHull(points_KD, qhull_options="QJ").vertices  # joggled, as points on one line have no hull
+    return points_KD[[*corners, corners[0]]].astype(np.float64)
 
 
 def _box(

@@ -1,15 +1,11 @@
-"""Tables of an ablation as data, and as Markdown, CSV and LaTeX (booktabs)."""
+"""Tables of an ablation as data, and as Markdown and CSV; as LaTeX in `latex`."""
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -18,61 +14,13 @@ from experiments.ablations.collapse_atlas.collapse_map import remedies_table
 from experiments.ablations.grid import BASE, GRID_COLUMNS, strips, varied
 from experiments.ablations.quantizers import tuning
 from experiments.ablations.quantizers.anatomy import parts_table
-from experiments.analysis.effects import OUTCOMES, RATE_AND_DISTORTION, entry, main_effects, verdict
+from experiments.analysis.effects import RATE_AND_DISTORTION, main_effects, verdict
+from experiments.analysis.metrics import in_words, measured
+from experiments.report.latex import latex, one_line
 from experiments.rows import of_arms
+from ibq.metrics import METRICS
 
-NOT_REPORTED, NOT_MEASURED = "not reported", "not measured"
-
-
-class Column(NamedTuple):
-    """A number of finished rows in the table of arms: its heading, digits, and the value of each row."""
-
-    label: str
-    digits: int
-    value: Callable[[pd.DataFrame], pd.Series]
-
-
-COLUMNS = {
-    "perplexity": Column("perplexity", 0, entry("perplexity")),
-    "usage": Column("usage %", 1, entry("usage", 100)),
-    "dead_codes": Column("dead codes", 0, entry("dead_codes")),
-    "share": Column("perplexity / K %", 1, entry("perplexity_share", 100)),
-    "bits": Column("bits/token", 2, entry("bits")),
-    "l1": Column("L1", 4, entry("l1")),
-    "psnr_db": Column("PSNR dB", 2, entry("psnr_db")),
-    "ssim": Column("SSIM", 3, entry("ssim")),
-    "quantization_error": Column("quant. error / var z", 2, entry("quantization_error")),
-    "train_seconds": Column("train s", 0, entry("train_seconds")),
-    "step_ms": Column(
-        "ms a step", 0, lambda rows: 1000 * rows["train_seconds"].astype(float) / rows["config.steps"].astype(float)
-    ),
-    "parameters": Column("parameters, thousands", 0, entry("parameters", 1e-3)),
-    "peak_memory": Column("peak memory GiB", 2, entry("peak_memory_gib")),
-    "learning_rate": Column("learning rate / 1e-4", 1, entry("config.optim.lr", 1e4)),
-    "codebook_size": Column("K", 0, entry("codebook_size")),
-    "code_dim": Column("D", 0, entry("code_dim")),
-    "fid": Column("FID[fashion-cnn]", 2, entry("fid[fashion-cnn]")),
-    "fid_inception": Column("FID (Inception)", 2, entry("inception.fid")),
-    "gap": Column("gap", 2, entry("gap")),
-    "logit_spread": Column("logit spread", 2, entry("last.logit_spread")),
-    "max_probability": Column("largest probability", 3, entry("last.max_probability")),
-    "depth": Column("blocks", 0, entry("depth")),
-    "cross_entropy": Column("nats/token", 3, entry("cross_entropy")),
-    "bits_per_image": Column("bits an image", 0, entry("bits_per_image")),
-    "uniform_bits_per_image": Column("bits of uniform tokens", 0, entry("uniform_bits_per_image")),
-    "tokenizer_perplexity": Column("tokenizer's perplexity", 0, entry("tokenizer.perplexity")),
-    "tokenizer_l1": Column("tokenizer's L1", 4, entry("tokenizer.l1")),
-    "tokenizer_fid": Column("tokenizer's FID[fashion-cnn]", 2, entry("tokenizer.fid[fashion-cnn]")),
-    "guidance": Column("guidance", 1, entry("guidance")),
-    "is": Column("IS[fashion-cnn]", 2, entry("is[fashion-cnn]")),
-    "precision": Column("precision[fashion-cnn]", 3, entry("precision[fashion-cnn]")),
-    "recall": Column("recall[fashion-cnn]", 3, entry("recall[fashion-cnn]")),
-    "label_agreement": Column("label agreement[fashion-cnn] %", 1, entry("label_agreement[fashion-cnn]", 100)),
-    "samples_per_s": Column("images/s", 1, entry("sample_images_per_s")),
-}
-OPTIONAL = ("fid_inception",)
-"""Columns that the table of arms leaves out where no row has them, as without pretrained weights."""
-
+NOT_REPORTED = "not reported"
 PAPER_COLUMNS = {"rFID": ".2f", "usage %": "g", "gFID": ".2f", "IS": ".2f"}
 """How the numbers of the paper's rows are written."""
 
@@ -80,8 +28,7 @@ PAPER_COLUMNS = {"rFID": ".2f", "usage %": "g", "gFID": ".2f", "IS": ".2f"}
 def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """Every arm: letter, levels, seeds, and each column's mean over seeds (± sample standard deviation where there are
     several)."""
-    shown = [name for name in ablation.columns if name not in OPTIONAL or COLUMNS[name].value(rows).notna().any()]
-    columns = [COLUMNS[name] for name in shown]
+    columns = [name for name in ablation.columns if not METRICS[name].optional or measured(rows, name)]
     lines = []
     for arm in ablation.arms:
         mine = rows[rows["arm"] == arm.name]
@@ -90,25 +37,17 @@ def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
         finished = mine[mine["status"] == "ok"]
         line: dict[str, object] = {"": ablation.letter(arm.name), "arm": arm.name, **arm.levels}
         if finished.empty:
-            line |= {"seeds": "0"} | {column.label: _state(mine) for column in columns}
+            line |= {"seeds": "0"} | {METRICS[name].heading: _state(mine) for name in columns}
         else:
             lost = mine[mine["status"] != "ok"]
             line["seeds"] = str(len(finished)) + ("" if lost.empty else f" of {len(mine)} ({_state(lost)})")
-            line |= {column.label: mean_and_spread(column.value(finished), column.digits) for column in columns}
+            line |= {METRICS[name].heading: in_words(finished, name) for name in columns}
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def _state(rows: pd.DataFrame) -> str:
     return "/".join(sorted(set(rows["status"]))) or "not in this study"
-
-
-def mean_and_spread(values: pd.Series, digits: int) -> str:
-    """'12.3 ± 0.4' (sample standard deviation), '12.3' where all values are the same one, or that none was measured."""
-    if values.isna().all():
-        return NOT_MEASURED
-    mean = f"{values.mean():.{digits}f}"
-    return f"{mean} ± {values.std(ddof=1):.{digits}f}" if values.nunique() > 1 else mean
 
 
 def effects_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -118,7 +57,7 @@ def effects_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     for effect in table.to_dict("records"):
         line = {"change": effect["change"], "matched pairs": effect["pairs"]}
         for outcome in RATE_AND_DISTORTION:
-            label, _, digits, *_ = OUTCOMES[outcome]
+            label, digits = METRICS[outcome].change, METRICS[outcome].change_digits
             mean, least, greatest = (effect[f"{outcome}_{part}"] for part in ("mean", "min", "max"))
             spread = "one pair" if effect["pairs"] == 1 else f"{least:+.{digits}f} to {greatest:+.{digits}f}"
             line |= {label: f"{mean:+.{digits}f}", f"{label}, range": spread}
@@ -146,7 +85,6 @@ def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 def paper_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's rows as reported, each beside the arm that comes closest; other data, size and metrics, so only
     directions compare."""
-    columns = [COLUMNS[name] for name in ablation.beside_paper]
     lines = []
     for row in ablation.paper_rows:
         line = {"paper": row.method} | {f"{name} (paper)": _reported(row, name) for name in ablation.paper_columns}
@@ -156,9 +94,10 @@ def paper_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
             line["closest arm"] = "none"
         else:
             line["closest arm"] = f"{ablation.letter(row.arm)} {row.arm}"
-            line |= {columns[0].label: _state(mine)} if finished.empty else {"seeds": str(len(finished))}
+            first = METRICS[ablation.beside_paper[0]].heading
+            line |= {first: _state(mine)} if finished.empty else {"seeds": str(len(finished))}
         if not finished.empty:
-            line |= {column.label: mean_and_spread(column.value(finished), column.digits) for column in columns}
+            line |= {METRICS[name].heading: in_words(finished, name) for name in ablation.beside_paper}
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
 
@@ -204,18 +143,18 @@ def grid_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     if not more:
         return pd.DataFrame()
     across, *others = more
-    outcomes = [name for name in GRID_COLUMNS if name != "fid" or COLUMNS[name].value(rows).notna().any()]
+    outcomes = [name for name in GRID_COLUMNS if name != "fid" or measured(rows, name)]
     arms = arms_table(replace(ablation, columns=tuple(outcomes)), rows).set_index(
         [BASE, *(field.name for field in varied(ablation))]
     )
     lines = []
     for name, (base, *rest), level in product(outcomes, strips(ablation), down.levels):
-        line = {"outcome": COLUMNS[name].label, BASE: base} | {
+        line = {"outcome": METRICS[name].heading, BASE: base} | {
             field.name: at for field, at in zip(others, rest, strict=True)
         }
         line |= {down.name: level}
         for column in across.levels:
-            line[f"{across.name}={column}"] = arms.loc[(base, level, column, *rest), COLUMNS[name].label]
+            line[f"{across.name}={column}"] = arms.loc[(base, level, column, *rest), METRICS[name].heading]
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -268,144 +207,4 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def _escape_markdown(value: object) -> str:
-    return _text(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "\\<")
-
-
-def _text(value: object) -> str:
-    """A cell as one line; empty where there is nothing."""
-    return "" if isinstance(value, float) and math.isnan(value) else " ".join(str(value).split())
-
-
-LINE, LONG, SHORT = 75, 32, 20
-"""Characters of a line of LaTeX, and of a column that breaks its lines: a short one does where the table is wider than
-the line."""
-PAGE = 40
-"""Lines of a table that fit a page with its caption."""
-
-
-def latex(table: pd.DataFrame, name: str, caption: str) -> str:
-    """A booktabs table that is never wider than the line: long texts are wrapped, and what is still too wide is shrunk.
-    One that is longer than a page comes in parts.
-
-    Needs \\usepackage{array,booktabs,graphicx} and no more than pdfLaTeX's own fonts.
-    """
-    texts = table.map(_text)
-    cells = [[str(label), *texts.iloc[:, i]] for i, label in enumerate(table.columns)]
-    limit = LONG if sum(max(map(len, column)) + 2 for column in cells) <= LINE else SHORT
-    widths = [_wrapped_width(column, limit) for column in cells]
-    columns = "".join(_column_type(column, width) for column, width in zip(cells, widths, strict=True))
-    escaped = texts.map(_escape).rename(columns=_escape)
-    parts = _pages(
-        [
-            max(_lines(column[1 + i], width) for column, width in zip(cells, widths, strict=True))
-            for i in range(len(texts))
-        ]
-    )
-    floats = []
-    for number, rows in enumerate(parts, 1):
-        tabular = escaped.iloc[rows].to_latex(index=False, column_format=columns).rstrip()
-        label, of_parts = (name, "") if len(parts) == 1 else (f"{name}_{number}", f" Part {number} of {len(parts)}.")
-        floats.append(
-            f"\\begin{{table}}[t]\n\\centering\n\\caption{{{_escape(caption + of_parts)}}}\n\\label{{tab:{label}}}\n"
-            f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}\n\\end{{table}}\n"
-        )
-    return "% \\usepackage{array,booktabs,graphicx}\n" + "\\clearpage\n".join(floats)
-
-
-def _wrapped_width(texts: list[str], limit: int) -> float | None:
-    """Width in em of a column that wraps: one with a text beyond `limit` characters, but never so narrow that a word
-    would break."""
-    longest, word = max(map(len, texts)), max(len(word) for text in texts for word in ["", *text.split()])
-    return None if longest <= limit or word == longest else max(min(12, 4 + longest / 16), 0.6 * word)
-
-
-def _column_type(texts: list[str], width: float | None) -> str:
-    """Numbers to the right, texts to the left, wrapped where there is a width."""
-    number = all(re.fullmatch(r"[-+−]?[\d.,]*( ± [\d.]+)?", text) for text in texts[1:])
-    if width is None:
-        return "r" if number else "l"
-    return f">{{\\{'raggedleft' if number else 'raggedright'}\\arraybackslash}}p{{{width:.1f}em}}"
-
-
-def _lines(text: str, width: float | None) -> int:
-    """About how many lines a cell takes, at two characters an em."""
-    return 1 if width is None else max(1, math.ceil(len(text) / (1.8 * width)))
-
-
-def _pages(lines: list[int]) -> list[slice]:
-    """Consecutive rows that fit a page each, by the lines of every row; a table without rows is one part."""
-    starts, filled = [0], 0
-    for row, needed in enumerate(lines):
-        if filled and filled + needed > PAGE:
-            starts.append(row)
-            filled = 0
-        filled += needed
-    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
-
-
-_SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-}
-_SPECIAL |= {c: f"{{{c}}}" for c in '[]*`"'}  # after a line break, or doubled, these mean something
-_SPECIAL |= {"–": "--", "—": "---", "…": r"\ldots{}", "“": "``", "”": "''", "‘": "`", "’": "'"}
-_MATHEMATICS = {
-    "±": r"\pm",
-    "→": r"\to",
-    "←": r"\leftarrow",
-    "≥": r"\geq",
-    "≤": r"\leq",
-    "≈": r"\approx",
-    "≠": r"\neq",
-    "×": r"\times",
-}
-_MATHEMATICS |= {
-    "−": "-",
-    "·": r"\cdot",
-    "∞": r"\infty",
-    "²": "^2",
-    "³": "^3",
-    "<": "<",
-    ">": ">",
-    "|": "|",
-    "°": r"^\circ",
-    "µ": r"\mu",
-}
-_GREEK = (
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "eta",
-    "theta",
-    "kappa",
-    "lambda",
-    "mu",
-    "pi",
-    "rho",
-    "sigma",
-    "tau",
-    "phi",
-    "omega",
-)
-_MATHEMATICS |= {c: f"\\{name}" for c, name in zip("αβγδεηθκλμπρστφω", _GREEK, strict=True)}
-_MATHEMATICS |= {"Δ": r"\Delta", "Σ": r"\Sigma"}
-_SPECIAL |= {c: f"${command}$" for c, command in _MATHEMATICS.items()}
-
-
-def _escape(value: object) -> str:
-    """A cell as LaTeX that compiles whatever it holds; a character that pdfLaTeX's fonts lack becomes its plain form,
-    or its code point."""
-    signed = re.sub(r"(?<![\w.)\]])-(?=[\d.])", "−", _text(value))
-    return "".join(_character(c) for c in signed)
-
-
-def _character(c: str) -> str:
-    if c in _SPECIAL:
-        return _SPECIAL[c]
-    if c.isascii() or ("À" <= c <= "ÿ" and c not in "ÐðÞþ"):
-        return c if c.isprintable() else ""
-    plain = unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode()
-    return "".join(_SPECIAL.get(each, each) for each in plain) or f"U+{ord(c):04X}"
+    return one_line(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "\\<")

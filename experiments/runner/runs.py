@@ -23,6 +23,7 @@ from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, nearest
 from ibq.evaluation.tokenizer import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
 from ibq.evaluation.transformer import evaluate_samples
+from ibq.metrics import NETWORKS
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, write_json
 from ibq.schema import flatten
@@ -31,12 +32,7 @@ from ibq.training.runtime import Runtime
 EVALUATIONS: dict[str, str] = {
     "full_test": "the whole test split, where the row has its first images only",
     "train_split": "as many images of the train split: what the tokenizer has seen",
-    "fashion-cnn": "FID[fashion-cnn] and its kin, on the row's own images",
-    "inception": "FID, KID, inception score, precision and recall on the whole test split, as FID needs, and of what "
-    "transformers sampled; "
-    "needs weights of Inception-v3",
-    "lpips-alex": "LPIPS, on the row's own images; needs weights of AlexNet",
-    "lpips-vgg": "LPIPS, likewise; needs weights of VGG-16",
+    **NETWORKS,
     diagnoses.NAME: "what a tokenizer's history shows, in words: whether its codebook has collapsed, and of what",
 }
 """Evaluations of finished runs by name, and what they add to the row: as `name.metric` unless it is one of

@@ -29,11 +29,11 @@ from ibq.cli.pictures import PictureFolder
 from ibq.data.images import DataError, one_line
 from ibq.errors import ConfigError
 from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PERCEPTUAL, PerceptualEvaluation
-from ibq.metrics import usage_metrics
 from ibq.metrics.codebook import QuantizationError
 from ibq.metrics.distances import NAMES, PairedDistances, too_few
 from ibq.metrics.perceptual import LPIPS
 from ibq.metrics.quality import SSIM_WINDOW, pixel_errors, ssim
+from ibq.metrics.usage import usage_metrics
 from ibq.run_directory import write_json
 
 DEFAULT_PERCEPTUAL = ("inception", "lpips-alex", "lpips-vgg")

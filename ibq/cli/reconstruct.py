@@ -44,9 +44,9 @@ from ibq.cli.common import (
 from ibq.cli.pictures import PictureFolder, png
 from ibq.data.images import quoted
 from ibq.errors import ConfigError
-from ibq.metrics import usage_metrics
 from ibq.metrics.distances import to_uint8
 from ibq.metrics.quality import pixel_errors
+from ibq.metrics.usage import usage_metrics
 from ibq.run_directory import append_line, read_lines, write_bytes, write_text
 
 AMPLIFICATION = 4

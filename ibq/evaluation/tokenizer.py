@@ -21,10 +21,11 @@ from ibq.data import DataError, ImageSource
 from ibq.data.images import one_line
 from ibq.distributed import copy_of_first, gather_objects, is_writer, rank, shared_errors, sum_over_ranks, world_size
 from ibq.errors import NonFiniteInputError
-from ibq.metrics import ImageQuality, usage_metrics
 from ibq.metrics.codebook import QuantizationError
 from ibq.metrics.distances import EXTRACTED_AT_ONCE, Distances, References, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
+from ibq.metrics.quality import ImageQuality
+from ibq.metrics.usage import usage_metrics
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.precision import full_float32
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,11 @@ class QuantizerConfig(Frozen):
     method: str
     codebook_size: int = Field(1024, strict=True, ge=1, description="K, the number of codes")
     code_dim: int = Field(64, strict=True, ge=1, description="D, the dimension of a code")
+
+    @classmethod
+    def sizes(cls, codebook_size: int) -> dict[str, Any]:
+        """Fields that K codes decide: K itself, and what else follows from it where the codebook is not learnt."""
+        return {"codebook_size": codebook_size}
 
     @property
     def loss_weights(self) -> dict[str, float]:

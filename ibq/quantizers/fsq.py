@@ -7,14 +7,14 @@ What it changes against VQ: no codebook to learn and no loss term; the codes are
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from ibq.quantizers.base import straight_through
 from ibq.quantizers.config import QuantizerConfig
-from ibq.quantizers.implied import ImpliedCodebookQuantizer
+from ibq.quantizers.implied import ImpliedCodebookQuantizer, bits_of
 
 MARGIN = 1e-3  # the outermost levels are reached within this of tanh's bound
 
@@ -45,6 +45,14 @@ class FSQConfig(QuantizerConfig):
                 f"code_dim={self.code_dim} is not the number of levels={self.levels}; set it to {len(self.levels)}"
             )
         return self
+
+    @classmethod
+    def sizes(cls, codebook_size: int) -> dict[str, Any]:
+        """The fewest channels of 8 and 4 levels that make K codes, e.g. 8, 8, 4, 4 for 1,024."""
+        bits = bits_of(codebook_size)
+        fours = -bits % 3
+        levels = [8] * ((bits - 2 * fours) // 3) + [4] * fours
+        return {"codebook_size": codebook_size, "code_dim": len(levels), "levels": levels}
 
     @property
     def loss_weights(self) -> dict[str, float]:

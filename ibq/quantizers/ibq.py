@@ -27,6 +27,7 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 
 from ibq.ops import index_backprop
+from ibq.ops.arguments import Backend
 from ibq.ops.precision import full_float32
 from ibq.quantizers.base import CodebookQuantizer, quantization_terms
 from ibq.quantizers.config import CodebookConfig, CodebookInit
@@ -94,6 +95,8 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
 
     config: IBQConfig
     paper = "IBQ, arXiv 2412.02692"
+    backend: Backend = "auto"
+    """Of the operator."""
 
     @property
     def logit_scale(self) -> float:
@@ -109,7 +112,12 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
         tau = self.config.active_entropy_temperature
         matmul_dtype = torch.bfloat16 if self.config.matmul_precision == "bfloat16" else None
         z_q_ND, indices_N, *both = index_backprop(
-            query_ND, codebook_KD, entropy_temperature=tau, matmul_dtype=matmul_dtype, group=self.training_group
+            query_ND,
+            codebook_KD,
+            entropy_temperature=tau,
+            backend=self.backend,
+            matmul_dtype=matmul_dtype,
+            group=self.training_group,
         )
         codes_ND = codebook_KD[indices_N]
         if self.config.soft_path != "both" or self.config.top_m is not None:

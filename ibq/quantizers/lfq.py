@@ -10,7 +10,7 @@ dimension, K codes.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from ibq.ops import index_backprop
 from ibq.quantizers.base import straight_through
 from ibq.quantizers.config import QuantizerConfig
-from ibq.quantizers.implied import ImpliedCodebookQuantizer
+from ibq.quantizers.implied import ImpliedCodebookQuantizer, bits_of
 
 
 class BinaryConfig(QuantizerConfig):
@@ -53,6 +53,10 @@ class BinaryConfig(QuantizerConfig):
                 f"code_dim={bits}"
             )
         return self
+
+    @classmethod
+    def sizes(cls, codebook_size: int) -> dict[str, Any]:
+        return {"codebook_size": codebook_size, "code_dim": bits_of(codebook_size)}
 
     @property
     def boosted(self) -> bool:

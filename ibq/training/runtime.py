@@ -17,6 +17,7 @@ from ibq.config import RESULTS_VERSION, RunConfig, read_config
 from ibq.distributed import barrier, device_name, gather_objects, is_writer, shared_errors, world_size
 from ibq.errors import ConfigError, NonFiniteElsewhereError, NonFiniteError, nearest
 from ibq.models.tokenizer import Tokenizer
+from ibq.ops.arguments import Backend
 from ibq.run_directory import RunDirectory, source_commit, write_json
 from ibq.schema import flatten
 from ibq.training.checkpoint import Checkpoint, load_checkpoint, remove_checkpoint
@@ -29,7 +30,7 @@ class Runtime:
     """Where and how a run is watched; nothing here changes its numbers but by rounding, so nothing here enters its id.
 
     Raises:
-        ConfigError: a cadence or size is out of range, or a way of sharding is not known.
+        ConfigError: a cadence or size is out of range, or a way of sharding or a backend is not known.
     """
 
     device: str = "auto"
@@ -43,6 +44,8 @@ class Runtime:
     """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
     eval_images: int = 2000
     eval_batch_size: int = 100
+    backend: Backend = "auto"
+    """Of IBQ's operator."""
     sharding: Sharding = "ddp"
     """What several processes that train a transformer each hold: the whole of it, or a part of every layer (FSDP2),
     which is gathered when it computes."""
@@ -63,10 +66,9 @@ class Runtime:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; choose {bound} or more")
-        if self.sharding not in get_args(Sharding):
-            raise ConfigError(
-                f"sharding={self.sharding!r} is not known; {nearest(str(self.sharding), get_args(Sharding))}"
-            )
+        for name, known in {"sharding": get_args(Sharding), "backend": get_args(Backend)}.items():
+            if (given := getattr(self, name)) not in known:
+                raise ConfigError(f"{name}={given!r} is not known; {nearest(str(given), known)}")
         if not all(0 <= g < math.inf for g in self.guidances) or len({f"{g:g}" for g in self.guidances}) < len(
             self.guidances
         ):

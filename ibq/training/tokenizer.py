@@ -23,6 +23,7 @@ from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation.diagnosis import diagnose, summary
 from ibq.evaluation.tokenizer import evaluate, evaluating
 from ibq.losses import (
+    PerceptualLoss,
     adaptive_weight,
     discriminator_terms,
     discriminator_weights,
@@ -62,6 +63,7 @@ def train_tokenizer(
     runtime: Runtime = Runtime(),
     should_stop: Callable[[], bool] = lambda: False,
     intervene: Asked | None = None,
+    perceptual: PerceptualLoss | None = None,
 ) -> Iterator[LogEvent]:
     """Train, evaluate and write the row; a directory with a checkpoint is resumed, one with a row yields nothing.
 
@@ -80,6 +82,7 @@ def train_tokenizer(
             StopRequested.
         intervene: asked before every step what to change, given the number of finished updates; in one process alone.
             What it returns takes effect at once and is recorded in the directory, so that a resume repeats it.
+        perceptual: the perceptual term; None: the one that the config names, with its pretrained network.
 
     Yields:
         a LogEvent every `runtime.log_every` steps and at the last one.
@@ -102,7 +105,7 @@ def train_tokenizer(
                 f"batch_size={config.batch_size} exceeds the {n_images} training images of {config.data.kind}; lower it"
             )
         state = TrainingState(config, device)
-    perceptual = perceptual_loss(config, device)
+    perceptual = perceptual.to(device) if perceptual else perceptual_loss(config, device)
     data = agreed(run, "data", data_hash(train_images, test_images))
     if writer:
         write_json(run.config, config.to_json_dict())
@@ -121,7 +124,9 @@ def train_tokenizer(
     state.distribute()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # the row's peak is of this run
-    state.speed_up(compiled=runtime.compile, checkpoint_activations=runtime.checkpoint_activations)
+    state.speed_up(
+        compiled=runtime.compile, checkpoint_activations=runtime.checkpoint_activations, backend=runtime.backend
+    )
     snapshot_steps = {round(config.steps * i / max(1, runtime.snapshots - 1)) for i in range(runtime.snapshots)}
     if writer:
         for damage in damaged:

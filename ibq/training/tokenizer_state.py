@@ -15,10 +15,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ibq.config import RESULTS_VERSION, TrainConfig
 from ibq.distributed import initialized, is_writer, mean_over_ranks, world_size
-from ibq.metrics import usage_metrics
+from ibq.metrics.usage import usage_metrics
 from ibq.models.autoencoder import Level
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
+from ibq.ops.arguments import Backend
+from ibq.quantizers import IndexBackpropQuantizer
 from ibq.run_directory import source_commit
 from ibq.training.checkpoint import (
     Checkpoint,
@@ -146,9 +148,11 @@ class TrainingState:
             if slot.shape == embedding.shape:
                 slot[moved_K] = 0
 
-    def speed_up(self, *, compiled: bool, checkpoint_activations: bool) -> None:
+    def speed_up(self, *, compiled: bool, checkpoint_activations: bool, backend: Backend) -> None:
         """What makes a step faster or smaller and changes its numbers by rounding at most. The quantizer has kernels of
-        its own."""
+        its own, which `backend` names."""
+        if isinstance(self.tokenizer.quantize, IndexBackpropQuantizer):
+            self.tokenizer.quantize.backend = backend
         for level in self.tokenizer.modules():
             if isinstance(level, Level):
                 level.checkpointed = checkpoint_activations

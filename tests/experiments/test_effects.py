@@ -10,6 +10,7 @@ from experiments.ablations import ABLATIONS, Ablation
 from experiments.ablations.base import Contrast
 from experiments.analysis.effects import effects, main_effects, matched_pairs, paired_differences, verdict
 from experiments.report import figures, tables
+from ibq.metrics import METRICS
 
 ABLATION = ABLATIONS["vq_vs_ibq"]
 
@@ -52,7 +53,8 @@ def test_names_in_an_ablation_name_something(ablation: Ablation) -> None:
     assert {row.arm for row in ablation.paper_rows} - {None} <= arms
     assert set(ablation.figures) <= figures.FIGURES.keys()
     assert set(ablation.tables) <= tables.TABLES.keys()
-    assert {*ablation.columns, *ablation.beside_paper} <= tables.COLUMNS.keys()
+    outcomes = {contrast.outcome for contrast in ablation.contrasts}
+    assert {*ablation.columns, *ablation.beside_paper, *outcomes} <= METRICS.keys()
     assert (
         {name for row in ablation.paper_rows for name in row.reported}
         <= set(ablation.paper_columns)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,7 +19,7 @@ from experiments.explorer.painter import TRIES, Painter, Painting, Request, Show
 from experiments.explorer.painting import paint
 from experiments.explorer.tabs import TABS
 from experiments.explorer.trainer import LIVE
-from experiments.explorer.view import describe, fields_that_differ, in_words, planar, read_view
+from experiments.explorer.view import describe, fields_that_differ, in_words, read_view
 from experiments.explorer.watch import Watch
 from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.errors import ConfigError
@@ -121,16 +120,6 @@ def test_differences_of_runs(tiny: Callable[..., TrainConfig]) -> None:
     configs = [tiny("ibq"), tiny("ibq", **{"optim.lr": 1e-4, "quantizer.codebook_size": 32})]
     assert fields_that_differ(configs) == ["quantizer.codebook_size", "optim.lr"]
     assert describe(configs[1]) == "IBQ K=32 D=8 lr=0.0001"
-
-
-def test_the_plane_is_that_of_a_principal_component_analysis() -> None:
-    from sklearn.decomposition import PCA
-
-    points_ND = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor([5.0, 3, 1, 1, 1, 0.5])
-    expected_N2 = PCA(2).fit_transform(points_ND.numpy())
-    ours_N2 = planar(points_ND)
-    np.testing.assert_allclose(np.abs(ours_N2), np.abs(expected_N2), atol=1e-5)
-    assert planar(points_ND[:, :1]).shape == (200, 2)
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from experiments.runner.plan import command
 from experiments.runner.runs import evaluation_file
 from experiments.study import Study, unique_runs
 from ibq.config import TrainConfig, TransformerTrainConfig
+from ibq.metrics import METRICS
 from ibq.run_directory import write_json
 
 FID = "fid[fashion-cnn]"
@@ -124,7 +125,7 @@ def test_three_claims_are_the_papers() -> None:
 def test_a_lost_arm_leaves_its_claims_undecided_and_shows_its_state() -> None:
     frame = rows.load(known(lost=("lfq_tokens",), pending=("ibq_deep",)))
     table = tables.build("arms", ABLATION, frame).set_index("arm")
-    columns = [tables.COLUMNS[name].label for name in ABLATION.columns if name not in tables.OPTIONAL]
+    columns = [METRICS[name].heading for name in ABLATION.columns if not METRICS[name].optional]
     assert set(table.loc["lfq_tokens", columns]) == {"nan"}
     assert set(table.loc["ibq_deep", columns]) == {"waiting"}
     values = {

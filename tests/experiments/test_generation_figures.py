@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from transformer_rows import ABLATION, GUIDANCES, QUALITY, arms, finish, known, study
 
 from experiments import rows
+from experiments.analysis.transformers import FID
 from experiments.report import figures
-from experiments.report.figures.generation import FID
 from experiments.report.figures.labels import Labels
 from experiments.study import Study
 from ibq.run_directory import write_json

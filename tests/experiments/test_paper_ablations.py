@@ -12,6 +12,7 @@ from experiments.report import figures, tables
 from experiments.runner.plan import expected_cost, plan_table
 from experiments.study import Study, unique_runs
 from ibq.errors import ConfigError
+from ibq.metrics import METRICS
 from ibq.schema import flatten
 
 SIZES = {
@@ -145,7 +146,7 @@ def test_failed_arms_have_their_state_in_the_table_and_no_number() -> None:
     ):
         rows[column] = np.where(rows["status"] == "ok", 1.0, np.nan)
     table = tables.build("arms", ablation, rows).set_index("arm")
-    assert set(table.loc["ibq_fourfold"][[tables.COLUMNS[name].label for name in ablation.columns]]) == {"nan"}
+    assert set(table.loc["ibq_fourfold"][[METRICS[name].heading for name in ablation.columns]]) == {"nan"}
     assert table.loc["ibq_base", "seeds"] == "1 of 2 (nan)"
     paper = tables.build("paper", ablation, rows).set_index("paper")
     assert paper.loc["IBQ, K = 262,144", "usage %"] == "nan"

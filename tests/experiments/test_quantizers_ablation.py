@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from experiments.ablations import ABLATIONS
-from experiments.ablations.quantizers import METHODS, anatomy, fsq_levels
+from experiments.ablations.quantizers import METHODS, anatomy
 from experiments.analysis import findings
 from experiments.report import tables
 from experiments.study import Study
@@ -25,14 +25,6 @@ def configs() -> dict[str, dict[str, object]]:
     return {
         cell.arm.name: flatten(cell.config.to_json_dict()) for cell in Study("quick", ("quantizers",), seeds=1).waiting
     }
-
-
-@pytest.mark.parametrize("bits", range(2, 19))
-def test_fsq_levels_make_exactly_the_codes(bits: int) -> None:
-    levels = fsq_levels(bits)
-    assert math.prod(levels) == 2**bits
-    assert levels.count(4) <= 2
-    assert set(levels) <= {4, 8}
 
 
 def test_every_registered_method_is_an_arm_and_every_description_is_used_once() -> None:

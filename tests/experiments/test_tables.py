@@ -5,7 +5,8 @@ import pytest
 
 from experiments import rows
 from experiments.ablations import ABLATIONS
-from experiments.report import tables
+from experiments.analysis import metrics
+from experiments.report import latex, tables
 
 
 def test_latex_is_booktabs_and_nothing_escapes() -> None:
@@ -18,9 +19,15 @@ def test_latex_is_booktabs_and_nothing_escapes() -> None:
     assert "50\\% of\\_it" in text
 
 
+def test_signs_beyond_ascii_become_commands_of_latex_and_only_foreign_letters_their_code_point() -> None:
+    assert latex.escape("logits over √D ≥ -0.5, Ω") == "logits over $\\surd$D $\\geq$ $-$0.5, $\\Omega$"
+    assert latex.escape("中") == "U+4E2D"
+    assert latex.escape("[0.5]") == "{[}0.5{]}"
+
+
 @pytest.mark.parametrize(("values", "text"), [([1.0], "1.00"), ([1.0, 3.0], "2.00 ± 1.41")])
 def test_mean_and_sample_spread(values: list[float], text: str) -> None:
-    assert tables.mean_and_spread(pd.Series(values), 2) == text
+    assert metrics.in_words(pd.DataFrame({"psnr_db": values}), "psnr_db") == text
 
 
 def test_arms_table_has_every_arm_and_the_rows_numbers(trained: tuple) -> None:

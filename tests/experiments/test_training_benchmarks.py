@@ -12,6 +12,7 @@ import torch
 from experiments.benchmarks import cells, overfit, tokenizer_training, training_cell
 from ibq.config import TrainConfig
 from ibq.data import load_images
+from ibq.ops import index_backprop
 from ibq.run_directory import RunDirectory
 
 CELL = {"device": "cpu", "method": "ibq", "K": 16, "compiled": False, "operator": "ours", "batch": 2, "accumulate": 1}
@@ -27,13 +28,13 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("operator", ["ours", "matrix"])
 def test_a_cell_trains_by_the_operator_that_it_names(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, real = [], training_cell.ops.index_backprop
+    asked, real = [], index_backprop
 
     def noting(*tensors: torch.Tensor, backend: str, **options: object) -> object:
         asked.append(backend)
         return real(*tensors, backend=backend, **options)
 
-    monkeypatch.setattr(training_cell.ops, "index_backprop", noting)
+    monkeypatch.setattr("ibq.quantizers.ibq.index_backprop", noting)
     monkeypatch.setattr(training_cell.measure, "limit_memory", lambda: None)
     monkeypatch.setattr(training_cell, "WARM_UP", 1)
     monkeypatch.setattr(training_cell, "TIMED", 2)
@@ -49,9 +50,9 @@ def test_a_cell_trains_by_the_operator_that_it_names(operator: str, monkeypatch:
 def test_a_cell_trains_the_method_that_it_names_in_micro_batches(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trained, real = [], training_cell.train_tokenizer
 
-    def noting(config: TrainConfig, *others: Any) -> Any:
+    def noting(config: TrainConfig, *others: Any, **options: Any) -> Any:
         trained.append(config)
-        return real(config, *others)
+        return real(config, *others, **options)
 
     monkeypatch.setattr(training_cell, "train_tokenizer", noting)
     monkeypatch.setattr(training_cell.measure, "limit_memory", lambda: None)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from quantizer_variants import assert_refused
 
 from ibq import build_quantizer, index_backprop
-from ibq.quantizers import Quantizer
+from ibq.errors import ConfigError
+from ibq.quantizers import FSQConfig, Quantizer
 
 D, K, N = 6, 64, 40
 binary = pytest.mark.parametrize("method", ["lfq", "bsq"])
@@ -223,3 +224,25 @@ def test_sizes_that_do_not_fit_are_one_sentence_with_both_values(
     fields: dict[str, Any], mentions: tuple[str, ...]
 ) -> None:
     assert_refused(fields, *mentions)
+
+
+# --- Sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", range(2, 19))
+def test_fsq_levels_make_exactly_the_codes(bits: int) -> None:
+    levels = FSQConfig.sizes(2**bits)["levels"]
+    assert math.prod(levels) == 2**bits
+    assert levels.count(4) <= 2
+    assert set(levels) <= {4, 8}
+
+
+@pytest.mark.parametrize("method", sorted(Quantizer.registry))
+def test_sizes_of_a_number_of_codes_are_a_valid_config(method: str) -> None:
+    of = Quantizer.registry[method].config_class
+    assert of(**of.sizes(256)).codebook_size == 256
+
+
+def test_methods_without_a_learnt_codebook_need_a_power_of_two() -> None:
+    with pytest.raises(ConfigError, match=r"codebook_size=1000 .* power of two"):
+        FSQConfig.sizes(1000)

@@ -156,13 +156,12 @@ def test_the_perceptual_gradient_reaches_the_reconstruction_alone() -> None:
     assert not any(parameter.requires_grad for parameter in loss.parameters())
 
 
-def test_lpips_as_a_loss_is_lpips_as_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_as_a_loss_is_lpips_as_a_metric() -> None:
     from torchvision.models import vgg16
 
     weights = {name: value for name, value in vgg16(weights=None).state_dict().items() if name.startswith("features.")}
-    monkeypatch.setattr(losses, "backbone_weights", lambda backbone: weights)
     x, y = torch.rand(2, 1, 32, 32) * 2 - 1, (torch.rand(2, 1, 32, 32) * 2 - 1).requires_grad_()
-    value = PerceptualLoss("lpips-vgg")(x, y)
+    value = PerceptualLoss("lpips-vgg", weights)(x, y)
     metric = LPIPS("vgg", lpips_network("vgg", weights))
     metric.update(x, y.detach())
     assert value.item() == pytest.approx(metric.compute()[0]["lpips[vgg]"], rel=1e-5)

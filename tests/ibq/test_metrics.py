@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ibq.metrics import ImageQuality, expected_uniform, usage_metrics
+from ibq.metrics.quality import ImageQuality
+from ibq.metrics.usage import expected_uniform, usage_metrics
 
 counts = st.lists(st.integers(0, 50), min_size=1, max_size=250).filter(any)
 

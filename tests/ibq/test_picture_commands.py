@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 import ibq.evaluation.tokenizer
 from ibq import Tokenizer, load_released, load_tokenizer
 from ibq.cli import evaluate, reconstruct
-from ibq.metrics import ImageQuality, usage_metrics
 from ibq.metrics.codebook import QuantizationError
+from ibq.metrics.quality import ImageQuality
+from ibq.metrics.usage import usage_metrics
 from ibq.run_directory import read_lines
 
 WIDE = {"data.name": "photos", "model.channel_multipliers": (1, 1, 1, 1, 1)}  # f = 16

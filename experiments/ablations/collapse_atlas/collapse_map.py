@@ -12,6 +12,7 @@ import pandas as pd
 from experiments.ablations import Ablation, Arm, Border
 from experiments.ablations.quantizers.anatomy import Codebook, codebook_of
 from ibq.evaluation.diagnosis import LARGEST
+from ibq.metrics import METRICS
 
 PAPER_SIZE, PAPER_DIMENSION, PAPER_RATE = 16384, "256", 1e-4
 """Where the paper trains IBQ."""
@@ -105,19 +106,13 @@ def remedies_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
             line["codebook"] = "/".join(sorted(set(mine["status"]))) or "not in this study"
             table.append(line)
             continue
-        line |= {"codebook": STATES[book.alive], "perplexity / K %": _mean(done, "perplexity_share", 1, 100)}
-        line |= {
-            "usage %": _mean(done, "usage", 1, 100),
-            "L1": _mean(done, "l1", 4),
-            "FID[fashion-cnn]": _mean(done, "fid[fashion-cnn]", 2),
-        }
-        for name, heading, digits in (
-            ("logit_spread", "logit spread", 2),
-            ("max_probability", "largest probability", 3),
-        ):
-            line[f"{heading}, first → last"] = (
-                f"{_mean(done, f'first.{name}', digits)} → {_mean(done, f'last.{name}', digits)}"
-            )
+        line["codebook"] = STATES[book.alive]
+        for metric in (METRICS[name] for name in ("share", "usage", "l1", "fid")):
+            line[metric.heading] = _mean(done, metric.column, metric.digits, metric.scale)
+        for metric in (METRICS[name] for name in ("logit_spread", "max_probability")):
+            first = metric.column.replace("last.", "first.")
+            ends = (_mean(done, column, metric.digits) for column in (first, metric.column))
+            line[f"{metric.label}, first → last"] = " → ".join(ends)
         if "diagnosis" in done and done["diagnosis"].notna().any():
             line["diagnosis"] = "; ".join(map(str, done["diagnosis"].dropna().unique()))
         table.append(line)
@@ -182,7 +177,8 @@ def _of_method(ablation: Ablation, finished: Mapping[str, Codebook], method: str
 def _of_quality(rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
     """The best on either side of the border, in both measures of quality."""
     done, said = rows[(rows["status"] == "ok") & rows["arm"].isin(list(finished))], []
-    for column, label, digits in (("l1", "L1", 4), ("fid[fashion-cnn]", "FID[fashion-cnn]", 2)):
+    for name in ("l1", "fid"):
+        column, label, digits = METRICS[name].column, METRICS[name].label, METRICS[name].digits
         if column not in done or done[column].isna().all():
             continue
         means = done.groupby("arm")[column].mean().dropna().sort_values(kind="stable")

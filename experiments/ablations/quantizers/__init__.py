@@ -25,7 +25,7 @@ from typing import Any
 
 from experiments.ablations import vq_vs_ibq
 from experiments.ablations.base import Ablation, Anatomy, Arm, Contrast, Factor, PaperRow, Part, Tuning
-from ibq.errors import ConfigError
+from ibq.quantizers import Quantizer
 
 STEP_SHARE, SEARCH_SHARE = 1 / 2, 1 / 3
 VQ = vq_vs_ibq.quantizer(vq_vs_ibq.levels("VQ", "uniform", "off", "commitment"), 0)
@@ -77,33 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
     """Quantizer fields of an arm; the methods without a learnt codebook take their dimension from K."""
     fields = METHODS[levels["method"]]
-    if fields["method"] in ("lfq", "bsq"):
-        return fields | {"code_dim": bits_of(codebook_size)}
-    if fields["method"] == "fsq":
-        levels_of_channels = fsq_levels(bits_of(codebook_size))
-        return fields | {"levels": levels_of_channels, "code_dim": len(levels_of_channels)}
-    return dict(fields)
-
-
-def bits_of(codebook_size: int) -> int:
-    """log2 K.
-
-    Raises:
-        ConfigError: K is not a power of two, of at least 4, so that methods without a learnt codebook cannot have it.
-    """
-    bits = codebook_size.bit_length() - 1
-    if codebook_size != 1 << bits or bits < 2:
-        raise ConfigError(
-            f"quantizer.codebook_size={codebook_size} has no LFQ and no FSQ beside it; choose a power of two, at least "
-            f"4"
-        )
-    return bits
-
-
-def fsq_levels(bits: int) -> list[int]:
-    """The fewest channels of 8 and 4 levels whose combinations make 2^bits codes, e.g. 8, 8, 4, 4 for 10 bits."""
-    fours = -bits % 3
-    return [8] * ((bits - 2 * fours) // 3) + [4] * fours
+    return fields | Quantizer.registry[fields["method"]].config_class.sizes(codebook_size)
 
 
 def scales(levels: Mapping[str, str]) -> dict[str, float]:

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.analysis.projections import Projection
+from experiments.analysis.projections import Projection, reduce
 from experiments.explorer.figures.parts import REFERENCE, color, say
-from experiments.explorer.view import View, planar
+from experiments.explorer.view import View
 from experiments.report.figures.theme import COLORS, MARKERS
 
 WAITING = "Nothing yet: the first moment is still to come."
@@ -85,7 +85,7 @@ def _principal(view: View) -> Projection | None:
     points = torch.cat([codes_kD, features_ND])
     if not points.isfinite().all():
         return None
-    xy = planar(points)
+    xy = reduce(points.numpy(), "pca")
     used_k = (view.tensors["counts"][view.tensors["code_indices"]] > 0).numpy()
     return Projection("pca", view.tensors_step, xy[: len(codes_kD)], xy[len(codes_kD) :], used_k)
 

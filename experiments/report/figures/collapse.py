@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -33,11 +32,11 @@ from experiments.ablations.collapse_atlas.collapse_map import (
     paper_in_words,
     rates_of,
 )
-from experiments.report.figures.heat_map import COLORMAPS, draw_cell, draw_hatched, scale, values_of
+from experiments.report.figures.heat_map import colormap, draw_cell, draw_hatched, scale, values_of
 from experiments.report.figures.labels import Labels
 from experiments.report.figures.theme import COLORS, MARKERS, method_colors
-from experiments.report.tables import COLUMNS
 from experiments.study import Cell, Study
+from ibq.metrics import METRICS
 
 OUTCOMES = ("share", "usage", "l1", "fid")
 FACTS = ("arm", "seed", "status", "codebook_size", "config.optim.lr", "factor.rate", "factor.K")
@@ -82,7 +81,7 @@ def collapse_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
             if PAPER_DIMENSION in dimensions:
                 _paper(axis, dimensions.index(PAPER_DIMENSION), [lr[rate] for rate in rates])
         bar = figure.colorbar(colors, ax=list(axes[:, column]), location="top", aspect=24, pad=0.01)
-        bar.set_label(COLUMNS[outcome].label, fontsize=9)
+        bar.set_label(METRICS[outcome].axis, fontsize=9)
         bar.ax.tick_params(labelsize=7)
         if outcome == "fid":
             ticks = [
@@ -151,8 +150,8 @@ def collapse_axes(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figur
         axes[1, column].minorticks_off()
         assert ablation.border
         axes[0, column].axhline(100 * ablation.border.collapse, color="0.2", ls="--", lw=1)
-    axes[0, 0].set(ylabel=COLUMNS["share"].label, ylim=(-3, 103))
-    axes[1, 0].set_ylabel(COLUMNS["l1"].label)
+    axes[0, 0].set(ylabel=METRICS["share"].axis, ylim=(-3, 103))
+    axes[1, 0].set_ylabel(METRICS["l1"].axis)
     handles = [Line2D([], [], lw=1.2, ms=5, label=name, **style) for name, style in labels.items()]
     handles.append(Line2D([], [], color="0.2", ls="--", lw=1, label="below it a codebook has collapsed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=7.5)
@@ -206,7 +205,7 @@ def saturation(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure |
         places = Labels(axis, size=7)
         for _, row in mine[mine["arm"].isin(named)].drop_duplicates("arm").iterrows():
             places.put(ablation.letter(row["arm"]), row[column], 100 * row["perplexity_share"])
-    axes[0].set_ylabel(COLUMNS["share"].label)
+    axes[0].set_ylabel(METRICS["share"].axis)
     handles = [Line2D([], [], ls="", marker="o", color=colors[method], label=method) for method in dot_products]
     handles += [
         Line2D([], [], ls="", marker=marker, color="0.4", label=f"D = {D}")
@@ -222,7 +221,7 @@ def _colors(rows: pd.DataFrame, outcome: str) -> ScalarMappable:
     that of others."""
     means = [float(values_of(mine, outcome).mean()) for _, mine in rows.groupby("arm") if len(values_of(mine, outcome))]
     norm = LogNorm(min(means), max(means)) if outcome == "fid" and 0 < min(means) < max(means) else scale(means)
-    return ScalarMappable(norm, mpl.colormaps[COLORMAPS.get(outcome, "viridis")])
+    return ScalarMappable(norm, colormap(outcome))
 
 
 def _border(axis: Axes, states: Mapping[tuple[int, int], bool | None]) -> None:

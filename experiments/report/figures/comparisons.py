@@ -10,11 +10,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from experiments.ablations import Ablation, Axis
-from experiments.analysis.effects import effects
+from experiments.analysis import metrics
+from experiments.analysis.effects import RATE_AND_DISTORTION, effects
 from experiments.report.figures.points import Points
-from experiments.report.figures.theme import BOTH, method_colors, panel_grid
+from experiments.report.figures.theme import BOTH, axis_label, method_colors, panel_grid
 from experiments.report.tables import chosen_value, searches
 from experiments.study import Study
+from ibq.metrics import METRICS
 
 
 def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
@@ -31,20 +33,15 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
     axis.axvline(limit, color="0.3", ls="--", lw=1)
     of_largest = "log2 K" if finished["codebook_size"].nunique() == 1 else "log2 of the largest K"
     axis.set(
-        xlabel=f"rate: bits a token (dashed: {of_largest} = {limit:g})",
-        ylabel="distortion: L1 on the test split, [-1, 1]",
+        xlabel=f"rate: {METRICS['bits'].axis} (dashed: {of_largest} = {limit:g})",
+        ylabel=f"distortion: {METRICS['l1'].axis} on the test split, [-1, 1]",
     )
     figure.legend(handles=points.handles(), loc="outside right upper", frameon=False)
     return figure
 
 
-SCALING = {
-    "usage": ("codes used, %", 100.0),
-    "perplexity_share": ("perplexity / K, %", 100.0),
-    "l1": ("L1 on the test split, [-1, 1]", 1.0),
-    "fid[fashion-cnn]": ("FID[fashion-cnn]", 1.0),
-}
-"""What a figure of scaling shows: labels and factors by the rows' columns."""
+SCALING = ("usage", "share", "l1", "fid")
+"""Metrics that a figure of scaling shows."""
 
 
 def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
@@ -55,13 +52,14 @@ def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | No
     """
     if ablation.axis is None or rows["status"].ne("ok").all():
         return None
-    lines, panels, colors = _by_size(ablation, ablation.axis, rows), _measured(rows), method_colors(ablation)
+    lines, colors = _by_size(ablation, ablation.axis, rows), method_colors(ablation)
+    panels = [name for name in SCALING if metrics.measured(rows, name)]
     ticks = sorted({size for _, mine in lines for size in mine["size"]})
     figure, axes = panel_grid(len(panels), 2, 3.1)
     for axis, name in zip(axes, panels, strict=True):
         for method, mine in lines:
-            known = mine[(mine["status"] == "ok") & mine[name].notna()]
-            values = SCALING[name][1] * known[name].astype(float)
+            known = mine[(mine["status"] == "ok") & metrics.values(mine, name).notna()]
+            values = metrics.values(known, name)
             means = values.groupby(known["x"]).mean()
             axis.plot(means.index, means, color=colors[method], lw=1.3)
             axis.scatter(known["x"], values, color=colors[method], s=16, zorder=3)
@@ -77,8 +75,8 @@ def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | No
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{size:,}" for size in ticks])
         axis.minorticks_off()
-        axis.set(xlabel=ablation.axis.label, ylabel=SCALING[name][0])
-        if name in ("usage", "perplexity_share"):
+        axis.set(xlabel=ablation.axis.label, ylabel=METRICS[name].axis)
+        if METRICS[name].unit == "%":
             axis.set_ylim(-3, 103)
     handles = [
         Line2D([], [], color=colors[method], marker="o", ms=4, label=method)
@@ -88,10 +86,6 @@ def scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | No
         handles.append(Line2D([], [], ls="", marker="x", color="0.4", label="no result"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def _measured(rows: pd.DataFrame) -> list[str]:
-    return [name for name in SCALING if name in rows and rows[name].notna().any()]
 
 
 def _by_size(ablation: Ablation, axis: Axis, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -149,8 +143,7 @@ def main_effects(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
         return None
     changes, colors = list(dict.fromkeys(table["change"])), method_colors(ablation)
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 0.55 * len(changes) + 1.3), sharey=True)
-    panels = {"bits": "rate: change of bits a token", "l1": "distortion: change of L1 (left is better)"}
-    for axis, (outcome, label) in zip(axes, panels.items(), strict=True):
+    for axis, outcome in zip(axes, RATE_AND_DISTORTION, strict=True):
         axis.axvline(0, color="0.3", lw=1)
         for y, change in enumerate(changes):
             group = table[table["change"] == change]
@@ -170,7 +163,7 @@ def main_effects(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure
                         va="center",
                         bbox={"fc": "white", "ec": "none", "pad": 0.6},
                     )
-        axis.set(xlabel=label, yticks=range(len(changes)), yticklabels=changes)
+        axis.set(xlabel=axis_label(outcome, "x", change=True), yticks=range(len(changes)), yticklabels=changes)
         axis.margins(x=0.16)
         axis.xaxis.set_major_locator(MaxNLocator(6))
     axes[0].invert_yaxis()

@@ -17,13 +17,13 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from safetensors.torch import load_file
 
 from experiments.ablations import Ablation
-from experiments.analysis import transformers
+from experiments.analysis import metrics, transformers
 from experiments.report.figures.labels import Labels
 from experiments.report.figures.points import Points
-from experiments.report.figures.theme import arm_label, finished_cells, panel_grid
+from experiments.report.figures.theme import arm_label, axis_label, finished_cells, panel_grid
 from experiments.study import Cell, Study
+from ibq.metrics import METRICS
 
-FID, IS, AGREEMENT = transformers.FID, "is[fashion-cnn]", transformers.AGREEMENT
 MOST_ROWS, MOST_COLUMNS = 10, 6
 """Classes and samples of each that a grid of samples shows."""
 CLASS_NAMES = {
@@ -97,23 +97,17 @@ def guidance_sweep(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figu
     if not guidances:
         return None
     finished = rows[rows["status"] == "ok"].dropna(subset=["guidance"])
-    panels = {
-        (IS, FID): ("IS[fashion-cnn] (right is better)", "FID[fashion-cnn] (lower is better)"),
-        ("recall[fashion-cnn]", "precision[fashion-cnn]"): (
-            "recall[fashion-cnn] (right is better)",
-            "precision[fashion-cnn] (higher is better)",
-        ),
-    }
     points = Points(ablation, finished)
     figure, axes = plt.subplots(1, 2, figsize=(9.4, 4.2))
-    for axis, ((of_x, of_y), (x_label, y_label)) in zip(axes, panels.items(), strict=True):
+    for axis, (x_name, y_name) in zip(axes, (("is", "fid"), ("recall", "precision")), strict=True):
+        of_x, of_y = METRICS[x_name].column, METRICS[y_name].column
         for row in finished.to_dict("records"):
             x, y = ([row[f"{name}@{guidance:g}"] for guidance in guidances] for name in (of_x, of_y))
             axis.plot(x, y, lw=1.1, ms=4.2, **points.style(row["arm"]))
             axis.scatter(row[of_x], row[of_y], s=75, facecolor="none", edgecolor="0.2", linewidth=0.9, zorder=4)
-        axis.set(xlabel=x_label, ylabel=y_label)
+        axis.set(xlabel=axis_label(x_name, "x"), ylabel=axis_label(y_name, "y"))
         axis.margins(0.1)
-        if of_y == FID:
+        if y_name == "fid":
             _plain_log(axis)
         _name_guidances(
             axis, ablation, finished[finished["seed"] == finished.groupby("arm")["seed"].transform("min")], of_x, of_y
@@ -139,16 +133,15 @@ def _name_guidances(axis: Axes, ablation: Ablation, finished: pd.DataFrame, of_x
 def bits_and_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """The transformer's bits against what its tokenizer loses and against what it generates; letters name the arms."""
     finished = rows[rows["status"] == "ok"]
-    panels = {"tokenizer.l1": "tokenizer: L1 on the test split, [-1, 1]", FID: "generated: FID[fashion-cnn]"}
-    shown = {name: label for name, label in panels.items() if name in finished and finished[name].notna().any()}
+    shown = [name for name in ("tokenizer_l1", "fid") if metrics.measured(finished, name)]
     if not shown or "bits_per_image" not in finished:
         return None
     points, uniform = Points(ablation, finished), finished["uniform_bits_per_image"].max()
     most = max(uniform, finished["bits_per_image"].max())  # a bad transformer takes more than guessing does
     figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown) + 1.4, 3.7), squeeze=False)
-    for axis, (name, label) in zip(axes[0], shown.items(), strict=True):
+    for axis, name in zip(axes[0], shown, strict=True):
         axis.axvline(uniform, color="0.3", ls="--", lw=1)
-        axis.set(xlabel="bits an image, by the transformer", ylabel=label, xlim=(0, 1.05 * most))
+        axis.set(xlabel=f"{METRICS['bits_per_image'].axis}, by the transformer", xlim=(0, 1.05 * most))
         _draw(axis, ablation, points, finished, "bits_per_image", name)
     handles = [*points.handles(), Line2D([], [], color="0.3", ls="--", lw=1, label=f"uniform tokens: {uniform:g} bits")]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
@@ -160,25 +153,20 @@ def depth_scaling(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figur
     """Likelihood and quality against parameters: a point a seed, lines through the means of arms that differ in depth
     alone."""
     finished = rows[rows["status"] == "ok"]
-    panels = {
-        "bits_per_image": ("bits an image", 1),
-        FID: ("FID[fashion-cnn]", 1),
-        AGREEMENT: ("label agreement[fashion-cnn], %", 100),
-    }
-    shown = {name: panel for name, panel in panels.items() if name in finished and finished[name].notna().any()}
+    shown = [name for name in ("bits_per_image", "fid", "label_agreement") if metrics.measured(finished, name)]
     if not shown:
         return None
     points, lines = Points(ablation, finished), _by_depth(ablation, finished)
     sizes = sorted(set(pd.concat(lines or [finished])["parameters"]))
     figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown) + 1.4, 3.5), squeeze=False)
-    for axis, (name, (label, factor)) in zip(axes[0], shown.items(), strict=True):
+    for axis, name in zip(axes[0], shown, strict=True):
         for mine in lines:
-            means = factor * mine.groupby("parameters")[name].mean()
+            means = metrics.values(mine, name).groupby(mine["parameters"]).mean()
             axis.plot(means.index, means, lw=1.2, color=points.style(mine["arm"].iloc[0])["color"])
-        axis.set(xscale="log", xlabel="parameters of the transformer", ylabel=label)
+        axis.set(xscale="log", xlabel="parameters of the transformer")
         axis.set_xticks(sizes, [f"{size / 1e6:.2g}M" for size in sizes])
         axis.minorticks_off()
-        _draw(axis, ablation, points, finished.assign(**{name: factor * finished[name]}), "parameters", name)
+        _draw(axis, ablation, points, finished, "parameters", name)
     figure.legend(handles=points.handles(), loc="outside right upper", frameon=False)
     _foot(
         figure,
@@ -195,17 +183,18 @@ def _by_depth(ablation: Ablation, finished: pd.DataFrame) -> list[pd.DataFrame]:
     return [mine for mine in sets if mine["parameters"].nunique() > 1]
 
 
-def _draw(axis: Axes, ablation: Ablation, points: Points, finished: pd.DataFrame, of_x: str, of_y: str) -> None:
-    """A point a run, and each arm's letter at their mean."""
-    known = finished.dropna(subset=[of_x, of_y])
+def _draw(axis: Axes, ablation: Ablation, points: Points, finished: pd.DataFrame, of_x: str, name: str) -> None:
+    """A metric over a column: a point a run, and each arm's letter at their mean."""
+    known = finished.assign(y=metrics.values(finished, name)).dropna(subset=[of_x, "y"])
     for arm, mine in known.groupby("arm", sort=False):
-        axis.plot(mine[of_x], mine[of_y], ls="", ms=5.8, zorder=3, **points.style(str(arm)))
+        axis.plot(mine[of_x], mine["y"], ls="", ms=5.8, zorder=3, **points.style(str(arm)))
+    axis.set_ylabel(METRICS[name].axis)
     axis.margins(0.12)
-    if of_y == FID:
+    if name == "fid":
         _plain_log(axis)
     labels = Labels(axis, 7.5)
     for arm, mine in known.groupby("arm", sort=False):
-        labels.put(ablation.letter(str(arm)), mine[of_x].mean(), mine[of_y].mean())
+        labels.put(ablation.letter(str(arm)), mine[of_x].mean(), mine["y"].mean())
 
 
 def _plain_log(axis: Axes) -> None:

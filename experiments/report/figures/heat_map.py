@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -18,13 +18,11 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.ablations import Ablation
 from experiments.ablations.grid import GRID_COLUMNS, numbers, strips, varied
+from experiments.analysis import metrics
 from experiments.report.figures.theme import method_colors
-from experiments.report.tables import COLUMNS
 from experiments.study import Study
+from ibq.metrics import METRICS
 
-COLORMAPS = {"share": "viridis", "bits": "viridis", "l1": "viridis_r", "fid": "viridis_r"}
-"""Perceptually uniform, told apart with any colour vision; brighter where more codes are in use or the error is
-lower."""
 ABOVE: dict[str, Any] = {
     "xycoords": "axes fraction",
     "textcoords": "offset points",
@@ -44,9 +42,7 @@ def heat_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | N
     if finished.empty:
         return None
     sizes = rows["codebook_size"].nunique()  # at one K bits say what perplexity / K says
-    shown = [
-        name for name in GRID_COLUMNS if COLUMNS[name].value(finished).notna().any() and (name != "bits" or sizes > 1)
-    ]
+    shown = [name for name in GRID_COLUMNS if metrics.measured(finished, name) and (name != "bits" or sizes > 1)]
     return _lines(ablation, rows, shown) if len(varied(ablation)) == 1 else _maps(ablation, rows, shown)
 
 
@@ -77,7 +73,7 @@ def _maps(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
     figure, axes = plt.subplots(len(drawn), len(shown), figsize=size, squeeze=False, sharex=True, sharey=True)
     for column, outcome in enumerate(shown):
         means = [values_of(mine, outcome).mean() for mine in arms.values() if len(values_of(mine, outcome))]
-        colors = ScalarMappable(scale(means), mpl.colormaps[COLORMAPS[outcome]])
+        colors = ScalarMappable(scale(means), colormap(outcome))
         for axis, (base, *rest) in zip(axes[:, column], drawn, strict=True):
             for y, at_y in enumerate(down.levels):
                 for x, at_x in enumerate(across.levels):
@@ -87,7 +83,7 @@ def _maps(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
         bar = figure.colorbar(
             colors, ax=list(axes[:, column]), location="top", aspect=30 * width * len(across.levels) / 2, pad=0.02
         )
-        bar.set_label(COLUMNS[outcome].label, fontsize=9)
+        bar.set_label(METRICS[outcome].axis, fontsize=9)
         bar.ax.tick_params(labelsize=7)
         bar.ax.xaxis.set_major_locator(MaxNLocator(min(6, max(2, int(size[0] / len(shown) / 0.6)))))
     for axis, title in zip(axes[:, 0], titles, strict=True):
@@ -114,7 +110,7 @@ def draw_cell(axis: Axes, x: int, y: int, outcome: str, mine: pd.DataFrame, colo
         return
     color = colors.to_rgba(values.mean())
     axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
-    words = f"{values.mean():.{COLUMNS[outcome].digits}f}" + (
+    words = f"{values.mean():.{METRICS[outcome].digits}f}" + (
         f"\n{len(values)} of {len(mine)}" if len(values) < len(mine) else ""
     )
     ink = "black" if float(np.dot(color[:3], (0.299, 0.587, 0.114))) > 0.5 else "white"
@@ -163,7 +159,7 @@ def _lines(ablation: Ablation, rows: pd.DataFrame, shown: list[str]) -> Figure:
                         ha="center",
                     )
                     lost += 1
-        axis.set(xlabel=field.name, ylabel=COLUMNS[outcome].label, xscale="log" if log else "linear")
+        axis.set(xlabel=field.name, ylabel=METRICS[outcome].axis, xscale="log" if log else "linear")
         axis.margins(y=0.1)
         axis.set_xlim(10.0**ends if log else ends)
         if lost:
@@ -188,7 +184,13 @@ def _along(ablation: Ablation, rows: pd.DataFrame, base: str, xs: list[float]) -
 
 def values_of(mine: pd.DataFrame, outcome: str) -> pd.Series:
     """An outcome of one arm, seed by seed, where there is one."""
-    return COLUMNS[outcome].value(mine[mine["status"] == "ok"]).dropna()
+    return metrics.values(mine[mine["status"] == "ok"], outcome).dropna()
+
+
+def colormap(outcome: str) -> Colormap:
+    """Perceptually uniform, told apart with any colour vision; brighter where more codes are in use or the error is
+    lower."""
+    return mpl.colormaps["viridis_r" if METRICS[outcome].better == "lower" else "viridis"]
 
 
 def scale(values: list[float]) -> Normalize:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import seaborn as sns
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.ablations import Ablation, Arm
 from experiments.study import Cell, Study
+from ibq.metrics import METRICS
 
 COLORS = sns.color_palette("colorblind")
 LINE_COLORS = [COLORS[i] for i in (3, 0, 1, 2, 4, 5, 6, 8, 9)]
@@ -51,6 +52,14 @@ def method_colors(ablation: Ablation) -> dict[str, Any]:
 def arm_label(ablation: Ablation, arm: Arm) -> str:
     name = " ".join(arm.name.split()).replace("$", r"\$")  # no mathematics in names
     return f"{ablation.letter(arm.name)}  {name if len(name) <= 40 else name[:39] + '…'}"
+
+
+def axis_label(name: str, side: Literal["x", "y"], change: bool = False) -> str:
+    """A metric, or a change of it, with the direction that is better, e.g. "FID[fashion-cnn] (lower is better)"."""
+    metric = METRICS[name]
+    label = metric.change if change else metric.axis
+    along = {"lower": "left", "higher": "right"} if side == "x" else {"lower": "lower", "higher": "higher"}
+    return f"{label} ({along[metric.better]} is better)" if metric.better else label
 
 
 def panel_grid(panels: int, columns: int, size: float) -> tuple[Figure, list[Any]]:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from experiments.ablations import Ablation
 from experiments.report.figures.theme import COLORS, OTHER, arm_colors, arm_label, finished_cells, panel_grid
 from experiments.study import Cell, Study
+from ibq.metrics import METRICS
 from ibq.training.logging import GAPS
 
 Line = dict[str, Any]
@@ -31,7 +32,7 @@ def usage_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) ->
             lambda line, cell: 100 * line["uniform_usage"],
         ),
         "Perplexity": (
-            "perplexity / K, %",
+            METRICS["share"].axis,
             lambda line, cell: 100 * line["perplexity"] / cell.config.quantizer.codebook_size,
             lambda line, cell: 100 * line["uniform_perplexity"] / cell.config.quantizer.codebook_size,
         ),
@@ -59,7 +60,7 @@ def usage_of_each(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figur
         axis.title.set_fontsize(7.5)
         axis.tick_params(labelsize=7)
     handles = [
-        Line2D([], [], color=COLORS[0], lw=1.4, label="perplexity / K, %"),
+        Line2D([], [], color=COLORS[0], lw=1.4, label=METRICS["share"].axis),
         Line2D([], [], color=COLORS[1], lw=1.2, ls=":", label="codes used, %"),
         Line2D([], [], color="0.88", lw=0.8, label="perplexity of the other arms"),
     ]
