@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class ConfigError(ValueError):
     """A parameter, field or config that cannot be used as given."""
+
+
+class DataError(ValueError):
+    """Data that is absent, damaged or does not fit; the message is one sentence that a user can act on."""
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run has ended, or no longer answers; the message is one sentence."""
 
 
 class NonFiniteInputError(ValueError):

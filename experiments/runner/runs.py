@@ -18,9 +18,9 @@ from experiments.rows import OF_THE_ROWS_IMAGES
 from experiments.runner import torchrun
 from experiments.study import Cell, Study, runs_folder, unique_runs
 from ibq.config import RunConfig, TrainConfig, read_config
-from ibq.data import DataError, load_images
+from ibq.data import load_images
 from ibq.distributed import resolve_device
-from ibq.errors import ConfigError, nearest
+from ibq.errors import ConfigError, DataError, nearest
 from ibq.evaluation.tokenizer import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
 from ibq.evaluation.transformer import evaluate_samples
 from ibq.metrics import NETWORKS

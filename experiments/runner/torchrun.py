@@ -25,9 +25,9 @@ from experiments.runner import worker
 from experiments.runner.sweep import REPORT_S
 from experiments.study import runs_folder
 from ibq.config import RunConfig
-from ibq.data import DataError, data_hash_of
+from ibq.data import data_hash_of
 from ibq.distributed import copy_of_first, is_first_here, is_writer, peers, process_group, rank, shared_errors
-from ibq.errors import ConfigError, NonFiniteError
+from ibq.errors import ConfigError, DataError, NonFiniteError
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory
 from ibq.training.runtime import LogEvent, Runtime, StopRequested, check_config

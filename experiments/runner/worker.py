@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from ibq.config import RunConfig, TrainConfig, TransformerTrainConfig, parse_run_config
-from ibq.data import DataError, data_hash_of
-from ibq.distributed import PeerLostError, exit_with_parent, peers, resolve_device
-from ibq.errors import ConfigError, NonFiniteError
+from ibq.data import data_hash_of
+from ibq.distributed import exit_with_parent, peers, resolve_device
+from ibq.errors import ConfigError, DataError, NonFiniteError, PeerLostError
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json
 from ibq.training.interventions import Asked

@@ -36,8 +36,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ibq.data.fashion_mnist import cache_folder
-from ibq.data.images import DataError
 from ibq.distributed import gather_rows
+from ibq.errors import DataError
 from ibq.ops.precision import full_float32
 from ibq.run_directory import write_tensors
 

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ibq.data.images import DataError
 from ibq.distributed import sum_of_numbers
+from ibq.errors import DataError
 from ibq.ops.precision import full_float32
 from ibq.pretrained.weights import load_pretrained
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ibq.config import TrainConfig
-from ibq.data import DataError, ImageSource, data_hash, load_images
+from ibq.data import ImageSource, data_hash, load_images
 from ibq.data.loader import TrainingBatches
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
-from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
+from ibq.errors import ConfigError, DataError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation.diagnosis import diagnose, summary
 from ibq.evaluation.tokenizer import evaluate, evaluating
 from ibq.losses import (

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from ibq.config import TRANSFORMER_VERSION, TransformerTrainConfig
-from ibq.data import DataError, data_hash, data_hash_of, load_images
+from ibq.data import data_hash, data_hash_of, load_images
 from ibq.data.loader import images_seen, require_even_shares
 from ibq.data.tokens import TokenBatches, encode_split, labels_of
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
-from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
+from ibq.errors import ConfigError, DataError, NonFiniteError, NonFiniteInputError
 from ibq.evaluation.transformer import evaluate_transformer
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ibq import load_released
-from ibq.data import DataError
+from ibq.errors import DataError
 
 Tensors = dict[str, torch.Tensor]
 

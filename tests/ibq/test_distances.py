@@ -22,7 +22,8 @@ from torch_fidelity import metric_fid
 import ibq.metrics.distances as module
 from ibq import run_directory
 from ibq.config import DataConfig
-from ibq.data import DataError, Images, load_images
+from ibq.data import Images, load_images
+from ibq.errors import DataError
 from ibq.evaluation.tokenizer import evaluate
 from ibq.metrics.distances import Distances, distances, reference_features, to_uint8
 from ibq.models.tokenizer import Tokenizer

@@ -14,8 +14,8 @@ import torch.multiprocessing
 from processes import free_port, run_processes, set_environment
 
 import ibq.distributed as distributed
-from ibq.distributed import PeerLostError, Processes, process_group
-from ibq.errors import ConfigError
+from ibq.distributed import Processes, process_group
+from ibq.errors import ConfigError, PeerLostError
 from ibq.training.logging import LossWindow, TokenWindow
 
 CPU = torch.device("cpu")

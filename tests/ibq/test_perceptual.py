@@ -18,7 +18,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 import ibq.evaluation.tokenizer
 from ibq.config import DataConfig
-from ibq.data import DataError, Images, load_images
+from ibq.data import Images, load_images
+from ibq.errors import DataError
 from ibq.evaluation.tokenizer import PerceptualEvaluation, UnfitError
 from ibq.metrics.distances import Distances, _FeatureStream
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network

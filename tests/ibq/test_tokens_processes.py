@@ -15,10 +15,10 @@ from training_runs import stop_after
 
 import ibq.data.tokens
 import ibq.evaluation.transformer
-from ibq.data import DataError, Images
+from ibq.data import Images
 from ibq.data.tokens import encode_split
 from ibq.distributed import Processes, barrier
-from ibq.errors import NonFiniteError
+from ibq.errors import DataError, NonFiniteError
 from ibq.evaluation.transformer import evaluate_transformer
 from ibq.models.tokenizer import Tokenizer
 from ibq.sampling import Sampler

@@ -29,11 +29,11 @@ from training_runs import (
 
 import ibq.training.tokenizer as trainer
 from ibq.config import DataConfig, TrainConfig
-from ibq.data import DataError, Images
+from ibq.data import Images
 from ibq.data.images import Split
 from ibq.data.loader import TrainingBatches
 from ibq.distributed import Processes, barrier
-from ibq.errors import ConfigError, NonFiniteError
+from ibq.errors import ConfigError, DataError, NonFiniteError
 from ibq.run_directory import RunDirectory
 from ibq.training.runtime import Runtime, StopRequested
 from ibq.training.tokenizer import train_tokenizer

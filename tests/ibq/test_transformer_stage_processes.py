@@ -35,9 +35,9 @@ from transformer_runs import (
 
 import ibq.training.transformer as trainer
 from ibq.config import TransformerTrainConfig
-from ibq.data import DataError, Images
+from ibq.data import Images
 from ibq.distributed import Processes, barrier
-from ibq.errors import ConfigError, NonFiniteError
+from ibq.errors import ConfigError, DataError, NonFiniteError
 from ibq.models.transformer import Transformer
 from ibq.run_directory import RunDirectory
 from ibq.training.runtime import StopRequested
