@@ -67,12 +67,9 @@ def train(config: TrainConfig, folder: str, runtime: Runtime, threads: int, comm
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):
-            todo = config.to_json_dict()
-            code = (
-                0
-                if run.finished
-                else worker.attempt(run, todo, runtime, asked.should_stop, seen, intervene=asked.intervene)
-            )
+            code = 0
+            if not run.finished:
+                code = worker.attempt(run, config, runtime, asked.should_stop, seen, intervene=asked.intervene).code
     except Timeout:
         raise SystemExit(worker.BUSY) from None
     except OSError as error:  # even the attempt could not be noted

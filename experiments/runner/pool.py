@@ -47,8 +47,7 @@ class Pool:
 
     def start(self, run: RunDirectory, config: RunConfig, tokenizer: RunDirectory | None = None) -> None:
         """Train a run in a process of its own; a transformer's on the tokens of the finished run `tokenizer`."""
-        of = None if tokenizer is None else str(tokenizer.path)
-        arguments = (config.to_json_dict(), str(run.path), self._runtime, self._threads, of)
+        arguments = (config, run, self._runtime, self._threads, tokenizer)
         process = self._context.Process(target=worker.train, args=arguments, daemon=False)
         process.start()
         self._running[process], self._started[process] = run, time.time()

@@ -11,7 +11,6 @@ import shutil
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,11 +25,11 @@ from experiments.runner.sweep import REPORT_S
 from experiments.study import runs_folder
 from ibq.config import RunConfig
 from ibq.data import data_hash_of
-from ibq.distributed import copy_of_first, is_first_here, is_writer, peers, process_group, rank, shared_errors
-from ibq.errors import ConfigError, DataError, NonFiniteError
+from ibq.distributed import copy_of_first, is_first_here, is_writer, process_group, rank, shared_errors
+from ibq.errors import ConfigError, DataError
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory
-from ibq.training.runtime import LogEvent, Runtime, StopRequested, check_config
+from ibq.training.runtime import LogEvent, Runtime, check_config
 
 STOPPED = 130
 """Exit code of a run that was asked to stop, and goes on when it is called again."""
@@ -59,9 +58,9 @@ def train(
     Raises:
         SystemExit: the run has no row of status "ok": STOPPED, `worker.DISK_FULL`, 1 any other failure. The reason has
             been said and stands in attempts.jsonl.
-        ConfigError: another process trains this run, or it cannot be trained as given, or not into `out`.
-        DataError: the data, or the weights of the perceptual term, are not there. Either leaves no folder behind that
-            this call has made.
+        ConfigError: another process trains this run, or it cannot be trained as given (the weights of its perceptual
+            term are absent, say), or not into `out`.
+        DataError: the data are not there. Either leaves no folder behind that this call has made.
     """
     with _stopping() as stop, process_group(runtime.device) as processes, ExitStack() as claims:
         runtime = replace(runtime, device=str(processes.device))
@@ -70,14 +69,16 @@ def train(
             if is_writer():
                 say(f"{run.path} is finished already: {status.result_of(run.read_row())}")
             return
-        try:
-            code = (_lead if is_writer() else _follow)(config, tokenizer, run, runtime, stop, say)
-        except (ConfigError, DataError):
+        if is_writer():
+            say(f"training {config.steps:,} steps of {config.batch_size} images into {run.path}")
+        seen = _Progress(run, say) if is_writer() else lambda event: None
+        ended = worker.attempt(run, config, runtime, stop.is_set, seen, tokenizer)
+        if ended.code == worker.UNFIT:
             if made and {path.name for path in run.path.iterdir()} <= BOOKKEEPING:
                 shutil.rmtree(run.path)
-            raise
-        if code:
-            raise SystemExit(code)  # which leaves the group without waiting for the others
+            raise ConfigError(ended.reason)
+        if code := _conclude(run, ended, say):
+            raise SystemExit(code)  # leaves the group without waiting for the others
 
 
 def _claim(config: RunConfig, out: Path | None, claims: ExitStack) -> tuple[RunDirectory, bool]:
@@ -117,56 +118,19 @@ def _require_own_folder(out: Path, config: RunConfig) -> None:
         raise ConfigError(f"--out {out} holds other files than a run's; name a new folder, or that of a run")
 
 
-def _lead(
-    config: RunConfig,
-    tokenizer: Tokenizer | RunDirectory | None,
-    run: RunDirectory,
-    runtime: Runtime,
-    stop: threading.Event,
-    say: Callable[[str], None],
-) -> int:
-    """Train as the process that records and prints. Returns the exit code. ConfigError, DataError: it cannot be trained
-    as given."""
-    say(f"training {config.steps:,} steps of {config.batch_size} images into {run.path}")
-    code = worker.attempt(run, config.to_json_dict(), runtime, stop.is_set, _Progress(say), tokenizer)
-    if code == worker.UNFIT:
-        raise ConfigError(run.read_attempts()[-1]["reason"])
-    if run.finished:
+def _conclude(run: RunDirectory, ended: worker.Ended, say: Callable[[str], None]) -> int:
+    """The exit code; the end is said by the first process, that of another alone by itself, and the loss of one by
+    whichever of the others finds it first."""
+    if is_writer() and run.finished:
         row = run.read_row()
-        lost = row["status"] != "ok"
-        say(f"{row['status']}: {status.result_of(row)}" if lost else status.result_of(row))
-        return int(lost)
-    if run.read_attempts()[-1]["event"] != "lost" or is_first_here(PEER_LOST):
-        say(status.of(run).reason)
-    return code or STOPPED
-
-
-def _follow(
-    config: RunConfig,
-    tokenizer: Tokenizer | RunDirectory | None,
-    run: RunDirectory,
-    runtime: Runtime,
-    stop: threading.Event,
-    say: Callable[[str], None],
-) -> int:
-    """Train along with the first process, which records how it ends; what fails here alone is said here. Returns the
-    exit code."""
-    try:
-        with peers():
-            for _ in worker.trained(config, tokenizer, run, runtime, stop.is_set):
-                pass
-    except StopRequested:
-        return STOPPED
-    except NonFiniteError:  # on all processes alike, as are the next two
-        return 1
-    except (ConfigError, DataError):
-        raise
-    except Exception as error:
-        event, reason = worker.classify(error)
-        if event != "lost" or is_first_here(PEER_LOST):
-            say(f"process {rank()}: {reason}")
-        return 1
-    return 0
+        say(("" if row["status"] == "ok" else f"{row['status']}: ") + status.result_of(row))
+        return int(row["status"] != "ok")
+    if ended.event != "lost" or is_first_here(PEER_LOST):
+        if is_writer():
+            say(str(ended.reason))
+        elif ended.event not in ("finished", "nan", "stopped"):  # which befall all processes alike
+            say(f"process {rank()}: {ended.reason}")
+    return {"finished": 0, "stopped": STOPPED}.get(ended.event, ended.code or 1)
 
 
 @contextmanager
@@ -191,21 +155,17 @@ class _Progress:
     """A line at the first log event, then one every half minute, and one at the last: where the run is and what is left
     of it."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._last = say, float("-inf")
-        self._recent: deque[dict[str, Any]] = deque(maxlen=status.SPEED_LINES)
+    def __init__(self, run: RunDirectory, say: Callable[[str], None]) -> None:
+        self._run, self._say, self._last = run, say, float("-inf")
 
     def __call__(self, event: LogEvent) -> None:
-        self._recent.append(event.record)
-        now = time.monotonic()
-        if now - self._last < REPORT_S and event.step < event.steps:
+        now, ends = time.monotonic(), event.step == event.steps
+        if now - self._last < REPORT_S and not ends:
             return
         self._last = now
-        left = status.time_left(status.seconds_left(self._recent, event.steps))
+        left = status.time_left(status.seconds_left(self._run.read_recent(status.SPEED_LINES), event.steps))
         numbers = _numbers(event.record)
-        self._say(
-            f"step {event.step:,} of {event.steps:,}: {numbers}" + (f"; {left}" if event.step < event.steps else "")
-        )
+        self._say(f"step {event.step:,} of {event.steps:,}: {numbers}" + ("" if ends else f"; {left}"))
 
 
 def _numbers(record: dict[str, Any]) -> str:

@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 
-from ibq.config import RunConfig, TrainConfig, TransformerTrainConfig, parse_run_config
+from ibq.config import RunConfig, TrainConfig, TransformerTrainConfig
 from ibq.data import data_hash_of
-from ibq.distributed import exit_with_parent, peers, resolve_device
+from ibq.distributed import exit_with_parent, is_writer, peers, resolve_device
 from ibq.errors import ConfigError, DataError, NonFiniteError, PeerLostError
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json
@@ -36,9 +36,19 @@ finished or stopped, 1 any other recorded failure."""
 HEARTBEAT_S = 1.0
 
 
-def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, tokenizer: str | None = None) -> None:
-    """Train one run to its row, a transformer's on the tokens of the finished run in the folder `tokenizer`; record the
-    attempt and how it ended in attempts.jsonl.
+class Ended(NamedTuple):
+    """End of an attempt: the event and the one-line reason that attempts.jsonl records, and a trainer's exit code."""
+
+    event: str
+    reason: str | None = None
+    code: int = 0
+
+
+def train(
+    config: RunConfig, run: RunDirectory, runtime: Runtime, threads: int, tokenizer: RunDirectory | None = None
+) -> None:
+    """Train one run to its row, a transformer's on the tokens of the finished run `tokenizer`; record the attempt and
+    how it ended in attempts.jsonl.
 
     The claim on the run is a lock of the operating system, which dies with this process; this process dies with its
     parent. SIGTERM asks it to stop; nothing is shared with other trainers, so that killing one can block no other.
@@ -48,12 +58,12 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, t
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     exit_with_parent()
     torch.set_num_threads(threads)
-    run = RunDirectory(folder)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):  # another driver may have finished it while this process started
-            of = None if tokenizer is None else RunDirectory(tokenizer)
-            raise SystemExit(0 if run.finished else attempt(run, config, runtime, stop.is_set, tokenizer=of))
+            raise SystemExit(
+                0 if run.finished else attempt(run, config, runtime, stop.is_set, tokenizer=tokenizer).code
+            )
     except Timeout:
         raise SystemExit(BUSY) from None
     except OSError as error:  # even the attempt could not be noted
@@ -62,49 +72,44 @@ def train(config: dict[str, Any], folder: str, runtime: Runtime, threads: int, t
 
 def attempt(
     run: RunDirectory,
-    config: dict[str, Any],
+    config: RunConfig,
     runtime: Runtime,
     should_stop: Callable[[], bool],
     seen: Callable[[LogEvent], None] = lambda event: None,
     tokenizer: Tokenizer | RunDirectory | None = None,
     intervene: Asked | None = None,
-) -> int:
-    """Train a run whose lock is held, and record the attempt and how it ended in attempts.jsonl.
+) -> Ended:
+    """Train a run whose lock is held; of the processes that train it together, the first one records the attempt and
+    how it ended in attempts.jsonl.
 
     Args:
         run: its directory.
-        config: a RunConfig as a dict.
+        config: what to train.
         runtime: device and cadences.
         should_stop: asked before every step; once true, the run ends resumably.
         seen: receives every log event.
         tokenizer: that of a transformer's run, or the finished run that it is of.
         intervene: of a tokenizer's run: asked before every step what to change, as `train_tokenizer` says.
-
-    Returns:
-        the exit code: 0 is finished (a row may say "nan") or stopped, UNFIT, DISK_FULL, 1 any other failure.
     """
-    started = time.time()
-    where = {"pid": os.getpid(), "host": socket.gethostname(), "threads": torch.get_num_threads()}
-    append_line(run.attempts, {"event": "started", "time": started} | where | {"runtime": asdict(runtime)})
-    code, reason = 0, None
+    started, records = time.time(), is_writer()
+    if records:
+        where = {"pid": os.getpid(), "host": socket.gethostname(), "threads": torch.get_num_threads()}
+        append_line(run.attempts, {"event": "started", "time": started} | where | {"runtime": asdict(runtime)})
+        should_stop = _beating(run, should_stop)
     try:
         with peers():
-            for logged in trained(
-                parse_run_config(config), tokenizer, run, runtime, _beating(run, should_stop), intervene
-            ):
+            for logged in trained(config, tokenizer, run, runtime, should_stop, intervene):
                 seen(logged)
-        event = "finished"
-    except StopRequested as stopped:
-        event, reason = "stopped", str(stopped)
-    except NonFiniteError as error:
-        event, reason = "nan", str(error)
+        ended = Ended("finished")
     except Exception as error:  # the boundary of the process: whatever went wrong is recorded, and the other arms go on
-        event, reason = classify(error)
-        code = DISK_FULL if is_disk_full(error) else UNFIT if isinstance(error, (ConfigError, DataError)) else 1
-        if event == "error" and not isinstance(error, (ConfigError, DataError, OSError)):
+        ended = classify(error)
+        if records and ended.event == "error" and not isinstance(error, (ConfigError, DataError, OSError)):
             (run.path / "traceback.txt").write_text(traceback.format_exc())
-    append_line(run.attempts, {"event": event, "time": time.time(), "seconds": time.time() - started, "reason": reason})
-    return code
+    if records:
+        now = time.time()
+        record = {"event": ended.event, "time": now, "seconds": now - started, "reason": ended.reason}
+        append_line(run.attempts, record)
+    return ended
 
 
 def trained(
@@ -150,22 +155,24 @@ def _tokenizer_of(
     raise write_lost(run, row_of(config, "nan", facts, {}, resolve_device(runtime.device)))
 
 
-def classify(error: Exception) -> tuple[str, str]:
-    """The event and the one-line reason that an exception stands for; running out of memory says what was asked."""
+def classify(error: Exception) -> Ended:
+    """The end of an attempt that an exception stands for; running out of memory says what was asked."""
     text = " ".join(str(error).split())
+    code = DISK_FULL if is_disk_full(error) else UNFIT if isinstance(error, (ConfigError, DataError)) else 1
+    if isinstance(error, StopRequested):
+        return Ended("stopped", str(error))
+    if isinstance(error, NonFiniteError):
+        return Ended("nan", str(error))
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return (
-            "oom",
-            f"out of memory: {text[:400] or 'the system gave no size'}; lower batch_size or the number of runs at a "
-            f"time (--slots)",
-        )
+        asked, remedy = text[:400] or "the system gave no size", "lower batch_size or the number of runs at a time"
+        return Ended("oom", f"out of memory: {asked}; {remedy} (--slots)", code)
     if isinstance(error, PeerLostError):
-        return "lost", f"{text}; the same command goes on from the last checkpoint"
+        return Ended("lost", f"{text}; the same command goes on from the last checkpoint", code)
     if isinstance(error, (ConfigError, DataError)):
-        return "error", text
+        return Ended("error", text, code)
     if isinstance(error, OSError) and error.errno is not None:
-        return "error", f"{os.strerror(error.errno)}: {error.filename or 'while writing the run'}"
-    return "error", f"{type(error).__name__}: {text}"
+        return Ended("error", f"{os.strerror(error.errno)}: {error.filename or 'while writing the run'}", code)
+    return Ended("error", f"{type(error).__name__}: {text}", code)
 
 
 def note_killed(run: RunDirectory, code: int) -> None:

@@ -31,7 +31,7 @@ def attempt(cell: Cell, folder: Path) -> tuple[int, RunDirectory]:
     run = RunDirectory(folder)
     run.path.mkdir(exist_ok=True)
     runtime = replace(Study("smoke").preset.runtime, device="cpu", checkpoint_every_s=0.0)
-    return worker.attempt(run, cell.config.to_json_dict(), runtime, lambda: False), run
+    return worker.attempt(run, cell.config, runtime, lambda: False).code, run
 
 
 def fails_on_call(function: Callable[..., Any], number: int, harm: Callable[..., None]) -> Callable[..., Any]:

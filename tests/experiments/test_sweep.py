@@ -271,7 +271,7 @@ def test_two_drivers_share_a_study_and_train_nothing_twice(tmp_path: Path) -> No
 def test_running_out_of_memory_says_what_was_asked() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
-    event, reason = worker.classify(caught.value)
+    event, reason, _ = worker.classify(caught.value)
     assert event == "oom"
     assert str(4 * 2**50) in reason
     assert worker.classify(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))[0] == "oom"

@@ -195,15 +195,10 @@ def test_a_transformer_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(
     runs.forget(cell.run)
     cell.run.path.mkdir()
     stop = threading.Event()
-    code = worker.attempt(
-        cell.run,
-        cell.config.to_json_dict(),
-        copied.preset.runtime,
-        stop.is_set,
-        lambda _: stop.set(),
-        cell.tokenizer.run,
+    ended = worker.attempt(
+        cell.run, cell.config, copied.preset.runtime, stop.is_set, lambda _: stop.set(), cell.tokenizer.run
     )
-    assert code == 0
+    assert (ended.event, ended.code) == ("stopped", 0)
     assert not cell.run.finished
     assert rows.status_lines(copied)[names(copied.cells).index("ibq 0")]["state"] == "stopped"
     outcome = train_study(Study("smoke", ("toy",)), device="cpu", say=lambda _: None)
@@ -301,10 +296,10 @@ def test_a_transformer_without_its_tokenizer_is_refused_and_recorded(empty: Stud
     cell = empty.waiting[0]
     assert cell.tokenizer
     cell.run.path.mkdir(parents=True)
-    code = worker.attempt(
-        cell.run, cell.config.to_json_dict(), empty.preset.runtime, threading.Event(), tokenizer=cell.tokenizer.run
+    ended = worker.attempt(
+        cell.run, cell.config, empty.preset.runtime, threading.Event().is_set, tokenizer=cell.tokenizer.run
     )
-    assert code == worker.UNFIT
+    assert ended.code == worker.UNFIT
     assert cell.run.read_attempts()[-1]["reason"].endswith(
         f"is that of run {cell.tokenizer.run.path.name}, which is not finished; train that one first"
     )
