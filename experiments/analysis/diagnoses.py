@@ -1,4 +1,4 @@
-"""What `ibq.evaluation.diagnosis` says of a study's tokenizers: of older runs too, and for the report's pages."""
+"""Diagnoses of a study's tokenizers (`ibq.evaluation.diagnosis`): of older runs too, and for the report's pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "diagnosis"
 
 
 def findings_of(cell: Cell) -> list[Finding]:
-    """What the history of a tokenizer's run shows, finished or not; nothing for a transformer."""
+    """Findings in the history of a tokenizer's run, finished or not; nothing for a transformer."""
     return diagnose(lines_of(cell.run, cell.config)) if isinstance(cell.config, TrainConfig) else []
 
 
@@ -77,6 +77,6 @@ def seen_in(study: Study, ablation: Ablation) -> list[tuple[Cell, list[Finding]]
 
 
 def phrase(row: dict[str, Any]) -> str:
-    """What a row's diagnosis adds to a line about the run; empty where nothing was seen, or nobody looked."""
+    """A row's diagnosis as an addition to a line about the run; empty where nothing was seen, or nobody looked."""
     seen = row.get(NAME, NOTHING_SEEN)
     return "" if seen == NOTHING_SEEN else f"; {seen}"

@@ -57,7 +57,7 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
 
 
 def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
-    """Where in the grid each base does best and worst, by the means over seeds, and where the best lies at an edge."""
+    """The best and the worst point of the grid for each base, by the means over seeds, and a best one at an edge."""
     finished, sentences = rows[rows["status"] == "ok"], []
     for base in ablation.factors[0].levels:
         mine = finished[finished[f"factor.{BASE}"] == base]
@@ -93,7 +93,7 @@ def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
 
 
 def _of_searches(rows: pd.DataFrame) -> list[str]:
-    """What the searches chose, and where a choice at the edge of the grid says that the best value may lie beyond."""
+    """Choices of the searches, and where a choice at the edge of the grid says that the best value may lie beyond."""
     chosen = {arm: value for arm, search in searches(rows) if (value := chosen_value(search)) is not None}
     if not chosen:
         return []

@@ -1,4 +1,4 @@
-"""What the rows of transformers say, beyond their columns: the guidances that they were evaluated at, and findings in
+"""Rows of transformers beyond their columns: the guidances that they were evaluated at, and findings in
 words."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TOKENIZER_L1 = METRICS["tokenizer_l1"].column
 
 
 def guidances(rows: pd.DataFrame) -> list[float]:
-    """Those that rows have a FID[fashion-cnn] at, ascending."""
+    """Guidances that rows have a FID at, ascending."""
     found = [re.fullmatch(re.escape(FID) + "@(.+)", column) for column in rows]
     return sorted(float(match[1]) for match in found if match and rows[match[0]].notna().any())
 
@@ -84,7 +84,7 @@ def _of_agreement(agreement: pd.Series) -> str:
 
 
 def _of_bits(known: pd.DataFrame) -> list[str]:
-    """Whether the arm with the fewest bits is the one with the best samples; one arm is compared with nothing."""
+    """Bits against quality: is the arm with the fewest bits the one with the best samples?"""
     if len(known) < 2:
         return []
     fewest, best = known["bits_per_image"].idxmin(), known[FID].idxmin()

@@ -98,7 +98,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _modes(rows: pd.DataFrame) -> list[str]:
-    """Those that were measured anywhere; on a CPU nothing is compiled."""
+    """Modes that were measured anywhere; on a CPU nothing is compiled."""
     return [mode for mode in MODES if f"{mode}_images_per_second" in rows]
 
 

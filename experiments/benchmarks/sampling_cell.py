@@ -75,8 +75,8 @@ def random_transformer(cell: dict[str, Any]) -> Transformer:
 
 
 def bytes_of_a_batch(transformer: Transformer, sequences: int) -> float:
-    """What all steps of a batch must read at least: every weight of blocks and head but AdaLN's, which are needed once,
-    and the keys and values up to each position."""
+    """Bytes that all steps of a batch must read at least: every weight of blocks and head but AdaLN's, which are needed
+    once, and the keys and values up to each position."""
     config = transformer.config
     read = [
         p

@@ -1,4 +1,4 @@
-"""What arms differ in, read from the configs of their runs: only these fields, and beside them what all have in
+"""Differences of arms, read from the configs of their runs: only these fields, and beside them what all have in
 common."""
 
 from __future__ import annotations

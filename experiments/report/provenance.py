@@ -1,4 +1,4 @@
-"""How rows were made: machine, versions, commit, protocol, minutes, commands; and a warning where rows of several kinds
+"""Provenance of rows: machine, versions, commit, protocol, minutes, commands; and a warning where rows of several kinds
 stand together."""
 
 from __future__ import annotations

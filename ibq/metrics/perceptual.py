@@ -78,7 +78,7 @@ class LPIPS:
 
 
 def too_small(images_BCHW: torch.Tensor) -> str | None:
-    """Why the backbones cannot read these images, or None."""
+    """The reason why the backbones cannot read these images, or None."""
     H, W = images_BCHW.shape[2:]
     if min(H, W) >= SMALLEST_SIDE:
         return None

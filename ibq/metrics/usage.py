@@ -12,7 +12,7 @@ import torch
 
 
 def usage_metrics(counts_K: torch.Tensor) -> dict[str, float]:
-    """How a set of tokens spreads over a codebook.
+    """Usage, entropy and perplexity of a set of tokens.
 
     Args:
         counts_K: tokens assigned to each code (K,), non-negative integers, at least one token.

@@ -103,7 +103,7 @@ def _by_size(ablation: Ablation, axis: Axis, rows: pd.DataFrame) -> list[tuple[s
 
 
 def search(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
-    """What decided over the values tried, a line an arm in the colour of its method; a ring marks the choice."""
+    """Error of the search over the values tried, a line an arm in the colour of its method; a ring marks the choice."""
     lines = [(arm, mine[mine["status"] == "ok"], chosen_value(mine)) for arm, mine in searches(rows)]
     lines = [line for line in lines if not line[1].empty]
     if not lines or ablation.tuning is None:
