@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,17 @@ if TYPE_CHECKING:
 
 class ConfigError(ValueError):
     """A parameter, field or config that cannot be used as given."""
+
+
+def require_packages(*modules: str) -> None:
+    """Refuse to begin what needs packages of the extra `metrics` where one is missing.
+
+    Raises:
+        ConfigError: which one, and how to install it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"the package {module} is missing; install it with pip install 'ibq-study[metrics]'")
 
 
 class DataError(ValueError):

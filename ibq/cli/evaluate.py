@@ -25,7 +25,7 @@ from ibq.cli.common import (
 )
 from ibq.cli.pictures import PictureFolder
 from ibq.data.images import one_line
-from ibq.errors import ConfigError, DataError, nearest
+from ibq.errors import ConfigError, DataError, nearest, require_packages
 from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PERCEPTUAL, PerceptualEvaluation
 from ibq.metrics.codebook import QuantizationError
 from ibq.metrics.distances import NAMES, PairedDistances, too_few
@@ -184,6 +184,7 @@ def evaluate(given: PictureOptions, metrics: tuple[str, ...], out: Path | None) 
     if "none" in metrics and len(set(metrics)) > 1:
         other = next(name for name in metrics if name != "none")
         raise ConfigError(f"--metric none and --metric {other} contradict each other; leave one out")
+    require_packages("torchmetrics", "torch_fidelity", "torchvision", "lpips")
     model, pictures = open_model(given)
     device = next(model.tokenizer.parameters()).device
     wanted = dict.fromkeys(metrics or DEFAULT_PERCEPTUAL)

@@ -20,11 +20,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_as_bytes
@@ -41,11 +40,14 @@ from ibq.cli.common import (
 )
 from ibq.cli.pictures import PictureFolder, png
 from ibq.data.images import quoted
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, require_packages
 from ibq.metrics.distances import to_uint8
 from ibq.metrics.quality import pixel_errors
 from ibq.metrics.usage import usage_metrics
 from ibq.run_directory import append_line, read_lines, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 AMPLIFICATION = 4
 PICTURES_A_PAGE = 100
@@ -239,6 +241,8 @@ def _as_shown(output: Output, record: Record) -> Record:
 
 
 def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
     folder = Path(__file__).parent
     return Environment(
         loader=FileSystemLoader(folder),
@@ -258,6 +262,7 @@ def reconstruct(given: PictureOptions, out: Path) -> None:
     Raises:
         ConfigError, DataError: an argument cannot be used, or the model gives numbers that are not finite.
     """
+    require_packages("jinja2")
     model, pictures = open_model(given)
     output = Output(out.expanduser().absolute(), pictures, model)
     device = next(model.tokenizer.parameters()).device

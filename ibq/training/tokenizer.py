@@ -19,7 +19,7 @@ from ibq.config import TrainConfig
 from ibq.data import ImageSource, data_hash, load_images
 from ibq.data.loader import TrainingBatches
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
-from ibq.errors import ConfigError, DataError, NonFiniteError, NonFiniteInputError
+from ibq.errors import ConfigError, DataError, NonFiniteError, NonFiniteInputError, require_packages
 from ibq.evaluation.diagnosis import diagnose, summary
 from ibq.evaluation.tokenizer import evaluate, evaluating
 from ibq.losses import (
@@ -98,6 +98,7 @@ def train_tokenizer(
     if already_finished(run, config):
         return
     with shared_errors(ConfigError, DataError):
+        require_packages("torchmetrics", "torch_fidelity")  # the evaluation at the end needs them
         device = resolve_device(runtime.device)
         train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
         if (n_images := len(train_images)) < config.batch_size:

@@ -22,7 +22,7 @@ from ibq.data import data_hash, data_hash_of, load_images
 from ibq.data.loader import images_seen, require_even_shares
 from ibq.data.tokens import TokenBatches, encode_split, labels_of
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
-from ibq.errors import ConfigError, DataError, NonFiniteError, NonFiniteInputError
+from ibq.errors import ConfigError, DataError, NonFiniteError, NonFiniteInputError, require_packages
 from ibq.evaluation.transformer import evaluate_transformer
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
@@ -81,6 +81,7 @@ def train_transformer(
     if already_finished(run, config):
         return
     with shared_errors(ConfigError, DataError):
+        require_packages("torchmetrics", "torch_fidelity")  # the evaluation at the end needs them
         device = resolve_device(runtime.device)
         require_tokenizer(config, tokenizer)
         require_even_shares(config, world_size())

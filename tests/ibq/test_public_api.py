@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,7 +82,40 @@ def test_ibq_needs_none_of_the_studys_packages() -> None:
         "IPython",
         "papermill",
         "nbconvert",
-        "typer",
         "rich",
     }
     assert study.isdisjoint(name.split(".")[0] for _, name in modules_imported_by("ibq"))
+
+
+CORE = """
+import sys
+missing = ("torchvision", "lpips", "torch_fidelity", "torchmetrics", "jinja2")
+sys.modules |= dict.fromkeys(missing)  # importing them raises ModuleNotFoundError
+from ibq import Tokenizer, build_quantizer, index_backprop, load_released, load_tokenizer, load_transformer
+import torch
+quantizer = build_quantizer({"method": "ibq", "codebook_size": 8, "code_dim": 4})
+assert quantizer(torch.randn(1, 4, 2, 2)).indices.shape == (1, 2, 2)
+assert index_backprop(torch.randn(3, 4), torch.randn(8, 4))[0].shape == (3, 4)
+from ibq.errors import ConfigError, require_packages
+try:
+    require_packages("lpips")
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_the_core_needs_nothing_that_only_metrics_and_pages_need() -> None:
+    done = subprocess.run([sys.executable, "-c", CORE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the package lpips is missing; install it with pip install 'ibq-study[metrics]'\n"
+
+
+@pytest.mark.parametrize("module", ["ibq", "experiments"])
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["no arguments", "help"])
+def test_help_is_printed_without_torch(module: str, arguments: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "Commands" in done.stdout + done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "typer" in imported
+    assert imported.isdisjoint({"torch", "numpy", "pandas", "matplotlib"})
