@@ -404,4 +404,4 @@ def test_the_command_prints_what_a_folder_holds(tmp_path: Path, capsys: pytest.C
     ]
     with pytest.raises(SystemExit, match="2"):
         app(["data", f"imagefolder:{tmp_path}/none"])
-    assert re.fullmatch(r"error: the image folder .* does not exist\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: the image folder .* does not exist", capsys.readouterr().err.splitlines()[-1])

@@ -359,8 +359,8 @@ def test_every_wrong_argument_is_one_sentence(
         "--resize 30 is not a multiple": (model, folder, "--resize", 30),
         "device='warp' is not known": (model, folder, "--device", "warp"),
         "--fit crop and --resize 8 contradict each other": (model, folder, "--fit", "crop", "--resize", 8),
-        "Invalid value for '--limit': 0 is not in the range x>=1": (model, folder, "--limit", 0),
-        "Invalid value for '--batch-size': 'x' is not a valid int": (model, folder, "--batch-size", "x"),
+        "Invalid value for '--limit': Input should be greater than or equal to 1": (model, folder, "--limit", 0),
+        "Invalid value for '--batch-size': Input should be a valid integer": (model, folder, "--batch-size", "x"),
         "--weights raw is for released checkpoints; .*model holds one set of weights": (
             model,
             folder,
