@@ -20,8 +20,8 @@ from torch import nn
 
 from experiments.benchmarks import measure
 from ibq.distributed import resolve_device
+from ibq.models.config import SIZES, TransformerConfig
 from ibq.models.transformer import Transformer
-from ibq.models.transformer.config import SIZES, TransformerConfig
 from ibq.sampling import Guidance, Sampler, Sampling, sample_uncached
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -61,11 +61,12 @@ def list_ablations(
 ) -> None:
     """The ablations, recipes and presets there are."""
     from experiments.ablations import ABLATIONS
-    from experiments.cli.quantizer_options import options_table
     from experiments.imagenet256 import RECIPES
     from experiments.recipes import PRESETS
 
     if quantizers:
+        from experiments.cli.quantizer_options import options_table  # torch, which the rest does without
+
         table = Table("method", "options", "paper", box=None)
         for method, options, paper in options_table():
             table.add_row(method, escape("\n".join(options)), paper, end_section=True)

@@ -24,9 +24,8 @@ from typing import Any
 
 from experiments.imagenet256.tokenizers import imagenet256_ibq_16384, imagenet256_lfq_16384, imagenet256_lfq_262144
 from experiments.recipes import get_preset, imagenet_data, transformer
-from ibq.config import TrainConfig, TransformerTrainConfig
-from ibq.data.imagenet import imagenet_steps
-from ibq.models.transformer.config import SIZES
+from ibq.config import TrainConfig, TransformerTrainConfig, imagenet_steps
+from ibq.models.config import SIZES
 
 BATCH = 768
 

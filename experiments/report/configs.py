@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.ablations import Ablation
 from experiments.study import Study
 from ibq.config import RunConfig, TransformerTrainConfig
-from ibq.models.discriminator import AdversarialConfig
+from ibq.models.config import AdversarialConfig
 from ibq.schema import flatten
 
 ABSENT = "–"

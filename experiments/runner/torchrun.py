@@ -29,7 +29,8 @@ from ibq.distributed import copy_of_first, is_first_here, is_writer, process_gro
 from ibq.errors import ConfigError, DataError
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory
-from ibq.training.runtime import LogEvent, Runtime, check_config
+from ibq.training.claim import check_config
+from ibq.training.runtime import LogEvent, Runtime
 
 STOPPED = 130
 """Exit code of a run that was asked to stop, and goes on when it is called again."""

@@ -25,7 +25,7 @@ from ibq.evaluation.tokenizer import measuring
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.pretrained.released import load_released
 from ibq.run_directory import RunDirectory
-from ibq.training.runtime import peak_memory_gib
+from ibq.training.row import peak_memory_gib
 
 PIXEL_PROTOCOL = "float images in [-1, 1], reconstructions clamped, not rounded to 8 bits"
 

@@ -35,7 +35,8 @@ from ibq.pretrained.released import TrainedTransformer, Weights
 from ibq.pretrained.transformer import load_transformer
 from ibq.run_directory import source_commit
 from ibq.sampling import Guidance, Sampler, Sampling, Schedule
-from ibq.training.runtime import AUTOCAST, peak_memory_gib
+from ibq.training.optimizer import AUTOCAST
+from ibq.training.row import peak_memory_gib
 
 A_CLASS, AT_MOST = 8, 80
 """Samples where no number is given: of each class, and in all."""

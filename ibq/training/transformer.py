@@ -26,21 +26,11 @@ from ibq.errors import ConfigError, DataError, NonFiniteError, NonFiniteInputErr
 from ibq.evaluation.transformer import evaluate_transformer
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
-from ibq.training.optimizer import draw_apart
-from ibq.training.runtime import (
-    AUTOCAST,
-    LogEvent,
-    Pace,
-    Runtime,
-    StopRequested,
-    agreed,
-    already_finished,
-    first_difference,
-    newest_checkpoint,
-    row_of,
-    tidy,
-    write_lost,
-)
+from ibq.training.claim import agreed, already_finished, first_difference, newest_checkpoint, tidy
+from ibq.training.logging import Throughput
+from ibq.training.optimizer import AUTOCAST, draw_apart
+from ibq.training.row import row_of, write_lost
+from ibq.training.runtime import LogEvent, Runtime, StopRequested
 from ibq.training.transformer_state import TransformerState
 
 
@@ -134,7 +124,7 @@ def train_transformer(
     player = state.player
     autocast = torch.autocast(device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32")
     last_checkpoint, saved_step = time.perf_counter(), state.step
-    pace = Pace(state, config.batch_size)
+    throughput = Throughput(state, config.batch_size)
     place = {"first_step": state.step, "rank": rank(), "world": world_size()}
     workers = (
         runtime.workers if state.step < config.steps else 0
@@ -186,7 +176,7 @@ def train_transformer(
                 record = (
                     {"step": state.step, "seconds": state.seconds, "lr": lr}
                     | state.report()
-                    | pace.report(batches.waited_s)
+                    | throughput.report(batches.waited_s)
                 )
                 record["tokens_per_s"] = record["images_per_s"] * config.tokens_per_image
                 if writer:

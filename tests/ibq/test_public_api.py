@@ -110,12 +110,19 @@ def test_the_core_needs_nothing_that_only_metrics_and_pages_need() -> None:
     assert done.stdout == "the package lpips is missing; install it with pip install 'ibq-study[metrics]'\n"
 
 
-@pytest.mark.parametrize("module", ["ibq", "experiments"])
-@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["no arguments", "help"])
-def test_help_is_printed_without_torch(module: str, arguments: list[str]) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert "Commands" in done.stdout + done.stderr
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("ibq", "Commands"),
+        ("ibq sample --help", "--guidance"),
+        ("experiments", "Commands"),
+        ("experiments list", "paper"),
+    ],
+)
+def test_help_and_list_are_printed_without_torch(command: str, words: str) -> None:
+    arguments = [sys.executable, "-X", "importtime", "-m", *command.split()]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert words in done.stdout + done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "typer" in imported
     assert imported.isdisjoint({"torch", "numpy", "pandas", "matplotlib"})

@@ -80,7 +80,11 @@ def test_every_wrong_argument_is_one_sentence(
         "Invalid value for '--count': Input should be greater than or equal to 1": (model, "--count", 0),
         "Invalid value for '--batch-size': Input should be a valid integer": (model, "--batch-size", "x"),
         "Invalid value for '--seed': Input should be greater than or equal to 0": (model, "--seed=-1"),
-        "Invalid value for '--seed': Input should be less than or equal to 18446744073709551615": (model, "--seed", 2**64),
+        "Invalid value for '--seed': Input should be less than or equal to 18446744073709551615": (
+            model,
+            "--seed",
+            2**64,
+        ),
         "top_k=0 must be at least 1": (model, "--top-k", 0),
         "top_p=1.5 must be in": (model, "--top-p", 1.5),
         "min_p=1.0 must be in": (model, "--min-p", 1),

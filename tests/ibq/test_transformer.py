@@ -14,8 +14,8 @@ from released_layout import CLASSES, CODES, DEPTH, Tensors
 
 from ibq import TrainedTransformer, load_released
 from ibq.errors import ConfigError
+from ibq.models.config import SIZES, TransformerConfig
 from ibq.models.transformer import Transformer, build_transformer
-from ibq.models.transformer.config import SIZES, TransformerConfig
 
 WIDTH = 64 * DEPTH
 GRID = 64  # 256 pixels at the small tokenizer's factor of 4

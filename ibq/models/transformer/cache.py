@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from ibq.models.transformer.config import HEAD_DIM, TransformerConfig
+from ibq.models.config import HEAD_DIM, TransformerConfig
 
 
 class BlockCache(nn.Module):

@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from ibq.errors import ConfigError, nearest, one_sentence
+from ibq.models.config import SIZES, TransformerConfig
 from ibq.models.transformer.blocks import Block, HeadNorm, rotation_table
 from ibq.models.transformer.cache import Cache
-from ibq.models.transformer.config import SIZES, TransformerConfig
 from ibq.models.transformer.subtokens import Prediction, SubtokenEmbedding, SubtokenHead, TokenHead
 
 

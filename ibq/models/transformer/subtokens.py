@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ibq.models.config import HEAD_DIM, TransformerConfig
 from ibq.models.transformer.blocks import Block, HeadNorm
-from ibq.models.transformer.config import HEAD_DIM, TransformerConfig
 
 BLOCKS = 2
 
