@@ -31,18 +31,17 @@ class QuantizerConfig(Frozen):
 
     @property
     def changes_in_forward(self) -> bool:
-        """Whether a training forward moves codes or draws noise, so that it matters how often it is called for one
-        step."""
+        """True if a training forward moves codes or draws noise; the number of calls in one step then matters."""
         return False
 
     @property
     def places_codes(self) -> bool:
-        """Whether codes can be put on features one by one (`restart_codes`)."""
+        """True if codes can be put on features one by one (`restart_codes`)."""
         return False
 
 
 class EmbeddingConfig(QuantizerConfig):
-    """How a learnt codebook begins: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
+    """Initialisation of a learnt codebook: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
 
     codebook_init: CodebookInit = "uniform"
     init_scale: float = Field(
@@ -51,7 +50,7 @@ class EmbeddingConfig(QuantizerConfig):
 
     @property
     def unit_norm(self) -> bool:
-        """Whether features and codes are compared at unit length."""
+        """True if features and codes are compared at unit length."""
         return False
 
     @property
