@@ -102,13 +102,12 @@ class QuantizerConfig(Frozen):
 
     @property
     def changes_in_forward(self) -> bool:
-        """Whether a training forward moves codes or draws noise, so that it matters how often it is called for one
-        step."""
+        """True if a training forward moves codes or draws noise; the number of calls in one step then matters."""
         return False
 
     @property
     def places_codes(self) -> bool:
-        """Whether codes can be put on features one by one (`restart_codes`)."""
+        """True if codes can be put on features one by one (`restart_codes`)."""
         return False
 
 

@@ -13,7 +13,7 @@ FROM_FEATURES = ("features", "kmeans")
 
 
 class EmbeddingConfig(QuantizerConfig):
-    """How a learnt codebook begins: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
+    """Initialisation of a learnt codebook: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
 
     codebook_init: CodebookInit = "uniform"
     init_scale: float = Field(
@@ -22,7 +22,7 @@ class EmbeddingConfig(QuantizerConfig):
 
     @property
     def unit_norm(self) -> bool:
-        """Whether features and codes are compared at unit length."""
+        """True if features and codes are compared at unit length."""
         return False
 
     @property

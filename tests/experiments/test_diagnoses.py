@@ -1,4 +1,4 @@
-"""What is seen in the histories of a study's tokenizers: in rows, old and new, in the words of sweep and status, and on
+"""Diagnoses from the histories of a study's tokenizers: in rows, old and new, in the words of sweep and status, and on
 the pages."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where images come from, that they are the right ones, and that every refusal says what to do."""
+"""Sources of images: the images are the right ones, and every error message says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What processes share, with three of them and with one; what is said when one is gone."""
+"""Collectives with three processes and with one; the error message when a process is gone."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_lpips_of_grey_pictures_and_of_copies(alex: torch.nn.Module) -> None:
 
 
 class Recorder(torch.nn.Module):
-    """What LPIPS asks of its network: how many pairs at once, and in which precision."""
+    """Stand-in for the network of LPIPS that records the pairs of each call and their precision."""
 
     def __init__(self) -> None:
         super().__init__()

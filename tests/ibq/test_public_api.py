@@ -1,4 +1,4 @@
-"""What other people build on, and which way imports run."""
+"""The public API and the direction of imports."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ OPTIONS = ("--count", 10, "--batch-size", 4, "--npz", "--guidance", 1.5)
 
 @pytest.fixture
 def quiet(model: Path, tmp_path: Path) -> dict[str, bytes]:
-    """What an undisturbed run writes."""
+    """Files of an undisturbed run."""
     run(model, tmp_path / "quiet", *OPTIONS)
     return files(tmp_path / "quiet")
 

@@ -1,4 +1,4 @@
-"""What the command that samples refuses: classes, arguments, folders, damaged files, too little memory. Each is one
+"""Errors of the command that samples: classes, arguments, folders, damaged files, too little memory. Each is one
 sentence."""
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def work_together(processes: Processes, folder: Path) -> None:
 
 
 def refusals(folder: Path, rank: int) -> dict[str, str]:
-    """What this rank says where something happens on rank 1 alone."""
+    """Error messages of this rank where something happens on rank 1 alone."""
     said, images = {}, fashion(N_IMAGES)
     transformer, tokenizer = build()
     tokens = encode_split(tokenizer, images, classes=10)

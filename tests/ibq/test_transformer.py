@@ -1,6 +1,6 @@
-"""The transformer: PAPER's sizes and initialisation, and every module type against the formulas of section 6, in
-float64, with imported weights; the formulas read the file's tensors by their released names and use no layer of
-torch.nn.
+"""The transformer: the paper's sizes and initialisation, and every module type against the formulas of docs/method.md
+section 6, in float64, with imported weights; the formulas read the file's tensors by their released names and use no
+layer of torch.nn.
 """
 
 from __future__ import annotations
