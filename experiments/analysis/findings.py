@@ -132,9 +132,7 @@ def _of_effects(table: pd.DataFrame) -> list[str]:
     ranking = "; ".join(
         f"{e['change']} {e['bits_mean']:+.2f} ({_range(e, 'bits', 2)})" for e in by_size.to_dict("records")
     )
-    sentences = [
-        f"Changes by the size of their mean effect on {METRICS['bits'].label} (range over pairs): {ranking}."
-    ]
+    sentences = [f"Changes by the size of their mean effect on {METRICS['bits'].label} (range over pairs): {ranking}."]
     flips = [e["change"] for e in table.to_dict("records") if e["bits_min"] < -0.25 and e["bits_max"] > 0.25]
     if flips:
         sentences.append(
