@@ -13,6 +13,7 @@ from experiments.analysis.effects import Verdict, main_effects, verdict
 from experiments.analysis.metrics import values
 from experiments.report.tables import chosen_value, searches
 from experiments.rows import of_arms
+from ibq.metrics import METRICS
 
 
 def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
@@ -131,9 +132,7 @@ def _of_effects(table: pd.DataFrame) -> list[str]:
     ranking = "; ".join(
         f"{e['change']} {e['bits_mean']:+.2f} ({_range(e, 'bits', 2)})" for e in by_size.to_dict("records")
     )
-    sentences = [
-        f"Changes by the size of their mean effect on the rate, in bits a token (range over pairs): {ranking}."
-    ]
+    sentences = [f"Changes by the size of their mean effect on {METRICS['bits'].label} (range over pairs): {ranking}."]
     flips = [e["change"] for e in table.to_dict("records") if e["bits_min"] < -0.25 and e["bits_max"] > 0.25]
     if flips:
         sentences.append(

@@ -103,12 +103,10 @@ def sentences(rows: pd.DataFrame) -> list[str]:
         best = mean["in use"].idxmax()
         said.append(
             f"Distance {distance:g}: a step pulls {vq['pulled']:.0f} of {CODES} codes under VQ and {ibq['pulled']:.0f} "
-            f"under IBQ as "
-            f"released (effective reach {vq['reach']:.0f} and {ibq['reach']:.0f}). IBQ ends with {usage} codes in use "
-            f"than VQ "
-            f"({ibq['in use']:.0f} and {vq['in use']:.0f}) and {error} error ({ibq['error']:.3f} and "
-            f"{vq['error']:.3f}). "
-            f"Most codes in use: {best}, {mean.loc[best, 'in use']:.0f}, at an error of {mean.loc[best, 'error']:.3f}."
+            f"under IBQ as released (effective reach {vq['reach']:.0f} and {ibq['reach']:.0f}). IBQ ends with {usage} "
+            f"codes in use than VQ ({ibq['in use']:.0f} and {vq['in use']:.0f}) and {error} error ({ibq['error']:.3f} "
+            f"and {vq['error']:.3f}). Most codes in use: {best}, {mean.loc[best, 'in use']:.0f}, at an error of "
+            f"{mean.loc[best, 'error']:.3f}."
         )
     return said
 

@@ -19,7 +19,7 @@ def usage_metrics(counts_K: torch.Tensor) -> dict[str, float]:
 
     Returns:
         tokens: sum of the counts; usage: share of codes with a token; dead_codes: number without one; bits: entropy of
-        the empirical distribution in bits a token; perplexity: 2 ** bits, in codes; perplexity_share: perplexity over
+        the empirical distribution in bits per token; perplexity: 2 ** bits, in codes; perplexity_share: perplexity over
         K; top1pct_mass: share of the tokens on the ceil(K / 100) most frequent codes; uniform_usage,
         uniform_perplexity: what as many uniform tokens would give.
 

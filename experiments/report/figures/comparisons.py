@@ -20,7 +20,7 @@ from ibq.metrics import METRICS
 
 
 def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
-    """Every arm and seed: bits a token against L1; letters name the arms."""
+    """Every arm and seed: bits per token against L1; letters name the arms."""
     finished = rows[(rows["status"] == "ok") & rows["arm"].isin([arm.name for arm in ablation.arms])]
     if finished.empty:
         return None
