@@ -11,7 +11,6 @@ import math
 import torch
 
 from ibq.distributed import gather_rows, sum_of_numbers
-from ibq.evaluation.diagnosis import diagnose as diagnose
 
 ADAM_EPS = 1e-8
 
