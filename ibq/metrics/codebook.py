@@ -1,5 +1,5 @@
 """Gradient and geometry of a codebook: gradient reach, quantization error, logits, the gap between features and
-codes; and, from a whole history, `diagnose`.
+codes.
 
 Suffixes: N tokens, K codes, D code dimension.
 """
