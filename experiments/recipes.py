@@ -44,7 +44,7 @@ class Preset:
     transformer: Mapping[str, Any] = field(default_factory=dict)
     """The TransformerTrainConfig of arms that have a transformer, without its tokenizer, data and seed."""
     transformer_tokenizer_steps: float = 1.0
-    """Steps of the tokenizers of an ablation with `longer_tokenizers`, as a multiple of `steps`."""
+    """Steps of the tokenizers of the ablation `generation`, as a multiple of `steps`."""
     seconds_per_step: float | None = 0.2
     """None: no step of this scale has been measured, so that nothing is said of its time."""
     transformer_seconds_per_step: float | None = None

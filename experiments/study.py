@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
+from experiments.ablations.changes import CODEBOOK_SIZE, codebook_size, tokenizer_config, transformer_config
 from experiments.ablations.collapse_atlas import bisection
 from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
 from experiments.ablations.quantizers import tuning
-from experiments.recipes import Preset, get_preset, scaled, tokenizer, transformer
+from experiments.recipes import Preset, get_preset, scaled
 from ibq.config import RunConfig, TrainConfig
 from ibq.data import data_hash_of
 from ibq.errors import ConfigError, nearest
@@ -26,8 +27,6 @@ from ibq.schema import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
-CODEBOOK_SIZE = "quantizer.codebook_size"
-GAN_WEIGHT = "loss.adversarial.weight"
 TRANSFORMER = "transformer."
 """What the path of a changed field of transformers begins with."""
 Stage = Literal["tokenizer", "transformer"]
@@ -135,7 +134,7 @@ class Study:
         if self._of_transformers and not any(has_transformers(ablation) for ablation in self.ablations):
             path, value = next(iter(self._of_transformers.items()))
             named = ", ".join(ablation.name for ablation in self.ablations)
-            having = ", ".join(ablation.name for ablation in ABLATIONS.values() if ablation.transformer)
+            having = ", ".join(ablation.name for ablation in ABLATIONS.values() if ablation.of_transformers)
             remedy = f"leave it out, or study {having}" if having and not self.grid else "leave it out"
             raise ConfigError(
                 f"transformer.{path}={value} is of a transformer, and no arm of {named} has one; {remedy}"
@@ -272,9 +271,9 @@ class Study:
     def _stages(self) -> Stages:
         stages = Stages([], [], [], [], [])
         ready, waiting = stages.ready, stages.waiting
-        largest = (
-            max(self.preset.max_codebook_size, self._codebook_size(self.overrides)) if not self.grid else math.inf
-        )  # it was asked for
+        largest: float = math.inf  # of a grid, whose K was asked for
+        if not self.grid:
+            largest = max(self.preset.max_codebook_size, codebook_size(self.preset, {}, self.overrides))
         for ablation in self.ablations:
             configs, searches = self._settled[ablation.name]
             ready += [cell for search in searches.values() for cell in search]
@@ -299,7 +298,7 @@ class Study:
                 cells = [
                     self._cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, self.preset, self.seeds)
                 ]
-                if ablation.transformer is None:
+                if not ablation.of_transformers:
                     stage += cells
                     continue
                 for cell in cells:
@@ -354,31 +353,14 @@ class Study:
             raise ConfigError(f"{arm.name}: {error}") from None  # of many points one is wrong: say which
 
     def _build_config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
-        settings, overrides = ablation.settings(arm.levels), self._of_tokenizers
-        if settings.get(GAN_WEIGHT, overrides.get(GAN_WEIGHT)):
-            settings = {
-                path: value for path, value in self.preset.discriminator.items() if path not in overrides
-            } | settings
-        codebook_size = self._codebook_size({**overrides, **settings})  # from which an arm derives its own, and more
-        fields = ablation.quantizer(arm.levels, codebook_size)
-        overrides.pop(CODEBOOK_SIZE, None)
-        changes = {**overrides, **settings}
-        config = tokenizer(self.preset, {"codebook_size": codebook_size} | fields)
-        config = config.with_fields(**changes) if changes else config
+        overrides = self._of_tokenizers
         for path in overrides:
             if path == "seed":
                 raise ConfigError("--set seed would give every arm one seed; use --seeds, which says how many")
-            if path in {f"quantizer.{name}" for name in fields}:
+            if path.startswith("quantizer.") and path != CODEBOOK_SIZE and path in arm.changes:
                 remedy = f"give it as --grid {path}=VALUE" if self.grid else "set another field, or add an arm"
                 raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; {remedy}")
-        longer = {"steps": self.preset.transformer_tokenizer_steps} if ablation.longer_tokenizers else {}
-        config = scaled(config, {**longer, **ablation.scales(arm.levels)})
-        return config.with_fields(**settings) if settings else config  # once more: settings are not scaled
-
-    def _codebook_size(self, changes: Mapping[str, Any]) -> int:
-        """K of an arm: what was set, else the preset's."""
-        wanted = changes.get(CODEBOOK_SIZE, self.preset.codebook_size)
-        return tokenizer(self.preset, {"method": "vq", "codebook_size": wanted}).quantizer.codebook_size
+        return tokenizer_config(self.preset, arm.changes, overrides)
 
     def _cell(self, ablation: Ablation, arm: Arm, config: RunConfig, seed: int) -> Cell:
         config = config.model_copy(update={"seed": seed})
@@ -392,9 +374,8 @@ class Study:
         Raises:
             ConfigError: its config contradicts itself, or what arms differ in was set for all of them.
         """
-        assert ablation.transformer
+        assert arm.transformer is not None
         assert isinstance(of.config, TrainConfig)
-        changes = ablation.transformer(arm.levels, transformer(self.preset, of.config, {}))
         for path in self._of_transformers:
             if path == "seed":
                 raise ConfigError(
@@ -405,13 +386,13 @@ class Study:
                     f"transformer.{path} is of a tokenizer, which the study trains; set its fields without "
                     f"transformer.tokenizer."
                 )
-            if path in changes:
+            if path in arm.transformer:
                 raise ConfigError(
                     f"transformer.{path} is what the arms of {ablation.name} differ in; set another field, or add an "
                     f"arm"
                 )
         try:
-            config = transformer(self.preset, of.config, {**self._of_transformers, **changes})
+            config = transformer_config(self.preset, of.config, arm.transformer, self._of_transformers)
         except ConfigError as error:
             raise ConfigError(f"transformer of {arm.name}: {error}") from None
         return replace(self._cell(ablation, arm, config, of.seed), tokenizer=of)
@@ -425,7 +406,7 @@ def runs_folder(default: Path | None = None) -> Path:
 def has_transformers(ablation: Ablation) -> bool:
     """Whether transformers are arms of an ablation, or of the one that has the other half of its question."""
     others = [ABLATIONS[ablation.continued.ablation]] if ablation.continued else []
-    return any(each.transformer for each in [ablation, *others])
+    return any(each.of_transformers for each in [ablation, *others])
 
 
 def file_name(text: str) -> str:

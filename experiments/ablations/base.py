@@ -3,25 +3,33 @@ reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from string import ascii_uppercase
 from typing import Any
 
 from experiments.recipes import Preset
-from ibq.config import TransformerTrainConfig
 
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One configuration of an ablation, described by the level of each factor; its config follows from the levels
-    alone."""
+    """One configuration of an ablation: the preset's config with changes.
+
+    Attributes:
+        name: in commands, tables and figures.
+        levels: what the arm is to people, a label of each factor; nothing is read back out of them.
+        changes: of the tokenizer's config by dotted path, as `experiments.ablations.changes` has them.
+        transformer: changes of the transformer's config, where the arm is a transformer on the tokens of that
+            tokenizer, which is trained first; None: the arm is a tokenizer.
+    """
 
     name: str
     levels: Mapping[str, str]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    transformer: Mapping[str, Any] | None = None
     seeds: int = 1
     focal: bool = False
     """Drawn in colour, and kept in the figures that show only a few arms."""
@@ -161,10 +169,7 @@ class Continuation:
 class Ablation:
     """One study: see `experiments/ablations/`.
 
-    An arm's config is the preset's recipe around `quantizer(levels, K)`, with the numbers that `scales(levels)` names
-    multiplied and the fields of `settings(levels)` set. With `transformer` an arm is a transformer on the tokens of
-    that tokenizer, which is trained first: the preset's one, given as the second argument, with the fields of
-    `transformer(levels, of_preset)` set, by dotted path. Figures choose colours by the first factor; `figures`,
+    Figures choose colours by the first factor; `figures`,
     `tables` and `columns` name what the report shows, in the registries of those modules.
     """
 
@@ -174,7 +179,6 @@ class Ablation:
     question: str
     factors: tuple[Factor, ...]
     arms: tuple[Arm, ...]
-    quantizer: Callable[[Mapping[str, str], int], dict[str, Any]]
     paper_source: str
     paper_rows: tuple[PaperRow, ...]
     figures: tuple[str, ...]
@@ -185,11 +189,6 @@ class Ablation:
     """What the paper's rows report, in the registry of the tables."""
     beside_paper: tuple[str, ...] = ("usage", "share", "l1")
     """The columns that the closest arms show beside them."""
-    scales: Callable[[Mapping[str, str]], dict[str, float]] = lambda levels: {}
-    settings: Callable[[Mapping[str, str]], dict[str, Any]] = lambda levels: {}
-    transformer: Callable[[Mapping[str, str], TransformerTrainConfig], dict[str, Any]] | None = None
-    longer_tokenizers: bool = False
-    """Whether the steps of its tokenizers are multiplied by the preset's `transformer_tokenizer_steps`."""
     marker: str | None = None
     """The factor that rate against distortion shows by the shape of a point."""
     fill: str | None = None
@@ -205,6 +204,11 @@ class Ablation:
     """Whether it belongs to the core study, which is what a study without names is."""
     on_request: bool = False
     """Whether it is trained only where it is named, and is not part of 'all'."""
+
+    @property
+    def of_transformers(self) -> bool:
+        """True if the arms are transformers."""
+        return any(arm.transformer is not None for arm in self.arms)
 
     @cached_property
     def mapped(self) -> tuple[Arm, ...]:

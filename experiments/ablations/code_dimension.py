@@ -18,23 +18,19 @@ from typing import Any
 
 from experiments.ablations import vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
+from experiments.ablations.changes import of_quantizer
 
 DIMENSIONS = (8, 32, 64, 256)
-VQ = vq_vs_ibq.quantizer(vq_vs_ibq.ABLATION.arm("vq_published").levels, 0)
-METHODS: dict[str, dict[str, Any]] = {
+VQ = vq_vs_ibq.ABLATION.arm("vq_published").changes
+METHODS: dict[str, Mapping[str, Any]] = {
     "VQ": VQ,
-    "cosine VQ": VQ | {"distance": "cosine", "codebook_init": "normal", "beta_on": "commitment"},
-    "IBQ": vq_vs_ibq.quantizer(vq_vs_ibq.ABLATION.arm("ibq_published").levels, 0),
-    "IBQ without entropy": vq_vs_ibq.quantizer(vq_vs_ibq.ABLATION.arm("ibq_no_entropy").levels, 0),
+    "cosine VQ": {**VQ, **of_quantizer({"distance": "cosine", "codebook_init": "normal", "beta_on": "commitment"})},
+    "IBQ": vq_vs_ibq.ABLATION.arm("ibq_published").changes,
+    "IBQ without entropy": vq_vs_ibq.ABLATION.arm("ibq_no_entropy").changes,
 }
-"""Quantizer fields by method; three are those of arms of vq_vs_ibq, so that they share its runs at the preset's D."""
+"""Changes by method; three are those of arms of vq_vs_ibq, so that they share its runs at the preset's D."""
 
 PREFIXES = {"vq": "VQ", "cosine": "cosine VQ", "ibq": "IBQ", "ibq_no_entropy": "IBQ without entropy"}
-
-
-def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    """Quantizer fields of an arm, the same at every K."""
-    return METHODS[levels["method"]] | {"code_dim": int(levels["D"])}
 
 
 ABLATION = Ablation(
@@ -53,7 +49,12 @@ ABLATION = Ablation(
         Factor("D", tuple(str(D) for D in DIMENSIONS), "dimension of a code"),
     ),
     arms=tuple(
-        Arm(f"{prefix}_{D}", {"method": method, "D": str(D)}, focal=D in (8, 256))
+        Arm(
+            f"{prefix}_{D}",
+            {"method": method, "D": str(D)},
+            {**METHODS[method], "quantizer.code_dim": D},
+            focal=D in (8, 256),
+        )
         for prefix, method in PREFIXES.items()
         for D in DIMENSIONS
     ),
@@ -130,7 +131,6 @@ ABLATION = Ablation(
             -1.0,
         ),
     ),
-    quantizer=quantizer,
     axis=Axis("D", "code_dim", "code dimension D"),
     marker="D",
     figures=(

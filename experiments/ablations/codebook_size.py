@@ -14,48 +14,40 @@ the entropy of their mean assignment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 from experiments.ablations import vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
-from ibq.errors import ConfigError
+from experiments.ablations.changes import CODEBOOK_SIZE, Times
 
-SIZES = {"sixteenth": "×1/16", "quarter": "×1/4", "base": "×1", "fourfold": "×4", "sixteenfold": "×16"}
-"""Levels of the factor K by what arms are called."""
+SIZES = {
+    "sixteenth": ("×1/16", Fraction(1, 16)),
+    "quarter": ("×1/4", Fraction(1, 4)),
+    "base": ("×1", Fraction(1)),
+    "fourfold": ("×4", Fraction(4)),
+    "sixteenfold": ("×16", Fraction(16)),
+}
+"""Label and multiple of the factor K by what arms are called."""
+LABELS = tuple(label for label, _ in SIZES.values())
 
 METHODS = {
-    "VQ": vq_vs_ibq.ABLATION.arm("vq_published").levels,
-    "VQ, strongest": vq_vs_ibq.ABLATION.arm("vq_fair").levels,
-    "IBQ": vq_vs_ibq.ABLATION.arm("ibq_published").levels,
+    "VQ": vq_vs_ibq.ABLATION.arm("vq_published").changes,
+    "VQ, strongest": vq_vs_ibq.ABLATION.arm("vq_fair").changes,
+    "IBQ": vq_vs_ibq.ABLATION.arm("ibq_published").changes,
 }
-"""Levels of vq_vs_ibq by method, so that the arms at the preset's K share its runs."""
+"""Changes by method, those of arms of vq_vs_ibq, so that the arms at the preset's K share its runs."""
 
 AXIS = Axis("K", "codebook_size", "codebook size K")
 
 
-def codes(size: str, codebook_size: int) -> int:
-    """K of a level of the factor K.
-
-    Raises:
-        ConfigError: the preset's K (or the user's) has no such part.
-    """
-    share = Fraction(size.removeprefix("×")) * codebook_size
-    if share.denominator != 1:
-        raise ConfigError(
-            f"quantizer.codebook_size={codebook_size} cannot be taken {size} times; choose a multiple of 16"
-        )
-    return int(share)
-
-
-def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    K = codes(levels["K"], codebook_size)
-    return vq_vs_ibq.quantizer(METHODS[levels["method"]], K) | {"codebook_size": K}
+def times(size: str) -> dict[str, Times]:
+    """The change of K that a size is."""
+    return {CODEBOOK_SIZE: Times(SIZES[size][1])}
 
 
 def arm(prefix: str, method: str, size: str) -> Arm:
-    return Arm(f"{prefix}_{size}", {"method": method, "K": SIZES[size]}, focal=size in ("sixteenth", "fourfold"))
+    levels = {"method": method, "K": SIZES[size][0]}
+    return Arm(f"{prefix}_{size}", levels, {**METHODS[method], **times(size)}, focal=size in ("sixteenth", "fourfold"))
 
 
 PREFIXES = {"vq": "VQ", "vq_strong": "VQ, strongest", "ibq": "IBQ"}
@@ -73,7 +65,7 @@ ABLATION = Ablation(
             "ibq_published of "
             "notebook 01",
         ),
-        Factor("K", tuple(SIZES.values()), "number of codes, as a multiple of the preset's"),
+        Factor("K", LABELS, "number of codes, as a multiple of the preset's"),
     ),
     arms=tuple(arm(prefix, method, size) for prefix, method in PREFIXES.items() for size in SIZES),
     contrasts=(
@@ -133,7 +125,6 @@ ABLATION = Ablation(
             -0.003,
         ),
     ),
-    quantizer=quantizer,
     axis=AXIS,
     marker="K",
     figures=(

@@ -14,11 +14,12 @@ varied alone in four surroundings and every other factor in two. All arms are IB
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from experiments.ablations import vq_vs_ibq
 from experiments.ablations.base import COLUMNS, Ablation, Arm, Contrast, Factor, PaperRow
+from experiments.ablations.changes import Times, of_quantizer
+
+RATES = {"×0.3": 0.3, "×1": 1.0}
+"""Multiples of the learning rate by their labels."""
 
 FACTORS = (
     Factor("loss", ("single", "double"), "without or with the extra term |z_q - z|^2 that has no stop-gradient"),
@@ -28,28 +29,20 @@ FACTORS = (
         "which quantization term carries the 0.25: the released order, or that of VQ-VAE",
     ),
     Factor("entropy", ("off", "on"), "entropy penalty of weight 0.05 at temperature 0.01"),
-    Factor("learning rate", ("×0.3", "×1"), "multiple of the recipe's learning rate (1e-3 at quick)"),
+    Factor("learning rate", tuple(RATES), "multiple of the recipe's learning rate (1e-3 at quick)"),
 )
 
 
-def levels(loss: str, beta_on: str = "codebook", entropy: str = "on", rate: str = "×1") -> Mapping[str, str]:
-    return {"loss": loss, "beta on": beta_on, "entropy": entropy, "learning rate": rate}
+def arm(
+    name: str, loss: str, beta_on: str = "codebook", entropy: str = "on", rate: str = "×1", focal: bool = False
+) -> Arm:
+    """An arm with the quantizer of the arm of vq_vs_ibq that differs in nothing, so that the two share a run."""
+    levels = {"loss": loss, "beta on": beta_on, "entropy": entropy, "learning rate": rate}
+    double = "on" if loss == "double" else "off"
+    fields = vq_vs_ibq.fields("IBQ", "normal", entropy, beta_on, double)
+    changes = of_quantizer(fields) | {"optim.lr": Times(RATES[rate])}
+    return Arm(name, levels, changes, focal=focal)
 
-
-def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    """Quantizer fields of an arm: those of the arm of vq_vs_ibq that differs in nothing, so that the two share a
-    run."""
-    double = "on" if levels["loss"] == "double" else "off"
-    return vq_vs_ibq.quantizer(
-        vq_vs_ibq.levels("IBQ", "normal", levels["entropy"], levels["beta on"], double), codebook_size
-    )
-
-
-def scales(levels: Mapping[str, str]) -> dict[str, float]:
-    return {"optim.lr": float(levels["learning rate"].removeprefix("×"))}
-
-
-SINGLE, DOUBLE = levels("single"), levels("double")
 
 ABLATION = Ablation(
     name="double_quant_loss",
@@ -59,14 +52,14 @@ ABLATION = Ablation(
     "or the rate does?",
     factors=FACTORS,
     arms=(
-        Arm("single", SINGLE, focal=True),
-        Arm("double", DOUBLE, focal=True),
-        Arm("single_commitment", levels("single", beta_on="commitment"), focal=True),
-        Arm("double_commitment", levels("double", beta_on="commitment"), focal=True),
-        Arm("single_no_entropy", levels("single", entropy="off")),
-        Arm("double_no_entropy", levels("double", entropy="off")),
-        Arm("single_slow", levels("single", rate="×0.3")),
-        Arm("double_slow", levels("double", rate="×0.3")),
+        arm("single", "single", focal=True),
+        arm("double", "double", focal=True),
+        arm("single_commitment", "single", beta_on="commitment", focal=True),
+        arm("double_commitment", "double", beta_on="commitment", focal=True),
+        arm("single_no_entropy", "single", entropy="off"),
+        arm("double_no_entropy", "double", entropy="off"),
+        arm("single_slow", "single", rate="×0.3"),
+        arm("double_slow", "double", rate="×0.3"),
     ),
     contrasts=(
         Contrast(
@@ -105,8 +98,6 @@ ABLATION = Ablation(
             -0.003,
         ),
     ),
-    quantizer=quantizer,
-    scales=scales,
     marker="beta on",
     fill="entropy",
     figures=(

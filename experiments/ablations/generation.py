@@ -20,35 +20,45 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from experiments.ablations import codebook_size as sizes
-from experiments.ablations import lfq_comparison, vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
-from ibq.config import TransformerTrainConfig
+from experiments.ablations.changes import Given, Times
 from ibq.schema import bits_of
 
-METHODS = ("VQ", "VQ, strongest", "LFQ", "IBQ")
-DEPTHS = ("×1/2", "×1", "×3/2")
+METHODS: dict[str, Mapping[str, Any]] = {
+    "VQ": sizes.METHODS["VQ"],
+    "VQ, strongest": sizes.METHODS["VQ, strongest"],
+    "LFQ": {"quantizer.method": "lfq"},
+    "IBQ": sizes.METHODS["IBQ"],
+}
+"""Changes of the tokenizer, those of arms of notebooks 01 and 05."""
+DEPTHS = {"×1/2": Fraction(1, 2), "×1": Fraction(1), "×3/2": Fraction(3, 2)}
 
 
-def levels(method: str, token: str = "whole", depth: str = "×1") -> Mapping[str, str]:
-    return {"method": method, "token": token, "depth": depth}
+def arm(name: str, method: str, token: str = "whole", depth: str = "×1") -> Arm:
+    levels = {"method": method, "token": token, "depth": depth}
+    # no transformer is better than its tokenizer, so these are trained longer than those of other ablations
+    changes = {**METHODS[method], "steps": lambda given: Times(given.preset.transformer_tokenizer_steps)}
+    transformer: dict[str, Any] = {
+        "transformer.depth": partial(_depth, DEPTHS[depth]),
+        "transformer.subtoken_bits": _halves if token == "halves" else [],
+    }
+    return Arm(name, levels, changes, transformer, focal=True)
 
 
-def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    """Quantizer fields of an arm's tokenizer, those of the arms of notebooks 01 and 05."""
-    if levels["method"] == "LFQ":
-        return lfq_comparison.quantizer(lfq_comparison.levels("LFQ"), codebook_size)
-    return vq_vs_ibq.quantizer(sizes.METHODS[levels["method"]], codebook_size)
+def _depth(share: Fraction, given: Given) -> int:
+    """Rounded up, so that a transformer has at least one block."""
+    assert given.transformer
+    return math.ceil(share * given.transformer.transformer.depth)
 
 
-def transformer(levels: Mapping[str, str], base: TransformerTrainConfig) -> dict[str, Any]:
-    """What an arm changes of the preset's transformer; a fractional depth is rounded up, so that a transformer has at
-    least one block."""
-    depth = math.ceil(Fraction(levels["depth"].removeprefix("×")) * base.transformer.depth)
-    bits = bits_of(base.quantizer.codebook_size) if levels["token"] == "halves" else 0
-    return {"transformer.depth": depth, "transformer.subtoken_bits": [bits // 2, bits - bits // 2] if bits else []}
+def _halves(given: Given) -> list[int]:
+    """Bits of two sub-tokens of a token, as equal as can be."""
+    bits = bits_of(given.codebook_size)
+    return [bits // 2, bits - bits // 2]
 
 
 ABLATION = Ablation(
@@ -60,7 +70,7 @@ ABLATION = Ablation(
     factors=(
         Factor(
             "method",
-            METHODS,
+            tuple(METHODS),
             "the tokenizer: vq_published, vq_fair and ibq_published of notebook 01, LFQ of notebook 05",
         ),
         Factor(
@@ -70,18 +80,18 @@ ABLATION = Ablation(
         ),
         Factor(
             "depth",
-            DEPTHS,
+            tuple(DEPTHS),
             "blocks of the transformer, and with them its width, as a multiple of the preset's (2 at quick)",
         ),
     ),
     arms=(
-        Arm("vq_tokens", levels("VQ"), focal=True),
-        Arm("vq_strong_tokens", levels("VQ, strongest"), focal=True),
-        Arm("ibq_deep", levels("IBQ", depth="×3/2"), focal=True),
-        Arm("lfq_halves", levels("LFQ", token="halves"), focal=True),
-        Arm("ibq_tokens", levels("IBQ"), focal=True),
-        Arm("lfq_tokens", levels("LFQ"), focal=True),
-        Arm("ibq_shallow", levels("IBQ", depth="×1/2"), focal=True),
+        arm("vq_tokens", "VQ"),
+        arm("vq_strong_tokens", "VQ, strongest"),
+        arm("ibq_deep", "IBQ", depth="×3/2"),
+        arm("lfq_halves", "LFQ", token="halves"),
+        arm("ibq_tokens", "IBQ"),
+        arm("lfq_tokens", "LFQ"),
+        arm("ibq_shallow", "IBQ", depth="×1/2"),
     ),
     contrasts=(
         Contrast(
@@ -166,9 +176,6 @@ ABLATION = Ablation(
             keeps=True,
         ),
     ),
-    quantizer=quantizer,
-    transformer=transformer,
-    longer_tokenizers=True,
     axis=Axis("depth", "parameters", "parameters of the transformer"),
     marker="depth",
     fill="token",

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from experiments.ablations import ABLATIONS
 from experiments.ablations.base import COLUMNS, Ablation, Arm, Factor
+from experiments.ablations.changes import Times
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError, nearest
 from ibq.metrics import METRICS
-from ibq.quantizers import Quantizer
 from ibq.schema import flatten
 
 PUBLISHED_PAIR = ("vq_vs_ibq/vq_published", "vq_vs_ibq/ibq_published")
@@ -32,10 +32,6 @@ MOST_CURVES, MOST_POINTS = 9, 50
 """Arms that have a colour each in figures of curves, and arms whose letters can be told apart in a figure of points."""
 BASE = "base"
 """Name of the first factor."""
-LEVELS = "quantizer.levels"
-"""Of FSQ, whose arms derive them from K: a power of two, which their product need not be."""
-ANY_SIZE = 1024
-"""A K that every method can have."""
 GRID_COLUMNS = tuple(name for name, metric in METRICS.items() if metric.headline)
 """Outcomes that the pivot table and the heat map show where they were measured; the table of arms has more."""
 
@@ -52,7 +48,7 @@ class Base(NamedTuple):
 
     @property
     def method(self) -> str:
-        return str(self.ablation.quantizer(self.arm.levels, ANY_SIZE)["method"])  # the same at every K
+        return str(self.arm.changes["quantizer.method"])
 
 
 def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] = ()) -> Ablation:
@@ -84,21 +80,11 @@ def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] =
             f"the grid has {size:,} arms ({counts}); give at most {MOST_ARMS}, in several grids if need be"
         )
 
-    def settings(point: Mapping[str, str]) -> dict[str, Any]:
-        return {field: levels[field][point[field]] for field in grid}
-
-    def quantizer(point: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-        base = by_label[point[BASE]]
-        if LEVELS not in grid:
-            return base.ablation.quantizer(base.arm.levels, codebook_size)
-        return base.ablation.quantizer(base.arm.levels, ANY_SIZE) | {
-            "codebook_size": ANY_SIZE
-        }  # the levels make K, and any K at all
-
     arms = []
     for label, *point in product(by_label, *levels.values()):
         at = dict(zip(grid, point, strict=True))
-        arms.append(Arm(" ".join([label, *_equations(at)]), {BASE: label} | at, focal=size <= MOST_CURVES))
+        changes = {**by_label[label].arm.changes, **{field: levels[field][level] for field, level in at.items()}}
+        arms.append(Arm(" ".join([label, *_equations(at)]), {BASE: label} | at, changes, focal=size <= MOST_CURVES))
     return Ablation(
         name="grid",
         title=f"Grid over {', '.join(grid)}",
@@ -110,9 +96,6 @@ def grid_ablation(grid: Mapping[str, Sequence[Any]], base_names: Sequence[str] =
             *(Factor(field, tuple(levels[field]), "config field, set as it stands") for field in grid),
         ),
         arms=tuple(arms),
-        quantizer=quantizer,
-        scales=lambda point: by_label[point[BASE]].ablation.scales(by_label[point[BASE]].arm.levels),
-        settings=settings,
         figures=_figures(size),
         tables=("grid", "arms"),
         columns=(*COLUMNS, "fid"),
@@ -141,7 +124,7 @@ def find_base(name: str) -> Base:
         raise ConfigError(
             f"base {name!r} is an arm of several ablations; write {' or '.join(base.reference for base in found)}"
         )
-    if found[0].ablation.transformer:
+    if found[0].ablation.of_transformers:
         raise ConfigError(
             f"base {name!r} is a transformer, and a grid is of tokenizers; name an arm of another ablation"
         )
@@ -208,6 +191,8 @@ def _check_field(field: str, bases: Sequence[Base]) -> None:
     shared = set(
         flatten(TrainConfig.parse({"quantizer": {"method": "vq"}}).model_dump(mode="json", exclude={"quantizer"}))
     )
+    from ibq.quantizers import Quantizer  # imports torch, which listing the ablations does without
+
     own = {
         method: {f"quantizer.{name}" for name in of.config_class.model_fields}
         for method, of in Quantizer.registry.items()
@@ -245,9 +230,9 @@ def _meaning(bases: Sequence[Base], grid: Mapping[str, Sequence[Any]]) -> str:
     named = []
     for base in bases:
         scaled = [
-            f"{field} ×{factor:g}"
-            for field, factor in base.ablation.scales(base.arm.levels).items()
-            if factor != 1 and field not in grid
+            f"{field} {change}"
+            for field, change in base.arm.changes.items()
+            if isinstance(change, Times) and change.factor != 1 and field not in grid
         ]
         tuned = base.ablation.tuning
         untuned = [f"{tuned.field} not searched"] if tuned and tuned.field not in grid else []

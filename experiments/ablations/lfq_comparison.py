@@ -13,13 +13,15 @@ without their entropy penalties, and BSQ stands beside them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from experiments.ablations import codebook_size as sizes
-from experiments.ablations import vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Continuation, Contrast, Factor, PaperRow
+from experiments.ablations.changes import Times
 from ibq.schema import bits_of
+
+RATES = {"×0.3": 0.3, "×1": 1.0, "×3": 3.0}
+"""Multiples of the learning rate by their labels."""
 
 FACTORS = (
     Factor(
@@ -27,29 +29,32 @@ FACTORS = (
         ("LFQ", "BSQ", "IBQ"),
         "signs of the features; signs of normalised features; ibq_published of notebook 01",
     ),
-    Factor("K", tuple(sizes.SIZES.values())[1:], "number of codes, as a multiple of the preset's"),
+    Factor("K", sizes.LABELS[1:], "number of codes, as a multiple of the preset's"),
     Factor("D", ("log2 K", "preset"), "dimension of a code; LFQ and BSQ have no choice"),
     Factor("entropy", ("off", "on"), "the method's entropy penalty"),
-    Factor("learning rate", ("×0.3", "×1", "×3"), "multiple of the recipe's learning rate (1e-3 at quick)"),
+    Factor("learning rate", tuple(RATES), "multiple of the recipe's learning rate (1e-3 at quick)"),
 )
 
 
-def levels(method: str, K: str = "×1", D: str = "", entropy: str = "on", rate: str = "×1") -> Mapping[str, str]:
-    D = D or ("preset" if method == "IBQ" else "log2 K")
-    return {"method": method, "K": K, "D": D, "entropy": entropy, "learning rate": rate}
-
-
-def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    K = sizes.codes(levels["K"], codebook_size)
-    is_ibq = levels["method"] == "IBQ"
-    fields = vq_vs_ibq.quantizer(sizes.METHODS["IBQ"], K) if is_ibq else {"method": levels["method"].lower()}
-    if levels["entropy"] == "off":
-        fields |= {"entropy_weight": 0.0}
-    return fields | {"codebook_size": K} | ({"code_dim": bits_of(K)} if levels["D"] == "log2 K" else {})
-
-
-def scales(levels: Mapping[str, str]) -> dict[str, float]:
-    return {"optim.lr": float(levels["learning rate"].removeprefix("×"))}
+def arm(
+    name: str,
+    method: str,
+    size: str = "base",
+    low: bool = False,
+    entropy: str = "on",
+    rate: str = "×1",
+    focal: bool = False,
+) -> Arm:
+    """An arm of K = `size`; IBQ has the preset's D, or as `low` the log2 K of LFQ and BSQ."""
+    is_ibq = method == "IBQ"
+    levels = {"method": method, "K": sizes.SIZES[size][0], "D": "preset" if is_ibq and not low else "log2 K"}
+    levels |= {"entropy": entropy, "learning rate": rate}
+    changes: dict[str, Any] = {**sizes.METHODS["IBQ"]} if is_ibq else {"quantizer.method": method.lower()}
+    if entropy == "off":
+        changes["quantizer.entropy_weight"] = 0.0
+    if is_ibq and low:
+        changes["quantizer.code_dim"] = lambda given: bits_of(given.codebook_size)
+    return Arm(name, levels, changes | sizes.times(size) | {"optim.lr": Times(RATES[rate])}, focal=focal)
 
 
 ABLATION = Ablation(
@@ -59,23 +64,17 @@ ABLATION = Ablation(
     question="With as many codes, is a learnt codebook under IBQ better than none at all?",
     factors=FACTORS,
     arms=(
-        *(
-            Arm(f"lfq_{size}", levels("LFQ", level), focal=size == "base")
-            for size, level in list(sizes.SIZES.items())[1:]
-        ),
-        *(
-            Arm(f"ibq_{size}", levels("IBQ", level), focal=size == "base")
-            for size, level in list(sizes.SIZES.items())[1:]
-        ),
-        Arm("ibq_low", levels("IBQ", D="log2 K"), focal=True),
-        Arm("bsq_base", levels("BSQ"), focal=True),
-        Arm("lfq_no_entropy", levels("LFQ", entropy="off"), focal=True),
-        Arm("ibq_no_entropy", levels("IBQ", entropy="off")),
-        Arm("ibq_low_no_entropy", levels("IBQ", D="log2 K", entropy="off")),
-        Arm("lfq_slow", levels("LFQ", rate="×0.3")),
-        Arm("lfq_fast", levels("LFQ", rate="×3")),
-        Arm("ibq_slow", levels("IBQ", rate="×0.3")),
-        Arm("ibq_fast", levels("IBQ", rate="×3")),
+        *(arm(f"lfq_{size}", "LFQ", size, focal=size == "base") for size in list(sizes.SIZES)[1:]),
+        *(arm(f"ibq_{size}", "IBQ", size, focal=size == "base") for size in list(sizes.SIZES)[1:]),
+        arm("ibq_low", "IBQ", low=True, focal=True),
+        arm("bsq_base", "BSQ", focal=True),
+        arm("lfq_no_entropy", "LFQ", entropy="off", focal=True),
+        arm("ibq_no_entropy", "IBQ", entropy="off"),
+        arm("ibq_low_no_entropy", "IBQ", low=True, entropy="off"),
+        arm("lfq_slow", "LFQ", rate="×0.3"),
+        arm("lfq_fast", "LFQ", rate="×3"),
+        arm("ibq_slow", "IBQ", rate="×0.3"),
+        arm("ibq_fast", "IBQ", rate="×3"),
     ),
     contrasts=(
         Contrast(
@@ -125,8 +124,6 @@ ABLATION = Ablation(
             -0.003,
         ),
     ),
-    quantizer=quantizer,
-    scales=scales,
     axis=sizes.AXIS,
     marker="K",
     fill="entropy",

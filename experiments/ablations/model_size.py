@@ -9,23 +9,12 @@ Command: python -m experiments run model_size
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from experiments.ablations import codebook_size as sizes
-from experiments.ablations import vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
+from experiments.ablations.changes import Times
 
-DEPTHS = {"base": "×1", "twofold": "×2", "fourfold": "×4"}
-
-
-def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    """Quantizer fields of an arm, the same at every depth."""
-    return vq_vs_ibq.quantizer(sizes.METHODS[levels["method"]], codebook_size)
-
-
-def scales(levels: Mapping[str, str]) -> dict[str, float]:
-    return {"model.res_blocks": float(levels["ResBlocks"].removeprefix("×"))}
+DEPTHS = {"base": ("×1", 1), "twofold": ("×2", 2), "fourfold": ("×4", 4)}
+"""Label and multiple of the ResBlocks by what arms are called."""
 
 
 ABLATION = Ablation(
@@ -37,14 +26,19 @@ ABLATION = Ablation(
         Factor("method", tuple(sizes.METHODS), "vq_published, vq_fair and ibq_published of notebook 01"),
         Factor(
             "ResBlocks",
-            tuple(DEPTHS.values()),
+            tuple(label for label, _ in DEPTHS.values()),
             "ResBlocks a level of the encoder, as a multiple of the preset's (1 at quick)",
         ),
     ),
     arms=tuple(
-        Arm(f"{prefix}_{depth}", {"method": method, "ResBlocks": level}, focal=depth != "twofold")
+        Arm(
+            f"{prefix}_{depth}",
+            {"method": method, "ResBlocks": label},
+            {**sizes.METHODS[method], "model.res_blocks": Times(multiple)},
+            focal=depth != "twofold",
+        )
         for prefix, method in sizes.PREFIXES.items()
-        for depth, level in DEPTHS.items()
+        for depth, (label, multiple) in DEPTHS.items()
     ),
     contrasts=(
         Contrast(
@@ -74,8 +68,6 @@ ABLATION = Ablation(
             0.25,
         ),
     ),
-    quantizer=quantizer,
-    scales=scales,
     axis=Axis("ResBlocks", "config.model.res_blocks", "ResBlocks a level"),
     marker="ResBlocks",
     figures=("scaling", "usage_over_training", "rate_distortion", "logits_over_training", "reconstructions"),

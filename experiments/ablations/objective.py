@@ -29,24 +29,21 @@ WEIGHTS = {"0.1": False, "0.1, adaptive": True}
 STARTS = {"step 0": 0.0, "half the run": 0.5}
 
 
-def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    """IBQ as released, in every arm."""
-    return vq_vs_ibq.quantizer(vq_vs_ibq.ABLATION.arm("ibq_published").levels, codebook_size)
-
-
-def settings(levels: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of the objective, all of which an arm sets, so that none is left to the preset."""
+def arm(name: str, levels: Mapping[str, str], focal: bool = False) -> Arm:
+    """IBQ as released, with all fields of the objective set, so that none is left to the preset."""
     fields: dict[str, Any] = {"loss.pixel": levels["pixel"].lower(), "loss.perceptual": levels["perceptual"]}
     if levels["discriminator"] == "none":
-        return fields | {"loss.adversarial.weight": 0.0}
-    return fields | {
-        "loss.adversarial.weight": 0.1,
-        "loss.adversarial.adaptive": WEIGHTS[levels["weight"]],
-        "loss.adversarial.loss": levels["discriminator"],
-        "loss.adversarial.lecam_weight": 0.05 if levels["LeCam"] == "on" else 0.0,
-        "loss.adversarial.norm": levels["norm"],
-        "loss.adversarial.start": STARTS[levels["start"]],
-    }
+        fields |= {"loss.adversarial.weight": 0.0}
+    else:
+        fields |= {
+            "loss.adversarial.weight": 0.1,
+            "loss.adversarial.adaptive": WEIGHTS[levels["weight"]],
+            "loss.adversarial.loss": levels["discriminator"],
+            "loss.adversarial.lecam_weight": 0.05 if levels["LeCam"] == "on" else 0.0,
+            "loss.adversarial.norm": levels["norm"],
+            "loss.adversarial.start": STARTS[levels["start"]],
+        }
+    return Arm(name, levels, {**vq_vs_ibq.ABLATION.arm("ibq_published").changes, **fields}, focal=focal)
 
 
 def without_discriminator(pixel: str = "L1", perceptual: str = "none") -> Mapping[str, str]:
@@ -68,17 +65,17 @@ def with_discriminator(**changed: str) -> Mapping[str, str]:
 
 
 ARMS = (
-    Arm("pixel_l1", without_discriminator(), focal=True),
-    Arm("pixel_l2", without_discriminator(pixel="L2"), focal=True),
-    Arm("perceptual", without_discriminator(perceptual="fashion-cnn"), focal=True),
-    Arm("gan", with_discriminator(perceptual="none"), focal=True),
-    Arm("whole", with_discriminator(), focal=True),
-    Arm("adaptive", with_discriminator(weight="0.1, adaptive"), focal=True),
-    Arm("vanilla", with_discriminator(discriminator="vanilla")),
-    Arm("no_lecam", with_discriminator(LeCam="off")),
-    Arm("group_norm", with_discriminator(norm="group")),
-    Arm("no_norm", with_discriminator(norm="none")),
-    Arm("late_start", with_discriminator(start="half the run")),
+    arm("pixel_l1", without_discriminator(), focal=True),
+    arm("pixel_l2", without_discriminator(pixel="L2"), focal=True),
+    arm("perceptual", without_discriminator(perceptual="fashion-cnn"), focal=True),
+    arm("gan", with_discriminator(perceptual="none"), focal=True),
+    arm("whole", with_discriminator(), focal=True),
+    arm("adaptive", with_discriminator(weight="0.1, adaptive"), focal=True),
+    arm("vanilla", with_discriminator(discriminator="vanilla")),
+    arm("no_lecam", with_discriminator(LeCam="off")),
+    arm("group_norm", with_discriminator(norm="group")),
+    arm("no_norm", with_discriminator(norm="none")),
+    arm("late_start", with_discriminator(start="half the run")),
 )
 
 TENTH = 0.152
@@ -212,8 +209,6 @@ ABLATION = Ablation(
             -0.003,
         ),
     ),
-    quantizer=quantizer,
-    settings=settings,
     figures=("usage_over_training", "discriminator_over_training", "rate_distortion", "reconstructions"),
     tables=("arms", "verdicts"),
     columns=("l1", "psnr_db", "ssim", "fid", "usage", "perplexity", "bits"),

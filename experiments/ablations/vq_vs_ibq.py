@@ -13,10 +13,10 @@ search, logits and gradient together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from experiments.ablations.base import COLUMNS, Ablation, Arm, Contrast, Factor, PaperRow
+from experiments.ablations.changes import of_quantizer
 
 FACTORS = (
     Factor(
@@ -36,37 +36,45 @@ FACTORS = (
 )
 
 
-def levels(estimator: str, init: str, entropy: str, beta_on: str, double: str = "off") -> Mapping[str, str]:
-    return {"estimator": estimator, "entropy": entropy, "init": init, "beta on": beta_on, "double": double}
+def arm(
+    name: str,
+    estimator: str,
+    init: str,
+    entropy: str,
+    beta_on: str,
+    double: str = "off",
+    seeds: int = 1,
+    focal: bool = False,
+) -> Arm:
+    levels = {"estimator": estimator, "entropy": entropy, "init": init, "beta on": beta_on, "double": double}
+    return Arm(name, levels, of_quantizer(fields(estimator, init, entropy, beta_on, double)), seeds=seeds, focal=focal)
 
 
-def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    """Quantizer fields of an arm, the same at every K."""
-    fields: dict[str, Any] = {
-        "method": levels["estimator"].lower(),
-        "codebook_init": levels["init"],
-        "entropy_weight": 0.05 if levels["entropy"] == "on" else 0.0,
-        "beta_on": levels["beta on"],
+def fields(estimator: str, init: str, entropy: str, beta_on: str, double: str = "off") -> dict[str, Any]:
+    """Quantizer fields, the same at every K."""
+    shared: dict[str, Any] = {
+        "method": estimator.lower(),
+        "codebook_init": init,
+        "entropy_weight": 0.05 if entropy == "on" else 0.0,
+        "beta_on": beta_on,
     }
-    if levels["estimator"] == "IBQ":
-        fields["double"] = levels["double"] == "on"
-    return fields
+    return shared | ({"double": double == "on"} if estimator == "IBQ" else {})
 
 
 ARMS = (
-    Arm("vq_published", levels("VQ", "uniform", "off", "codebook"), seeds=3, focal=True),
-    Arm("ibq_published", levels("IBQ", "normal", "on", "codebook", "on"), seeds=3, focal=True),
-    Arm("vq_fair", levels("VQ", "features", "on", "commitment"), seeds=3, focal=True),
-    Arm("ibq_fair", levels("IBQ", "features", "on", "commitment"), seeds=3, focal=True),
-    Arm("vq_entropy", levels("VQ", "uniform", "on", "codebook")),
-    Arm("vq_entropy_normal", levels("VQ", "normal", "on", "codebook")),
-    Arm("vq_entropy_commitment", levels("VQ", "uniform", "on", "commitment")),
-    Arm("vq_features", levels("VQ", "features", "off", "commitment")),
-    Arm("ibq_single", levels("IBQ", "normal", "on", "codebook")),
-    Arm("ibq_no_entropy", levels("IBQ", "normal", "off", "codebook", "on")),
-    Arm("ibq_features", levels("IBQ", "features", "on", "codebook", "on")),
-    Arm("ibq_features_commitment", levels("IBQ", "features", "on", "commitment", "on")),
-    Arm("ibq_estimator_alone", levels("IBQ", "features", "off", "commitment")),
+    arm("vq_published", "VQ", "uniform", "off", "codebook", seeds=3, focal=True),
+    arm("ibq_published", "IBQ", "normal", "on", "codebook", "on", seeds=3, focal=True),
+    arm("vq_fair", "VQ", "features", "on", "commitment", seeds=3, focal=True),
+    arm("ibq_fair", "IBQ", "features", "on", "commitment", seeds=3, focal=True),
+    arm("vq_entropy", "VQ", "uniform", "on", "codebook"),
+    arm("vq_entropy_normal", "VQ", "normal", "on", "codebook"),
+    arm("vq_entropy_commitment", "VQ", "uniform", "on", "commitment"),
+    arm("vq_features", "VQ", "features", "off", "commitment"),
+    arm("ibq_single", "IBQ", "normal", "on", "codebook"),
+    arm("ibq_no_entropy", "IBQ", "normal", "off", "codebook", "on"),
+    arm("ibq_features", "IBQ", "features", "on", "codebook", "on"),
+    arm("ibq_features_commitment", "IBQ", "features", "on", "commitment", "on"),
+    arm("ibq_estimator_alone", "IBQ", "features", "off", "commitment"),
 )
 
 PUBLISHED, FAIREST = ("vq_published", "ibq_published"), ("vq_fair", "ibq_fair")
@@ -153,7 +161,6 @@ ABLATION = Ablation(
             -0.152,
         ),
     ),
-    quantizer=quantizer,
     marker="init",
     fill="entropy",
     figures=(

@@ -39,7 +39,7 @@ def without_result(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
 
 def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     """The best guidances, how often samples are what was asked for, what bits say of quality, and what depth does."""
-    if ablation.transformer is None:
+    if not ablation.of_transformers:
         return []
     done = rows[rows["status"] == "ok"]
     known = _means(ablation, done, FID, AGREEMENT, "bits_per_image", TOKENIZER_L1, "parameters").dropna(

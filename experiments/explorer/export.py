@@ -82,7 +82,7 @@ def command_text(config: TrainConfig) -> str:
         ConfigError: no arm of any ablation has the method.
     """
     bases = [
-        Base(ablation, arm) for ablation in ABLATIONS.values() if not ablation.transformer for arm in ablation.arms
+        Base(ablation, arm) for ablation in ABLATIONS.values() if not ablation.of_transformers for arm in ablation.arms
     ]
     bases = [base for base in bases if base.method == config.quantizer.method]
     if not bases:

@@ -48,7 +48,7 @@ def _configs(study: Study, ablation: Ablation) -> dict[str, dict[str, str]]:
         if config := of_arm.get(arm.name):
             fields = {name: _text(value) for name, value in active_fields(config).items()}
             if ablation.tuning and arm.name in searching:
-                fields[f"tokenizer.{ablation.tuning.field}" if ablation.transformer else ablation.tuning.field] = (
+                fields[f"tokenizer.{ablation.tuning.field}" if ablation.of_transformers else ablation.tuning.field] = (
                     "not chosen yet"
                 )
             configs[arm.name] = fields

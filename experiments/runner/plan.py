@@ -29,7 +29,7 @@ def plan_table(study: Study, ablation: Ablation) -> pd.DataFrame:
                 )
             if ablation.border:
                 line["only if one has collapsed of"] = " and ".join(arm.between or ())
-            if ablation.transformer:
+            if ablation.of_transformers:
                 line["tokenizer"] = _tokenizer_phrase(cells)
             line |= {"steps": cells[0].config.steps, "seeds": len(cells)}
             lines.append(line | {"finished": sum(cell.run.finished for cell in ready)})

@@ -361,7 +361,7 @@ def test_from_the_command_line_to_the_page(own_folders: Path) -> None:
 
 
 def test_every_arm_that_is_a_tokenizer_can_be_a_base() -> None:
-    for ablation in [ablation for ablation in ABLATIONS.values() if not ablation.transformer]:
+    for ablation in [ablation for ablation in ABLATIONS.values() if not ablation.of_transformers]:
         bases = tuple(f"{ablation.name}/{arm.name}" for arm in ablation.arms)
         study = Study("quick", grid={"batch_size": [16, 32]}, bases=bases)
         assert len(study.cells) == 2 * len(bases)

@@ -13,7 +13,8 @@ TIMING = {"train_seconds", "encode_seconds", "peak_memory_gib", "sample_images_p
 
 
 def arm(name: str, of: str, depth: int, **more: object) -> Arm:
-    return Arm(name, {**PAIR.arm(of).levels, "depth": str(depth)}, **more)  # type: ignore[arg-type]
+    levels = {**PAIR.arm(of).levels, "depth": str(depth)}
+    return Arm(name, levels, PAIR.arm(of).changes, {"transformer.depth": depth}, **more)  # type: ignore[arg-type]
 
 
 TOY = replace(
@@ -31,7 +32,6 @@ TOY = replace(
     figures=(),
     tables=("arms",),
     columns=("train_seconds", "parameters"),
-    transformer=lambda levels, of_preset: {"transformer.depth": int(levels["depth"])},
     core=False,
 )
 

@@ -31,22 +31,23 @@ from typing import Any
 
 from experiments.ablations import codebook_size, vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Border, Contrast, Factor, PaperRow, Remedy
+from experiments.ablations.changes import CODEBOOK_SIZE, Times, of_quantizer
 
-PUBLISHED = vq_vs_ibq.quantizer(vq_vs_ibq.ABLATION.arm("ibq_published").levels, 0)
-OUTSIDE = PUBLISHED | {"double": False, "beta_on": "commitment"}
+PUBLISHED = vq_vs_ibq.ABLATION.arm("ibq_published").changes
+OUTSIDE = {**PUBLISHED, **of_quantizer({"double": False, "beta_on": "commitment"})}
 
-METHODS: dict[str, dict[str, Any]] = {
-    "VQ": vq_vs_ibq.quantizer(vq_vs_ibq.ABLATION.arm("vq_published").levels, 0),
-    "VQ, strongest": vq_vs_ibq.quantizer(vq_vs_ibq.ABLATION.arm("vq_fair").levels, 0),
+METHODS: dict[str, Mapping[str, Any]] = {
+    "VQ": vq_vs_ibq.ABLATION.arm("vq_published").changes,
+    "VQ, strongest": vq_vs_ibq.ABLATION.arm("vq_fair").changes,
     "IBQ": PUBLISHED,
     "IBQ outside its recipe": OUTSIDE,
-    "IBQ without double term": PUBLISHED | {"double": False},
-    "IBQ without entropy": PUBLISHED | {"entropy_weight": 0.0},
-    "IBQ with U(±1/K) codes": PUBLISHED | {"codebook_init": "uniform"},
-    "IBQ without soft path to features": PUBLISHED | {"soft_path": "codes"},
-    "IBQ on the 8 best codes": PUBLISHED | {"top_m": 8},
+    "IBQ without double term": {**PUBLISHED, **of_quantizer({"double": False})},
+    "IBQ without entropy": {**PUBLISHED, **of_quantizer({"entropy_weight": 0.0})},
+    "IBQ with U(±1/K) codes": {**PUBLISHED, **of_quantizer({"codebook_init": "uniform"})},
+    "IBQ without soft path to features": {**PUBLISHED, **of_quantizer({"soft_path": "codes"})},
+    "IBQ on the 8 best codes": {**PUBLISHED, **of_quantizer({"top_m": 8})},
 }
-"""Quantizer fields by method; those of vq_vs_ibq, code_dimension and codebook_size share their runs where sizes and
+"""Changes by method; those of vq_vs_ibq, code_dimension and codebook_size share their runs where sizes and
 rate are theirs."""
 
 PREFIXES = {
@@ -63,9 +64,10 @@ PREFIXES = {
 MAPPED = ("outside", "ibq", "ibq_single", "vq_strong")
 """Those whose four corners are certain."""
 
-RATES = {"slow": "×0.3", "usual": "×1", "fast": "×3"}
+RATES = {"slow": ("×0.3", 0.3), "usual": ("×1", 1.0), "fast": ("×3", 3.0)}
+"""Label and multiple of the learning rate by what arms are called."""
 DIMENSIONS = (16, 32, 64, 128, 256)
-SIZES = ("×1/16", "×1/4", "×1", "×4")
+SIZES = {label: Times(share) for label, share in list(codebook_size.SIZES.values())[:4]}
 MEANS = {"all": 1, "1/2": 2, "1/8": 8}
 """Micro-batches by the share of a step's tokens that one mean assignment is of."""
 LENGTHS = {"×0.35": 8**-0.5, "×1": 1.0, "×2.8": 8**0.5, "×4": 4.0}
@@ -76,7 +78,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "logits over √D": {"logit_scale": "inverse_sqrt_dim"},
     "logits over 4": {"logit_scale": 0.25},
     "entropy temperature ×16": {"entropy_temperature": 16 * 0.01},
-    "entropy weight ×4": {"entropy_weight": 4 * PUBLISHED["entropy_weight"]},
+    "entropy weight ×4": {"entropy_weight": 4 * PUBLISHED["quantizer.entropy_weight"]},
     "double term": {"double": True},
 }
 """Fields that are set on top of the method's."""
@@ -95,17 +97,6 @@ NAMES = {
 }
 """What arms are called by their levels of K, of tokens a mean, and of the remedy; lengths have names of their own."""
 LENGTH_NAMES = {"×0.35": "short", "×2.8": "longer", "×4": "long"}
-
-
-def quantizer(levels: Mapping[str, str], preset_size: int) -> dict[str, Any]:
-    length = LENGTHS[levels["initial length"]]
-    fields = METHODS[levels["method"]] | REMEDIES[levels["remedy"]] | ({"init_scale": length} if length != 1 else {})
-    return fields | {"code_dim": int(levels["D"]), "codebook_size": codebook_size.codes(levels["K"], preset_size)}
-
-
-def scales(levels: Mapping[str, str]) -> dict[str, float]:
-    rate = {} if levels["rate"] == "×1" else {"optim.lr": float(levels["rate"].removeprefix("×"))}
-    return rate if levels["tokens a mean"] == "all" else rate | {"accumulate": MEANS[levels["tokens a mean"]]}
 
 
 def name(
@@ -127,9 +118,18 @@ def arm(
     focal: bool = False,
     between: tuple[str, str] | None = None,
 ) -> Arm:
-    levels = {"method": PREFIXES[prefix], "rate": RATES[rate], "D": str(D), "K": K}
+    label, multiple = RATES[rate]
+    levels = {"method": PREFIXES[prefix], "rate": label, "D": str(D), "K": K}
     levels |= {"tokens a mean": mean, "initial length": length, "remedy": remedy}
-    return Arm(name(prefix, rate, D, K, mean, length, remedy), levels, focal=focal, between=between)
+    changes = {**METHODS[PREFIXES[prefix]], **of_quantizer(REMEDIES[remedy])}
+    changes |= {"quantizer.code_dim": D, CODEBOOK_SIZE: SIZES[K]}
+    if length != "×1":
+        changes["quantizer.init_scale"] = LENGTHS[length]
+    if rate != "usual":
+        changes["optim.lr"] = Times(multiple)
+    if mean != "all":
+        changes["accumulate"] = Times(MEANS[mean])
+    return Arm(name(prefix, rate, D, K, mean, length, remedy), levels, changes, focal=focal, between=between)
 
 
 def between(prefix: str, one: tuple[str, int], middle: tuple[str, int], other: tuple[str, int]) -> Arm:
@@ -264,9 +264,9 @@ ABLATION = Ablation(
             "commitment term (outside "
             "its recipe); ibq_published with one part taken away",
         ),
-        Factor("rate", tuple(RATES.values()), "learning rate, as a multiple of the preset's"),
+        Factor("rate", tuple(label for label, _ in RATES.values()), "learning rate, as a multiple of the preset's"),
         Factor("D", tuple(map(str, DIMENSIONS)), "dimension of a code"),
-        Factor("K", SIZES, "number of codes, as a multiple of the preset's"),
+        Factor("K", tuple(SIZES), "number of codes, as a multiple of the preset's"),
         Factor(
             "tokens a mean",
             tuple(MEANS),
@@ -438,8 +438,6 @@ ABLATION = Ablation(
             -0.003,
         ),
     ),
-    quantizer=quantizer,
-    scales=scales,
     border=Border(collapse=0.1, most_arms=60, remedies=REMEDIES_TRIED),
     figures=("collapse_map", "collapse_axes", "saturation", "usage_over_training", "logits_over_training"),
     tables=("remedies", "arms", "verdicts", "paper"),

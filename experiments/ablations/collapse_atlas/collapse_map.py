@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from experiments.ablations import Ablation, Arm, Border
+from experiments.ablations.collapse_atlas import RATES
 from experiments.ablations.quantizers.anatomy import Codebook, codebook_of
 from ibq.evaluation.diagnosis import LARGEST
 from ibq.metrics import METRICS
@@ -72,7 +73,7 @@ def lines(ablation: Ablation, factor: str) -> list[Line]:
 def rates_of(ablation: Ablation, rows: pd.DataFrame) -> dict[str, float]:
     """The learning rate of each level; where no row has it, by the level's multiple of one that some row has."""
     known = {str(level): float(mine["config.optim.lr"].iloc[0]) for level, mine in rows.groupby("factor.rate")}
-    factors = {level: float(level.removeprefix("×")) for level in ablation.factor("rate").levels}
+    factors = dict(RATES.values())
     level, rate = next(iter(known.items()))
     return {each: known.get(each, rate * factor / factors[level]) for each, factor in factors.items()}
 
@@ -263,7 +264,7 @@ def _places(points: Mapping[tuple[str, str], Codebook]) -> str:
     """Points by D, e.g. "D = 16 (×0.3 2.1%, ×3 0.4%)"."""
     by_D: dict[str, list[str]] = {}
     for (rate, D), book in sorted(
-        points.items(), key=lambda point: (int(point[0][1]), float(point[0][0].removeprefix("×")))
+        points.items(), key=lambda point: (int(point[0][1]), dict(RATES.values())[point[0][0]])
     ):
         by_D.setdefault(D, []).append(f"{rate} {_percent(book)}")
     return ", ".join(f"D = {D} ({', '.join(rates)})" for D, rates in by_D.items())

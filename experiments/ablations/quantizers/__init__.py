@@ -20,16 +20,16 @@ levels for FSQ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from experiments.ablations import vq_vs_ibq
 from experiments.ablations.base import Ablation, Anatomy, Arm, Contrast, Factor, PaperRow, Part, Tuning
+from experiments.ablations.changes import Times, of_quantizer
 
 STEP_SHARE, SEARCH_SHARE = 1 / 2, 1 / 3
-VQ = vq_vs_ibq.quantizer(vq_vs_ibq.levels("VQ", "uniform", "off", "commitment"), 0)
-IBQ = vq_vs_ibq.quantizer(vq_vs_ibq.levels("IBQ", "normal", "on", "codebook", "on"), 0)
-FAIR_IBQ = vq_vs_ibq.quantizer(vq_vs_ibq.levels("IBQ", "kmeans", "on", "commitment"), 0)
+VQ = vq_vs_ibq.fields("VQ", "uniform", "off", "commitment")
+IBQ = vq_vs_ibq.fields("IBQ", "normal", "on", "codebook", "on")
+FAIR_IBQ = vq_vs_ibq.fields("IBQ", "kmeans", "on", "commitment")
 ENTROPY = {"entropy_weight": IBQ["entropy_weight"]}
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -73,20 +73,9 @@ METHODS: dict[str, dict[str, Any]] = {
 """Quantizer fields by what is said of them in tables."""
 
 
-def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
-    """Quantizer fields of an arm; the methods without a learnt codebook take their dimension from K."""
-    fields = METHODS[levels["method"]]
-    from ibq.quantizers import Quantizer  # here, since listing the ablations does without torch
-
-    return fields | Quantizer.registry[fields["method"]].config_class.sizes(codebook_size)
-
-
-def scales(levels: Mapping[str, str]) -> dict[str, float]:
-    return {"steps": STEP_SHARE}
-
-
 def arm(name: str, family: str, method: str, *, focal: bool = False, tuned_as: str | None = None) -> Arm:
-    return Arm(name, {"family": family, "method": method}, focal=focal, tuned_as=tuned_as)
+    changes = {**of_quantizer(METHODS[method]), "steps": Times(STEP_SHARE)}
+    return Arm(name, {"family": family, "method": method}, changes, focal=focal, tuned_as=tuned_as)
 
 
 PLAIN, HELPED, IMPLIED, GUMBEL, OURS, CONTROL = (
@@ -173,8 +162,6 @@ ABLATION = Ablation(
             -0.003,
         ),
     ),
-    quantizer=quantizer,
-    scales=scales,
     tuning=Tuning("optim.lr", factors=(0.3, 1.0, 3.0), step_share=SEARCH_SHARE),
     anatomy=Anatomy(
         whole="ibq",

@@ -21,7 +21,6 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.ablations import Ablation, Arm
-from experiments.ablations.collapse_atlas import LENGTHS
 from experiments.ablations.collapse_atlas.collapse_map import (
     PAPER_DIMENSION,
     PAPER_RATE,
@@ -293,7 +292,8 @@ def _tokens_a_mean(cell: Cell) -> float:
 
 def _initial_length(cell: Cell) -> float:
     """Of codes drawn from N(0, 1) times the factor, in the root of the mean square."""
-    return LENGTHS[cell.arm.levels["initial length"]] * math.sqrt(cell.config.quantizer.code_dim)
+    quantizer = cell.config.quantizer
+    return getattr(quantizer, "init_scale", 1.0) * math.sqrt(quantizer.code_dim)
 
 
 def _line_name(levels: Mapping[str, str], factor: str) -> str:

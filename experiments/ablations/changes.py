@@ -1,0 +1,112 @@
+"""Config of an arm in one pass: the preset's config, the user's overrides, then the changes of the arm.
+
+A change is a value, a multiple of what preset or user give (`Times`), or a function of the preset and K (`Given`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from experiments.recipes import Preset, scaled, tokenizer, transformer
+from ibq.config import TrainConfig, TransformerTrainConfig
+from ibq.errors import ConfigError
+
+CODEBOOK_SIZE = "quantizer.codebook_size"
+LEVELS = "quantizer.levels"
+"""Of FSQ, which derives them from K: a power of two, which the product of a user's own levels need not be."""
+ANY_SIZE = 1024
+"""A K that every method can have."""
+GAN_WEIGHT = "loss.adversarial.weight"
+
+
+@dataclass(frozen=True)
+class Times:
+    """A multiple of the value that the preset, or the user, gives a field."""
+
+    factor: float | Fraction
+
+    def __str__(self) -> str:
+        return f"×{self.factor}" if isinstance(self.factor, Fraction) else f"×{self.factor:g}"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a change may be a function of.
+
+    Attributes:
+        preset: the scale.
+        codebook_size: K of the arm.
+        transformer: the preset's transformer on the arm's tokenizer; None for fields of the tokenizer.
+    """
+
+    preset: Preset
+    codebook_size: int
+    transformer: TransformerTrainConfig | None = None
+
+
+def of_quantizer(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes that set fields of a quantizer."""
+    return {f"quantizer.{name}": value for name, value in fields.items()}
+
+
+def tokenizer_config(preset: Preset, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> TrainConfig:
+    """The config of an arm's tokenizer, seed 0.
+
+    Args:
+        preset: the scale.
+        changes: of the arm; they decide where the user has set the same field.
+        overrides: what the user sets in every arm, by dotted path.
+
+    Raises:
+        ConfigError: K cannot be multiplied so, or the config contradicts itself.
+    """
+    K = codebook_size(preset, changes, overrides)
+    values = {path: change(Given(preset, K)) if callable(change) else change for path, change in changes.items()}
+    times = {path: value.factor for path, value in values.items() if isinstance(value, Times) and path != CODEBOOK_SIZE}
+    values = {path: value for path, value in values.items() if path not in (*times, CODEBOOK_SIZE)}
+    if values.get(GAN_WEIGHT, overrides.get(GAN_WEIGHT)):
+        values = {path: value for path, value in preset.discriminator.items() if path not in overrides} | values
+    method = values.pop("quantizer.method")
+    config = tokenizer(preset, {"method": method} | _sizes(method, ANY_SIZE if LEVELS in values else K))
+    others = {path: value for path, value in overrides.items() if path != CODEBOOK_SIZE}
+    fields = {**others, **values}
+    config = config.with_fields(**fields) if fields else config
+    return scaled(config, {path: float(factor) for path, factor in times.items()})
+
+
+def codebook_size(preset: Preset, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> int:
+    """K of an arm: the preset's or the user's, or what the arm makes of it.
+
+    Raises:
+        ConfigError: it is not a whole multiple.
+    """
+    usual, change = overrides.get(CODEBOOK_SIZE, preset.codebook_size), changes.get(CODEBOOK_SIZE)
+    if change is not None and not isinstance(change, Times):
+        usual = change
+    K = tokenizer(preset, {"method": "vq", "codebook_size": usual}).quantizer.codebook_size
+    if not isinstance(change, Times):
+        return K
+    share = Fraction(change.factor) * K
+    if share.denominator != 1:
+        raise ConfigError(f"quantizer.codebook_size={K} cannot be taken {change} times; choose a multiple of 16")
+    return int(share)
+
+
+def _sizes(method: str, K: int) -> dict[str, Any]:
+    """Fields that K decides, of a method whose codebook follows from its config."""
+    from ibq.quantizers import Quantizer  # imports torch, which listing the ablations does without
+
+    return Quantizer.registry[method].config_class.sizes(K)
+
+
+def transformer_config(
+    preset: Preset, of: TrainConfig, changes: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> TransformerTrainConfig:
+    """The config of an arm's transformer on the tokens of a tokenizer; arguments and errors as of
+    `tokenizer_config`."""
+    given = Given(preset, of.quantizer.codebook_size, transformer(preset, of, {}))
+    values = {path: change(given) if callable(change) else change for path, change in changes.items()}
+    return transformer(preset, of, {**overrides, **values})
