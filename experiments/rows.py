@@ -9,7 +9,8 @@ from experiments import status
 from experiments.ablations.collapse_atlas import bisection
 from experiments.ablations.quantizers import tuning
 from experiments.analysis import diagnoses
-from experiments.study import Cell, Study
+from experiments.cells import Cell
+from experiments.study import Study
 from ibq.errors import ConfigError
 from ibq.evaluation.diagnosis import summary
 from ibq.schema import flatten

@@ -7,17 +7,18 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
 from experiments.ablations.changes import CODEBOOK_SIZE, codebook_size, tokenizer_config, transformer_config
 from experiments.ablations.collapse_atlas import bisection
 from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
 from experiments.ablations.quantizers import tuning
+from experiments.cells import Cell, Search, Stages
 from experiments.recipes import Preset, get_preset, scaled
 from ibq.config import RunConfig, TrainConfig
 from ibq.data import data_hash_of
@@ -29,60 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
 TRANSFORMER = "transformer."
 """What the path of a changed field of transformers begins with."""
-Stage = Literal["tokenizer", "transformer"]
-STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
 
 
-class Search(NamedTuple):
-    """What a run of a search is for: the arm, and the value of the tuned field that it tries."""
-
-    arm: str
-    value: float
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm at one seed; or a run that such a cell needs first, whose arm is none of the ablation's: of its search,
-    or its tokenizer.
-
-    Cells may share a run: the run's id hangs on its config alone.
-    """
-
-    ablation: Ablation
-    arm: Arm
-    seed: int
-    config: RunConfig
-    run: RunDirectory
-    search: Search | None = None
-    tokenizer: Cell | None = None
-    """Of a transformer: the cell of its tokenizer, whose run has to be finished first."""
-    tokenizer_of: str | None = None
-    """Of a transformer's tokenizer: the transformer's arm."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.ablation.name}/{self.arm.name} seed {self.seed}"
-
-    @property
-    def is_arm(self) -> bool:
-        """Whether it is an arm of the ablation itself: what tables and figures show."""
-        return self.search is None and self.tokenizer_of is None
-
-    @property
-    def stage(self) -> Stage:
-        """What its run trains."""
-        return "transformer" if self.tokenizer else "tokenizer"
-
-
-class Stages(NamedTuple):
-    """The cells that can be trained now, those that wait, and the arms that have none, as "ablation/arm": with too many
-    codes for the preset, between neighbours that agree, and beyond the most arms of a map."""
-
-    ready: list[Cell]
-    waiting: list[Cell]
-    too_large: list[str]
-    agreeing: list[str]
-    beyond: list[str]
+Settled = dict[str, tuple[dict[str, TrainConfig], dict[str, list[Cell]]]]
+"""By ablation each arm's config before any search, and the runs of its search."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +61,10 @@ class Study:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     bases: tuple[str, ...] = ()
+    chosen: tuple[list[Cell], list[Cell]] | None = field(default=None, compare=False, repr=False)
+    """The cells and the waiting cells that `only` has chosen; None: all."""
+    settled: Settled = field(default_factory=dict, compare=False, repr=False)
+    """Memo of `next_cells`: what no finished run changes. Copies of the study share it."""
 
     def __post_init__(self) -> None:
         get_preset(self.preset_name)
@@ -202,142 +157,39 @@ class Study:
 
         Seed 0 of everything comes first, so that a study that is cut short has one row of each arm.
         """
-        return self._stages.ready
+        return self.chosen[0] if self.chosen else self.stages.ready
 
     @cached_property
     def waiting(self) -> list[Cell]:
         """What cannot be trained yet: arms and seeds whose search is not finished, with the config before the choice,
         none of which is ever trained; transformers whose tokenizer is not; and arms between others that are not, which
         are trained only if these disagree."""
-        return self._stages.waiting
-
-    @property
-    def possible(self) -> list[Cell]:
-        """What waits, without the last arms of a map where more wait than can still be trained."""
-        cells = self.waiting
-        for ablation in [ablation for ablation in self.ablations if ablation.border]:
-            ready = {cell.arm.name for cell in self.cells if cell.ablation is ablation}
-            waiting = list(dict.fromkeys(cell.arm.name for cell in self.waiting if cell.ablation is ablation))
-            too_many = waiting[max(0, self._most_arms(ablation) - len(ready)) :]
-            cells = [cell for cell in cells if cell.ablation is not ablation or cell.arm.name not in too_many]
-        return cells
+        return self.chosen[1] if self.chosen else self.stages.waiting
 
     @property
     def left_out(self) -> list[str]:
         """Arms with more codes than the preset is for, as "ablation/arm"; the user's own K counts as what it is for."""
-        return self._stages.too_large
+        return self.stages.too_large
 
     @property
     def agreeing(self) -> list[str]:
         """Arms of maps that are not trained, since the two that they are between agree, as "ablation/arm"."""
-        return self._stages.agreeing
+        return self.stages.agreeing
 
     @property
     def beyond(self) -> list[str]:
         """Arms of maps that are not trained, since there are as many as there may be without them, as
         "ablation/arm"."""
-        return self._stages.beyond
+        return self.stages.beyond
 
-    def advance(self) -> list[Cell]:
-        """Let cells whose search, tokenizer or neighbours have finished in the meantime join `cells`; returns those
-        that are new there."""
-        if not self.waiting:
-            return []
-        now, before = replace(self), {cell.run.path for cell in self.cells}
-        now.__dict__.update(_settled=self._settled)
-        if len(now.waiting) < len(self.waiting):
-            self.__dict__.update(_stages=now._stages, cells=now.cells, waiting=now.waiting)
-        return [cell for cell in self.cells if cell.run.path not in before]
+    @cached_property
+    def stages(self) -> Stages:
+        """Every cell of the study by what can be done with it, as its runs were at the first look."""
+        return next_cells(self)
 
     def only(self, cells: list[Cell], waiting: list[Cell] | None = None) -> Study:
         """The same study with some of its cells alone."""
-        part = replace(self)
-        part.__dict__.update(cells=cells, waiting=waiting or [])
-        return part
-
-    @cached_property
-    def _settled(self) -> dict[str, tuple[dict[str, TrainConfig], dict[str, list[Cell]]]]:
-        """By ablation what no finished run changes: each arm's config before any search, and the runs of its search."""
-        settled = {}
-        for ablation in self.ablations:
-            configs = {arm.name: self.config_of(ablation, arm) for arm in ablation.arms}
-            searches = {
-                arm.name: self._search(ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as
-            }
-            settled[ablation.name] = configs, searches
-        return settled
-
-    @cached_property
-    def _stages(self) -> Stages:
-        stages = Stages([], [], [], [], [])
-        ready, waiting = stages.ready, stages.waiting
-        largest: float = math.inf  # of a grid, whose K was asked for
-        if not self.grid:
-            largest = max(self.preset.max_codebook_size, codebook_size(self.preset, {}, self.overrides))
-        for ablation in self.ablations:
-            configs, searches = self._settled[ablation.name]
-            ready += [cell for search in searches.values() for cell in search]
-            small = [arm for arm in ablation.arms if configs[arm.name].quantizer.codebook_size <= largest]
-            stages.too_large.extend(f"{ablation.name}/{arm.name}" for arm in ablation.arms if arm not in small)
-            fates = self._fates(ablation, {arm.name: configs[arm.name] for arm in small})
-            for arm in small:
-                config, stage = configs[arm.name], waiting if fates.get(arm.name) == "waits" else ready
-                if (fate := fates.get(arm.name)) in ("agreeing", "beyond"):
-                    (stages.agreeing if fate == "agreeing" else stages.beyond).append(f"{ablation.name}/{arm.name}")
-                    continue
-                if ablation.tuning:
-                    candidates = searches[arm.tuned_as or arm.name]
-                    chosen = tuning.best(
-                        {cell.search.value: tuning.search_loss(cell.run) for cell in candidates if cell.search}
-                    )
-                    config, stage = (
-                        (config, waiting)
-                        if chosen is None
-                        else (config.with_fields(**{ablation.tuning.field: chosen}), ready)
-                    )
-                cells = [
-                    self._cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, self.preset, self.seeds)
-                ]
-                if not ablation.of_transformers:
-                    stage += cells
-                    continue
-                for cell in cells:
-                    tokenizer = replace(cell, arm=Arm(f"tokenizer of {arm.name}", {}), tokenizer_of=arm.name)
-                    transformer = self._transformer_cell(ablation, arm, tokenizer)
-                    stage.append(tokenizer)
-                    can_be_trained = stage is ready and (tokenizer.run.finished or transformer.run.finished)
-                    (ready if can_be_trained else waiting).append(transformer)
-        for cells in (ready, waiting):
-            cells.sort(key=lambda cell: cell.seed)
-        return stages
-
-    def _fates(self, ablation: Ablation, configs: Mapping[str, TrainConfig]) -> dict[str, bisection.Fate]:
-        """What becomes of each arm of an ablation with a border; nothing is said where it has none."""
-        if ablation.border is None:
-            return {}
-        runs = {
-            arm.name: self._cell(ablation, arm, configs[arm.name], 0).run
-            for arm in ablation.arms
-            if arm.name in configs
-        }
-        return bisection.fates(ablation, runs, self._most_arms(ablation))
-
-    def _most_arms(self, ablation: Ablation) -> int:
-        """Of an ablation with a border."""
-        assert ablation.border
-        return min(ablation.border.most_arms, self.preset.max_arms)
-
-    def _search(self, ablation: Ablation, arm: Arm, config: TrainConfig) -> list[Cell]:
-        """The runs that decide an arm's tuned field, by ascending value; none where the ablation tunes nothing."""
-        if ablation.tuning is None:
-            return []
-        field, cells = ablation.tuning.field, []
-        for factor in ablation.tuning.factors:
-            short = scaled(config, {field: factor, "steps": ablation.tuning.step_share})
-            value = flatten(short.to_json_dict())[field]
-            candidate = Arm(f"{arm.name}: {field} {value:g}", arm.levels)
-            cells.append(replace(self._cell(ablation, candidate, short, seed=0), search=Search(arm.name, value)))
-        return cells
+        return replace(self, chosen=(cells, waiting or []))
 
     def config_of(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         """An arm's config before any search.
@@ -362,13 +214,13 @@ class Study:
                 raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; {remedy}")
         return tokenizer_config(self.preset, arm.changes, overrides)
 
-    def _cell(self, ablation: Ablation, arm: Arm, config: RunConfig, seed: int) -> Cell:
+    def cell(self, ablation: Ablation, arm: Arm, config: RunConfig, seed: int) -> Cell:
         config = config.model_copy(update={"seed": seed})
         return Cell(
             ablation, arm, seed, config, RunDirectory(self.runs_folder / config.run_id(_data_hash(config.data)))
         )
 
-    def _transformer_cell(self, ablation: Ablation, arm: Arm, of: Cell) -> Cell:
+    def transformer_cell(self, ablation: Ablation, arm: Arm, of: Cell) -> Cell:
         """An arm's transformer on the tokens of a tokenizer.
 
         Raises:
@@ -395,7 +247,112 @@ class Study:
             config = transformer_config(self.preset, of.config, arm.transformer, self._of_transformers)
         except ConfigError as error:
             raise ConfigError(f"transformer of {arm.name}: {error}") from None
-        return replace(self._cell(ablation, arm, config, of.seed), tokenizer=of)
+        return replace(self.cell(ablation, arm, config, of.seed), tokenizer=of)
+
+
+def next_cells(study: Study) -> Stages:
+    """The cells of a study by what can be done with them, from the rows there are."""
+    stages, settled = Stages([], [], [], [], []), _settled(study)
+    ready, waiting = stages.ready, stages.waiting
+    largest: float = math.inf  # of a grid, whose K was asked for
+    if not study.grid:
+        largest = max(study.preset.max_codebook_size, codebook_size(study.preset, {}, study.overrides))
+    for ablation in study.ablations:
+        configs, searches = settled[ablation.name]
+        ready += [cell for search in searches.values() for cell in search]
+        small = [arm for arm in ablation.arms if configs[arm.name].quantizer.codebook_size <= largest]
+        stages.too_large.extend(f"{ablation.name}/{arm.name}" for arm in ablation.arms if arm not in small)
+        fates = _fates(study, ablation, {arm.name: configs[arm.name] for arm in small})
+        for arm in small:
+            config, stage = configs[arm.name], waiting if fates.get(arm.name) == "waits" else ready
+            if (fate := fates.get(arm.name)) in ("agreeing", "beyond"):
+                (stages.agreeing if fate == "agreeing" else stages.beyond).append(f"{ablation.name}/{arm.name}")
+                continue
+            if ablation.tuning:
+                candidates = searches[arm.tuned_as or arm.name]
+                chosen = tuning.best(
+                    {cell.search.value: tuning.search_loss(cell.run) for cell in candidates if cell.search}
+                )
+                config, stage = (
+                    (config, waiting)
+                    if chosen is None
+                    else (config.with_fields(**{ablation.tuning.field: chosen}), ready)
+                )
+            cells = [study.cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, study.preset, study.seeds)]
+            if not ablation.of_transformers:
+                stage += cells
+                continue
+            for cell in cells:
+                tokenizer = replace(cell, arm=Arm(f"tokenizer of {arm.name}", {}), tokenizer_of=arm.name)
+                transformer = study.transformer_cell(ablation, arm, tokenizer)
+                stage.append(tokenizer)
+                can_be_trained = stage is ready and (tokenizer.run.finished or transformer.run.finished)
+                (ready if can_be_trained else waiting).append(transformer)
+    for cells in (ready, waiting):
+        cells.sort(key=lambda cell: cell.seed)
+    return stages
+
+
+def advance(study: Study) -> tuple[Study, list[Cell]]:
+    """The study as its runs are now, and the cells that have joined since it was made: their search, tokenizer or
+    neighbours have finished in the meantime."""
+    if not study.waiting:
+        return study, []
+    now, before = replace(study), {cell.run.path for cell in study.cells}
+    return now, [cell for cell in now.cells if cell.run.path not in before]
+
+
+def possible(study: Study) -> list[Cell]:
+    """What waits, without the last arms of a map where more wait than can still be trained."""
+    cells = study.waiting
+    for ablation in [ablation for ablation in study.ablations if ablation.border]:
+        ready = {cell.arm.name for cell in study.cells if cell.ablation is ablation}
+        waiting = list(dict.fromkeys(cell.arm.name for cell in study.waiting if cell.ablation is ablation))
+        too_many = waiting[max(0, _most_arms(study, ablation) - len(ready)) :]
+        cells = [cell for cell in cells if cell.ablation is not ablation or cell.arm.name not in too_many]
+    return cells
+
+
+def _fates(study: Study, ablation: Ablation, configs: Mapping[str, TrainConfig]) -> dict[str, bisection.Fate]:
+    """What becomes of each arm of an ablation with a border; nothing is said where it has none."""
+    if ablation.border is None:
+        return {}
+    runs = {
+        arm.name: study.cell(ablation, arm, configs[arm.name], 0).run for arm in ablation.arms if arm.name in configs
+    }
+    return bisection.fates(ablation, runs, _most_arms(study, ablation))
+
+
+def _most_arms(study: Study, ablation: Ablation) -> int:
+    """Of an ablation with a border."""
+    assert ablation.border
+    return min(ablation.border.most_arms, study.preset.max_arms)
+
+
+def _search(study: Study, ablation: Ablation, arm: Arm, config: TrainConfig) -> list[Cell]:
+    """The runs that decide an arm's tuned field, by ascending value; none where the ablation tunes nothing."""
+    if ablation.tuning is None:
+        return []
+    field, cells = ablation.tuning.field, []
+    for factor in ablation.tuning.factors:
+        short = scaled(config, {field: factor, "steps": ablation.tuning.step_share})
+        value = flatten(short.to_json_dict())[field]
+        candidate = Arm(f"{arm.name}: {field} {value:g}", arm.levels)
+        cells.append(replace(study.cell(ablation, candidate, short, seed=0), search=Search(arm.name, value)))
+    return cells
+
+
+def _settled(study: Study) -> Settled:
+    """By ablation what no finished run changes: each arm's config before any search, and the runs of its search."""
+    if study.settled:
+        return study.settled
+    for ablation in study.ablations:
+        configs = {arm.name: study.config_of(ablation, arm) for arm in ablation.arms}
+        searches = {
+            arm.name: _search(study, ablation, arm, configs[arm.name]) for arm in ablation.arms if not arm.tuned_as
+        }
+        study.settled[ablation.name] = configs, searches
+    return study.settled
 
 
 def runs_folder(default: Path | None = None) -> Path:
@@ -416,11 +373,6 @@ def file_name(text: str) -> str:
     if safe == text and len(safe) <= LONGEST_NAME and not safe.startswith("."):
         return safe
     return f"{safe[:LONGEST_NAME].lstrip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def unique_runs(cells: Iterable[Cell]) -> list[Cell]:
-    """The first cell of each run: what has to be trained."""
-    return list({cell.run.path: cell for cell in reversed(list(cells))}.values())[::-1]
 
 
 _data_hash = cache(data_hash_of)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.ablations import Ablation
-from experiments.study import Cell, Study, unique_runs
+from experiments.cells import Cell, unique_runs
+from experiments.study import Study
 from ibq.config import TrainConfig
 from ibq.evaluation.diagnosis import NOTHING_SEEN, Finding, diagnose, summary
 from ibq.run_directory import write_json

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
-from experiments.study import Cell
+from experiments.cells import Cell
 from ibq.run_directory import RunDirectory, write_tensors
 
 Method = Literal["umap", "pca"]

@@ -9,9 +9,10 @@ import pandas as pd
 
 from experiments.ablations import Ablation
 from experiments.ablations.grid import text
+from experiments.cells import STAGES, Cell, Stage, unique_runs
 from experiments.runner.sweep import default_slots
 from experiments.runner.throughput import StepCost, step_cost, work
-from experiments.study import STAGES, Cell, Stage, Study, unique_runs
+from experiments.study import Study, possible
 
 
 def plan_table(study: Study, ablation: Ablation) -> pd.DataFrame:
@@ -56,7 +57,7 @@ def _tokenizer_phrase(cells: list[Cell]) -> str:
 def expected_cost(study: Study, slots: int | None = None) -> str:
     """Runs, steps left, and minutes, from the speed of this study's finished runs or else of the preset's reference;
     searches and the tokenizers of transformers included."""
-    cells, waiting = unique_runs(study.cells), unique_runs(study.possible)
+    cells, waiting = unique_runs(study.cells), unique_runs(possible(study))
     left = [cell for cell in cells if not cell.run.finished]
     stages = [stage for stage in STAGES if any(cell.stage == stage for cell in cells + waiting)]
     costs = {stage: step_cost(study, stage) for stage in stages}

@@ -14,9 +14,10 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from experiments.analysis import diagnoses
+from experiments.cells import Cell, unique_runs
 from experiments.rows import OF_THE_ROWS_IMAGES
 from experiments.runner import torchrun
-from experiments.study import Cell, Study, runs_folder, unique_runs
+from experiments.study import Study, runs_folder
 from ibq.config import RunConfig, TrainConfig
 from ibq.data import load_images
 from ibq.distributed import resolve_device

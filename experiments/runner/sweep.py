@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from experiments import status
+from experiments.cells import STAGES, Cell, unique_runs
 from experiments.runner import worker
 from experiments.runner.pool import Pool, cores
 from experiments.runner.throughput import step_cost, work
-from experiments.study import STAGES, Cell, Study, unique_runs
+from experiments.study import Study, advance, possible
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 
@@ -76,7 +77,7 @@ def train_study(
         raise ConfigError(
             f"a hang timeout of {hang_s / 60:g} minutes would kill every trainer at once; give more than 0"
         )
-    study.advance()
+    study, _ = advance(study)
     todo = [cell for cell in unique_runs(study.cells) if not cell.run.finished]
     outcome = Outcome(skipped=len(unique_runs(study.cells)) - len(todo))
     if outcome.skipped:
@@ -117,11 +118,12 @@ def train_study(
                     say(f"{cell.name}: {note}")
                 if cell.run.finished:
                     outcome.finished.append(cell)
-                    new = [each for each in unique_runs(study.advance()) if not each.run.finished]
+                    study, joining = advance(study)
+                    new = [each for each in unique_runs(joining) if not each.run.finished]
                     joined = [each for each in new if each.run.path not in cell_of]
                     cell_of |= {each.run.path: each for each in joined}
                     todo += joined
-                    progress.count()
+                    progress.count(study)
                     progress.finished(cell)
                     queue = [] if stopping else sorted(queue + joined, key=lambda cell: cell.seed)
                 elif code == worker.BUSY:
@@ -167,12 +169,13 @@ class _Progress:
         self._start, self._last = time.monotonic(), time.monotonic()
         known = {stage: cost for stage in STAGES if (cost := step_cost(study, stage).seconds)}
         self._weights = {stage: known.get(stage) or next(iter(known.values()), 1.0) for stage in STAGES}
-        self.count()
+        self.count(study)
         self._at_start = self._done()
 
-    def count(self) -> None:
+    def count(self, study: Study) -> None:
         """What there is to do: again whenever waiting cells have joined or turned out not to be needed."""
-        everything = [*self._cells, *unique_runs(self._study.possible)]
+        self._study = study
+        everything = [*self._cells, *unique_runs(possible(self._study))]
         self._runs, self._steps = len(everything), sum(cell.config.steps for cell in everything)
         self._total = sum(self._weight(cell) for cell in everything)
 

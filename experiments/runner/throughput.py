@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from experiments.cells import Cell, Stage, unique_runs
 from experiments.recipes import Preset
-from experiments.study import Cell, Stage, Study, unique_runs
+from experiments.study import Study
 from ibq.config import TrainConfig
 from ibq.models.config import TransformerDials
 from ibq.run_directory import RunDirectory

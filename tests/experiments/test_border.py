@@ -15,10 +15,11 @@ from experiments import ablations, rows
 from experiments.ablations import ABLATIONS, ALL, CORE, Ablation, Border
 from experiments.ablations.collapse_atlas import arm, bisection, name
 from experiments.analysis import findings
+from experiments.cells import Cell
 from experiments.cli import app
 from experiments.runner.plan import expected_cost, plan_table
 from experiments.runner.sweep import train_study
-from experiments.study import Cell, Study
+from experiments.study import Study, advance, possible
 from ibq.run_directory import RunDirectory
 
 POINTS = {
@@ -66,15 +67,18 @@ def test_the_middle_is_trained_where_the_ends_disagree_and_then_one_of_the_quart
     study = Study("smoke", ("collapse_atlas",))
     assert names(study.cells) == [LOW, HIGH]
     assert names(study.waiting) == [MIDDLE, LOWER, UPPER]
-    assert names(study.possible) == [MIDDLE, LOWER]
+    assert names(possible(study)) == [MIDDLE, LOWER]
     finish(study.cells[0].run, 0.02)
-    assert study.advance() == []
+    study, joined = advance(study)
+    assert joined == []
     assert rows.waits_for(study, study.waiting[0]).endswith("has collapsed and the other has not, 1 of 2 runs finished")
     finish(study.cells[1].run, 0.1)  # just alive
-    assert names(study.advance()) == [MIDDLE]
+    study, joined = advance(study)
+    assert names(joined) == [MIDDLE]
     assert names(study.waiting) == [LOWER, UPPER]
     finish(cell_of(study, MIDDLE).run, 0.5)
-    assert names(study.advance()) == [LOWER]
+    study, joined = advance(study)
+    assert names(joined) == [LOWER]
     assert study.waiting == []
     assert study.agreeing == [f"collapse_atlas/{UPPER}"]
 
@@ -83,7 +87,8 @@ def test_ends_that_agree_leave_out_all_between_them(line: Ablation) -> None:
     study = Study("smoke", ("collapse_atlas",))
     finish(study.cells[0].run, 0.02)
     finish(study.cells[1].run, 0.9, status="nan")
-    assert study.advance() == []
+    study, joined = advance(study)
+    assert joined == []
     assert study.waiting == []
     assert len(study.agreeing) == 3
     assert list(rows.load(study)["arm"]) == [LOW, HIGH]
@@ -95,7 +100,8 @@ def test_seed_0_decides_for_all_seeds(line: Ablation, monkeypatch: pytest.Monkey
     study = Study("quick", ("collapse_atlas",), seeds=2)
     for cell, share in zip(study.cells, (0.02, 0.5, 0.5, 0.5), strict=True):
         finish(cell.run, share)
-    assert [(cell.arm.name, cell.seed) for cell in study.advance()] == [(MIDDLE, 0), (MIDDLE, 1)]
+    study, joined = advance(study)
+    assert [(cell.arm.name, cell.seed) for cell in joined] == [(MIDDLE, 0), (MIDDLE, 1)]
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4)))[::5])
@@ -113,7 +119,8 @@ def test_at_most_so_many_arms_are_trained_in_whatever_order_runs_finish(
     joined = []
     for i in order:
         finish(cells[i].run, 0.02 if i % 2 else 0.5)
-        joined += names(study.advance())
+        study, new = advance(study)
+        joined += names(new)
     assert joined == [MIDDLE]
     assert study.beyond == [f"collapse_atlas/{middle.name}"]
     assert "left out for want of room on a map: 1" in expected_cost(study)
@@ -171,7 +178,7 @@ def test_every_arm_of_the_atlas_comes_after_its_neighbours_and_all_configs_diffe
         study = Study(preset, ("collapse_atlas",))
         cells = [*study.cells, *study.waiting]
         assert len({cell.run.path for cell in cells}) == len(cells)
-        assert len(study.cells) + len(study.possible) == (10 if preset == "smoke" else 60)
+        assert len(study.cells) + len(possible(study)) == (10 if preset == "smoke" else 60)
 
 
 def test_the_atlas_is_trained_only_where_it_is_named() -> None:

@@ -17,9 +17,10 @@ from experiments import rows
 from experiments.ablations import ABLATIONS, Arm
 from experiments.ablations.collapse_atlas import LENGTHS, METHODS, NONE, collapse_map, name
 from experiments.analysis.findings import findings
+from experiments.cells import Cell, unique_runs
 from experiments.report import figures, tables
 from experiments.report.figures.collapse import BORDER
-from experiments.study import Cell, Study, unique_runs
+from experiments.study import Study, advance
 from ibq.schema import flatten
 
 ABLATION = ABLATIONS["collapse_atlas"]
@@ -70,7 +71,8 @@ def played(folder: Path, patch: pytest.MonkeyPatch, state: Callable[[Arm], bool 
     while new:
         for cell in new:
             pretend(cell, state(cell.arm))
-        new = unique_runs(study.advance())
+        study, joined = advance(study)
+        new = unique_runs(joined)
     return study
 
 

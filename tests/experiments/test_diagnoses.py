@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from experiments import rows
 from experiments.analysis import diagnoses
+from experiments.cells import Cell
 from experiments.cli import app
 from experiments.report import pages
 from experiments.runner import runs
 from experiments.status import result_of
-from experiments.study import Cell, Study
+from experiments.study import Study
 from ibq.evaluation.diagnosis import NOTHING_SEEN
 from ibq.run_directory import write_json, write_text
 

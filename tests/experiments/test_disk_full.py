@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from experiments.cells import Cell
 from experiments.runner import worker
-from experiments.study import Cell, Study
+from experiments.study import Study
 from ibq import run_directory
 from ibq.run_directory import RunDirectory
 from ibq.training import tokenizer

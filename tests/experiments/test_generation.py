@@ -14,12 +14,13 @@ from experiments import rows
 from experiments.ablations import ABLATIONS
 from experiments.analysis import claims
 from experiments.analysis.findings import findings
+from experiments.cells import unique_runs
 from experiments.recipes import get_preset
 from experiments.report import continuation, notebooks, pages, provenance, tables
 from experiments.report.configs import active_fields
 from experiments.runner.plan import command
 from experiments.runner.runs import evaluation_file
-from experiments.study import Study, unique_runs
+from experiments.study import Study
 from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.metrics import METRICS
 from ibq.run_directory import write_json

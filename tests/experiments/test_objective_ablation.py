@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 
 from experiments.ablations import ABLATIONS
+from experiments.cells import Cell
 from experiments.report import figures
 from experiments.report.configs import active_fields, differing_fields
-from experiments.study import Cell, Study
+from experiments.study import Study
 from ibq.config import TrainConfig
 from ibq.run_directory import append_line, write_json
 

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from experiments.ablations import ABLATIONS, CORE
+from experiments.cells import unique_runs
 from experiments.report import figures, tables
 from experiments.runner.plan import expected_cost, plan_table
-from experiments.study import Study, unique_runs
+from experiments.study import Study
 from ibq.errors import ConfigError
 from ibq.metrics import METRICS
 from ibq.schema import flatten

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from experiments.ablations import ABLATIONS, CORE, Arm
+from experiments.cells import unique_runs
 from experiments.recipes import PRESETS, get_preset, scaled
-from experiments.study import Study, unique_runs
+from experiments.study import Study
 from ibq.errors import ConfigError
 
 

@@ -17,11 +17,12 @@ from experiments import ablations, rows, status
 from experiments.ablations import Contrast, Tuning
 from experiments.analysis.effects import verdict
 from experiments.analysis.findings import findings
+from experiments.cells import unique_runs
 from experiments.recipes import PRESETS, get_preset, tokenizer, transformer
 from experiments.report.configs import differing_fields
 from experiments.runner import runs, worker
 from experiments.runner.sweep import train_study
-from experiments.study import Study, unique_runs
+from experiments.study import Study, advance
 from ibq.config import TransformerTrainConfig
 from ibq.errors import ConfigError
 from ibq.models.tokenizer import load_tokenizer
@@ -53,10 +54,12 @@ def test_tokenizers_come_first_and_transformers_wait_for_them(empty: Study) -> N
     ] == [1, 1, 2]
     waits = f"waits for its tokenizer {empty.cells[1].run.path.name}"
     assert [rows.waits_for(empty, cell) for cell in empty.waiting[1:]] == [waits, waits]
-    assert empty.advance() == []
+    empty, joined = advance(empty)
+    assert joined == []
 
     pretend(empty.cells[1])
-    assert names(empty.advance()) == ["ibq 0", "ibq_deep 0"]
+    empty, joined = advance(empty)
+    assert names(joined) == ["ibq 0", "ibq_deep 0"]
     assert names(empty.waiting) == ["vq 0"]
     assert names(empty.cells) == names(Study("smoke", ("toy",)).cells)
 
@@ -157,7 +160,8 @@ def test_a_search_before_it_is_of_the_tokenizer(empty: Study, monkeypatch: pytes
     for cell, loss in zip(study.cells, (0.1, 0.2), strict=True):
         pretend(cell)
         append_line(cell.run.history, {"step": 1, "pixel_mean": loss})
-    assert names(study.advance()) == ["tokenizer of ibq 0"]
+    study, joined = advance(study)
+    assert names(joined) == ["tokenizer of ibq 0"]
     assert rows.waits_for(study, study.waiting[0]) == f"waits for its tokenizer {study.cells[-1].run.path.name}"
     assert differing_fields(study, tuned)[1]["tokenizer.optim.lr"] == "0.0005"
 

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 from experiments import ablations, rows
 from experiments.ablations import ABLATIONS, Ablation
 from experiments.ablations.quantizers import tuning
+from experiments.cells import Cell
 from experiments.cli import app
 from experiments.runner import runs
 from experiments.runner.plan import expected_cost, plan_table
 from experiments.runner.sweep import train_study
-from experiments.study import Cell, Study
+from experiments.study import Study, advance
 from ibq.run_directory import RunDirectory
 
 
@@ -76,20 +77,24 @@ def test_arms_wait_for_their_search_and_then_follow_it(small: Ablation) -> None:
     assert [cell.search.value for cell in study.cells if cell.search] == [3e-4, 1e-3, 3e-3]
     assert {cell.config.steps for cell in study.cells} == {1}
     assert [cell.arm.name for cell in study.waiting] == ["ibq", "ibq_single"]
-    assert study.advance() == []
+    study, joined = advance(study)
+    assert joined == []
     for cell, loss in zip(study.cells[:2], (0.5, 0.1), strict=True):
         pretend(cell, [loss])
-    assert study.advance() == []
+    study, joined = advance(study)
+    assert joined == []
     assert rows.waits_for(study, study.waiting[1]) == "waits for the search of ibq, 2 of 3 runs finished"
 
     pretend(study.cells[2], [0.1])  # a tie
-    assert [cell.arm.name for cell in study.advance()] == ["ibq", "ibq_single"]
+    study, joined = advance(study)
+    assert [cell.arm.name for cell in joined] == ["ibq", "ibq_single"]
     assert study.waiting == []
     finals = [cell for cell in study.cells if not cell.search]
     assert {cell.config.optim.lr for cell in finals} == {1e-3}
     assert {cell.config.steps for cell in finals} == {3}
     assert [cell.run.path for cell in study.cells] == [cell.run.path for cell in Study("smoke", ("quantizers",)).cells]
-    assert study.advance() == []
+    study, joined = advance(study)
+    assert joined == []
 
 
 def test_a_part_of_a_study_stays_that_part(small: Ablation) -> None:
@@ -98,7 +103,8 @@ def test_a_part_of_a_study_stays_that_part(small: Ablation) -> None:
     for cell in study.cells:
         pretend(cell, [0.1])
     assert part.waiting == []
-    assert part.advance() == []
+    part, joined = advance(part)
+    assert joined == []
     assert len(part.cells) == 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from experiments.ablations import ABLATIONS, Arm, Factor
-from experiments.study import Cell
+from experiments.cells import Cell
 from ibq.run_directory import write_json
 
 PAIR = ABLATIONS["vq_vs_ibq"]

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 
 from experiments.ablations import ABLATIONS
-from experiments.study import Cell, Study
+from experiments.cells import Cell
+from experiments.study import Study
 from ibq.run_directory import append_line, write_json, write_tensors
 from ibq.schema import flatten
 

@@ -31,10 +31,11 @@ from experiments.ablations.collapse_atlas.collapse_map import (
     paper_in_words,
     rates_of,
 )
+from experiments.cells import Cell
 from experiments.report.figures.heat_map import colormap, draw_cell, draw_hatched, scale, values_of
 from experiments.report.figures.labels import Labels
 from experiments.report.figures.theme import COLORS, MARKERS, method_colors
-from experiments.study import Cell, Study
+from experiments.study import Study
 from ibq.metrics import METRICS
 
 OUTCOMES = ("share", "usage", "l1", "fid")

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from experiments.ablations import Ablation
 from experiments.analysis import metrics, transformers
+from experiments.cells import Cell
 from experiments.report.figures.labels import Labels
 from experiments.report.figures.points import Points
 from experiments.report.figures.theme import arm_label, axis_label, finished_cells, panel_grid
-from experiments.study import Cell, Study
+from experiments.study import Study
 from ibq.metrics import METRICS
 
 MOST_ROWS, MOST_COLUMNS = 10, 6

@@ -9,7 +9,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from experiments.ablations import Ablation, Arm
-from experiments.study import Cell, Study
+from experiments.cells import Cell
+from experiments.study import Study
 from ibq.metrics import METRICS
 
 COLORS = sns.color_palette("colorblind")

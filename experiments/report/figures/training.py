@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.ablations import Ablation
+from experiments.cells import Cell
 from experiments.report.figures.theme import COLORS, OTHER, arm_colors, arm_label, finished_cells, panel_grid
-from experiments.study import Cell, Study
+from experiments.study import Study
 from ibq.metrics import METRICS
 from ibq.training.logging import GAPS
 
