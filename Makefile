@@ -25,7 +25,7 @@ atlas: $(STAMP) data
 	$(BIN)/python -m experiments run collapse_atlas --preset $(PRESET)
 
 data: $(STAMP)
-	$(BIN)/python -m ibq.data fashion-mnist
+	$(BIN)/python -m ibq data fashion-mnist
 
 test: $(STAMP)
 	$(BIN)/ruff check .

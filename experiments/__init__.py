@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.study import Study
+if TYPE_CHECKING:
+    from experiments.study import Study
 
 
 def run(
@@ -42,6 +43,7 @@ def run(
     """
     from experiments.analysis.projections import project_all
     from experiments.runner.sweep import train_study
+    from experiments.study import Study
 
     study = Study(preset, ablations, seeds, overrides or {}, grid or {}, tuple(bases))
     budget_s = None if time_budget_minutes is None else 60 * time_budget_minutes
@@ -51,3 +53,11 @@ def run(
 
 
 __all__ = ["Study", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Study":
+        raise AttributeError(f"module 'experiments' has no attribute {name!r}")
+    from experiments.study import Study  # here, since `--help` does without torch
+
+    return Study

@@ -1,4 +1,4 @@
-"""What the notebooks of ablations put on the screen; figures and tables themselves are those of the report."""
+"""Display of ablations in their notebooks; figures and tables themselves are those of the report."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ibq.config import TrainConfig, TransformerTrainConfig
-from ibq.data.imagenet import imagenet_steps
+from ibq.config import TrainConfig, TransformerTrainConfig, imagenet_steps
 from ibq.errors import ConfigError, nearest
 from ibq.schema import flatten
 from ibq.training.runtime import Runtime

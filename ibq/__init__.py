@@ -1,29 +1,62 @@
 """Index Backpropagation Quantization and the quantizers it is compared with (arXiv 2412.02692)."""
 
-from ibq.models.tokenizer import Tokenizer, load_tokenizer
-from ibq.ops import index_backprop
-from ibq.pretrained.released import TrainedTransformer, load_released
-from ibq.pretrained.transformer import load_transformer
-from ibq.quantizers import (
-    BinarySphericalQuantizer,
-    BSQConfig,
-    FiniteScalarQuantizer,
-    FSQConfig,
-    GumbelConfig,
-    GumbelQuantizer,
-    IBQConfig,
-    IndexBackpropQuantizer,
-    LFQConfig,
-    LookupFreeQuantizer,
-    Quantized,
-    SimVectorQuantizer,
-    SimVQConfig,
-    VectorQuantizer,
-    VQConfig,
-    build_quantizer,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ibq.models.tokenizer import Tokenizer as Tokenizer
+    from ibq.models.tokenizer import load_tokenizer as load_tokenizer
+    from ibq.ops import index_backprop as index_backprop
+    from ibq.pretrained.released import TrainedTransformer as TrainedTransformer
+    from ibq.pretrained.released import load_released as load_released
+    from ibq.pretrained.transformer import load_transformer as load_transformer
+    from ibq.quantizers import BinarySphericalQuantizer as BinarySphericalQuantizer
+    from ibq.quantizers import BSQConfig as BSQConfig
+    from ibq.quantizers import FiniteScalarQuantizer as FiniteScalarQuantizer
+    from ibq.quantizers import FSQConfig as FSQConfig
+    from ibq.quantizers import GumbelConfig as GumbelConfig
+    from ibq.quantizers import GumbelQuantizer as GumbelQuantizer
+    from ibq.quantizers import IBQConfig as IBQConfig
+    from ibq.quantizers import IndexBackpropQuantizer as IndexBackpropQuantizer
+    from ibq.quantizers import LFQConfig as LFQConfig
+    from ibq.quantizers import LookupFreeQuantizer as LookupFreeQuantizer
+    from ibq.quantizers import Quantized as Quantized
+    from ibq.quantizers import SimVectorQuantizer as SimVectorQuantizer
+    from ibq.quantizers import SimVQConfig as SimVQConfig
+    from ibq.quantizers import VectorQuantizer as VectorQuantizer
+    from ibq.quantizers import VQConfig as VQConfig
+    from ibq.quantizers import build_quantizer as build_quantizer
 
 __version__ = "0.1.0"
+
+# Modules are imported at the first use of a name, so that `ibq --help` does without torch, and the quantizers without
+# what only metrics need.
+_MODULES = {
+    "BSQConfig": "ibq.quantizers",
+    "BinarySphericalQuantizer": "ibq.quantizers",
+    "FSQConfig": "ibq.quantizers",
+    "FiniteScalarQuantizer": "ibq.quantizers",
+    "GumbelConfig": "ibq.quantizers",
+    "GumbelQuantizer": "ibq.quantizers",
+    "IBQConfig": "ibq.quantizers",
+    "IndexBackpropQuantizer": "ibq.quantizers",
+    "LFQConfig": "ibq.quantizers",
+    "LookupFreeQuantizer": "ibq.quantizers",
+    "Quantized": "ibq.quantizers",
+    "SimVQConfig": "ibq.quantizers",
+    "SimVectorQuantizer": "ibq.quantizers",
+    "Tokenizer": "ibq.models.tokenizer",
+    "TrainedTransformer": "ibq.pretrained.released",
+    "VQConfig": "ibq.quantizers",
+    "VectorQuantizer": "ibq.quantizers",
+    "build_quantizer": "ibq.quantizers",
+    "index_backprop": "ibq.ops",
+    "load_released": "ibq.pretrained.released",
+    "load_tokenizer": "ibq.models.tokenizer",
+    "load_transformer": "ibq.pretrained.transformer",
+}
 
 __all__ = [
     "BSQConfig",
@@ -49,3 +82,13 @@ __all__ = [
     "load_tokenizer",
     "load_transformer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ibq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -15,14 +15,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
-from ibq.errors import ConfigError, nearest
-from ibq.models.autoencoder import AutoencoderConfig
-from ibq.models.discriminator import LEAST_PATCHES, AdversarialConfig
-from ibq.models.transformer.config import TransformerConfig, TransformerDials
-from ibq.quantizers.base import parse_quantizer_config
-from ibq.quantizers.config import QuantizerConfig
-from ibq.run_directory import RunDirectory
-from ibq.schema import Frozen, later, without_later
+from ibq.errors import nearest
+from ibq.models.config import LEAST_PATCHES, AdversarialConfig, AutoencoderConfig, TransformerConfig, TransformerDials
+from ibq.schema import Frozen, QuantizerConfig, later, without_later
 
 RESULTS_VERSION = 3
 """Raised whenever a change of the code changes the numbers that a config would give."""
@@ -189,6 +184,12 @@ class AdamWConfig(Frozen):
         return self.lr * (1 - (1 - self.final_factor) * (step + 1 - rested) / (steps - rested))
 
 
+def _parse_quantizer(value: Any) -> QuantizerConfig:
+    from ibq.quantizers import parse_quantizer_config  # imports torch, which listing recipes does without
+
+    return parse_quantizer_config(value)
+
+
 class _RunConfig(Frozen):
     """Learning rate, identity and id, which the configs of both stages share."""
 
@@ -220,7 +221,7 @@ class TrainConfig(_RunConfig):
 
     data: DataConfig = DataConfig()
     model: AutoencoderConfig = AutoencoderConfig()
-    quantizer: Annotated[SerializeAsAny[QuantizerConfig], BeforeValidator(parse_quantizer_config)]
+    quantizer: Annotated[SerializeAsAny[QuantizerConfig], BeforeValidator(_parse_quantizer)]
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     steps: int = Field(300, strict=True, ge=1)
@@ -376,16 +377,11 @@ def parse_run_config(tree: Any) -> RunConfig:
     return stage.parse(tree)
 
 
-def read_config(run: RunDirectory) -> RunConfig:
-    """The config of a run directory.
+IMAGENET_IMAGES = 1_281_167
+"""Training images of ILSVRC 2012, the unit of the paper's schedules."""
 
-    Raises:
-        ConfigError: config.json is absent, is not JSON, or is not a valid config.
-    """
-    try:
-        return parse_run_config(json.loads(run.config.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(f"{run.path} holds no config.json; pass the folder of a run") from None
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{run.config} cannot be read ({reason}); forget the run and train it again") from None
+
+def imagenet_steps(epochs: int, batch_size: int = 256) -> int:
+    """Training steps of so many passes over ImageNet; the last images of a pass, too few for a batch, are left out of
+    it."""
+    return epochs * (IMAGENET_IMAGES // batch_size)

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, PeerLostError
 
 T = TypeVar("T")
 
@@ -35,10 +35,6 @@ TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for a process that lives but does not come: longer than rank 0 measures or writes by
 itself."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-class PeerLostError(RuntimeError):
-    """Another process of the run has ended, or no longer answers; the message is one sentence."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class ConfigError(ValueError):
     """A parameter, field or config that cannot be used as given."""
+
+
+def require_packages(*modules: str) -> None:
+    """Refuse to begin what needs packages of the extra `metrics` where one is missing.
+
+    Raises:
+        ConfigError: which one, and how to install it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"the package {module} is missing; install it with pip install 'ibq-study[metrics]'")
+
+
+class DataError(ValueError):
+    """Data that is absent, damaged or does not fit; the message is one sentence that a user can act on."""
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run has ended, or no longer answers; the message is one sentence."""
 
 
 class NonFiniteInputError(ValueError):

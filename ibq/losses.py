@@ -20,8 +20,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ibq.config import TrainConfig
-from ibq.data import DataError
 from ibq.distributed import mean_over_ranks, rank, shared_errors
+from ibq.errors import DataError
 from ibq.metrics.perceptual import backbone_weights, lpips_network
 from ibq.models.transformer import Transformer
 from ibq.pretrained.fashion_cnn import load_fashion_cnn

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ibq.config import RunConfig, parse_run_config
 from ibq.errors import ConfigError
 
 TAIL_BYTES = 65_536
@@ -88,6 +89,20 @@ class RunDirectory:
         except ValueError as error:
             raise ConfigError(f"{self.row} is not JSON ({error}); forget the run and train it again") from None
         return row
+
+    def read_config(self) -> RunConfig:
+        """The config of the run.
+
+        Raises:
+            ConfigError: config.json is absent, is not JSON, or is not a valid config.
+        """
+        try:
+            return parse_run_config(json.loads(self.config.read_text()))
+        except FileNotFoundError:
+            raise ConfigError(f"{self.path} holds no config.json; pass the folder of a run") from None
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{self.config} cannot be read ({reason}); forget the run and train it again") from None
 
     def read_history(self) -> list[dict[str, Any]]:
         return read_lines(self.history)

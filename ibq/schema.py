@@ -1,13 +1,16 @@
-"""Frozen pydantic configs: strict fields, dotted paths, and errors as one sentence."""
+"""Frozen pydantic configs: strict fields, dotted paths, errors as one sentence; the base of quantizers' configs."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ibq.errors import ConfigError, nearest, one_sentence
+
+Backend = Literal["auto", "dense", "chunked", "triton"]
+"""Ways to compute the operators of `ibq.ops`."""
 
 
 class Frozen(BaseModel):
@@ -78,3 +81,46 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+class QuantizerConfig(Frozen):
+    """Fields that all quantizers share; a method's config adds its own and sets `method`."""
+
+    method: str
+    codebook_size: int = Field(1024, strict=True, ge=1, description="K, the number of codes")
+    code_dim: int = Field(64, strict=True, ge=1, description="D, the dimension of a code")
+
+    @classmethod
+    def sizes(cls, codebook_size: int) -> dict[str, Any]:
+        """Fields that K codes decide: K itself, and what else follows from it where the codebook is not learnt."""
+        return {"codebook_size": codebook_size}
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each raw term of `Quantized.losses` in the total loss."""
+        raise NotImplementedError
+
+    @property
+    def changes_in_forward(self) -> bool:
+        """True if a training forward moves codes or draws noise; the number of calls in one step then matters."""
+        return False
+
+    @property
+    def places_codes(self) -> bool:
+        """True if codes can be put on features one by one (`restart_codes`)."""
+        return False
+
+
+def bits_of(codebook_size: int) -> int:
+    """log2 K.
+
+    Raises:
+        ConfigError: K is not a power of two, of at least 4, so that methods without a learnt codebook cannot have it.
+    """
+    bits = codebook_size.bit_length() - 1
+    if codebook_size != 1 << bits or bits < 2:
+        raise ConfigError(
+            f"quantizer.codebook_size={codebook_size} has no LFQ and no FSQ beside it; choose a power of two, at least "
+            f"4"
+        )
+    return bits

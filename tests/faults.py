@@ -175,7 +175,7 @@ def results_of(runs: list[RunDirectory]) -> dict[str, object]:
 
 
 def quiet_results(folder: Path, steps: int) -> dict[str, object]:
-    """What the study gives when nobody disturbs it."""
+    """Results of an undisturbed study."""
     quiet = Bench(folder / "quiet", steps)
     quiet.finish()
     assert not quiet.trouble, quiet.trouble

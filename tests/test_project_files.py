@@ -31,14 +31,17 @@ def requirement_name(requirement: str) -> str:
 
 def declared() -> set[str]:
     extras = PROJECT["optional-dependencies"]
-    return {requirement_name(r) for r in [*PROJECT["dependencies"], *extras["study"], *extras["test"]]}
+    packages = [*PROJECT["dependencies"], *extras["metrics"], *extras["study"], *extras["test"]]
+    return {requirement_name(r) for r in packages} - {"ibq-study"}
 
 
 def test_environment_yml_installs_what_pyproject_declares() -> None:
     text = (ROOT / "environment.yml").read_text()
     lines = [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip().startswith("- ")]
     assert lines == ["conda-forge", "python=3.11", "pip", "pip:", "-c constraints.txt", "-e .[study,test]"]
-    assert set(re.search(r"\.\[(.*)\]", text).group(1).split(",")) == set(PROJECT["optional-dependencies"])
+    installed = set(re.search(r"\.\[(.*)\]", text).group(1).split(","))
+    assert "ibq-study[metrics]" in PROJECT["optional-dependencies"]["study"]
+    assert installed | {"metrics"} == set(PROJECT["optional-dependencies"])
     assert PROJECT["requires-python"] == ">=3.11"
     assert "--constraint constraints.txt --editable '.[study,test]'" in (ROOT / "Makefile").read_text()
 
@@ -109,7 +112,7 @@ def test_few_modules_at_the_root_and_no_long_file(folder: str) -> None:
     assert not {path: count for path, count in lines.items() if count > 400}
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("ibq", []), ("experiments", ["study"])])
+@pytest.mark.parametrize(("folder", "extras"), [("ibq", ["metrics"]), ("experiments", ["metrics", "study"])])
 def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
     import sys
 

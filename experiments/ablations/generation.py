@@ -26,7 +26,7 @@ from experiments.ablations import codebook_size as sizes
 from experiments.ablations import lfq_comparison, vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
 from ibq.config import TransformerTrainConfig
-from ibq.quantizers.implied import bits_of
+from ibq.schema import bits_of
 
 METHODS = ("VQ", "VQ, strongest", "LFQ", "IBQ")
 DEPTHS = ("×1/2", "×1", "×3/2")

@@ -19,7 +19,7 @@ from typing import Any
 from experiments.ablations import codebook_size as sizes
 from experiments.ablations import vq_vs_ibq
 from experiments.ablations.base import Ablation, Arm, Continuation, Contrast, Factor, PaperRow
-from ibq.quantizers.implied import bits_of
+from ibq.schema import bits_of
 
 FACTORS = (
     Factor(

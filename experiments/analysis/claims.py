@@ -152,7 +152,7 @@ def table(of: list[Claim]) -> pd.DataFrame:
 
 
 def count(of: list[Claim]) -> str:
-    """How many claims have which verdict, in words, e.g. "four claims: none confirmed, one consistent, three undecided,
+    """Number of claims of each verdict, in words, e.g. "four claims: none confirmed, one consistent, three undecided,
     none refuted"."""
     counts = Counter(claim.word for claim in of)
     parts = ", ".join(f"{_number(counts[word])} {word}" for word in WORDS)

@@ -1,51 +1,23 @@
-"""What `ibq.evaluation.diagnosis` says of a study's tokenizers: of older runs too, and for the report's pages."""
+"""Diagnoses of a study's tokenizers (`ibq.evaluation.diagnosis`), for rows and for the report's pages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
 from experiments.ablations import Ablation
 from experiments.study import Cell, Study, unique_runs
 from ibq.config import TrainConfig
 from ibq.evaluation.diagnosis import NOTHING_SEEN, Finding, diagnose, summary
-from ibq.quantizers.ibq import IBQConfig
-from ibq.run_directory import RunDirectory, write_json
-from ibq.training.logging import GAPS
+from ibq.run_directory import write_json
 
 NAME = "diagnosis"
 """Of the evaluation, of its file under eval/, and of the column."""
 
 
 def findings_of(cell: Cell) -> list[Finding]:
-    """What the history of a tokenizer's run shows, finished or not; nothing for a transformer."""
-    return diagnose(lines_of(cell.run, cell.config)) if isinstance(cell.config, TrainConfig) else []
-
-
-def lines_of(run: RunDirectory, config: TrainConfig) -> list[dict[str, Any]]:
-    """The history; where it is of code that logged less, with what the config has, and at each line what the last
-    snapshot showed."""
-    history = run.read_history()
-    if not history or "never_used" in history[-1]:
-        return history
-    known: dict[str, float] = {"codebook_size": config.quantizer.codebook_size, "code_dim": config.quantizer.code_dim}
-    if isinstance(config.quantizer, IBQConfig):
-        known["logit_scale"] = config.quantizer.scale
-    lines, snapshots = [], [step for step in run.snapshot_steps() if step]  # at step 0 nothing has been counted
-    used_K = torch.zeros(config.quantizer.codebook_size, dtype=torch.bool)
-    seen: dict[str, float] = {}
-    for line in history:
-        while snapshots and snapshots[0] <= line["step"]:
-            with safe_open(run.snapshot_path(snapshots.pop(0)), "pt") as tensors:
-                names = set(tensors.keys())
-                used_K |= tensors.get_tensor("counts") > 0
-                seen = {name: tensors.get_tensor(name).item() for name in GAPS if name in names}
-            seen["never_used"] = float((~used_K).sum())
-        lines.append(known | seen | line)
-    return lines
+    """Findings in the history of a tokenizer's run, finished or not; nothing for a transformer."""
+    return diagnose(cell.run.read_history()) if isinstance(cell.config, TrainConfig) else []
 
 
 def evaluate(study: Study, say: Callable[[str], None] = print) -> int:
@@ -77,6 +49,6 @@ def seen_in(study: Study, ablation: Ablation) -> list[tuple[Cell, list[Finding]]
 
 
 def phrase(row: dict[str, Any]) -> str:
-    """What a row's diagnosis adds to a line about the run; empty where nothing was seen, or nobody looked."""
+    """A row's diagnosis as an addition to a line about the run; empty where nothing was seen, or nobody looked."""
     seen = row.get(NAME, NOTHING_SEEN)
     return "" if seen == NOTHING_SEEN else f"; {seen}"

@@ -100,7 +100,7 @@ def main_effects(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rows say of a claim: confirmed, consistent, undecided or refuted, why it is undecided, and the
+    """The verdict of rows on a claim: confirmed, consistent, undecided or refuted, why it is undecided, and the
     differences seed by seed."""
 
     contrast: Contrast
@@ -119,7 +119,7 @@ class Verdict:
 
     @property
     def required(self) -> str:
-        """What was required beforehand, e.g. "Δ L1 ≤ -0.003"."""
+        """The change required beforehand, e.g. "Δ L1 ≤ -0.003"."""
         signs = (">", "<") if self.contrast.keeps else ("≤", "≥")
         sign = signs[self.contrast.effect > 0]
         return f"{self.metric.change} {sign} {self.contrast.effect:+g}"
@@ -162,7 +162,7 @@ def _word(contrast: Contrast, rows: pd.DataFrame, reached: list[bool]) -> tuple[
 
 
 def _obstacle(contrast: Contrast, rows: pd.DataFrame, has_pair: bool) -> str:
-    """Why nothing can be said: a lost run, or no finished pair; empty otherwise."""
+    """The reason why nothing can be said: a lost run, or no finished pair; empty otherwise."""
     pair = rows[rows["arm"].isin([contrast.without, contrast.with_])]
     if (lost := pair[pair["status"].isin(LOST)]).size:
         return f"no result of {', '.join(f'{row.arm} seed {row.seed} ({row.status})' for row in lost.itertuples())}"
@@ -182,7 +182,7 @@ def _obstacle(contrast: Contrast, rows: pd.DataFrame, has_pair: bool) -> str:
 
 
 def _no_room(contrast: Contrast, rows: pd.DataFrame) -> str:
-    """Whether the outcome could not change by the effect from where it starts, e.g. usage by +10 points from 93%."""
+    """The reason why the outcome cannot change by the effect, e.g. usage by +10 points from 93%; empty if it can."""
     metric = METRICS[contrast.outcome]
     finished = rows[(rows["arm"] == contrast.without) & (rows["status"] == "ok")]
     starts = compared(finished, contrast.outcome).dropna()

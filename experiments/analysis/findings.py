@@ -13,6 +13,7 @@ from experiments.analysis.effects import Verdict, main_effects, verdict
 from experiments.analysis.metrics import values
 from experiments.report.tables import chosen_value, searches
 from experiments.rows import of_arms
+from ibq.metrics import METRICS
 
 
 def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
@@ -57,7 +58,7 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
 
 
 def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
-    """Where in the grid each base does best and worst, by the means over seeds, and where the best lies at an edge."""
+    """The best and the worst point of the grid for each base, by the means over seeds, and a best one at an edge."""
     finished, sentences = rows[rows["status"] == "ok"], []
     for base in ablation.factors[0].levels:
         mine = finished[finished[f"factor.{BASE}"] == base]
@@ -93,7 +94,7 @@ def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
 
 
 def _of_searches(rows: pd.DataFrame) -> list[str]:
-    """What the searches chose, and where a choice at the edge of the grid says that the best value may lie beyond."""
+    """Choices of the searches, and where a choice at the edge of the grid says that the best value may lie beyond."""
     chosen = {arm: value for arm, search in searches(rows) if (value := chosen_value(search)) is not None}
     if not chosen:
         return []
@@ -131,9 +132,7 @@ def _of_effects(table: pd.DataFrame) -> list[str]:
     ranking = "; ".join(
         f"{e['change']} {e['bits_mean']:+.2f} ({_range(e, 'bits', 2)})" for e in by_size.to_dict("records")
     )
-    sentences = [
-        f"Changes by the size of their mean effect on the rate, in bits a token (range over pairs): {ranking}."
-    ]
+    sentences = [f"Changes by the size of their mean effect on {METRICS['bits'].label} (range over pairs): {ranking}."]
     flips = [e["change"] for e in table.to_dict("records") if e["bits_min"] < -0.25 and e["bits_max"] > 0.25]
     if flips:
         sentences.append(

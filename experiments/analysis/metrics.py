@@ -22,7 +22,7 @@ def values(rows: pd.DataFrame, name: str) -> pd.Series:
 
 
 def compared(rows: pd.DataFrame, name: str) -> pd.Series:
-    """What differences are taken of: the metric as it is shown, or its log2 where ratios count."""
+    """A metric on the scale that differences are taken on: as it is shown, or its log2 where ratios count."""
     shown = values(rows, name)
     return np.log2(shown.where(shown > 0)) if METRICS[name].ratio else shown
 

@@ -1,4 +1,4 @@
-"""What the rows of transformers say, beyond their columns: the guidances that they were evaluated at, and findings in
+"""Rows of transformers beyond their columns: the guidances that they were evaluated at, and findings in
 words."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TOKENIZER_L1 = METRICS["tokenizer_l1"].column
 
 
 def guidances(rows: pd.DataFrame) -> list[float]:
-    """Those that rows have a FID[fashion-cnn] at, ascending."""
+    """Guidances that rows have a FID at, ascending."""
     found = [re.fullmatch(re.escape(FID) + "@(.+)", column) for column in rows]
     return sorted(float(match[1]) for match in found if match and rows[match[0]].notna().any())
 
@@ -84,21 +84,20 @@ def _of_agreement(agreement: pd.Series) -> str:
 
 
 def _of_bits(known: pd.DataFrame) -> list[str]:
-    """Whether the arm with the fewest bits is the one with the best samples; one arm is compared with nothing."""
+    """Bits against quality: is the arm with the fewest bits the one with the best samples?"""
     if len(known) < 2:
         return []
     fewest, best = known["bits_per_image"].idxmin(), known[FID].idxmin()
     bits, fids = known["bits_per_image"], known[FID]
     if fewest == best:
         return [
-            f"Here the fewest bits an image ({bits[best]:.0f}) and the lowest FID[fashion-cnn] are of one arm, {best}."
+            f"Here the fewest bits per image ({bits[best]:.0f}) and the lowest FID[fashion-cnn] are of one arm, {best}."
         ]
     distortion = known[TOKENIZER_L1]
     behind = f", behind a tokenizer of L1 {distortion[fewest]:.3f}" if math.isfinite(distortion[fewest]) else ""
     return [
         f"Bits alone compare nothing: {fewest} has the fewest an image ({bits[fewest]:.0f}{behind}) at an "
-        f"FID[fashion-cnn] of "
-        f"{fids[fewest]:.2f}; {best}, with the lowest, has {bits[best]:.0f} bits."
+        f"FID[fashion-cnn] of {fids[fewest]:.2f}; {best}, with the lowest, has {bits[best]:.0f} bits."
     ]
 
 
@@ -111,9 +110,7 @@ def _of_depth(ablation: Ablation, known: pd.DataFrame) -> list[str]:
             small, large = mine.iloc[0], mine.iloc[-1]
             said.append(
                 f"From {small.name} to {large.name} parameters go from {small['parameters'] / 1e6:.2f} to "
-                f"{large['parameters'] / 1e6:.2f} "
-                f"million, bits an image from {small['bits_per_image']:.1f} to {large['bits_per_image']:.1f}, "
-                f"FID[fashion-cnn] from "
-                f"{small[FID]:.2f} to {large[FID]:.2f}."
+                f"{large['parameters'] / 1e6:.2f} million, bits per image from {small['bits_per_image']:.1f} to "
+                f"{large['bits_per_image']:.1f}, FID[fashion-cnn] from {small[FID]:.2f} to {large[FID]:.2f}."
             )
     return said

@@ -1,4 +1,4 @@
-"""What benchmarks share: cells measured in processes of their own and kept, and where their reports lie."""
+"""Cells of benchmarks: measured in processes of their own and kept, and where their reports lie."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ibq.run_directory import source_commit, write_json, write_text
 
 
 def folder(benchmark: str, device: torch.device, script: str, *packages: str) -> Path:
-    """Where cells of a benchmark are kept for this machine, its threads, torch and the code that is measured: a script
+    """Folder of a benchmark's cells for this machine, its threads, torch and the code that is measured: a script
     of this folder and packages of the repository."""
     sources = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
     code = [path.read_text() for path in (*sources, Path(__file__).with_name(script))]

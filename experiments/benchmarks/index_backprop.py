@@ -37,9 +37,8 @@ NO_ROOM = "does not fit"
 
 CAPTION = (
     "Forward and backward pass of index backpropagation, fresh N(0, 0.3²) inputs, median after one pass of warm-up; "
-    "peak memory above the "
-    "inputs, gradients included. Operations are counted as 16·N·K·D with entropy, 12 without, whatever a method really "
-    "computes."
+    "peak memory above the inputs, gradients included. Operations are counted as 16·N·K·D with entropy, 12 without, "
+    "whatever a method really computes."
 )
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError
 from ibq.ops import index_backprop
-from ibq.ops.arguments import Backend
+from ibq.schema import Backend
 
 TOKENS_PER_IMAGE = 256
 """16 x 16, as in the paper's images."""

@@ -30,15 +30,11 @@ MODES = ("uncached", "cached", "compiled")
 
 CAPTION = (
     "Sampling of class-conditional tokens from transformers with random weights, images a second: a full forward pass "
-    "for every token; a "
-    "cache of keys and values, median of three; the same as one CUDA graph by torch.compile. Each after a batch to "
-    "warm up, all in one "
-    "process. Guidance other than 1 computes two sequences for an image. Of floor: the fastest, as a share of what the "
-    "device's memory "
-    "would allow if each step read every weight once and keys and values up to its position, at the rate of a copy. "
-    "Equal: samples whose "
-    "tokens are all the same with and without a cache; as neither is computed in float64, a draw at the border of two "
-    "symbols may differ."
+    "for every token; a cache of keys and values, median of three; the same as one CUDA graph by torch.compile. Each "
+    "after a batch to warm up, all in one process. Guidance other than 1 computes two sequences for an image. Of "
+    "floor: the fastest, as a share of what the device's memory would allow if each step read every weight once and "
+    "keys and values up to its position, at the rate of a copy. Equal: samples whose tokens are all the same with and "
+    "without a cache; as neither is computed in float64, a draw at the border of two symbols may differ."
 )
 
 
@@ -98,7 +94,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _modes(rows: pd.DataFrame) -> list[str]:
-    """Those that were measured anywhere; on a CPU nothing is compiled."""
+    """Modes that were measured anywhere; on a CPU nothing is compiled."""
     return [mode for mode in MODES if f"{mode}_images_per_second" in rows]
 
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from experiments.benchmarks import measure
 from ibq.distributed import resolve_device
+from ibq.models.config import SIZES, TransformerConfig
 from ibq.models.transformer import Transformer
-from ibq.models.transformer.config import SIZES, TransformerConfig
 from ibq.sampling import Guidance, Sampler, Sampling, sample_uncached
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,8 +75,8 @@ def random_transformer(cell: dict[str, Any]) -> Transformer:
 
 
 def bytes_of_a_batch(transformer: Transformer, sequences: int) -> float:
-    """What all steps of a batch must read at least: every weight of blocks and head but AdaLN's, which are needed once,
-    and the keys and values up to each position."""
+    """Bytes that all steps of a batch must read at least: every weight of blocks and head but AdaLN's, which are needed
+    once, and the keys and values up to each position."""
     config = transformer.config
     read = [
         p

@@ -36,11 +36,9 @@ OPERATORS = ("ours", "matrix")
 
 CAPTION = (
     "Training of the 256×256 tokenizer of the recipes (discriminator and perceptual network included, the latter with "
-    "random weights, "
-    "which cost the same), one process, images from memory: mean over the timed steps after warm-up. A step: "
-    "micro-batches × images, "
-    "precision; several micro-batches need a second forward pass. GiB: the most that was allocated (on a CPU, "
-    "resident)."
+    "random weights, which cost the same), one process, images from memory: mean over the timed steps after warm-up. A "
+    "step: micro-batches × images, precision; several micro-batches need a second forward pass. GiB: the most that was "
+    "allocated (on a CPU, resident)."
 )
 
 

@@ -7,3 +7,8 @@ from experiments.cli import benchmarks, playground, runs, studies, train
 from experiments.cli.base import app
 
 __all__ = ["app", "benchmarks", "playground", "runs", "studies", "train"]
+
+
+def main() -> None:
+    """Entry point of the command `ibq-study`."""
+    app(prog_name="ibq-study")

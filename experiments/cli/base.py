@@ -1,40 +1,28 @@
-"""What all commands share: the app, where they print, how a user's error ends, and how a command line becomes a
-study."""
+"""Parts of the commands: the app, the options that several have, and the study that a command line names."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
-from functools import wraps
-from inspect import Signature, signature
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from safetensors import SafetensorError
 
-from experiments.ablations import ALL
-from experiments.imagenet256 import RECIPES
-from experiments.recipes import PRESETS
-from experiments.runner.sweep import terminable
-from experiments.study import Study
-from ibq.data import DataError
-from ibq.distributed import PeerLostError, last_words
 from ibq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from experiments.study import Study
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers."
 )
-INTERRUPTED = 130
 console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 Names = Annotated[
     list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one but collapse_atlas")
 ]
-PresetOption = Annotated[str, typer.Option("--preset", help=f"scale: {', '.join(PRESETS)}")]
+PresetOption = Annotated[str, typer.Option("--preset", help="scale: smoke, quick, gpu, paper")]
 SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
 SetOption = Annotated[
     list[str] | None,
@@ -56,56 +44,19 @@ BaseOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 
 
-FOLDERS = ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE", "IBQ_WEIGHTS", "IBQ_IMAGENET")
-"""Environment variables that name folders."""
-
-
-def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's error is one line on stderr and exit code 2, never a traceback; Ctrl-C and SIGTERM stop resumably, code
-    130.
-
-    Of the processes that torchrun has started on a node, the first one says it.
-    """
-
-    @wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        for name in FOLDERS:  # made absolute, since notebooks run in a folder of their own
-            if os.environ.get(name):
-                os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
-        try:
-            with terminable():
-                command(*args, **kwargs)
-        except (ConfigError, DataError, PeerLostError) as error:
-            raise _ended(f"error: {error}", 2) from None
-        except SafetensorError as error:
-            raise _ended(
-                f"error: a run's tensors cannot be read ({error}); forget that run and train it again", 2
-            ) from None
-        except OSError as error:
-            what = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-            raise _ended(
-                f"error: {what}: {error.filename or 'while reading or writing'}; nothing finished is lost", 2
-            ) from None
-        except KeyboardInterrupt:
-            raise _ended("stopped; the same command goes on from here", INTERRUPTED) from None
-
-    return guarded
-
-
-def _ended(sentence: str, code: int) -> typer.Exit:
-    last_words(sentence, interrupted=code == INTERRUPTED)
-    return typer.Exit(code)
-
-
 def study_of(
-    names: Names = None,
-    preset: PresetOption = "quick",
-    seeds: SeedsOption = None,
-    set_: SetOption = None,
-    grid: GridOption = None,
-    base: BaseOption = None,
+    names: list[str] | None,
+    preset: str,
+    seeds: int | None,
+    set_: list[str] | None,
+    grid: list[str] | None,
+    base: list[str] | None,
 ) -> Study:
     """The study that a command line names."""
+    from experiments.ablations import ALL
+    from experiments.imagenet256 import RECIPES
+    from experiments.study import Study
+
     if recipes := [name for name in names or [] if name in RECIPES]:
         raise ConfigError(
             f"{recipes[0]!r} is a recipe, not an ablation; use train: python -m experiments train {recipes[0]}"
@@ -118,21 +69,6 @@ def study_of(
     return Study(
         preset, ALL if names == ["all"] else tuple(names or ()), seeds, changes(set_), values, tuple(base or ())
     )
-
-
-def of_a_study(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes, in place of its first parameter, the options that name a study, and receives that study."""
-    naming, own = signature(study_of, eval_str=True).parameters, signature(command, eval_str=True).parameters
-
-    @wraps(command)
-    def with_options(**given: Any) -> None:
-        study = study_of(**{name: given.pop(name) for name in naming})
-        command(study, **given)
-
-    parameters = [*naming.values(), *list(own.values())[1:]]
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    return with_options
 
 
 def changes(set_: list[str] | None) -> dict[str, Any]:

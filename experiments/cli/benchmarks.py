@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.base import DeviceOption, app, one_sentence_errors, say
-from experiments.report import tables
+from experiments.cli.base import DeviceOption, app, say
+from ibq.cli.boundary import one_sentence_errors
 from ibq.errors import ConfigError, nearest
 
 BENCHMARKS = {
@@ -43,6 +43,7 @@ def bench(
     """Measure: an operator against its rivals, training at the paper's size, whether the objective can overfit, or
     sampling."""
     from experiments.benchmarks import index_backprop, overfit, sampling, tokenizer_training
+    from experiments.report import tables
 
     given = {"--tokens": tokens, "--codes": codes, "--dim": dim, "--batch": batch, "--dtype": dtype, "--small": small}
     given |= {"--method": method, "--accumulate": accumulate}

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.base import app, one_sentence_errors, say
+from experiments.cli.base import app, say
+from ibq.cli.boundary import one_sentence_errors
 
 
 @app.command()

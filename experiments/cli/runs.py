@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.cli.base import DeviceOption, app, console, one_sentence_errors, say
-from experiments.runner import runs
+from experiments.cli.base import DeviceOption, app, console, say
+from ibq.cli.boundary import one_sentence_errors
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
 
@@ -18,6 +18,8 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as s
 @one_sentence_errors
 def forget(run_id: RunArgument) -> None:
     """Remove a run for good."""
+    from experiments.runner import runs
+
     run = runs.find_run(run_id)
     kept = runs.kept_copies(run)
     runs.forget(run)
@@ -28,6 +30,8 @@ def forget(run_id: RunArgument) -> None:
 @one_sentence_errors
 def rerun(run_id: RunArgument, device: DeviceOption = "auto") -> None:
     """Train a run again, and say what changed."""
+    from experiments.runner import runs
+
     run = runs.find_run(run_id)
     before, after = runs.rerun(run, device, say)
     if before and after:
@@ -43,6 +47,8 @@ def rerun(run_id: RunArgument, device: DeviceOption = "auto") -> None:
 @one_sentence_errors
 def compare(one: RunArgument, other: RunArgument) -> None:
     """Config fields and results in which two runs differ."""
+    from experiments.runner import runs
+
     pair = [runs.find_run(name) for name in (one, other)]
     table = Table("", *(run.path.name for run in pair), box=None)
     for line in runs.compare(*pair):

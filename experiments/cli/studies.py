@@ -6,39 +6,46 @@ import inspect
 import shlex
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.ablations import ABLATIONS
 from experiments.cli.base import (
     BaseOption,
     DeviceOption,
     GridOption,
+    Names,
     PresetOption,
     SeedsOption,
     SetOption,
     app,
     changes,
     console,
-    of_a_study,
-    one_sentence_errors,
     say,
     study_of,
 )
-from experiments.cli.quantizer_options import options_table
-from experiments.imagenet256 import RECIPES
-from experiments.recipes import PRESETS
-from experiments.runner import runs
-from experiments.runner.sweep import HANG_S, train_study
-from experiments.study import Study
-from ibq.config import TransformerTrainConfig
+from ibq.cli.boundary import one_sentence_errors
 from ibq.errors import ConfigError, nearest
+from ibq.metrics import NETWORKS
+
+if TYPE_CHECKING:
+    from experiments.study import Study
 
 MetricOption = Annotated[
-    str, typer.Option("--metric", help="; ".join(f"{k}: {what}" for k, what in runs.EVALUATIONS.items()))
+    str,
+    typer.Option(
+        "--metric",
+        help="; ".join(
+            [
+                "full_test: the whole test split, where the row has its first images only",
+                "train_split: as many images of the train split",
+                *(f"{name}: {what}" for name, what in NETWORKS.items()),
+                "diagnosis: what a tokenizer's history shows, in words",
+            ]
+        ),
+    ),
 ]
 SlotsOption = Annotated[
     int | None, typer.Option("--slots", help="runs at a time; default: one a core, or one on a GPU")
@@ -53,7 +60,13 @@ def list_ablations(
     ] = False,
 ) -> None:
     """The ablations, recipes and presets there are."""
+    from experiments.ablations import ABLATIONS
+    from experiments.imagenet256 import RECIPES
+    from experiments.recipes import PRESETS
+
     if quantizers:
+        from experiments.cli.quantizer_options import options_table  # torch, which the rest does without
+
         table = Table("method", "options", "paper", box=None)
         for method, options, paper in options_table():
             table.add_row(method, escape("\n".join(options)), paper, end_section=True)
@@ -87,6 +100,9 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="of a recipe: processes, each with a GPU")] = 8,
 ) -> None:
     """Arms, steps and expected minutes, or what a recipe would cost; trains nothing."""
+    from experiments.ablations import ABLATIONS
+    from experiments.imagenet256 import RECIPES
+
     if recipes := [name for name in names or [] if name in RECIPES]:
         if others := [name for name in names or [] if name not in RECIPES]:
             raise ConfigError(
@@ -110,7 +126,8 @@ def _refuse_idle(context: typer.Context, what: str, options: tuple[str, ...], ot
 
 
 def _plan_of_recipe(name: str, overrides: dict[str, Any], gpus: int) -> str:
-    from experiments.imagenet256 import tokenizer_plan, transformer_plan
+    from experiments.imagenet256 import RECIPES, tokenizer_plan, transformer_plan
+    from ibq.config import TransformerTrainConfig
 
     config = RECIPES[name]().with_fields(**overrides)
     lines = (
@@ -139,18 +156,27 @@ def _plan_study(study: Study, slots: int | None) -> None:
 
 @app.command()
 @one_sentence_errors
-@of_a_study
 def run(
-    study: Study,
+    names: Names = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    grid: GridOption = None,
+    base: BaseOption = None,
     slots: SlotsOption = None,
     time_budget: Annotated[float | None, typer.Option(help="minutes; then stop, resumably")] = None,
     fail_fast: Annotated[bool, typer.Option(help="stop everything at the first failed run")] = False,
     hang_timeout: Annotated[
         float, typer.Option(help="minutes without a sign of life after which a trainer is killed")
-    ] = HANG_S / 60,
+    ] = 10.0,
     device: DeviceOption = "auto",
 ) -> None:
     """Train all arms that have no row yet, execute the notebooks, write the report."""
+    from experiments.analysis import projections
+    from experiments.report import notebooks, pages
+    from experiments.runner.sweep import train_study
+
+    study = study_of(names, preset, seeds, set_, grid, base)
     started = time.monotonic()
     budget_s = None if time_budget is None else 60 * time_budget
     outcome = train_study(
@@ -162,9 +188,6 @@ def run(
         hang_s=60 * hang_timeout,
         say=say,
     )
-    from experiments.analysis import projections
-    from experiments.report import notebooks, pages
-
     complete = not (outcome.unfinished or outcome.failed)
     if complete:
         projections.project_all((cell for cell in study.cells if cell.seed == 0), study.preset.projection, say)
@@ -182,12 +205,18 @@ def run(
 
 @app.command()
 @one_sentence_errors
-@of_a_study
-def status(study: Study) -> None:
+def status(
+    names: Names = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    grid: GridOption = None,
+    base: BaseOption = None,
+) -> None:
     """Every arm: finished, running with step and speed, failed with its reason, or pending."""
     from experiments.rows import status_lines
 
-    lines = status_lines(study)
+    lines = status_lines(study_of(names, preset, seeds, set_, grid, base))
     widths = {key: max(len(str(line[key])) for line in lines) for key in lines[0]}
     for line in lines:  # plain text: a table of thousands of rows takes longer to lay out than to read
         print("  ".join(str(line[key]).ljust(width) for key, width in widths.items()).rstrip())
@@ -195,15 +224,19 @@ def status(study: Study) -> None:
 
 @app.command()
 @one_sentence_errors
-@of_a_study
 def report(
-    study: Study,
+    names: Names = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    grid: GridOption = None,
+    base: BaseOption = None,
     publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
 ) -> None:
     """Tables, figures and the page, from the rows there are."""
     from experiments.report import pages as report_module
 
-    study = report_module.widened(study)
+    study = report_module.widened(study_of(names, preset, seeds, set_, grid, base))
     print(f"report: {report_module.write(study)}")
     if publish:
         print(f"published: {report_module.publish(study)}")
@@ -211,9 +244,19 @@ def report(
 
 @app.command()
 @one_sentence_errors
-@of_a_study
-def evaluate(study: Study, metric: MetricOption = "full_test") -> None:
+def evaluate(
+    names: Names = None,
+    preset: PresetOption = "quick",
+    seeds: SeedsOption = None,
+    set_: SetOption = None,
+    grid: GridOption = None,
+    base: BaseOption = None,
+    metric: MetricOption = "full_test",
+) -> None:
     """Add an evaluation to finished runs, without training."""
+    from experiments.runner import runs
+
+    study = study_of(names, preset, seeds, set_, grid, base)
     print(f"{runs.evaluate_finished(study, metric, say)} runs evaluated with {metric}; the rows have its columns")
 
 

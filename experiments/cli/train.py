@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from experiments.cli.base import DeviceOption, SetOption, app, changes, one_sentence_errors, say
-from experiments.imagenet256 import recipe_of
-from experiments.recipes import get_preset
-from experiments.runner import torchrun
-from ibq.cli.common import read_tokenizer
-from ibq.config import TrainConfig, TransformerTrainConfig
+from experiments.cli.base import DeviceOption, SetOption, app, changes, say
+from ibq.cli.boundary import one_sentence_errors
 from ibq.errors import ConfigError
-from ibq.models.tokenizer import Tokenizer
-from ibq.schema import set_fields
 
 
 @app.command()
@@ -52,6 +45,13 @@ def train(
 ) -> None:
     """Train one recipe in the foreground; again: it goes on. Several GPUs: torchrun --nproc-per-node N -m experiments
     train RECIPE."""
+    from experiments.imagenet256 import recipe_of
+    from experiments.imagenet256.on_tokenizer import on_tokenizer, say_of_another
+    from experiments.recipes import get_preset
+    from experiments.runner import torchrun
+    from ibq.cli.common import read_tokenizer
+    from ibq.config import TransformerTrainConfig
+
     config = recipe_of(recipe)()
     overrides = changes(set_)
     if data:
@@ -68,7 +68,7 @@ def train(
                 "of Tokenizer.save, or a released checkpoint (.ckpt)"
             )
         network, _ = read_tokenizer(tokenizer)
-        _say_of_another(config.tokenizer, network.config)
+        say_of_another(config.tokenizer, network.config, say)
         config = on_tokenizer(config, network, overrides)
     else:
         given = {
@@ -96,41 +96,3 @@ def train(
         sharding=sharding,
     )
     torchrun.train(config, runtime, out, say, network)
-
-
-def on_tokenizer(
-    config: TransformerTrainConfig, tokenizer: Tokenizer, overrides: dict[str, Any]
-) -> TransformerTrainConfig:
-    """A transformer's config on another tokenizer, tied to its weights, with fields set by dotted path; validated once
-    all is in its place.
-
-    The tokenizer may be any, also of another method, K or grid than the recipe's: they are the tokenizer's choice and
-    not the recipe's, and who names one by its path has chosen it, while batch, schedule and transformer of the recipe
-    serve every tokenizer. That the recipe's expected numbers are then of something else is said in a line. What cannot
-    go together (sub-tokens that do not make K, another number of channels, a grid that does not divide the images) the
-    config refuses.
-
-    Raises:
-        ConfigError: a path names no field, or one of the tokenizer, which is trained already; or the result contradicts
-            itself.
-    """
-    for path in overrides:
-        if path.split(".")[0] in ("tokenizer", "tokenizer_sha256"):
-            raise ConfigError(
-                f"--set {path} cannot change the tokenizer of --tokenizer, which is trained already; leave it out"
-            )
-    tree = config.to_json_dict() | {
-        "tokenizer": tokenizer.config.to_json_dict(),
-        "tokenizer_sha256": tokenizer.digest(),
-    }
-    return TransformerTrainConfig.parse(set_fields(tree, overrides))
-
-
-def _say_of_another(usual: TrainConfig, given: TrainConfig) -> None:
-    """A line, by the first process alone, where the tokens are of another kind than the recipe's."""
-    theirs, ours = (
-        f"{config.quantizer.method} with {config.quantizer.codebook_size:,} codes, f = {config.model.downsampling}"
-        for config in (given, usual)
-    )
-    if theirs != ours and os.environ.get("RANK", "0") == "0":
-        say(f"the tokenizer is {theirs}; the recipe has {ours}, and its expected numbers are for that")

@@ -23,7 +23,7 @@ from experiments import status
 from experiments.explorer.workers import WORKERS, Workers
 from experiments.runner.runs import find_run, forget
 from experiments.study import runs_folder
-from ibq.config import TrainConfig, read_config
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError, one_sentence
 from ibq.run_directory import RunDirectory, write_json
 from ibq.training.interventions import Intervention, after, read_interventions
@@ -265,7 +265,7 @@ def load_run(run_id: str, workers: Workers = WORKERS) -> ExplorerRun:
             f"run {run_id!r} cannot be chosen: {len(matches)} runs of the explorer begin with it; give more of its id"
         )
     run = RunDirectory(matches[0]) if matches else find_run(run_id)
-    config = read_config(run)
+    config = run.read_config()
     if not isinstance(config, TrainConfig):
         raise ConfigError(
             f"run {run.path.name} is a transformer's, and the explorer shows tokenizers; load its tokenizer's run"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from experiments.analysis.projections import Projection, project
 from experiments.explorer.live_umap import read_live_umap
 from experiments.explorer.trainer import LIVE
-from ibq.config import TrainConfig, read_config
+from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.evaluation.diagnosis import Finding, diagnose
 from ibq.run_directory import RunDirectory, read_lines
@@ -137,7 +137,7 @@ def tokenizer_config(run: RunDirectory) -> TrainConfig:
     Raises:
         ConfigError: as `read_view`.
     """
-    config = read_config(run)
+    config = run.read_config()
     if not isinstance(config, TrainConfig):
         raise ConfigError(
             f"{run.path.name} is a transformer's run, and the explorer shows tokenizers'; give a tokenizer's run"

@@ -12,13 +12,12 @@ from torchvision.models import vgg16
 
 from experiments.benchmarks import tokenizer_training
 from experiments.benchmarks.training_cell import RECIPE_OF
-from ibq.config import RunConfig, TrainConfig
-from ibq.data.imagenet import IMAGENET_IMAGES
+from ibq.config import IMAGENET_IMAGES, RunConfig, TrainConfig
 from ibq.errors import ConfigError
 from ibq.models.autoencoder import Decoder, Encoder
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
-from ibq.training.runtime import AUTOCAST
+from ibq.training.optimizer import AUTOCAST
 
 BASIS = (
     "counted, not measured: float32 weights, gradients, both moments of Adam and averaged weights, and the tensors "

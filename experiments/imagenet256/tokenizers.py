@@ -22,8 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.recipes import get_preset, tokenizer
-from ibq.config import TrainConfig
-from ibq.data.imagenet import imagenet_steps
+from ibq.config import TrainConfig, imagenet_steps
 
 
 def _tokenizer(method: str, codebook_size: int, **fields: Any) -> TrainConfig:

@@ -15,14 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.imagenet256.tokenizer_plan import images_at_a_time, kept_bytes
-from ibq.config import TransformerTrainConfig
-from ibq.data.imagenet import IMAGENET_IMAGES
+from ibq.config import IMAGENET_IMAGES, TransformerTrainConfig
 from ibq.losses import LARGEST_LOGITS, cross_entropy
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.models.transformer.blocks import rotation_table
 from ibq.models.transformer.subtokens import Prediction
-from ibq.training.runtime import AUTOCAST
+from ibq.training.optimizer import AUTOCAST
 
 CARD, PEAKS, ASSUMED = "H100 SXM", {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12}, 0.4
 """FLOP/s that its maker states, dense, in float32 with TF32 and without; and the share of them that hours are given

@@ -1,9 +1,10 @@
 """The paper's transformers on ImageNet 256×256: a function each, which returns the complete config of its training.
 
 All take docs/method.md section 6: batches of 768 images, AdamW at 3e-4 (1e-4 for every 256 images), the gradient
-clipped at 1.0, dropouts of 0.1, bfloat16, no averaged weights, tokens of fresh random crops at every step. The rate
-rises over 2% of the run, which of 300, 350, 400 and 450 epochs are 6, 7, 8 and 9, as the paper has 6 to 9; it rests for
-5% and falls linearly to 0.1 of itself (B, L) or 0.01 (XL, XXL).
+clipped at 1.0, dropouts of 0.1, no averaged weights, tokens of fresh random crops at every step. The rate rises over 2%
+of the run, which of 300, 350, 400 and 450 epochs are 6, 7, 8 and 9, as the released code has 6 to 9; it rests for 5%
+and falls linearly to 0.1 of itself (B, L) or 0.01 (XL, XXL). They differ from the released code in precision (bfloat16
+instead of float16 autocast) and weight decay (0.05 on matrices alone); docs/method.md section 10 has the reasons.
 
 A recipe takes the config of any tokenizer; without one it is that of the released transformers. `train` wants the
 weights too (--tokenizer), ties the run to them, and trains on any data (--data). On 8 GPUs each has 96 images a step,
@@ -24,9 +25,8 @@ from typing import Any
 
 from experiments.imagenet256.tokenizers import imagenet256_ibq_16384, imagenet256_lfq_16384, imagenet256_lfq_262144
 from experiments.recipes import get_preset, imagenet_data, transformer
-from ibq.config import TrainConfig, TransformerTrainConfig
-from ibq.data.imagenet import imagenet_steps
-from ibq.models.transformer.config import SIZES
+from ibq.config import TrainConfig, TransformerTrainConfig, imagenet_steps
+from ibq.models.config import SIZES
 
 BATCH = 768
 

@@ -229,7 +229,7 @@ class _Curves(_Part):
             self._lines[label].set_data(self._steps, self._in_use[label])
 
     def rescale(self) -> bool:
-        """Whether the curves had outgrown the axis, which is longer now."""
+        """A longer axis where the curves have outgrown it; True if so."""
         if not self._steps or self._steps[-1] <= self._end:
             return False
         self._end *= 2
@@ -267,7 +267,7 @@ def _box(
 
 
 def _legend(figure: Figure, share: float, columns: int) -> None:
-    """What the marks mean, and the scale of the arrows."""
+    """Legend of the marks, and the scale of the arrows."""
     handles = [
         Line2D([], [], ls="", marker="o", ms=3, color="0.7", label="features"),
         Line2D([], [], ls="", marker="o", ms=4.5, color="0.1", label="code in use"),

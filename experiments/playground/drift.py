@@ -1,4 +1,4 @@
-"""Where the features come from: a mixture of Gaussians that wanders round the origin, turns, and jumps to the other
+"""Source of the features: a mixture of Gaussians that wanders round the origin, turns, and jumps to the other
 side.
 
 Suffixes: N features, G components, D = 2.

@@ -1,4 +1,4 @@
-"""What a round of the playground ends with, over seeds, and which codes a dot product can choose at all.
+"""Ends of rounds of the playground over seeds, and which codes a dot product can choose at all.
 
 Suffixes: N directions, K codes, D code dimension.
 """
@@ -21,7 +21,7 @@ DISTANCES = (0.0, 2.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured: seeds, and steps of each."""
+    """Size of a measurement: seeds, and steps of each."""
 
     seeds: int
     steps: int
@@ -94,7 +94,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def sentences(rows: pd.DataFrame) -> list[str]:
-    """What the rows say of VQ and of IBQ as released, whichever way it comes out."""
+    """Sentences on VQ and on IBQ as released, whichever way it comes out."""
     said = []
     for distance in dict.fromkeys(rows["distance"]):
         mean = rows[rows["distance"] == distance].groupby("method").mean(numeric_only=True)
@@ -103,19 +103,17 @@ def sentences(rows: pd.DataFrame) -> list[str]:
         best = mean["in use"].idxmax()
         said.append(
             f"Distance {distance:g}: a step pulls {vq['pulled']:.0f} of {CODES} codes under VQ and {ibq['pulled']:.0f} "
-            f"under IBQ as "
-            f"released (effective reach {vq['reach']:.0f} and {ibq['reach']:.0f}). IBQ ends with {usage} codes in use "
-            f"than VQ "
-            f"({ibq['in use']:.0f} and {vq['in use']:.0f}) and {error} error ({ibq['error']:.3f} and "
-            f"{vq['error']:.3f}). "
-            f"Most codes in use: {best}, {mean.loc[best, 'in use']:.0f}, at an error of {mean.loc[best, 'error']:.3f}."
+            f"under IBQ as released (effective reach {vq['reach']:.0f} and {ibq['reach']:.0f}). IBQ ends with {usage} "
+            f"codes in use than VQ ({ibq['in use']:.0f} and {vq['in use']:.0f}) and {error} error ({ibq['error']:.3f} "
+            f"and {vq['error']:.3f}). Most codes in use: {best}, {mean.loc[best, 'in use']:.0f}, at an error of "
+            f"{mean.loc[best, 'error']:.3f}."
         )
     return said
 
 
 def choosable(dims: Sequence[int] = (2, 4, 8, 16), seeds: int = 5, directions: int = 2**14) -> pd.DataFrame:
-    """How many of 64 codes at N(0, 1) some feature can choose by dot product: those that any of many random directions
-    chooses.
+    """Number of 64 codes at N(0, 1) that some feature can choose by dot product: those that any of many random
+    directions chooses.
 
     These are corners of the codes' convex hull, and a lower bound of their number.
     """

@@ -54,7 +54,7 @@ DEFAULT_METHODS = ("VQ", "VQ, restarts", "SimVQ", "IBQ as released")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a playground begins with: seed, Adam's learning rate, speed of the drift in rounds per 500 steps, and the
+    """Settings of a playground: seed, Adam's learning rate, speed of the drift in rounds per 500 steps, and the
     mixture's distance from the origin (`Drift`).
 
     Raises:
@@ -155,7 +155,7 @@ class Learner:
             self._restarted_K |= restart.applied_K > 0.5
 
     def pull(self) -> torch.Tensor:
-        """Where the loss (or the moving average) wants each code (K, 2), before Adam makes a step of it.
+        """Pull of the loss (or the moving average) on each code (K, 2), before Adam makes a step of it.
 
         For codes that are parameters themselves it is minus their gradient. For codes that are a function of parameters
         (a linear map, unit length) it is what a small step of plain gradient descent on these does to the codes, per

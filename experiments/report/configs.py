@@ -1,4 +1,4 @@
-"""What arms differ in, read from the configs of their runs: only these fields, and beside them what all have in
+"""Differences of arms, read from the configs of their runs: only these fields, and beside them what all have in
 common."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.ablations import Ablation
 from experiments.study import Study
 from ibq.config import RunConfig, TransformerTrainConfig
-from ibq.models.discriminator import AdversarialConfig
+from ibq.models.config import AdversarialConfig
 from ibq.schema import flatten
 
 ABSENT = "–"

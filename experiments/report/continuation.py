@@ -16,7 +16,7 @@ from ibq.errors import ConfigError
 
 @dataclass(frozen=True)
 class Continued:
-    """What the other ablation's rows say.
+    """Rows of the other ablation, and what is shown of them.
 
     Args:
         title: of the other half.

@@ -139,7 +139,7 @@ def _continued(study: Study, ablation: Ablation, folder: Path) -> dict[str, Any]
 
 
 def _diagnoses(study: Study, ablation: Ablation, folder: Path) -> dict[str, Any] | None:
-    """What is seen in the histories of tokenizers: a table with a phrase a run, and the sentences of each; None where
+    """Diagnoses of tokenizers: a table with a phrase a run, and the sentences of each; None where
     nothing is."""
     seen = diagnoses.seen_in(study, ablation)
     if not seen:

@@ -1,4 +1,4 @@
-"""How rows were made: machine, versions, commit, protocol, minutes, commands; and a warning where rows of several kinds
+"""Provenance of rows: machine, versions, commit, protocol, minutes, commands; and a warning where rows of several kinds
 stand together."""
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ def protocol(ablation: Ablation, rows: pd.DataFrame) -> str:
         times = ", ".join(f"{factor:g}" for factor in ablation.tuning.factors)
         sentences.append(
             f"Tuning: {ablation.tuning.field} at {times} times the recipe's value, in runs of "
-            f"{100 * ablation.tuning.step_share:.0f}% "
-            f"of the steps with the whole schedule, seed 0; {tuning.RULE}."
+            f"{100 * ablation.tuning.step_share:.0f}% of the steps with the whole schedule, seed 0; {tuning.RULE}."
         )
     return " ".join(sentences)
 
@@ -126,8 +125,7 @@ def _of_tokenizers(finished: pd.DataFrame) -> list[str]:
         ]
         sentences.append(
             f"Protocol: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} "
-            f"weights; as many tokens "
-            f"drawn uniformly would use {', '.join(uniform)}."
+            f"weights; as many tokens drawn uniformly would use {', '.join(uniform)}."
         )
     return sentences
 
@@ -140,10 +138,9 @@ def _of_transformers(finished: pd.DataFrame) -> list[str]:
         sampling = _values(group["protocol.sampling"].str.replace(r"seed \d+", "the run's seed", regex=True))
         sentences.append(
             f"Protocol of transformers: {weights} weights; bits of the first {int(n_images):,} images of the {split} "
-            f"split; {int(samples):,} "
-            f"samples at each guidance ({guidances}), against the same images; {sampling}. Metrics of samples are "
-            f"those at "
-            "the guidance with the lowest FID[fashion-cnn], which is chosen on these very samples."
+            f"split; {int(samples):,} samples at each guidance ({guidances}), against the same images; {sampling}. "
+            "Metrics of samples are those at the guidance with the lowest FID[fashion-cnn], which is chosen on these "
+            "very samples."
         )
     return sentences
 

@@ -172,8 +172,7 @@ TABLES = {
     "paper": (
         paper_table,
         "The paper's rows, each beside the arm that comes closest. Data, size and metrics differ, so only directions "
-        "can be compared; "
-        "rFID and gFID are not measured here.",
+        "can be compared; rFID and gFID are not measured here.",
     ),
     "search": (search_table, f"The search before the comparison, the same for every arm. Rule: {tuning.RULE}."),
     "grid": (grid_table, "The grid outcome by outcome: mean over seeds, or the state of an arm that has no result."),

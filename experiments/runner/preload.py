@@ -12,8 +12,9 @@ import torchmetrics.functional.image  # noqa: F401
 import experiments.runner.worker  # noqa: F401
 import ibq.pretrained.extractors  # noqa: F401
 from ibq.config import DataConfig
-from ibq.data import DataError, Split, load_images
+from ibq.data import Split, load_images
 from ibq.data.fashion_mnist import fashion_mnist_is_here
+from ibq.errors import DataError
 
 if fashion_mnist_is_here():
     with suppress(DataError):  # a run that wants it says so

@@ -17,10 +17,10 @@ from experiments.analysis import diagnoses
 from experiments.rows import OF_THE_ROWS_IMAGES
 from experiments.runner import torchrun
 from experiments.study import Cell, Study, runs_folder, unique_runs
-from ibq.config import RunConfig, TrainConfig, read_config
-from ibq.data import DataError, load_images
+from ibq.config import RunConfig, TrainConfig
+from ibq.data import load_images
 from ibq.distributed import resolve_device
-from ibq.errors import ConfigError, nearest
+from ibq.errors import ConfigError, DataError, nearest
 from ibq.evaluation.tokenizer import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
 from ibq.evaluation.transformer import evaluate_samples
 from ibq.metrics import NETWORKS
@@ -110,7 +110,7 @@ def rerun(
     Raises:
         ConfigError: the run was never started, its config cannot be read, or its tokenizer is not finished.
     """
-    config, before = read_config(run), run.read_row() if run.finished else None
+    config, before = run.read_config(), run.read_row() if run.finished else None
     started = [attempt for attempt in run.read_attempts() if attempt["event"] == "started"]
     if not started:
         raise ConfigError(f"run {run.path.name} was never started; train it by `run` or `train` first")
@@ -149,7 +149,7 @@ def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]
     """Config fields and row entries in which two runs differ, as (name, value of one, value of the other)."""
     sides = []
     for run in (one, other):
-        facts = flatten(read_config(run).to_json_dict())
+        facts = flatten(run.read_config().to_json_dict())
         row = run.read_row() if run.finished else {"status": "unfinished"}
         sides.append(facts | {name: value for name, value in row.items() if not name.startswith("config.")})
     names = list(dict.fromkeys([*sides[0], *sides[1]]))

@@ -3,10 +3,8 @@ left."""
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from experiments import status
@@ -203,17 +201,3 @@ class _Progress:
                 sum(cell.config.steps * status.share_done(cell.run, cell.config.steps) for cell in self._cells)
             )
             self._say(f"step {steps} of {self._steps} over all runs; {self._left()}")
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within it SIGTERM means what Ctrl-C means, so that a sweep under a scheduler stops as cleanly as by hand."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

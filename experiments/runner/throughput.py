@@ -8,7 +8,7 @@ from typing import NamedTuple
 from experiments.recipes import Preset
 from experiments.study import Cell, Stage, Study, unique_runs
 from ibq.config import TrainConfig
-from ibq.models.transformer.config import TransformerDials
+from ibq.models.config import TransformerDials
 from ibq.run_directory import RunDirectory
 
 

@@ -24,12 +24,13 @@ from experiments.runner import worker
 from experiments.runner.sweep import REPORT_S
 from experiments.study import runs_folder
 from ibq.config import RunConfig
-from ibq.data import DataError, data_hash_of
+from ibq.data import data_hash_of
 from ibq.distributed import copy_of_first, is_first_here, is_writer, process_group, rank, shared_errors
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, DataError
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory
-from ibq.training.runtime import LogEvent, Runtime, check_config
+from ibq.training.claim import check_config
+from ibq.training.runtime import LogEvent, Runtime
 
 STOPPED = 130
 """Exit code of a run that was asked to stop, and goes on when it is called again."""

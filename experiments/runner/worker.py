@@ -19,13 +19,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from ibq.config import RunConfig, TrainConfig, TransformerTrainConfig
-from ibq.data import DataError, data_hash_of
-from ibq.distributed import PeerLostError, exit_with_parent, is_writer, peers, resolve_device
-from ibq.errors import ConfigError, NonFiniteError
+from ibq.data import data_hash_of
+from ibq.distributed import exit_with_parent, is_writer, peers, resolve_device
+from ibq.errors import ConfigError, DataError, NonFiniteError, PeerLostError
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json
 from ibq.training.interventions import Asked
-from ibq.training.runtime import LogEvent, Runtime, StopRequested, row_of, write_lost
+from ibq.training.row import row_of, write_lost
+from ibq.training.runtime import LogEvent, Runtime, StopRequested
 from ibq.training.tokenizer import train_tokenizer
 from ibq.training.transformer import train_transformer
 

@@ -1,1 +1,1 @@
-"""Command line of the method: reconstruct, evaluate, sample."""
+"""Command line of the method: `app` holds the commands, one module each does the work."""

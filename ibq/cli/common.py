@@ -1,34 +1,47 @@
-"""What the commands share: arguments, a tokenizer and pictures, the loop over batches, a bar, errors of one sentence.
+"""Parts of the commands: a tokenizer and pictures, the loop over batches, a progress bar.
 
 Suffixes: B pictures, C channels, H W pixels or token grid, D code dimension.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from ibq.cli.pictures import Fit, Framing, Picture, PictureFolder, to_float
 from ibq.data.folder import first_few
-from ibq.data.images import DataError, one_line, quoted
-from ibq.distributed import PeerLostError, is_writer, last_words, resolve_device
+from ibq.data.images import one_line, quoted
+from ibq.distributed import is_writer, resolve_device
 from ibq.errors import ConfigError, NonFiniteInputError
 from ibq.evaluation.tokenizer import measuring
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
+from ibq.pretrained.released import load_released
 from ibq.run_directory import RunDirectory
-from ibq.training.runtime import peak_memory_gib
+from ibq.training.row import peak_memory_gib
 
 PIXEL_PROTOCOL = "float images in [-1, 1], reconstructions clamped, not rounded to 8 bits"
-USER_ERROR, INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Arguments and options of all commands on pictures, as `ibq.cli` describes them."""
+
+    model: str
+    pictures: str
+    fit: Fit | None = None
+    resize: int | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    weights: Literal["ema", "raw"] = "ema"
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -77,60 +90,14 @@ class Batch(NamedTuple):
     indices_BHW: torch.Tensor
 
 
-def picture_parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser with the arguments MODEL and PICTURES and the options of all commands on pictures."""
-    parser = argparse.ArgumentParser(prog=f"python -m ibq.cli.{command}", description=description)
-    parser.add_argument(
-        "model", metavar="MODEL", help="folder of a finished run or of Tokenizer.save, or a released checkpoint (.ckpt)"
-    )
-    parser.add_argument(
-        "pictures", metavar="PICTURES", help="folder of pictures, of any sizes, with subfolders or without"
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--fit",
-        choices=get_args(Fit),
-        default="whole",
-        help="of a picture whose size the tokenizer does not divide: skip it (whole), or take the largest centre part "
-        "(crop) (%(default)s)",
-    )
-    size.add_argument(
-        "--resize",
-        type=positive,
-        metavar="R",
-        help="scale the shorter side to R, take the centre square; enlarges nothing",
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N files of the sorted listing")
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=16,
-        metavar="N",
-        help="pictures at a time; fewer above 256×256 pixels (%(default)s)",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "raw"),
-        default="ema",
-        help="of a released checkpoint: averaged, or as trained (%(default)s)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    return parser
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, of an argument."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def open_model(given: argparse.Namespace) -> tuple[Model, PictureFolder]:
-    """The model on the device, and the pictures framed for it, of arguments that `picture_parser` has read.
+def open_model(given: PictureOptions) -> tuple[Model, PictureFolder]:
+    """The model on the device, and the pictures framed for it.
 
     Raises:
         ConfigError, DataError: one of them cannot be used.
     """
+    if given.fit and given.resize:
+        raise ConfigError(f"--fit {given.fit} and --resize {given.resize} contradict each other; leave one out")
     device = resolve_device(given.device)
     tokenizer, weights = read_tokenizer(given.model, given.weights)
     if given.weights == "raw" and Path(given.model).expanduser().is_dir():
@@ -138,7 +105,7 @@ def open_model(given: argparse.Namespace) -> tuple[Model, PictureFolder]:
             f"--weights raw is for released checkpoints; {quoted(given.model)} holds one set of weights ({weights})"
         )
     config = tokenizer.config
-    framing = Framing(config.model.downsampling, config.data.channels, given.fit, given.resize)
+    framing = Framing(config.model.downsampling, config.data.channels, given.fit or "whole", given.resize)
     pictures = PictureFolder(given.pictures, framing, given.limit)
     if framing.channels == 1:
         print("the tokenizer has one channel, so it is shown every picture in grey", file=sys.stderr)
@@ -162,8 +129,6 @@ def read_tokenizer(given: str | Path, weights: Literal["ema", "raw"] = "ema") ->
             return load_tokenizer(copy), "as the transformer was trained on"
         return load_tokenizer(path), "averaged (EMA)" if RunDirectory(path).finished else "as saved"
     if path.is_file() and path.suffix == ".ckpt":
-        from ibq.pretrained.released import load_released
-
         released = load_released(path, weights)
         if isinstance(released, Tokenizer):
             tokenizer, averaged, as_they_are = released, weights == "ema", "as trained, not averaged"
@@ -235,32 +200,3 @@ def closing_line(pictures: PictureFolder, used: int, device: torch.device) -> st
     """How many pictures were used and skipped, the first reasons, and the peak memory."""
     skipped = f", {len(pictures.skipped):,} skipped ({first_few(pictures.skipped)})" if pictures.skipped else ""
     return f"{used:,} picture{'s' * (used != 1)}{skipped}; peak memory {peak_memory_gib(device):.2f} GiB"
-
-
-def run_command(
-    parser: argparse.ArgumentParser,
-    command: Callable[[argparse.Namespace], None],
-    arguments: list[str] | None,
-    when_stopped: str,
-) -> None:
-    """Run a command; what a user can mend becomes one sentence on stderr and exit code 2. `when_stopped` is said after
-    Ctrl-C.
-
-    Of the processes that torchrun has started on a node, the first one says it.
-    """
-    given = parser.parse_args(arguments)
-    name = parser.prog.removeprefix("python -m ")
-    try:
-        command(given)
-    except (ConfigError, DataError, PeerLostError) as error:
-        _leave(f"{name}: {error}", USER_ERROR)
-    except OSError as error:
-        where = f"{quoted(error.filename)}: " if error.filename else ""
-        _leave(f"{name}: {where}{one_line(error.strerror or error)}", USER_ERROR)
-    except KeyboardInterrupt:
-        _leave(f"{name}: stopped; {when_stopped}", INTERRUPTED)
-
-
-def _leave(sentence: str, code: int) -> None:
-    last_words(sentence, interrupted=code == INTERRUPTED)
-    sys.exit(code)

@@ -1,11 +1,10 @@
-"""`python -m ibq.cli.evaluate MODEL PICTURES`: usage, rate and distortion of a tokenizer on a folder of pictures.
+"""`ibq evaluate MODEL PICTURES`: usage, rate and distortion of a tokenizer on a folder of pictures.
 
 Suffixes: B pictures, C channels, H W pixels, K codes.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -18,16 +17,15 @@ from ibq.cli.common import (
     PIXEL_PROTOCOL,
     Batch,
     Model,
+    PictureOptions,
     closing_line,
     open_model,
-    picture_parser,
     progress,
     reconstructed,
-    run_command,
 )
 from ibq.cli.pictures import PictureFolder
-from ibq.data.images import DataError, one_line
-from ibq.errors import ConfigError
+from ibq.data.images import one_line
+from ibq.errors import ConfigError, DataError, nearest, require_packages
 from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PERCEPTUAL, PerceptualEvaluation
 from ibq.metrics.codebook import QuantizationError
 from ibq.metrics.distances import NAMES, PairedDistances, too_few
@@ -168,15 +166,28 @@ class PictureEvaluation:
         return metrics, protocol, absent
 
 
-def _evaluate(given: argparse.Namespace) -> None:
-    if given.out and Path(given.out).is_dir():
-        raise ConfigError(f"--out {given.out} is a folder; name a file")
-    if "none" in (given.metric or ()) and len(set(given.metric)) > 1:
-        other = next(name for name in given.metric if name != "none")
+def evaluate(given: PictureOptions, metrics: tuple[str, ...], out: Path | None) -> None:
+    """Print the numbers of a tokenizer on a folder of pictures.
+
+    Args:
+        given: model and pictures.
+        metrics: of PERCEPTUAL, those that need a network; () is DEFAULT_PERCEPTUAL, ("none",) is none.
+        out: a JSON file for all of it.
+
+    Raises:
+        ConfigError, DataError: an argument cannot be used, or a number is not finite.
+    """
+    if out and out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file")
+    if unknown := [name for name in metrics if name not in (*PERCEPTUAL, "none")]:
+        raise ConfigError(f"--metric {unknown[0]} does not exist; {nearest(unknown[0], [*PERCEPTUAL, 'none'])}")
+    if "none" in metrics and len(set(metrics)) > 1:
+        other = next(name for name in metrics if name != "none")
         raise ConfigError(f"--metric none and --metric {other} contradict each other; leave one out")
+    require_packages("torchmetrics", "torch_fidelity", "torchvision", "lpips")
     model, pictures = open_model(given)
     device = next(model.tokenizer.parameters()).device
-    wanted = dict.fromkeys(given.metric or DEFAULT_PERCEPTUAL)
+    wanted = dict.fromkeys(metrics or DEFAULT_PERCEPTUAL)
     perceptual = [Perceptual(name, len(pictures.names), device) for name in wanted if name != "none"]
     evaluation = PictureEvaluation(model.tokenizer.config.quantizer.codebook_size, perceptual, device)
     with progress(len(pictures.names)) as bar:
@@ -185,11 +196,11 @@ def _evaluate(given: argparse.Namespace) -> None:
             bar.update(len(batch.pictures))
         bar.update(bar.total - bar.n)
     pictures.require_used(evaluation.pictures)
-    metrics, protocol, absent = evaluation.compute()
+    numbers, protocol, absent = evaluation.compute()
     facts = model.facts(pictures.framing) | {"pictures": _number_and_sizes(pictures, evaluation)}
-    print(_table(facts, metrics, protocol, absent))
-    if given.out:
-        write_json(Path(given.out), _as_json(facts, metrics, protocol, absent, pictures, evaluation))
+    print(_table(facts, numbers, protocol, absent))
+    if out:
+        write_json(out, _as_json(facts, numbers, protocol, absent, pictures, evaluation))
     print(closing_line(pictures, evaluation.pictures, device), file=sys.stderr)
 
 
@@ -224,23 +235,3 @@ def _as_json(
         "sizes": evaluation.sizes,
         "skipped": pictures.skipped,
     }
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Print usage, rate, distortion and, where their networks' weights are, FID and LPIPS of a tokenizer on a folder of
-    pictures."""
-    parser = picture_parser("evaluate", main.__doc__)
-    parser.add_argument(
-        "--metric",
-        action="append",
-        choices=[*PERCEPTUAL, "none"],
-        help="a metric that needs a network, again for more; fashion-cnn stands in for Inception on pictures of "
-        "Fashion-MNIST "
-        f"(without the option: {', '.join(DEFAULT_PERCEPTUAL)})",
-    )
-    parser.add_argument("--out", metavar="FILE", help="also write all of it as JSON")
-    run_command(parser, _evaluate, arguments, when_stopped="nothing was written")
-
-
-if __name__ == "__main__":
-    main()

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from ibq.data.folder import decoding, first_few, image_files, read_image, square_rgb, upright_rgb
-from ibq.data.images import DataError, quoted
-from ibq.errors import ConfigError
+from ibq.data.images import quoted
+from ibq.errors import ConfigError, DataError
 
 Fit = Literal["whole", "crop"]
 READ_AT_ONCE = 8

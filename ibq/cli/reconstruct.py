@@ -1,4 +1,4 @@
-"""`python -m ibq.cli.reconstruct MODEL PICTURES OUT`: pictures through a tokenizer and back, with a page that shows
+"""`ibq reconstruct MODEL PICTURES OUT`: pictures through a tokenizer and back, with a page that shows
 both side by side.
 
 OUT/originals/NAME.png           the picture as the tokenizer was shown it
@@ -14,18 +14,16 @@ Suffixes: B pictures, C channels, H W pixels or token grid, K codes.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_as_bytes
@@ -34,20 +32,22 @@ from ibq.cli.common import (
     PIXEL_PROTOCOL,
     Batch,
     Model,
+    PictureOptions,
     closing_line,
     open_model,
-    picture_parser,
     progress,
     reconstructed,
-    run_command,
 )
 from ibq.cli.pictures import PictureFolder, png
 from ibq.data.images import quoted
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, require_packages
 from ibq.metrics.distances import to_uint8
 from ibq.metrics.quality import pixel_errors
 from ibq.metrics.usage import usage_metrics
 from ibq.run_directory import append_line, read_lines, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 AMPLIFICATION = 4
 PICTURES_A_PAGE = 100
@@ -241,6 +241,8 @@ def _as_shown(output: Output, record: Record) -> Record:
 
 
 def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
     folder = Path(__file__).parent
     return Environment(
         loader=FileSystemLoader(folder),
@@ -254,9 +256,15 @@ def _environment() -> Environment:
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def _reconstruct(given: argparse.Namespace) -> None:
+def reconstruct(given: PictureOptions, out: Path) -> None:
+    """Reconstruct the pictures that have no files in the folder `out` yet, and write its page.
+
+    Raises:
+        ConfigError, DataError: an argument cannot be used, or the model gives numbers that are not finite.
+    """
+    require_packages("jinja2")
     model, pictures = open_model(given)
-    output = Output(Path(given.out).expanduser().absolute(), pictures, model)
+    output = Output(out.expanduser().absolute(), pictures, model)
     device = next(model.tokenizer.parameters()).device
     already: list[str] = []
     with progress(len(pictures.names)) as bar:
@@ -271,19 +279,3 @@ def _reconstruct(given: argparse.Namespace) -> None:
     unchanged = f" ({len(already):,} were finished and are unchanged)" if already else ""
     print(f"{closing_line(pictures, done + len(already), device)}{unchanged}", file=sys.stderr)
     print(page)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Reconstruct a folder of pictures: OUT gets PNG files, the indices, and a page (index.html) that shows pictures
-    side by side."""
-    parser = picture_parser("reconstruct", main.__doc__)
-    parser.add_argument(
-        "out",
-        metavar="OUT",
-        help="folder for what is written, made if absent; given again, only what is missing is done",
-    )
-    run_command(parser, _reconstruct, arguments, when_stopped="the same command goes on from there")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""`python -m ibq.cli.sample MODEL OUT`: images from a transformer, as PNG files, a grid, and the file that evaluators
+"""`ibq sample MODEL OUT`: images from a transformer, as PNG files, a grid, and the file that evaluators
 read.
 
 What OUT holds then: `ibq.cli.sample_folder`. A sample follows from the model, its number, the seed and the settings:
@@ -11,32 +11,32 @@ Suffixes: B samples of a block, N tokens of an image, C channels, H W pixels or 
 
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 
 from ibq import __version__
-from ibq.cli.common import enough_memory, positive, progress, run_command
+from ibq.cli.common import enough_memory, progress
 from ibq.cli.sample_folder import SampleFolder
-from ibq.data.images import DataError, quoted
+from ibq.data.images import quoted
 from ibq.distributed import Processes, copy_of_first, device_name, is_writer, process_group, shared_errors
-from ibq.errors import ConfigError, NonFiniteError
+from ibq.errors import ConfigError, DataError, NonFiniteError
 from ibq.evaluation.tokenizer import measuring
 from ibq.metrics.distances import to_uint8
 from ibq.pretrained.released import TrainedTransformer, Weights
 from ibq.pretrained.transformer import load_transformer
 from ibq.run_directory import source_commit
 from ibq.sampling import Guidance, Sampler, Sampling, Schedule
-from ibq.training.runtime import AUTOCAST, peak_memory_gib
+from ibq.training.optimizer import AUTOCAST
+from ibq.training.row import peak_memory_gib
 
 A_CLASS, AT_MOST = 8, 80
 """Samples where no number is given: of each class, and in all."""
@@ -46,6 +46,34 @@ SHARED = (ConfigError, DataError, OSError)
 
 WRITERS = 8
 """Threads that write the files of a block."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments and options of the command, as `ibq.cli` describes them."""
+
+    model: str
+    out: Path
+    classes: str | None
+    count: int | None
+    seed: int
+    npz: bool
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    guidance: float
+    guidance_schedule: Schedule
+    guidance_power: float
+    guidance_start: float
+    guidance_end: float
+    tokenizer: str | None
+    weights: Weights
+    batch_size: int
+    precision: Literal["fp32", "bf16"]
+    compile: bool
+    device: str
+
 
 Block = tuple[range, list[int]]
 """The numbers of samples that are drawn together, and those of them that are lacking."""
@@ -92,7 +120,7 @@ def as_text(classes: tuple[int, ...]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _sampling(given: argparse.Namespace) -> Sampling:
+def _sampling(given: Options) -> Sampling:
     """ConfigError: an option is out of range."""
     guidance = Guidance(
         given.guidance, given.guidance_schedule, given.guidance_power, given.guidance_start, given.guidance_end
@@ -115,9 +143,7 @@ class _Maker:
         ConfigError: memory does not suffice.
     """
 
-    def __init__(
-        self, given: argparse.Namespace, trained: TrainedTransformer, folder: SampleFolder, device: torch.device
-    ) -> None:
+    def __init__(self, given: Options, trained: TrainedTransformer, folder: SampleFolder, device: torch.device) -> None:
         transformer, self._tokenizer, _ = trained
         self._grid, self._folder = transformer.config.grid, folder
         self._memory = f"{given.batch_size} samples at a time on {device}; lower --batch-size"
@@ -155,7 +181,7 @@ class _Maker:
                 written.result()
 
 
-def _folder(given: argparse.Namespace, trained: TrainedTransformer) -> SampleFolder:
+def _folder(given: Options, trained: TrainedTransformer) -> SampleFolder:
     """OUT as it is to be. ConfigError: an argument does not fit the model, or OUT lies in the model's folder."""
     transformer, tokenizer = trained.transformer.config, trained.tokenizer.config
     if _sampling(given).guided and not transformer.class_dropout:
@@ -178,7 +204,7 @@ def _folder(given: argparse.Namespace, trained: TrainedTransformer) -> SampleFol
 
 
 def _facts(
-    given: argparse.Namespace, trained: TrainedTransformer, folder: SampleFolder, processes: Processes
+    given: Options, trained: TrainedTransformer, folder: SampleFolder, processes: Processes
 ) -> tuple[dict[str, Any], ...]:
     """Settings, protocol and machine, as `SampleFolder.claim` takes them."""
     transformer, quantizer = trained.transformer.config, trained.tokenizer.config.quantizer
@@ -213,7 +239,12 @@ def _facts(
     return settings, protocol, made_on
 
 
-def _sample(given: argparse.Namespace) -> None:
+def sample(given: Options) -> None:
+    """Draw the samples that are not in the folder `out` yet, and put together its grid and npz file; a collective.
+
+    Raises:
+        ConfigError, DataError: an option cannot be used, or the model gives numbers that are not finite.
+    """
     _sampling(given)  # what is out of range is said before anything is read
     with process_group(given.device) as processes, ExitStack() as claims:
         blocks: list[Block] = []
@@ -221,7 +252,7 @@ def _sample(given: argparse.Namespace) -> None:
             tokenizer = Path(given.tokenizer).expanduser() if given.tokenizer else None
             trained = load_transformer(Path(given.model).expanduser(), given.weights, tokenizer)
             folder = _folder(given, trained)
-            given.batch_size = min(given.batch_size, folder.count)
+            given = replace(given, batch_size=min(given.batch_size, folder.count))
             if is_writer():
                 claims.enter_context(folder.claim(*_facts(given, trained, folder, processes)))
                 blocks = _blocks(folder, given.batch_size)
@@ -256,98 +287,3 @@ def _put_together(folder: SampleFolder, *, npz: bool, anew: bool) -> None:
     if npz and (anew or not folder.npz.is_file()):
         with progress(folder.count, "sample (npz)") as bar:
             folder.write_npz(bar.update)
-
-
-def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 2**64):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0 and below 2**64")
-    return int(text)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Draw images from a transformer: OUT gets a PNG file of each, a grid (grid.png) and what they were made with
-    (samples.json)."""
-    parser = argparse.ArgumentParser(prog="python -m ibq.cli.sample", description=main.__doc__)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="folder of a transformer's finished run, or a transformer's released checkpoint (.ckpt)",
-    )
-    parser.add_argument(
-        "out",
-        metavar="OUT",
-        help="folder for what is written, made if absent; given again, only what is missing is made",
-    )
-    what = parser.add_argument_group("what is drawn")
-    what.add_argument("--classes", metavar="LIST", help="such as 0,3,5-7 (all)")
-    what.add_argument(
-        "--count",
-        type=positive,
-        metavar="N",
-        help=f"samples in all, given to the classes in turn; a greater N adds to a folder ({A_CLASS} a class, but at "
-        f"most {AT_MOST})",
-    )
-    what.add_argument(
-        "--seed", type=_seed, default=0, help="of the random numbers: another seed, other samples (%(default)s)"
-    )
-    what.add_argument("--npz", action="store_true", help="also write samples.npz, as the ADM evaluator reads it")
-    how, none = parser.add_argument_group("how a token is drawn"), Sampling()
-    how.add_argument(
-        "--temperature", type=float, default=none.temperature, help="0 takes the most probable (%(default)s)"
-    )
-    how.add_argument("--top-k", type=int, metavar="K", help="only the K most probable (all)")
-    how.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        default=none.top_p,
-        help="only the fewest that have probability P (%(default)s)",
-    )
-    how.add_argument(
-        "--min-p",
-        type=float,
-        metavar="P",
-        default=none.min_p,
-        help="only those P times as probable as the first (%(default)s)",
-    )
-    how.add_argument(
-        "--guidance", type=float, metavar="S", default=none.guidance.scale, help="scale; 1 is none (%(default)s)"
-    )
-    how.add_argument(
-        "--guidance-schedule", choices=get_args(Schedule), default=none.guidance.schedule, help="(%(default)s)"
-    )
-    how.add_argument(
-        "--guidance-power",
-        type=float,
-        default=none.guidance.power,
-        help="of the cosine: the larger, the later it rises (%(default)s)",
-    )
-    how.add_argument(
-        "--guidance-start",
-        type=float,
-        default=none.guidance.start,
-        help="of the interval, a share of the tokens (%(default)s)",
-    )
-    how.add_argument("--guidance-end", type=float, default=none.guidance.end, help="(%(default)s)")
-    where = parser.add_argument_group("with which weights, and where")
-    where.add_argument(
-        "--tokenizer", metavar="FOLDER", help="the tokenizer of a run's folder that was copied without it"
-    )
-    where.add_argument(
-        "--weights", choices=get_args(Weights), default="ema", help="of a released checkpoint's tokenizer (%(default)s)"
-    )
-    where.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="samples drawn together (%(default)s)"
-    )
-    where.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the transformer (%(default)s)")
-    where.add_argument("--compile", action="store_true", help="torch.compile: pays where many samples are drawn")
-    where.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, cuda or cuda:N; under torchrun each process has a GPU (%(default)s)",
-    )
-    run_command(parser, _sample, arguments, when_stopped="the same command goes on from there")
-
-
-if __name__ == "__main__":
-    main()

@@ -19,9 +19,10 @@ from ibq.data.fashion_mnist import (
     load_fashion_mnist,
 )
 from ibq.data.folder import load_folder
-from ibq.data.images import DataError, Images, ImageSource, Split
+from ibq.data.images import Images, ImageSource, Split
 from ibq.data.photos import crop_grid, load_photos, split_regions
 from ibq.data.stream import stream_split
+from ibq.errors import DataError
 
 __all__ = [
     "FASHION_MNIST_RESOLUTION",

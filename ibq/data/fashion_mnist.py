@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ibq.data.images import DataError, Images, Split, one_line
+from ibq.data.images import Images, Split, one_line
+from ibq.errors import DataError
 
 # Of the decompressed bytes: packagers compress the same files anew, so the hashes of the .gz files differ from source
 # to source.

@@ -10,11 +10,9 @@ from typing import Literal, Protocol
 
 import torch
 
+from ibq.errors import DataError
+
 Split = Literal["train", "test"]
-
-
-class DataError(ValueError):
-    """Data that is absent, damaged or does not fit; the message is one sentence that a user can act on."""
 
 
 class ImageSource(Protocol):

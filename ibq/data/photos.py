@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ibq.data.images import DataError, Images, Split, one_line
+from ibq.data.images import Images, Split, one_line
+from ibq.errors import DataError
 
 PHOTOS = {
     "skimage": (

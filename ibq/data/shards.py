@@ -18,9 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ibq.data.images import DataError
 from ibq.distributed import gather_rows, is_writer, rank, shared_errors, world_size
-from ibq.errors import NonFiniteError, NonFiniteInputError
+from ibq.errors import DataError, NonFiniteError, NonFiniteInputError
 from ibq.run_directory import write_tensors
 from ibq.training.runtime import StopRequested
 

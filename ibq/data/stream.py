@@ -34,8 +34,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ibq.data.folder import DECODING_THREADS, Listing, Pixels, decoding, first_few, list_split, read_square
-from ibq.data.images import DataError, Split, one_line, quoted, to_float
+from ibq.data.images import Split, one_line, quoted, to_float
 from ibq.distributed import exit_with_parent
+from ibq.errors import DataError
 
 UNUSABLE_SHARE, UNUSABLE_FILES = 0.01, 10
 """More than this share of the files, and more than this number of them, is not bad luck any more but a damaged or a

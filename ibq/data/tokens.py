@@ -20,11 +20,11 @@ import torch
 from filelock import FileLock, Timeout
 
 from ibq.config import TransformerTrainConfig
-from ibq.data import DataError, ImageSource, cache_folder
+from ibq.data import ImageSource, cache_folder
 from ibq.data.loader import TrainingBatches, shares
 from ibq.data.shards import Parts
 from ibq.distributed import any_rank, is_writer, shared_errors
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, DataError
 from ibq.evaluation.tokenizer import evaluating, measuring
 from ibq.models.tokenizer import Tokenizer
 from ibq.training.runtime import StopRequested

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ibq.data import DataError, ImageSource
+from ibq.data import ImageSource
 from ibq.data.images import one_line
 from ibq.distributed import copy_of_first, gather_objects, is_writer, rank, shared_errors, sum_over_ranks, world_size
-from ibq.errors import NonFiniteInputError
+from ibq.errors import DataError, NonFiniteInputError
 from ibq.metrics.codebook import QuantizationError
 from ibq.metrics.distances import EXTRACTED_AT_ONCE, Distances, References, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small

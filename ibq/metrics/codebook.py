@@ -1,5 +1,5 @@
-"""What a codebook's gradient and geometry say: gradient reach, quantization error, logits, the gap between features and
-codes; and, from a whole history, `diagnose`.
+"""Gradient and geometry of a codebook: gradient reach, quantization error, logits, the gap between features and
+codes.
 
 Suffixes: N tokens, K codes, D code dimension.
 """
@@ -11,14 +11,13 @@ import math
 import torch
 
 from ibq.distributed import gather_rows, sum_of_numbers
-from ibq.evaluation.diagnosis import diagnose as diagnose
 
 ADAM_EPS = 1e-8
 
 
 @torch.no_grad()
 def gradient_reach(gradient_KD: torch.Tensor) -> dict[str, float]:
-    """How many codes a codebook gradient really reaches.
+    """Gradient reach: the number of codes that a codebook gradient really reaches.
 
     "Non-zero" says nothing (softmax gradients are never exactly zero), so: `reach_effective` is the exponential of the
     entropy of the gradient norms taken as shares, in codes, and `reach_above_eps` the share of codes whose
@@ -39,7 +38,7 @@ def gradient_reach(gradient_KD: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def logit_statistics(logits_NK: torch.Tensor) -> dict[str, float]:
-    """How decisive an assignment is: `logit_spread`, the standard deviation of a token's logits over the codes;
+    """Decisiveness of assignments: `logit_spread`, the standard deviation of a token's logits over the codes;
     `max_probability`, the largest entry of its softmax at temperature 1 (1/K is indifference; near 1 the softmax hears
     of one code, and its gradient vanishes); and `assignment_entropy`, the entropy of that softmax in nats; means over
     tokens.
@@ -58,8 +57,8 @@ def logit_statistics(logits_NK: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def code_gap(features_ND: torch.Tensor, codes_KD: torch.Tensor, used_K: torch.Tensor | None) -> dict[str, float]:
-    """How far the codebook as a cloud of points lies from the features: `gap`, with `gap_used` and `gap_dead` for part
-    of the codes.
+    """Fréchet distance of the codebook as a cloud of points from the features: `gap`, with `gap_used` and `gap_dead`
+    for part of the codes.
 
     The Fréchet distance of two Gaussians, |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), over the features' variance tr
     S1, so that it has no

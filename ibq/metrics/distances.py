@@ -36,8 +36,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ibq.data.fashion_mnist import cache_folder
-from ibq.data.images import DataError
 from ibq.distributed import gather_rows
+from ibq.errors import DataError
 from ibq.ops.precision import full_float32
 from ibq.run_directory import write_tensors
 
@@ -58,7 +58,7 @@ def to_uint8(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def too_few(n_images: int) -> str | None:
-    """Why no distance would mean anything, or None."""
+    """The reason why no distance would mean anything, or None."""
     return f"{n_images} images are too few, {FEWEST_IMAGES} are needed" if n_images < FEWEST_IMAGES else None
 
 
@@ -92,7 +92,7 @@ class Distances:
 
     @property
     def logits_NL(self) -> torch.Tensor:  # noqa: N802 (a shape suffix)
-        """What the network takes the images for, after `finish`; after `reduce` those of all processes."""
+        """Predicted classes of the images, after `finish`; after `reduce` those of all processes."""
         return self._rows[1]
 
     def update(self, images_BCHW: torch.Tensor) -> None:
@@ -202,7 +202,7 @@ def reference_features(extractor: Extractor, references: References) -> torch.Te
 
 
 def _content_key(extractor: Extractor, references: References) -> tuple[str, int]:
-    """What stands for the network and the images, whatever batches they come in; and how many images these are."""
+    """Hash of the network and the images, whatever batches they come in; and how many images these are."""
     import torch_fidelity
 
     named = (torch_fidelity.__version__, extractor.name, extractor.weights, extractor.device.type)

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ibq.data.images import DataError
 from ibq.distributed import sum_of_numbers
+from ibq.errors import DataError
 from ibq.ops.precision import full_float32
 from ibq.pretrained.weights import load_pretrained
 
@@ -78,7 +78,7 @@ class LPIPS:
 
 
 def too_small(images_BCHW: torch.Tensor) -> str | None:
-    """Why the backbones cannot read these images, or None."""
+    """The reason why the backbones cannot read these images, or None."""
     H, W = images_BCHW.shape[2:]
     if min(H, W) >= SMALLEST_SIDE:
         return None

@@ -12,14 +12,14 @@ import torch
 
 
 def usage_metrics(counts_K: torch.Tensor) -> dict[str, float]:
-    """How a set of tokens spreads over a codebook.
+    """Usage, entropy and perplexity of a set of tokens.
 
     Args:
         counts_K: tokens assigned to each code (K,), non-negative integers, at least one token.
 
     Returns:
         tokens: sum of the counts; usage: share of codes with a token; dead_codes: number without one; bits: entropy of
-        the empirical distribution in bits a token; perplexity: 2 ** bits, in codes; perplexity_share: perplexity over
+        the empirical distribution in bits per token; perplexity: 2 ** bits, in codes; perplexity_share: perplexity over
         K; top1pct_mass: share of the tokens on the ceil(K / 100) most frequent codes; uniform_usage,
         uniform_perplexity: what as many uniform tokens would give.
 

@@ -8,44 +8,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ibq.schema import Frozen
-
-
-class AutoencoderConfig(Frozen):
-    """Size of the VQGAN encoder and decoder (docs/method.md section 5 has the paper's: 128, (1, 1, 2, 2, 4), 4
-    ResBlocks, z 256).
-
-    The down-sampling factor is 2 ** (len(channel_multipliers) - 1).
-    """
-
-    base_channels: int = Field(16, strict=True, ge=1)
-    channel_multipliers: tuple[int, ...] = Field((1, 2, 2), min_length=1)
-    res_blocks: int = Field(
-        1, strict=True, ge=1, description="ResBlocks a level in the encoder; the decoder has one more"
-    )
-    attention_resolutions: tuple[int, ...] = ()
-    z_channels: int = Field(32, strict=True, ge=1)
-    norm_groups: int = Field(16, strict=True, ge=1)
-
-    @property
-    def downsampling(self) -> int:
-        return int(2 ** (len(self.channel_multipliers) - 1))
-
-    @model_validator(mode="after")
-    def _groups_divide_channels(self) -> AutoencoderConfig:
-        for multiplier in self.channel_multipliers:
-            width = multiplier * self.base_channels
-            if width < 1 or width % self.norm_groups:
-                raise ValueError(
-                    f"norm_groups={self.norm_groups} does not divide a level of {width} channels; choose norm_groups "
-                    f"among the divisors of "
-                    f"base_channels={self.base_channels}"
-                )
-        return self
+from ibq.models.config import AutoencoderConfig
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:

@@ -12,8 +12,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from ibq.errors import NonFiniteElsewhereError, NonFiniteInputError
 from ibq.ops import triton
-
-Backend = Literal["auto", "dense", "chunked", "triton"]
+from ibq.schema import Backend
 
 
 def checked(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

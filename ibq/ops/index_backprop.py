@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from ibq.ops import chunked, triton
-from ibq.ops.arguments import Backend, checked, choose_backend, require_finite, resolve_group
+from ibq.ops.arguments import checked, choose_backend, require_finite, resolve_group
 from ibq.ops.precision import full_float32
 from ibq.ops.reference import ENTROPY_EPS, Result, dense
+from ibq.schema import Backend
 
 _COMPUTED_BY: dict[str, ModuleType] = {"chunked": chunked, "triton": triton}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from ibq.ops import triton
-from ibq.ops.arguments import Backend, checked, choose_backend, require_finite
+from ibq.ops.arguments import checked, choose_backend, require_finite
 from ibq.ops.chunked import nearest_by_chunks
 from ibq.ops.precision import coarse_center, full_float32
 from ibq.ops.reference import nearest_densely
+from ibq.schema import Backend
 
 
 @torch.no_grad()

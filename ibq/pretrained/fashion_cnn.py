@@ -26,7 +26,8 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from ibq.data.fashion_mnist import FASHION_MNIST_RESOLUTION, load_fashion_mnist
-from ibq.data.images import DataError, Images
+from ibq.data.images import Images
+from ibq.errors import DataError
 
 FEATURES, CLASSES = 64, 10
 WEIGHTS_SHA256 = "2500cff1c0a82f04c98a46c07000c88f1f30a9c51b3b879d4899e41d0be9371b"

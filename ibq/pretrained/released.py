@@ -23,13 +23,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from ibq.config import TrainConfig
-from ibq.data.imagenet import imagenet_steps
-from ibq.data.images import DataError, one_line, quoted
-from ibq.errors import ConfigError, one_sentence
+from ibq.config import TrainConfig, imagenet_steps
+from ibq.data.images import one_line, quoted
+from ibq.errors import ConfigError, DataError, one_sentence
+from ibq.models.config import HEAD_DIM, TransformerConfig
 from ibq.models.tokenizer import Tokenizer, digest_of
 from ibq.models.transformer import Transformer
-from ibq.models.transformer.config import HEAD_DIM, TransformerConfig
 
 Weights = Literal["ema", "raw"]
 

@@ -8,12 +8,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ibq.config import TransformerTrainConfig, read_config
+from ibq.config import TransformerTrainConfig
 from ibq.data.images import one_line, quoted
 from ibq.errors import ConfigError
+from ibq.models.config import TransformerConfig
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.models.transformer import Transformer
-from ibq.models.transformer.config import TransformerConfig
 from ibq.pretrained.released import TrainedTransformer, Weights, load_released
 from ibq.run_directory import RunDirectory
 
@@ -88,7 +88,7 @@ def _of_run(run: RunDirectory, tokenizer_folder: Path) -> TrainedTransformer:
 
 def _config_of(run: RunDirectory) -> TransformerTrainConfig:
     """ConfigError: the folder holds no run, or a tokenizer's."""
-    config = read_config(run)
+    config = run.read_config()
     if not isinstance(config, TransformerTrainConfig):
         raise ConfigError(
             f"{quoted(run.path)} holds a tokenizer and no transformer; pass the folder of a transformer's run"

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from ibq.data.images import DataError, one_line
+from ibq.data.images import one_line
+from ibq.errors import DataError
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 _TIMEOUT_S = 10

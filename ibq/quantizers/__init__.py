@@ -1,14 +1,14 @@
 """Quantizers: one file a method, one contract (`base.py`). Importing this package registers them all."""
 
-from ibq.quantizers.base import Quantized, Quantizer, build_quantizer
+from ibq.quantizers.base import Quantized, Quantizer, build_quantizer, parse_quantizer_config
 from ibq.quantizers.bsq import BinarySphericalQuantizer, BSQConfig
-from ibq.quantizers.config import QuantizerConfig
 from ibq.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
 from ibq.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from ibq.quantizers.ibq import IBQConfig, IndexBackpropQuantizer
 from ibq.quantizers.lfq import LFQConfig, LookupFreeQuantizer
 from ibq.quantizers.simvq import SimVectorQuantizer, SimVQConfig
 from ibq.quantizers.vq import VectorQuantizer, VQConfig
+from ibq.schema import QuantizerConfig
 
 __all__ = [
     "BSQConfig",
@@ -29,4 +29,5 @@ __all__ = [
     "VQConfig",
     "VectorQuantizer",
     "build_quantizer",
+    "parse_quantizer_config",
 ]

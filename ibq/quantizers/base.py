@@ -17,9 +17,10 @@ from ibq.distributed import copy_from_first
 from ibq.errors import ConfigError, one_sentence
 from ibq.ops.arguments import require_finite
 from ibq.ops.precision import full_float32
-from ibq.quantizers.config import FROM_FEATURES, EmbeddingConfig, QuantizerConfig
+from ibq.quantizers.config import FROM_FEATURES, EmbeddingConfig
 from ibq.quantizers.entropy import euclidean_as_dot
 from ibq.quantizers.updates import kmeans
+from ibq.schema import QuantizerConfig
 
 KMEANS_FEATURES = 4  # per code: the means of fewer features are hardly means
 

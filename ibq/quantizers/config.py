@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ibq.schema import Frozen
+from ibq.schema import QuantizerConfig
 
 CodebookInit = Literal["uniform", "normal", "features", "kmeans"]
 FROM_FEATURES = ("features", "kmeans")
 
 
-class QuantizerConfig(Frozen):
-    """Fields that all quantizers share; a method's config adds its own and sets `method`."""
-
-    method: str
-    codebook_size: int = Field(1024, strict=True, ge=1, description="K, the number of codes")
-    code_dim: int = Field(64, strict=True, ge=1, description="D, the dimension of a code")
-
-    @classmethod
-    def sizes(cls, codebook_size: int) -> dict[str, Any]:
-        """Fields that K codes decide: K itself, and what else follows from it where the codebook is not learnt."""
-        return {"codebook_size": codebook_size}
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Weight of each raw term of `Quantized.losses` in the total loss."""
-        raise NotImplementedError
-
-    @property
-    def changes_in_forward(self) -> bool:
-        """Whether a training forward moves codes or draws noise, so that it matters how often it is called for one
-        step."""
-        return False
-
-    @property
-    def places_codes(self) -> bool:
-        """Whether codes can be put on features one by one (`restart_codes`)."""
-        return False
-
-
 class EmbeddingConfig(QuantizerConfig):
-    """How a learnt codebook begins: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
+    """Initialisation of a learnt codebook: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
 
     codebook_init: CodebookInit = "uniform"
     init_scale: float = Field(
@@ -51,7 +22,7 @@ class EmbeddingConfig(QuantizerConfig):
 
     @property
     def unit_norm(self) -> bool:
-        """Whether features and codes are compared at unit length."""
+        """True if features and codes are compared at unit length."""
         return False
 
     @property

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field, model_validator
 
 from ibq.quantizers.base import straight_through
-from ibq.quantizers.config import QuantizerConfig
-from ibq.quantizers.implied import ImpliedCodebookQuantizer, bits_of
+from ibq.quantizers.implied import ImpliedCodebookQuantizer
+from ibq.schema import QuantizerConfig, bits_of
 
 MARGIN = 1e-3  # the outermost levels are reached within this of tanh's bound
 

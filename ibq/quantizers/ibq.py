@@ -27,11 +27,11 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 
 from ibq.ops import index_backprop
-from ibq.ops.arguments import Backend
 from ibq.ops.precision import full_float32
 from ibq.quantizers.base import CodebookQuantizer, quantization_terms
 from ibq.quantizers.config import CodebookConfig, CodebookInit
 from ibq.quantizers.entropy import entropy_terms
+from ibq.schema import Backend
 
 CHUNK_ELEMENTS = 2**24
 

@@ -11,24 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ibq.errors import ConfigError
 from ibq.quantizers.base import Quantizer
-from ibq.quantizers.config import QuantizerConfig
-
-
-def bits_of(codebook_size: int) -> int:
-    """log2 K.
-
-    Raises:
-        ConfigError: K is not a power of two, of at least 4, so that methods without a learnt codebook cannot have it.
-    """
-    bits = codebook_size.bit_length() - 1
-    if codebook_size != 1 << bits or bits < 2:
-        raise ConfigError(
-            f"quantizer.codebook_size={codebook_size} has no LFQ and no FSQ beside it; choose a power of two, at least "
-            f"4"
-        )
-    return bits
+from ibq.schema import QuantizerConfig
 
 
 class ImpliedCodebookQuantizer(Quantizer):

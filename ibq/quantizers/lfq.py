@@ -18,8 +18,8 @@ from pydantic import Field, model_validator
 
 from ibq.ops import index_backprop
 from ibq.quantizers.base import straight_through
-from ibq.quantizers.config import QuantizerConfig
-from ibq.quantizers.implied import ImpliedCodebookQuantizer, bits_of
+from ibq.quantizers.implied import ImpliedCodebookQuantizer
+from ibq.schema import QuantizerConfig, bits_of
 
 
 class BinaryConfig(QuantizerConfig):

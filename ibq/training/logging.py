@@ -7,6 +7,7 @@ Suffixes: B images, D code dimension, H W token grid, N tokens, K codes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
@@ -210,3 +211,30 @@ class EntropyPull:
         entropy_BDHW = self.of_entropy_BDHW.float()
         others = (self.z_BDHW.grad.float() / loss_scale - entropy_BDHW).norm()
         return {"entropy_pull": float(entropy_BDHW.norm() / others.clamp_min(1e-30))}
+
+
+class Progress(Protocol):
+    """Progress of a training state: finished updates, and the seconds that they took."""
+
+    step: int
+    seconds: float
+
+
+class Throughput:
+    """Images a second, and the share of time spent waiting for data, since the last report."""
+
+    def __init__(self, state: Progress, batch_size: int) -> None:
+        self.state, self.batch_size = state, batch_size
+        self.step, self.seconds, self.waited_s = state.step, state.seconds, 0.0
+
+    def report(self, waited_s: float) -> dict[str, float]:
+        """images_per_s, over all processes, and data_wait_pct, the share of that time in which this process waited for
+        pixels.
+
+        Args:
+            waited_s: seconds of waiting since the start.
+        """
+        images, seconds = (self.state.step - self.step) * self.batch_size, self.state.seconds - self.seconds
+        waited, self.waited_s = waited_s - self.waited_s, waited_s
+        self.step, self.seconds = self.state.step, self.state.seconds
+        return {"images_per_s": images / seconds, "data_wait_pct": 100 * waited / seconds}

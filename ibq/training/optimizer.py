@@ -18,6 +18,7 @@ from ibq.losses import Weight, weighted, weighted_sum
 from ibq.training.checkpoint import Checkpoint, flatten_optimizer, part_of, restore_optimizer
 from ibq.training.sharding import local, part_like, whole
 
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {"model": "optimizer", "discriminator": "discriminator_optimizer"}
 """Names of the players in a checkpoint, and of their optimizers."""
 

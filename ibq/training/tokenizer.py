@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ibq.config import TrainConfig
-from ibq.data import DataError, ImageSource, data_hash, load_images
+from ibq.data import ImageSource, data_hash, load_images
 from ibq.data.loader import TrainingBatches
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
-from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
+from ibq.errors import ConfigError, DataError, NonFiniteError, NonFiniteInputError, require_packages
 from ibq.evaluation.diagnosis import diagnose, summary
 from ibq.evaluation.tokenizer import evaluate, evaluating
 from ibq.losses import (
@@ -37,23 +37,12 @@ from ibq.losses import (
 from ibq.models.tokenizer import Tokenizer
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
+from ibq.training.claim import agreed, already_finished, newest_checkpoint, tidy
 from ibq.training.interventions import Asked, Journal
-from ibq.training.logging import GAP_PROTOCOL, GAPS, EntropyPull, geometry, take_snapshot
-from ibq.training.runtime import (
-    AUTOCAST,
-    LogEvent,
-    Pace,
-    Runtime,
-    StopRequested,
-    agreed,
-    already_finished,
-    cause,
-    newest_checkpoint,
-    peak_memory_gib,
-    row_of,
-    tidy,
-    write_lost,
-)
+from ibq.training.logging import GAP_PROTOCOL, GAPS, EntropyPull, Throughput, geometry, take_snapshot
+from ibq.training.optimizer import AUTOCAST
+from ibq.training.row import cause, peak_memory_gib, row_of, write_lost
+from ibq.training.runtime import LogEvent, Runtime, StopRequested
 from ibq.training.tokenizer_state import TrainingState
 
 
@@ -98,6 +87,7 @@ def train_tokenizer(
     if already_finished(run, config):
         return
     with shared_errors(ConfigError, DataError):
+        require_packages("torchmetrics", "torch_fidelity")  # the evaluation at the end needs them
         device = resolve_device(runtime.device)
         train_images, test_images = load_images(config.data, "train"), load_images(config.data, "test")
         if (n_images := len(train_images)) < config.batch_size:
@@ -143,7 +133,7 @@ def train_tokenizer(
     # ---------------------------------------------------------------- the loop
     autocast = torch.autocast(device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32")
     last_checkpoint, saved_step = time.perf_counter(), state.step
-    pace = Pace(state, config.batch_size)
+    throughput = Throughput(state, config.batch_size)
     share = {"rank": rank(), "world": world_size()}
     with TrainingBatches(
         train_images, config, device, first_step=state.step, workers=runtime.workers, **share
@@ -254,7 +244,7 @@ def train_tokenizer(
                 record = (
                     {"step": state.step, "seconds": state.seconds, "lr": lr}
                     | generator.report()
-                    | pace.report(batches.waited_s)
+                    | throughput.report(batches.waited_s)
                 )
                 if discriminator is not None:
                     real, fake = logit_means_2.tolist()

@@ -19,9 +19,9 @@ from ibq.metrics.usage import usage_metrics
 from ibq.models.autoencoder import Level
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
-from ibq.ops.arguments import Backend
 from ibq.quantizers import IndexBackpropQuantizer
 from ibq.run_directory import source_commit
+from ibq.schema import Backend
 from ibq.training.checkpoint import (
     Checkpoint,
     part_of,

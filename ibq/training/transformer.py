@@ -18,29 +18,19 @@ from typing import Any
 import torch
 
 from ibq.config import TRANSFORMER_VERSION, TransformerTrainConfig
-from ibq.data import DataError, data_hash, data_hash_of, load_images
+from ibq.data import data_hash, data_hash_of, load_images
 from ibq.data.loader import images_seen, require_even_shares
 from ibq.data.tokens import TokenBatches, encode_split, labels_of
 from ibq.distributed import any_rank, barrier, is_writer, rank, resolve_device, shared_errors, world_size
-from ibq.errors import ConfigError, NonFiniteError, NonFiniteInputError
+from ibq.errors import ConfigError, DataError, NonFiniteError, NonFiniteInputError, require_packages
 from ibq.evaluation.transformer import evaluate_transformer
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
-from ibq.training.optimizer import draw_apart
-from ibq.training.runtime import (
-    AUTOCAST,
-    LogEvent,
-    Pace,
-    Runtime,
-    StopRequested,
-    agreed,
-    already_finished,
-    first_difference,
-    newest_checkpoint,
-    row_of,
-    tidy,
-    write_lost,
-)
+from ibq.training.claim import agreed, already_finished, first_difference, newest_checkpoint, tidy
+from ibq.training.logging import Throughput
+from ibq.training.optimizer import AUTOCAST, draw_apart
+from ibq.training.row import row_of, write_lost
+from ibq.training.runtime import LogEvent, Runtime, StopRequested
 from ibq.training.transformer_state import TransformerState
 
 
@@ -81,6 +71,7 @@ def train_transformer(
     if already_finished(run, config):
         return
     with shared_errors(ConfigError, DataError):
+        require_packages("torchmetrics", "torch_fidelity")  # the evaluation at the end needs them
         device = resolve_device(runtime.device)
         require_tokenizer(config, tokenizer)
         require_even_shares(config, world_size())
@@ -133,7 +124,7 @@ def train_transformer(
     player = state.player
     autocast = torch.autocast(device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32")
     last_checkpoint, saved_step = time.perf_counter(), state.step
-    pace = Pace(state, config.batch_size)
+    throughput = Throughput(state, config.batch_size)
     place = {"first_step": state.step, "rank": rank(), "world": world_size()}
     workers = (
         runtime.workers if state.step < config.steps else 0
@@ -185,7 +176,7 @@ def train_transformer(
                 record = (
                     {"step": state.step, "seconds": state.seconds, "lr": lr}
                     | state.report()
-                    | pace.report(batches.waited_s)
+                    | throughput.report(batches.waited_s)
                 )
                 record["tokens_per_s"] = record["images_per_s"] * config.tokens_per_image
                 if writer:

@@ -19,7 +19,7 @@ from ibq.run_directory import source_commit
 from ibq.training.checkpoint import Checkpoint, random_states, require_version, restore_random_states, save_checkpoint
 from ibq.training.logging import LossWindow
 from ibq.training.optimizer import Player, not_finite
-from ibq.training.runtime import peak_memory_gib
+from ibq.training.row import peak_memory_gib
 from ibq.training.sharding import gather_for_writer, part_like, shard, whole
 
 COUNTED = ("step", "seconds", "encode_seconds", "peak_memory_gib")

@@ -59,7 +59,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def command(pictures: Path, out: Path, steps: int, **fields: str) -> list[str]:
-    """What follows python -m experiments; fields by dotted path."""
+    """Arguments after python -m experiments; fields by dotted path."""
     return [
         "train",
         "imagenet256_ibq_1024",

@@ -153,7 +153,7 @@ def test_the_quick_report_is_published() -> None:
 
 
 def test_problems_are_seen(browser: Browser, tmp_path: Path) -> None:
-    """What the visit is for: each kind of fault is found."""
+    """Every kind of fault of a page is found."""
     (tmp_path / "index.html").write_text(
         "<!doctype html><h1 id='here'>Faults</h1><img src='absent.png'><a href='#nowhere'>1</a><a "
         "href='absent.html'>2</a>"

@@ -63,7 +63,7 @@ def test_a_claim_says_what_was_seen_at_which_seeds_and_scale() -> None:
     claim = judged({0: 1.5, 1: "failed", 2: 2.25})
     assert claim.seen == ("+1.500", "+2.250")
     assert claim.seeds == (0, 2)
-    assert claim.required == "Δ bits a token ≥ +1"
+    assert claim.required == "Δ bits per token ≥ +1"
     assert claim.scale == "quick: fashion-mnist 32×32, K = 1,024, D = 64, 300 steps"
     assert claim.arms == "A→B"
 
@@ -92,7 +92,7 @@ def test_a_metric_that_was_not_measured_is_the_reason() -> None:
     rows = rows_of({0: 1.0})
     rows["bits"] = float("nan")
     claim = claims.claims_of(Study("quick"), ABLATION, rows)[0]
-    assert (claim.word, claim.reason) == ("undecided", "bits a token not measured")
+    assert (claim.word, claim.reason) == ("undecided", "bits per token not measured")
 
 
 def test_claims_that_nothing_tests_say_where_they_stand_and_what_they_need() -> None:

@@ -1,5 +1,4 @@
-"""What is seen in the histories of a study's tokenizers: in rows, old and new, in the words of sweep and status, and on
-the pages."""
+"""Diagnoses from the histories of a study's tokenizers: in rows, in the words of sweep and status, on the pages."""
 
 from __future__ import annotations
 
@@ -21,18 +20,6 @@ from ibq.evaluation.diagnosis import NOTHING_SEEN
 from ibq.run_directory import write_json, write_text
 
 pytestmark = pytest.mark.usefixtures("toy")
-LATER = (
-    "never_used",
-    "gap",
-    "gap_used",
-    "gap_dead",
-    "codebook_size",
-    "code_dim",
-    "logit_scale",
-    "assignment_entropy",
-    "entropy_pull",
-)
-"""Columns that histories of older code have not."""
 runner = CliRunner()
 
 
@@ -44,14 +31,13 @@ def write_history(cell: Cell, lines: list[dict[str, Any]]) -> None:
     write_text(cell.run.history, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def grow_old(cell: Cell, *, collapsed: bool) -> None:
-    """Make it a run of older code, whose row had no diagnosis and whose history had fewer columns."""
+def forget_diagnosis(cell: Cell, *, collapsed: bool) -> None:
+    """Take the diagnosis from its row; and let its history be one of a collapse."""
     row = cell.run.read_row()
     write_json(cell.run.row, {name: value for name, value in row.items() if name != diagnoses.NAME})
-    lines = [{name: value for name, value in line.items() if name not in LATER} for line in cell.run.read_history()]
     if collapsed:
-        lines = [lines[-1] | {"step": step, "perplexity": 1.5} for step in range(10, 210, 10)]
-    write_history(cell, lines)
+        last = cell.run.read_history()[-1] | {"perplexity": 1.5}
+        write_history(cell, [last | {"step": step} for step in range(10, 210, 10)])
 
 
 def test_rows_of_the_study_have_it_and_transformers_have_not(copied: Study) -> None:
@@ -61,10 +47,10 @@ def test_rows_of_the_study_have_it_and_transformers_have_not(copied: Study) -> N
     assert frame.loc[["vq", "ibq", "ibq_deep"], "diagnosis"].isna().all()
 
 
-def test_it_is_added_to_older_runs_without_training(copied: Study) -> None:
+def test_it_is_added_to_runs_without_it_and_nothing_is_trained(copied: Study) -> None:
     vq, ibq = tokenizer_of(copied, "vq"), tokenizer_of(copied, "ibq")
-    grow_old(vq, collapsed=True)
-    grow_old(ibq, collapsed=False)
+    forget_diagnosis(vq, collapsed=True)
+    forget_diagnosis(ibq, collapsed=False)
     before = [cell.run.row.read_bytes() for cell in copied.cells]
     result = runner.invoke(app, ["evaluate", "toy", "--preset", "smoke", "--metric", "diagnosis"])
     assert result.exit_code == 0, result.output
@@ -80,21 +66,6 @@ def test_it_is_added_to_older_runs_without_training(copied: Study) -> None:
     assert not [column for column in frame if column.startswith("diagnosis.")]
     assert [cell.run.row.read_bytes() for cell in copied.cells] == before
     assert runs.evaluate_finished(copied, "diagnosis", lambda _: None) == 0
-
-
-@pytest.mark.parametrize("arm", ["vq", "ibq"])
-def test_snapshots_tell_what_an_older_history_does_not(copied: Study, arm: str) -> None:
-    cell = tokenizer_of(copied, arm)
-    new = cell.run.read_history()
-    assert diagnoses.lines_of(cell.run, cell.config) == new
-    grow_old(cell, collapsed=False)
-    old = diagnoses.lines_of(cell.run, cell.config)
-    assert "never_used" not in old[0], "no snapshot has counted anything yet"
-    assert {name: old[-1][name] for name in ("never_used", "codebook_size", "code_dim")} == {
-        name: new[-1][name] for name in ("never_used", "codebook_size", "code_dim")
-    }
-    assert old[-1].get("logit_scale") == new[-1].get("logit_scale")
-    assert old[-1]["gap"] == pytest.approx(cell.run.read_row()["gap"])
 
 
 def test_sweep_and_status_name_the_cause(copied: Study) -> None:
@@ -117,14 +88,14 @@ def test_sweep_and_status_name_the_cause(copied: Study) -> None:
     assert detail().endswith(f" s; {seen}")
     write_json(cell.run.row, cell.run.read_row() | {"status": "nan", "reason": "step 7: lost"})
     assert detail() == f"step 7: lost; {seen}"
-    grow_old(cell, collapsed=True)
+    forget_diagnosis(cell, collapsed=True)
     runs.evaluate_finished(copied, "diagnosis", lambda _: None)
     assert detail().startswith("step 7: lost; collapsed since step 10")
 
 
 def test_status_says_it_of_a_run_that_has_not_finished(copied: Study) -> None:
     cell = tokenizer_of(copied, "vq")
-    grow_old(cell, collapsed=True)
+    forget_diagnosis(cell, collapsed=True)
     cell.run.row.unlink()
     details = [
         str(line["detail"]) for line in rows.status_lines(Study("smoke", ("toy",))) if line["run"] == cell.run.path.name
@@ -136,7 +107,7 @@ def test_a_page_shows_what_is_wrong_and_nothing_where_nothing_is(copied: Study) 
     page = pages.write(copied).parent / "toy.html"
     assert 'id="diagnoses"' not in page.read_text()
     assert not list((page.parent / "tables").glob("*diagnoses*"))
-    grow_old(tokenizer_of(copied, "vq"), collapsed=True)
+    forget_diagnosis(tokenizer_of(copied, "vq"), collapsed=True)
     pages.write(copied)
     text = unescape(page.read_text())
     assert 'id="diagnoses"' in text

@@ -249,7 +249,7 @@ class Visit:
         until(lambda: self.drawn().startswith(TABS[name].title), f"{name} is drawn")
 
     def drawn(self) -> str:
-        """What the picture on the screen shows, in words."""
+        """Text of the picture on the screen."""
         return str(self.page.evaluate(f"{DRAWN}.innerText"))
 
     def words(self) -> str:

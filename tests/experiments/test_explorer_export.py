@@ -1,4 +1,4 @@
-"""What the explorer exports: a recipe that is the config and trains it, a command that is a study of the config
+"""Exports of the explorer: a recipe that is the config and trains it, a command that is a study of the config
 alone."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether somebody looks at the kernel: against a small HTTP server that answers as Jupyter's does, and against
+"""Presence of a browser at the kernel: against a small HTTP server that answers as Jupyter's does, and against
 Jupyter's own."""
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class Jupyter:
         return websocket.create_connection(url, timeout=PATIENCE_S)
 
     def execute(self, browser: websocket.WebSocket, code: str) -> str:
-        """What the code prints."""
+        """Output that the code prints."""
         content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
         header = {
             "msg_id": uuid.uuid4().hex,

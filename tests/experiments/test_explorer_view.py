@@ -1,5 +1,4 @@
-"""What is read of run folders, whole, torn, foreign or removed, and that every figure of them can be drawn, without a
-warning."""
+"""Reading of run folders, whole, torn, foreign or removed; every figure of them can be drawn without a warning."""
 
 from __future__ import annotations
 
@@ -77,7 +76,7 @@ def test_the_newest_moment_counts(copy: RunDirectory) -> None:
 
 
 def test_torn_files_are_left_out(copy: RunDirectory) -> None:
-    """What a kill, or a full disk, may leave."""
+    """Files as a kill or a full disk may leave them."""
     (copy.path / LIVE).write_bytes(b"torn")
     newest = copy.snapshots / f"{copy.snapshot_steps()[-1]:08d}.safetensors"
     newest.write_bytes(newest.read_bytes()[:100])

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from experiments.cli import app
 from experiments.status import time_left
 from experiments.study import ROOT
-from ibq.data import DataError
+from ibq.errors import DataError
 from ibq.run_directory import RunDirectory
 
 

@@ -108,7 +108,7 @@ def test_claims_are_judged_by_the_rows_and_say_their_scale() -> None:
     assert {claim.word for claim in judged.values()} == {"confirmed"}
     assert of_contrast["IBQ against LFQ"].seen == ("-0.907",) * 3  # log2(8 / 15)
     assert of_contrast["collapse: bits"].seen == ("+1.766",) * 3
-    assert of_contrast["factorized: likelihood"].required == "Δ log2 bits an image < +0.07"
+    assert of_contrast["factorized: likelihood"].required == "Δ log2 bits per image < +0.07"
     scale = "quick: fashion-mnist 32×32, K = 1,024, D = 64, tokenizers of 900 steps, depth 1 and 3, 700 steps"
     assert of_contrast["scaling: quality"].scale == scale
     assert "D = 10 and 64, tokenizers of 900 steps, depth 2," in of_contrast["IBQ against LFQ"].scale
@@ -130,7 +130,7 @@ def test_a_lost_arm_leaves_its_claims_undecided_and_shows_its_state() -> None:
     assert set(table.loc["ibq_deep", columns]) == {"waiting"}
     values = {
         "blocks": "2",
-        "bits an image": "340",
+        "bits per image": "340",
         "guidance": "2.0",
         "FID[fashion-cnn]": "8.00",
         "precision[fashion-cnn]": "0.700",
@@ -190,7 +190,7 @@ def test_findings_say_where_guidance_is_best_and_what_bits_do_not_say() -> None:
     assert "The lowest of all is 6.00, of ibq_deep." in said
     assert "Bits alone compare nothing: vq_tokens has the fewest an image (100, behind a tokenizer of L1 0.200)" in said
     assert (
-        "From ibq_shallow to ibq_deep parameters go from 0.25 to 2.25 million, bits an image from 350.0 to 325.0"
+        "From ibq_shallow to ibq_deep parameters go from 0.25 to 2.25 million, bits per image from 350.0 to 325.0"
         in said
     )
     assert "the largest that was tried" not in said
@@ -199,7 +199,7 @@ def test_findings_say_where_guidance_is_best_and_what_bits_do_not_say() -> None:
 def test_findings_flag_a_best_guidance_that_is_the_largest() -> None:
     said = " ".join(findings(ABLATION, rows.load(known(best=GUIDANCES[-1], pending=("vq_tokens",)))))
     assert "At the largest that was tried, so perhaps not the best: vq_strong_tokens, " in said
-    assert "Here the fewest bits an image (325) and the lowest FID[fashion-cnn] are of one arm, ibq_deep." in said
+    assert "Here the fewest bits per image (325) and the lowest FID[fashion-cnn] are of one arm, ibq_deep." in said
     assert "1 transformer waits for its tokenizer." in said
 
 

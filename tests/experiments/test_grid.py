@@ -55,12 +55,12 @@ def drawn(study: Study, frame: pd.DataFrame) -> Figure:
 
 
 def words(axis: plt.Axes) -> list[str]:
-    """What stands in the cells."""
+    """Texts in the cells."""
     return [text.get_text() for text in axis.texts if not isinstance(text, Annotation)]
 
 
 def titles(figure: Figure) -> list[str]:
-    """What stands above each row of maps."""
+    """Titles above each row of maps."""
     return [text.get_text() for axis in figure.axes for text in axis.texts if isinstance(text, Annotation)]
 
 

@@ -158,7 +158,7 @@ def test_the_preset_is_that_of_the_recipes(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("codes", [1024, 8192, 16384, 262144])
 def test_the_importer_of_released_files_knows_the_same_recipes(codes: int) -> None:
-    """What `load_released` gives as provenance; the folder of the images is nobody's."""
+    """The recipe that `load_released` gives as provenance; its folder of images is a placeholder."""
     ours = TOKENIZERS[f"imagenet256_ibq_{codes}"]().to_json_dict()
     theirs = TrainConfig.parse(_released_recipe(ours["model"], codes, 256)).to_json_dict()
     mine, other = flatten(ours), flatten(theirs)

@@ -104,7 +104,7 @@ def test_the_explorer_runs_without_a_browser_leaves_no_process_and_refuses_what_
 
 
 def _is_ours(process: psutil.Process, runs: str) -> bool:
-    """Whether a process is one of the explorer's with this folder of runs."""
+    """True if a process is one of the explorer's with this folder of runs."""
     try:
         return "experiments.explorer" in " ".join(process.cmdline()) and process.environ().get("IBQ_RUNS") == runs
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""What a recipe would cost: sizes against networks counted by hand, memory by rules, hours from rows alone and in words
+"""Cost of a recipe: sizes against networks counted by hand, memory by rules, hours from rows alone and in words
 without them."""
 
 from __future__ import annotations

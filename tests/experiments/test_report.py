@@ -323,7 +323,7 @@ def test_a_snapshot_is_the_report_without_machine_paths_and_notebook_files(
 
 
 def test_a_new_quantizer_needs_a_level_and_an_arm(trained: tuple) -> None:
-    """What the README asks of a new quantizer is enough for every table and figure."""
+    """The steps that the README asks for a new quantizer are enough for every table and figure."""
     method = replace(ABLATION.factors[0], levels=(*ABLATION.factors[0].levels, "noisy"))
     arm = Arm("noisy", dict(ABLATION.arm("vq_published").levels) | {"estimator": "noisy"}, focal=True)
     extended = replace(ABLATION, factors=(method, *ABLATION.factors[1:]), arms=(*ABLATION.arms, arm))

@@ -1,4 +1,4 @@
-"""What a transformer's recipe would cost: counts against arithmetic by hand and against real passes, memory and hours
+"""Cost of a transformer's recipe: counts against arithmetic by hand and against real passes, memory and hours
 by rules, in words."""
 
 from __future__ import annotations

@@ -288,7 +288,7 @@ def test_a_tokenizer_that_did_not_stay_finite_ends_its_transformers(empty: Study
     assert frame.set_index("arm").loc["vq", ["reason", "tokenizer.status"]].tolist() == [reason, "nan"]
     assert any(f"nan toy/vq seed 0: {reason}" in line for line in said)
     assert findings(TOY, frame)[0].startswith("3 of 3 runs have no result (3 nan)")
-    assert runs.read_config(study.cells[-1].run) == study.cells[-1].config
+    assert study.cells[-1].run.read_config() == study.cells[-1].config
     assert train_study(Study("smoke", ("toy",)), device="cpu", say=said.append).skipped == 5
 
 

@@ -1,4 +1,4 @@
-"""What users get wrong, each with its sentence: exit code 2, one line on stderr that holds what was given and what is
+"""Mistakes of users, each with its error message: exit code 2, one line on stderr that holds what was given and what is
 allowed."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests of the operators share: the formula of docs/method.md section 3 by a one-hot matrix and plain
+"""Helpers for the tests of the operators: the formula of docs/method.md section 3 by a one-hot matrix and plain
 autograd, inputs, losses, errors."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | 
 Operator = Callable[[torch.Tensor, torch.Tensor, float | None], Outputs]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""Where the Triton kernels run: a GPU, else Triton's interpreter."""
+"""Device of the Triton kernels: a GPU, else the CPU with Triton's interpreter."""
 
 
 def textbook(z_ND: torch.Tensor, codebook_KD: torch.Tensor, tau: float | None) -> Outputs:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ibq import load_released
-from ibq.data import DataError
+from ibq.errors import DataError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -187,7 +187,7 @@ def write(path: Path, state: Tensors | dict[str, Any]) -> Path:
 
 
 def sentence(path: Path, **weights: Any) -> str:
-    """What `load_released` refuses the file with, its path as FILE."""
+    """Error message of `load_released` for a file, its path as FILE."""
     with pytest.raises(DataError) as caught:
         load_released(path, **weights)
     text = str(caught.value)

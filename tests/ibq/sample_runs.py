@@ -6,24 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from ibq.cli.sample import main
+from ibq.cli.app import app
 
 
 def run(*arguments: object) -> None:
-    main([str(argument) for argument in arguments])
+    if code := app(["sample", *map(str, arguments)], standalone_mode=False):
+        raise SystemExit(code)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
     """The one sentence of a command that ends with this exit code."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as left:
-        run(*arguments)
+        app(["sample", *map(str, arguments)])
     assert left.value.code == code
-    (sentence,) = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if line.startswith(("ibq.cli.sample: ", "python -m ibq.cli.sample: "))
-    ]
+    words = ("error: ", "Error: ", "stopped; ")
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(words)]
     return sentence
 
 

@@ -7,8 +7,8 @@ import math
 
 import torch
 
+from ibq.models.config import TransformerConfig
 from ibq.models.transformer import Transformer
-from ibq.models.transformer.config import TransformerConfig
 from ibq.models.transformer.subtokens import split
 from ibq.sampling import Sampling
 

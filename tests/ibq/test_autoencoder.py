@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ibq.config import TrainConfig
-from ibq.models.autoencoder import AttentionBlock, AutoencoderConfig, Decoder, Downsample, Encoder, ResBlock, Upsample
+from ibq.models.autoencoder import AttentionBlock, Decoder, Downsample, Encoder, ResBlock, Upsample
+from ibq.models.config import AutoencoderConfig
 from ibq.models.tokenizer import Tokenizer
 
 

@@ -1,4 +1,4 @@
-"""What each step trains on: the order of the images, the shares of several processes, images in memory."""
+"""Training batches: the order of the images, the shares of several processes, images in memory."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ SURROUNDINGS: dict[str, dict[str, Any]] = {
     "loss.perceptual_weight": {"loss.perceptual": "fashion-cnn"},
     "optim.final_factor": {"optim.schedule": "cosine"},
 } | {path: GAN for path in OTHER_VALUES if path.startswith("loss.adversarial.") and path not in GAN}
-"""What a field needs beside it to mean something."""
+"""Other fields that a field needs to have an effect."""
 
 
 # --- Identity ---------------------------------------------------------------------------------------------------------

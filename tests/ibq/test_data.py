@@ -1,9 +1,10 @@
-"""Where images come from, that they are the right ones, and that every refusal says what to do."""
+"""Sources of images: the images are the right ones, and every error message says what to do."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
@@ -13,9 +14,9 @@ import PIL.Image
 import pytest
 import torch
 
+from ibq.cli.app import app
 from ibq.config import DataConfig
 from ibq.data import (
-    DataError,
     Images,
     Split,
     crop_grid,
@@ -26,7 +27,7 @@ from ibq.data import (
     photos,
     split_regions,
 )
-from ibq.data.__main__ import main
+from ibq.errors import DataError
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 PHOTOS = DataConfig(name="photos", resolution=32)
@@ -427,7 +428,7 @@ def test_absent_or_damaged_photos_name_the_remedy(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_prints_a_line_per_split(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["photos", "--resolution", "64"])
+    assert not app(["data", "photos", "--resolution", "64"], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
     expected = load_images(DataConfig(name="photos", resolution=64), "test")
     assert len(lines) == 2
@@ -439,9 +440,10 @@ def test_the_command_prints_a_line_per_split(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("resolution", ["4", "64"])
-def test_the_command_refuses_in_one_sentence(resolution: str) -> None:
-    with pytest.raises(SystemExit, match=rf"^ibq.data: .*{resolution}[^\n]*$"):
-        main(["fashion-mnist", "--resolution", resolution])
+def test_the_command_refuses_in_one_sentence(resolution: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        app(["data", "fashion-mnist", "--resolution", resolution])
+    assert re.fullmatch(rf"error: .*{resolution}[^\n]*\n", capsys.readouterr().err)
 
 
 def test_the_known_hash_is_that_of_the_loaded_images() -> None:

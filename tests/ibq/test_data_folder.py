@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import struct
@@ -22,9 +23,10 @@ import pytest
 from pydantic import ValidationError
 
 from ibq import IBQConfig
+from ibq.cli.app import app
 from ibq.config import DataConfig, TrainConfig
-from ibq.data import DataError, Images, Split, folder, load_images
-from ibq.data.__main__ import main
+from ibq.data import Images, Split, folder, load_images
+from ibq.errors import DataError
 
 R = 8
 
@@ -366,13 +368,13 @@ def test_more_than_memory_may_hold_is_refused_before_decoding(tmp_path: Path, mo
         ("imagefolder:a\0b", "a folder of images is written 'imagefolder:PATH'"),
     ],
 )
-def test_unknown_names_are_refused_with_the_nearest(name: str, words: str) -> None:
+def test_unknown_names_are_refused_with_the_nearest(name: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValidationError):
         DataConfig(name=name)
-    with pytest.raises(SystemExit) as refusal:
-        main([name])
-    assert words in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    with pytest.raises(SystemExit, match="2"):
+        app(["data", name])
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert words in sentence
 
 
 def test_a_folder_has_three_channels_and_its_path_is_no_part_of_a_runs_identity() -> None:
@@ -393,12 +395,13 @@ def test_the_command_prints_what_a_folder_holds(tmp_path: Path, capsys: pytest.C
     numbered(tmp_path, 12, "{:02d} ä.png")
     shutil.copy(tmp_path / "00 ä.png", tmp_path / "99.png")
     (tmp_path / "05 ä.png").write_text("broken")
-    main([f"imagefolder:{tmp_path}", "--resolution", "8"])
+    assert not app(["data", f"imagefolder:{tmp_path}", "--resolution", "8"], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
     hashes = [load(tmp_path, split).content_hash[:12] for split in ("train", "test")]
     assert lines == [
         f"imagefolder train: 10 images of 3x8x8, hash {hashes[0]}, from {tmp_path} (nine files in ten), 1 skipped",
         f"imagefolder test: 2 images of 3x8x8, hash {hashes[1]}, from {tmp_path} (every tenth file), 0 skipped",
     ]
-    with pytest.raises(SystemExit, match=r"^ibq.data: the image folder .* does not exist$"):
-        main([f"imagefolder:{tmp_path}/none"])
+    with pytest.raises(SystemExit, match="2"):
+        app(["data", f"imagefolder:{tmp_path}/none"])
+    assert re.fullmatch(r"error: the image folder .* does not exist", capsys.readouterr().err.splitlines()[-1])

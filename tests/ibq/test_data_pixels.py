@@ -1,4 +1,4 @@
-"""What every kind of pixel in a folder of images becomes."""
+"""Conversion of every kind of pixel in a folder of images."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_runs import read_the_images_once, stop_after  # noqa: F401
 
-import ibq.metrics.codebook
 import ibq.training.tokenizer as trainer
 from ibq.config import TrainConfig
 from ibq.errors import NonFiniteError
@@ -235,16 +234,12 @@ def test_rising_usage_is_no_collapse_and_a_flat_one_is() -> None:
 
 
 def test_a_hundred_thousand_lines_are_not_compared_pair_by_pair(history_of: Any) -> None:
-    """Which would take minutes, and not the half second that it takes."""
+    """Pair by pair it would take minutes instead of half a second."""
     history = history_of("vq from N(0, 1)")
     long = [line | {"step": step} for step, line in enumerate(itertools.islice(itertools.cycle(history), 100_000), 1)]
     started = time.process_time()
     assert diagnose(long)
     assert time.process_time() - started < 10
-
-
-def test_it_is_where_an_analysis_is_looked_for() -> None:
-    assert ibq.metrics.codebook.diagnose is diagnose
 
 
 # --- The row ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ibq.models.discriminator import AdversarialConfig, PatchDiscriminator
+from ibq.models.config import AdversarialConfig
+from ibq.models.discriminator import PatchDiscriminator
 
 
 def discriminator(inputs: int = 1, **fields: object) -> PatchDiscriminator:

@@ -22,7 +22,8 @@ from torch_fidelity import metric_fid
 import ibq.metrics.distances as module
 from ibq import run_directory
 from ibq.config import DataConfig
-from ibq.data import DataError, Images, load_images
+from ibq.data import Images, load_images
+from ibq.errors import DataError
 from ibq.evaluation.tokenizer import evaluate
 from ibq.metrics.distances import Distances, distances, reference_features, to_uint8
 from ibq.models.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def extractor() -> Extractor:
 
 
 def blurred(images_N1HW: torch.Tensor) -> torch.Tensor:
-    """What a poor tokenizer might give: float in [-1, 1]."""
+    """Images as a poor tokenizer might reconstruct them: float in [-1, 1]."""
     x_N1HW = images_N1HW.float() / 127.5 - 1
     return torch.nn.functional.avg_pool2d(x_N1HW, 3, 1, 1) + 0.02 * torch.randn(x_N1HW.shape)
 

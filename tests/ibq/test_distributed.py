@@ -1,4 +1,4 @@
-"""What processes share, with three of them and with one; what is said when one is gone."""
+"""Collectives with three processes and with one; the error message when a process is gone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch.multiprocessing
 from processes import free_port, run_processes, set_environment
 
 import ibq.distributed as distributed
-from ibq.distributed import PeerLostError, Processes, process_group
-from ibq.errors import ConfigError
+from ibq.distributed import Processes, process_group
+from ibq.errors import ConfigError, PeerLostError
 from ibq.training.logging import LossWindow, TokenWindow
 
 CPU = torch.device("cpu")

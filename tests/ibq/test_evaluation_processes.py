@@ -75,7 +75,7 @@ def measure_and_fail(processes: Processes, folder: Path) -> None:
 
 
 def failures(processes: Processes) -> dict[str, str]:
-    """What is said where something fails on process 1 alone."""
+    """Error messages where something fails on process 1 alone."""
     tokenizer, images = tokenizer_and_images()
     if processes.rank == 1:
         Distances.update = fail  # type: ignore[method-assign]

@@ -123,7 +123,7 @@ def test_cosine_similarity_is_the_same_method_on_unit_vectors() -> None:
 
 
 def test_scaled_logits_keep_the_softness_that_a_large_code_dimension_takes_away() -> None:
-    """docs/method.md section 10: outside its recipe IBQ dies at D = 256, not at 32. With N(0, 1) codes and features p
+    """docs/method.md section 9: outside its recipe IBQ dies at D = 256, not at 32. With N(0, 1) codes and features p
     becomes one-hot as D grows: a token hears of one code only, and the gradient comes from the few tokens between two.
     Scaled by 1/sqrt(D) p does not depend on D.
     """

@@ -15,8 +15,8 @@ from torch import nn
 
 import ibq.losses as losses
 from ibq.config import TrainConfig
-from ibq.data import DataError
 from ibq.distributed import Processes, barrier
+from ibq.errors import DataError
 from ibq.losses import (
     PerceptualLoss,
     adaptive_weight,

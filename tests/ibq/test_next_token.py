@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from ibq import losses
 from ibq.losses import NextTokenLoss, cross_entropy
+from ibq.models.config import TransformerConfig
 from ibq.models.transformer import Transformer
-from ibq.models.transformer.config import TransformerConfig
 from ibq.models.transformer.subtokens import split
 
 GRID, CLASSES = 3, 4

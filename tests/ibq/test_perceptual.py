@@ -18,7 +18,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 import ibq.evaluation.tokenizer
 from ibq.config import DataConfig
-from ibq.data import DataError, Images, load_images
+from ibq.data import Images, load_images
+from ibq.errors import DataError
 from ibq.evaluation.tokenizer import PerceptualEvaluation, UnfitError
 from ibq.metrics.distances import Distances, _FeatureStream
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network
@@ -108,7 +109,7 @@ def test_lpips_of_grey_pictures_and_of_copies(alex: torch.nn.Module) -> None:
 
 
 class Recorder(torch.nn.Module):
-    """What LPIPS asks of its network: how many pairs at once, and in which precision."""
+    """Stand-in for the network of LPIPS that records the pairs of each call and their precision."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 import ibq.evaluation.tokenizer
 from ibq import Tokenizer, load_released, load_tokenizer
-from ibq.cli import evaluate, reconstruct
+from ibq.cli import reconstruct
+from ibq.cli.app import app
 from ibq.metrics.codebook import QuantizationError
 from ibq.metrics.quality import ImageQuality
 from ibq.metrics.usage import usage_metrics
@@ -60,17 +61,17 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def fails(main: Any, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def fails(command: str, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one sentence of a command that ends with exit code 2."""
     with pytest.raises(SystemExit) as left:
-        main([str(argument) for argument in arguments])
+        app([command, *map(str, arguments)])
     assert left.value.code == 2
-    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("ibq.", "python -m"))]
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "Error: "))]
     return sentence
 
 
-def run(main: Any, *arguments: object) -> None:
-    main([str(argument) for argument in arguments])
+def run(command: str, *arguments: object) -> None:
+    assert not app([command, *map(str, arguments)], standalone_mode=False)
 
 
 def as_seen(path: Path) -> torch.Tensor:
@@ -87,7 +88,7 @@ def plain(tokenizer: Tokenizer, x_BCHW: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_reconstructions_are_the_tokenizers_own(model: Path, folder: Path, tmp_path: Path, batch_size: int) -> None:
-    run(reconstruct.main, model, folder, tmp_path / "out", "--batch-size", batch_size)
+    run("reconstruct", model, folder, tmp_path / "out", "--batch-size", batch_size)
     tokenizer, out = load_tokenizer(model), tmp_path / "out"
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
@@ -108,7 +109,7 @@ def test_a_picture_of_1024_pixels(tiny: Any, tmp_path: Path) -> None:
     Tokenizer(tiny(**WIDE)).save(tmp_path / "model")
     draw(tmp_path / "pictures" / "large.png", 1024, 1024)
     draw(tmp_path / "pictures" / "small.png", 32, 48)
-    run(reconstruct.main, tmp_path / "model", tmp_path / "pictures", tmp_path / "out")
+    run("reconstruct", tmp_path / "model", tmp_path / "pictures", tmp_path / "out")
     x_BCHW = as_seen(tmp_path / "pictures" / "large.png")
     assert torch.equal(
         pixels(tmp_path / "out" / "reconstructions" / "large.png.png").float(),
@@ -121,7 +122,7 @@ def test_a_rerun_does_what_is_missing_or_changed(
     model: Path, folder: Path, tmp_path: Path, tiny: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    run(reconstruct.main, model, folder, out)
+    run("reconstruct", model, folder, out)
     times = {path: path.stat().st_mtime_ns for path in (out / "reconstructions").rglob("*.png")}
     page = (out / "index.html").read_text()
 
@@ -132,7 +133,7 @@ def test_a_rerun_does_what_is_missing_or_changed(
         return names
 
     capsys.readouterr()
-    run(reconstruct.main, model, folder, out)
+    run("reconstruct", model, folder, out)
     assert changed() == set()
     assert "5 were finished and are unchanged" in capsys.readouterr().err
     assert (out / "index.html").read_text() == page
@@ -140,12 +141,12 @@ def test_a_rerun_does_what_is_missing_or_changed(
     (out / "indices" / "b.png.safetensors").unlink()
     with open(out / "pictures.jsonl", "a") as file:  # torn by a kill
         file.write('{"name": "e.bmp", "ke')
-    run(reconstruct.main, model, folder, out)
+    run("reconstruct", model, folder, out)
     assert changed() == {"a.jpg.png", "b.png.png"}
     Tokenizer(tiny("vq", **{"data.name": "photos"})).save(model)
-    run(reconstruct.main, model, folder, out, "--limit", 2)
+    run("reconstruct", model, folder, out, "--limit", 2)
     assert changed() == {"a.jpg.png", "b.png.png"}
-    run(reconstruct.main, model, folder, out, "--resize", 8, "--limit", 1)
+    run("reconstruct", model, folder, out, "--resize", 8, "--limit", 1)
     assert changed() == {"a.jpg.png"}
 
 
@@ -155,7 +156,7 @@ def test_killed_at_any_moment_it_goes_on(model: Path, tmp_path: Path, capsys: py
         draw(tmp_path / "pictures" / f"{number:03d}.png", 32, 32, seed=number)
     out, command = (
         tmp_path / "out",
-        [sys.executable, "-m", "ibq.cli.reconstruct", str(model), str(tmp_path / "pictures"), str(tmp_path / "out")],
+        [sys.executable, "-m", "ibq", "reconstruct", str(model), str(tmp_path / "pictures"), str(tmp_path / "out")],
     )
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(read_lines(out / "pictures.jsonl")) < 20:
@@ -164,7 +165,7 @@ def test_killed_at_any_moment_it_goes_on(model: Path, tmp_path: Path, capsys: py
     assert process.wait() == -signal.SIGKILL
     finished = len(read_lines(out / "pictures.jsonl"))
     assert not (out / "index.html").exists()
-    run(reconstruct.main, model, tmp_path / "pictures", out)
+    run("reconstruct", model, tmp_path / "pictures", out)
     assert f"{finished:,} were finished and are unchanged" in capsys.readouterr().err
     assert len(list((out / "reconstructions").glob("*.png"))) == 400
     assert sum(page.read_text().count("<article") for page in out.glob("*.html")) == 400
@@ -173,7 +174,7 @@ def test_killed_at_any_moment_it_goes_on(model: Path, tmp_path: Path, capsys: py
 def test_a_grey_tokenizer_sees_grey_and_says_so(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Tokenizer(tiny()).save(tmp_path / "model")
     draw(tmp_path / "pictures" / "colour.png", 24, 16)
-    run(reconstruct.main, tmp_path / "model", tmp_path / "pictures", tmp_path / "out")
+    run("reconstruct", tmp_path / "model", tmp_path / "pictures", tmp_path / "out")
     assert "shown every picture in grey" in capsys.readouterr().err
     with Image.open(tmp_path / "pictures" / "colour.png") as image:
         assert np.array_equal(
@@ -198,7 +199,7 @@ def test_weird_names_and_links_in_a_circle(model: Path, tmp_path: Path) -> None:
     for name in HOSTILE:
         draw(root / "<b>" / name, 8, 8)
     (root / "loop").symlink_to(root)
-    run(reconstruct.main, model, root, out)
+    run("reconstruct", model, root, out)
     page = (out / "index.html").read_text()
     assert "<script" not in page
     assert page.count("<article") == len(HOSTILE)
@@ -211,11 +212,11 @@ def test_more_pictures_than_a_page_holds(
     model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reconstruct, "PICTURES_A_PAGE", 2)
-    run(reconstruct.main, model, folder, tmp_path / "out")
+    run("reconstruct", model, folder, tmp_path / "out")
     pages = sorted((tmp_path / "out").glob("*.html"))
     assert [page.name for page in pages] == ["index-2.html", "index-3.html", "index.html"]
     assert [page.read_text().count("<article") for page in pages] == [2, 1, 2]
-    run(reconstruct.main, model, folder, tmp_path / "out", "--limit", 2)
+    run("reconstruct", model, folder, tmp_path / "out", "--limit", 2)
     assert [page.name for page in (tmp_path / "out").glob("*.html")] == ["index.html"]
 
 
@@ -227,7 +228,7 @@ def test_pictures_that_do_not_fit_are_skipped_with_numbers_and_remedy(
 ) -> None:
     draw(folder / "odd.png", 30, 33)
     (folder / "broken.png").write_bytes(b"no picture")
-    run(reconstruct.main, model, folder, tmp_path / "out")
+    run("reconstruct", model, folder, tmp_path / "out")
     said = capsys.readouterr().err
     assert "5 pictures, 2 skipped" in said
     assert (
@@ -242,13 +243,13 @@ def test_pictures_that_do_not_fit_are_skipped_with_numbers_and_remedy(
 
 
 def evaluated(tmp_path: Path, *arguments: object) -> dict[str, Any]:
-    run(evaluate.main, *arguments, "--out", tmp_path / "numbers.json")
+    run("evaluate", *arguments, "--out", tmp_path / "numbers.json")
     numbers: dict[str, Any] = json.loads((tmp_path / "numbers.json").read_text())
     return numbers
 
 
 def test_numbers_equal_a_plain_loop_over_the_pictures(model: Path, folder: Path, tmp_path: Path) -> None:
-    run(reconstruct.main, model, folder, tmp_path / "out")
+    run("reconstruct", model, folder, tmp_path / "out")
     tokenizer, counts_K = load_tokenizer(model), torch.zeros(16, dtype=torch.int64)
     quality, error = ImageQuality(), QuantizationError()
     with torch.no_grad():
@@ -357,9 +358,9 @@ def test_every_wrong_argument_is_one_sentence(
         "no picture of .*odd can be used: odd.png is 30×33 pixels": (model, tmp_path / "odd"),
         "--resize 30 is not a multiple": (model, folder, "--resize", 30),
         "device='warp' is not known": (model, folder, "--device", "warp"),
-        "argument --resize: not allowed with argument --fit": (model, folder, "--fit", "crop", "--resize", 8),
-        "argument --limit: '0' is not a whole number of at least 1": (model, folder, "--limit", 0),
-        "argument --batch-size: 'x' is not a whole": (model, folder, "--batch-size", "x"),
+        "--fit crop and --resize 8 contradict each other": (model, folder, "--fit", "crop", "--resize", 8),
+        "Invalid value for '--limit': Input should be greater than or equal to 1": (model, folder, "--limit", 0),
+        "Invalid value for '--batch-size': Input should be a valid integer": (model, folder, "--batch-size", "x"),
         "--weights raw is for released checkpoints; .*model holds one set of weights": (
             model,
             folder,
@@ -369,30 +370,26 @@ def test_every_wrong_argument_is_one_sentence(
         "holds no averaged weights .*--weights raw": (plain_file, folder),
     }
     for words, arguments in cases.items():
-        for main, out in ((evaluate.main, ()), (reconstruct.main, (tmp_path / "out",))):
-            assert re.search(words, fails(main, capsys, *arguments, *out)), words
-    assert "--out" in fails(evaluate.main, capsys, model, folder, "--out", tmp_path)
-    contradiction = fails(evaluate.main, capsys, model, folder, "--metric", "inception", "--metric", "none")
-    assert (
-        contradiction == "ibq.cli.evaluate: --metric none and --metric inception contradict each other; leave one out"
-    )
+        for command, out in (("evaluate", ()), ("reconstruct", (tmp_path / "out",))):
+            assert re.search(words, fails(command, capsys, *arguments, *out)), words
+    assert "--out" in fails("evaluate", capsys, model, folder, "--out", tmp_path)
+    contradiction = fails("evaluate", capsys, model, folder, "--metric", "inception", "--metric", "none")
+    assert contradiction == "error: --metric none and --metric inception contradict each other; leave one out"
 
 
 def test_an_out_folder_that_would_harm_something(
     model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "lies inside" in fails(reconstruct.main, capsys, model, folder, folder / "out")
-    assert "lies inside" in fails(reconstruct.main, capsys, model, folder, folder)
+    assert "lies inside" in fails("reconstruct", capsys, model, folder, folder / "out")
+    assert "lies inside" in fails("reconstruct", capsys, model, folder, folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index.html").write_text("my own page")
-    assert "holds other files than reconstructions" in fails(reconstruct.main, capsys, model, folder, tmp_path / "mine")
+    assert "holds other files than reconstructions" in fails("reconstruct", capsys, model, folder, tmp_path / "mine")
     assert (tmp_path / "mine" / "index.html").read_text() == "my own page"
-    assert "is a file; choose a folder" in fails(
-        reconstruct.main, capsys, model, folder, tmp_path / "mine" / "index.html"
-    )
-    run(reconstruct.main, model, folder, tmp_path / "out")
+    assert "is a file; choose a folder" in fails("reconstruct", capsys, model, folder, tmp_path / "mine" / "index.html")
+    run("reconstruct", model, folder, tmp_path / "out")
     (tmp_path / "out" / "indices" / "b.png.safetensors").write_bytes(b"torn")
-    assert "b.png.safetensors is damaged; delete it" in fails(reconstruct.main, capsys, model, folder, tmp_path / "out")
+    assert "b.png.safetensors is damaged; delete it" in fails("reconstruct", capsys, model, folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("part", ["encoder.conv_in.bias", "decoder.conv_out.bias"])
@@ -403,8 +400,8 @@ def test_damaged_weights_are_one_sentence(
     with torch.no_grad():
         tokenizer.get_parameter(part).fill_(float("nan"))
     tokenizer.save(model)
-    assert "a.jpg (24×24 pixels, 2 at a time)" in fails(reconstruct.main, capsys, model, folder, tmp_path / "out")
-    assert "ibq.cli.evaluate: " in fails(evaluate.main, capsys, model, folder, "--metric", "none")
+    assert "a.jpg (24×24 pixels, 2 at a time)" in fails("reconstruct", capsys, model, folder, tmp_path / "out")
+    assert "error: " in fails("evaluate", capsys, model, folder, "--metric", "none")
 
 
 def test_too_little_memory_is_one_sentence(
@@ -415,5 +412,5 @@ def test_too_little_memory_is_one_sentence(
 
     monkeypatch.setattr(Tokenizer, "forward", full)
     assert "not enough memory for a.jpg (24×24 pixels, 2 at a time); lower --batch-size" in fails(
-        evaluate.main, capsys, model, folder
+        "evaluate", capsys, model, folder
     )

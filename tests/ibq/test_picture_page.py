@@ -14,6 +14,7 @@ from playwright.sync_api import sync_playwright
 
 from ibq import Tokenizer
 from ibq.cli import reconstruct
+from ibq.cli.app import app
 
 pytestmark = pytest.mark.browser
 SIZES = [{"width": 1280, "height": 900}, {"width": 390, "height": 844}, {"width": 320, "height": 600}]
@@ -32,7 +33,8 @@ def page_file(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pictures" / "broken.png").write_bytes(b"no picture")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruct, "PICTURES_A_PAGE", 3)
-        reconstruct.main([str(folder / "model"), str(folder / "pictures"), str(folder / "out")])
+        paths = [str(folder / name) for name in ("model", "pictures", "out")]
+        assert not app(["reconstruct", *paths], standalone_mode=False)
     return folder / "out" / "index.html"
 
 

@@ -1,4 +1,4 @@
-"""Which part of a picture a tokenizer is shown, and batches of pictures of one size."""
+"""The part of a picture that a tokenizer is shown, and batches of pictures of one size."""
 
 from __future__ import annotations
 

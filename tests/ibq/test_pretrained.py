@@ -14,7 +14,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from ibq.data import DataError
+from ibq.errors import DataError
 from ibq.pretrained.weights import hash_in_name, load_pretrained, pretrained_file
 
 

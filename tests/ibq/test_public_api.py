@@ -1,9 +1,11 @@
-"""What other people build on, and which way imports run."""
+"""The public API and the direction of imports."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,7 +82,47 @@ def test_ibq_needs_none_of_the_studys_packages() -> None:
         "IPython",
         "papermill",
         "nbconvert",
-        "typer",
         "rich",
     }
     assert study.isdisjoint(name.split(".")[0] for _, name in modules_imported_by("ibq"))
+
+
+CORE = """
+import sys
+missing = ("torchvision", "lpips", "torch_fidelity", "torchmetrics", "jinja2")
+sys.modules |= dict.fromkeys(missing)  # importing them raises ModuleNotFoundError
+from ibq import Tokenizer, build_quantizer, index_backprop, load_released, load_tokenizer, load_transformer
+import torch
+quantizer = build_quantizer({"method": "ibq", "codebook_size": 8, "code_dim": 4})
+assert quantizer(torch.randn(1, 4, 2, 2)).indices.shape == (1, 2, 2)
+assert index_backprop(torch.randn(3, 4), torch.randn(8, 4))[0].shape == (3, 4)
+from ibq.errors import ConfigError, require_packages
+try:
+    require_packages("lpips")
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_the_core_needs_nothing_that_only_metrics_and_pages_need() -> None:
+    done = subprocess.run([sys.executable, "-c", CORE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the package lpips is missing; install it with pip install 'ibq-study[metrics]'\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("ibq", "Commands"),
+        ("ibq sample --help", "--guidance"),
+        ("experiments", "Commands"),
+        ("experiments list", "paper"),
+    ],
+)
+def test_help_and_list_are_printed_without_torch(command: str, words: str) -> None:
+    arguments = [sys.executable, "-X", "importtime", "-m", *command.split()]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert words in done.stdout + done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "typer" in imported
+    assert imported.isdisjoint({"torch", "numpy", "pandas", "matplotlib"})

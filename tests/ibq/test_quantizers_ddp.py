@@ -24,7 +24,7 @@ from ibq.quantizers import Quantized
 
 STEPS, BATCH, INPUTS = 3, 4, 5
 RANDOM = ("restart", "online", "gumbel")
-"""What draws from the features or the noise of one process differs between one process and two by its nature."""
+"""Variants that draw from the features or the noise of one process; one process and two necessarily differ."""
 REPEATABLE = [
     variant for variant in VARIANTS if variant == "gumbel without noise" or not any(word in variant for word in RANDOM)
 ]

@@ -26,8 +26,7 @@ from released_layout import (
 )
 
 from ibq import Tokenizer, TrainedTransformer, load_released, load_tokenizer
-from ibq.data import DataError
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, DataError
 
 
 def imported(path: Path, **weights: Any) -> Tokenizer:

@@ -165,7 +165,7 @@ OPTIONS = ("--count", 10, "--batch-size", 4, "--npz", "--guidance", 1.5)
 
 @pytest.fixture
 def quiet(model: Path, tmp_path: Path) -> dict[str, bytes]:
-    """What an undisturbed run writes."""
+    """Files of an undisturbed run."""
     run(model, tmp_path / "quiet", *OPTIONS)
     return files(tmp_path / "quiet")
 
@@ -200,7 +200,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
 
         with monkeypatch.context() as patch:
             patch.setattr("ibq.cli.sample_folder.write_bytes", write)
-            assert "stopped; the same command goes on from there" in fails(capsys, model, out, *OPTIONS, code=130)
+            assert "stopped; the same command goes on from here" in fails(capsys, model, out, *OPTIONS, code=130)
         assert len(list((out / "samples").glob("*.png"))) == k
         drawn.clear()
         run(model, out, *OPTIONS)
@@ -272,7 +272,7 @@ def test_another_batch_size_goes_on_and_is_noted(model: Path, tmp_path: Path) ->
 @pytest.mark.processes
 def test_killed_at_any_moment_it_goes_on_to_the_same_files(model: Path, tmp_path: Path) -> None:
     options = [str(option) for option in ("--count", 48, "--batch-size", 2, "--npz")]
-    command = [sys.executable, "-m", "ibq.cli.sample", str(model)]
+    command = [sys.executable, "-m", "ibq", "sample", str(model)]
     subprocess.run([*command, str(tmp_path / "quiet"), *options], check=True, capture_output=True)
     out, kills = tmp_path / "out", 0
     while True:

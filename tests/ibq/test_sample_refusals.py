@@ -1,4 +1,4 @@
-"""What the command that samples refuses: classes, arguments, folders, damaged files, too little memory. Each is one
+"""Errors of the command that samples: classes, arguments, folders, damaged files, too little memory. Each is one
 sentence."""
 
 from __future__ import annotations
@@ -77,10 +77,14 @@ def test_every_wrong_argument_is_one_sentence(
             "--guidance",
             2,
         ),
-        "argument --count: '0' is not a whole number of at least 1": (model, "--count", 0),
-        "argument --batch-size: 'x' is not a whole number of at least 1": (model, "--batch-size", "x"),
-        r"argument --seed: '-1' is not a whole number of at least 0 and below 2\*\*64": (model, "--seed=-1"),
-        "argument --seed: '18446744073709551616' is not": (model, "--seed", 2**64),
+        "Invalid value for '--count': Input should be greater than or equal to 1": (model, "--count", 0),
+        "Invalid value for '--batch-size': Input should be a valid integer": (model, "--batch-size", "x"),
+        "Invalid value for '--seed': Input should be greater than or equal to 0": (model, "--seed=-1"),
+        "Invalid value for '--seed': Input should be less than or equal to 18446744073709551615": (
+            model,
+            "--seed",
+            2**64,
+        ),
         "top_k=0 must be at least 1": (model, "--top-k", 0),
         "top_p=1.5 must be in": (model, "--top-p", 1.5),
         "min_p=1.0 must be in": (model, "--min-p", 1),
@@ -88,7 +92,7 @@ def test_every_wrong_argument_is_one_sentence(
         "guidance scale=nan must be a finite number": (model, "--guidance", "nan"),
         "guidance power=2.0 is of schedule 'cosine'": (model, "--guidance-power", 2),
         "start=0.5 to end=0.25 is no interval": (model, "--guidance-start", 0.5, "--guidance-end", 0.25),
-        "argument --guidance-schedule: invalid choice: 'warp'": (model, "--guidance-schedule", "warp"),
+        "Invalid value for '--guidance-schedule': .*'constant'": (model, "--guidance-schedule", "warp"),
         "weights='raw' is for released checkpoints": (model, "--weights", "raw"),
         "device='warp' is not known": (model, "--device", "warp"),
     }

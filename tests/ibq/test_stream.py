@@ -21,10 +21,11 @@ import pytest
 import torch
 
 from ibq.config import TrainConfig
-from ibq.data import DataError, Images, data_hash, load_images
+from ibq.data import Images, data_hash, load_images
 from ibq.data import stream as module
 from ibq.data.loader import TrainingBatches, batch_indices
 from ibq.data.stream import Draw, RandomSquares, StreamedImages
+from ibq.errors import DataError
 
 R, N = 16, 23
 CPU = torch.device("cpu")

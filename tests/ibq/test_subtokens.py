@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampling_oracles import network
 
+from ibq.models.config import TransformerConfig
 from ibq.models.transformer import Transformer
-from ibq.models.transformer.config import TransformerConfig
 from ibq.models.transformer.subtokens import join, split
 from ibq.sampling import Sampler, Sampling
 

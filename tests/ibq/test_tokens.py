@@ -20,11 +20,11 @@ from training_runs import stop_after
 
 import ibq.data.tokens as module
 from ibq.config import DataConfig, TrainConfig, TransformerTrainConfig
-from ibq.data import DataError, Images, load_images
+from ibq.data import Images, load_images
 from ibq.data.loader import TrainingBatches, batch_indices, images_seen
 from ibq.data.shards import Parts
 from ibq.data.tokens import TokenBatches, Tokens, decode, encode_split, labels_of
-from ibq.errors import ConfigError, NonFiniteInputError
+from ibq.errors import ConfigError, DataError, NonFiniteInputError
 from ibq.evaluation.tokenizer import measuring
 from ibq.models.tokenizer import Tokenizer
 from ibq.training.runtime import StopRequested

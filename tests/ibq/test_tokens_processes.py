@@ -15,10 +15,10 @@ from training_runs import stop_after
 
 import ibq.data.tokens
 import ibq.evaluation.transformer
-from ibq.data import DataError, Images
+from ibq.data import Images
 from ibq.data.tokens import encode_split
 from ibq.distributed import Processes, barrier
-from ibq.errors import NonFiniteError
+from ibq.errors import DataError, NonFiniteError
 from ibq.evaluation.transformer import evaluate_transformer
 from ibq.models.tokenizer import Tokenizer
 from ibq.sampling import Sampler
@@ -73,7 +73,7 @@ def work_together(processes: Processes, folder: Path) -> None:
 
 
 def refusals(folder: Path, rank: int) -> dict[str, str]:
-    """What this rank says where something happens on rank 1 alone."""
+    """Error messages of this rank where something happens on rank 1 alone."""
     said, images = {}, fashion(N_IMAGES)
     transformer, tokenizer = build()
     tokens = encode_split(tokenizer, images, classes=10)

@@ -29,11 +29,11 @@ from training_runs import (
 
 import ibq.training.tokenizer as trainer
 from ibq.config import DataConfig, TrainConfig
-from ibq.data import DataError, Images
+from ibq.data import Images
 from ibq.data.images import Split
 from ibq.data.loader import TrainingBatches
 from ibq.distributed import Processes, barrier
-from ibq.errors import ConfigError, NonFiniteError
+from ibq.errors import ConfigError, DataError, NonFiniteError
 from ibq.run_directory import RunDirectory
 from ibq.training.runtime import Runtime, StopRequested
 from ibq.training.tokenizer import train_tokenizer
@@ -70,7 +70,7 @@ OF_ONE_PROCESS = {
     *("gap", "gap_used", "gap_dead"),
     *TIMED,
 }
-"""What the history has of rank 0's images alone."""
+"""Columns of the history that are of rank 0's images alone."""
 
 
 def config_of(arm: str) -> TrainConfig:
@@ -158,7 +158,7 @@ def stop_and_go_on(second: bool, folder: Path, said: dict[str, str]) -> None:
 
 
 def lose(second: bool, folder: Path, said: dict[str, str]) -> None:
-    """What is not finite in the second process alone, from the third step on."""
+    """Runs with a value that is not finite in the second process alone, from the third step on."""
     for arm, what in POISONED:
 
         def at_step(step: int, what: str = what) -> None:
@@ -230,7 +230,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, str]:
-    """What each run ended with, on both processes."""
+    """Error that ended each run ('' if none), the same on both processes."""
     first, second = (torch.load(folder / f"said by {rank}.pt") for rank in range(2))
     assert first == second
     return first

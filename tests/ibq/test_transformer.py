@@ -1,6 +1,6 @@
-"""The transformer: PAPER's sizes and initialisation, and every module type against the formulas of section 6, in
-float64, with imported weights; the formulas read the file's tensors by their released names and use no layer of
-torch.nn.
+"""The transformer: the paper's sizes and initialisation, and every module type against the formulas of docs/method.md
+section 6, in float64, with imported weights; the formulas read the file's tensors by their released names and use no
+layer of torch.nn.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from released_layout import CLASSES, CODES, DEPTH, Tensors
 
 from ibq import TrainedTransformer, load_released
 from ibq.errors import ConfigError
+from ibq.models.config import SIZES, TransformerConfig
 from ibq.models.transformer import Transformer, build_transformer
-from ibq.models.transformer.config import SIZES, TransformerConfig
 
 WIDTH = 64 * DEPTH
 GRID = 64  # 256 pixels at the small tokenizer's factor of 4

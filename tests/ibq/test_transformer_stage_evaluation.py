@@ -16,9 +16,9 @@ from training_runs import stop_after
 
 import ibq.evaluation.transformer as module
 import ibq.metrics.distances as distances_module
-from ibq.data import DataError, Images
+from ibq.data import Images
 from ibq.data.tokens import Tokens, encode_split
-from ibq.errors import ConfigError, NonFiniteError
+from ibq.errors import ConfigError, DataError, NonFiniteError
 from ibq.evaluation.tokenizer import PerceptualEvaluation, UnfitError
 from ibq.evaluation.transformer import evaluate_samples, evaluate_transformer
 from ibq.metrics.distances import NAMES, distances, to_uint8

@@ -35,9 +35,9 @@ from transformer_runs import (
 
 import ibq.training.transformer as trainer
 from ibq.config import TransformerTrainConfig
-from ibq.data import DataError, Images
+from ibq.data import Images
 from ibq.distributed import Processes, barrier
-from ibq.errors import ConfigError, NonFiniteError
+from ibq.errors import ConfigError, DataError, NonFiniteError
 from ibq.models.transformer import Transformer
 from ibq.run_directory import RunDirectory
 from ibq.training.runtime import StopRequested
@@ -154,7 +154,7 @@ REASONS = {
 
 
 def lose(second: bool, folder: Path, said: dict[str, str]) -> None:
-    """What is not finite in the second process alone, from the third step on."""
+    """Runs with a value that is not finite in the second process alone, from the third step on."""
     for sharding, what in itertools.product(SHARDINGS, POISONED):
 
         def at_step(step: int, what: str = what) -> None:
@@ -202,7 +202,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, str]:
-    """What each run ended with, on both processes."""
+    """Error that ended each run ('' if none), the same on both processes."""
     first, second = (torch.load(folder / f"said by {rank}.pt") for rank in range(2))
     assert first == second
     return first

@@ -1,4 +1,4 @@
-"""What people do about VQ's collapse: moving averages, restarts, online clustering, k-means, rotation, linear codes,
+"""Remedies for the collapse of VQ: moving averages, restarts, online clustering, k-means, rotation, linear codes,
 unit length."""
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from typing import Any
 
 from experiments.ablations import vq_vs_ibq
 from experiments.ablations.base import Ablation, Anatomy, Arm, Contrast, Factor, PaperRow, Part, Tuning
-from ibq.quantizers import Quantizer
 
 STEP_SHARE, SEARCH_SHARE = 1 / 2, 1 / 3
 VQ = vq_vs_ibq.quantizer(vq_vs_ibq.levels("VQ", "uniform", "off", "commitment"), 0)
@@ -77,6 +76,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def quantizer(levels: Mapping[str, str], codebook_size: int) -> dict[str, Any]:
     """Quantizer fields of an arm; the methods without a learnt codebook take their dimension from K."""
     fields = METHODS[levels["method"]]
+    from ibq.quantizers import Quantizer  # here, since listing the ablations does without torch
+
     return fields | Quantizer.registry[fields["method"]].config_class.sizes(codebook_size)
 
 

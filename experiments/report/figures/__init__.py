@@ -38,14 +38,12 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "usage_over_training": (
         usage_over_training,
         "Codes used and perplexity over training, counted on the training tokens between two log steps (dashed: as "
-        "many uniform tokens); "
-        "a line a seed.",
+        "many uniform tokens); a line a seed.",
     ),
     "search": (
         search,
         "The search before the comparison: reconstruction error on the training batches of the last third of each "
-        "short run; rings mark "
-        "what the arms were then trained with.",
+        "short run; rings mark what the arms were then trained with.",
     ),
     "usage_of_each": (
         usage_of_each,
@@ -55,8 +53,7 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "main_effects": (
         main_effects,
         "Main effects. A point is a pair of arms that differ in the named factor alone, at one seed (letters: the "
-        "arms); "
-        "bars are means over pairs.",
+        "arms); bars are means over pairs.",
     ),
     "rate_distortion": (
         rate_distortion,
@@ -69,8 +66,7 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "code_map": (
         code_map,
         "Codes (at most 1,024) and test features of each arm in one projection ({projection}) at the end of training, "
-        "raw weights, seed 0; "
-        "in use: by a training token since the snapshot before.",
+        "raw weights, seed 0; in use: by a training token since the snapshot before.",
     ),
     "scaling": (
         scaling,
@@ -80,32 +76,25 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "map_over_training": (
         map_over_training,
         "Codes (at most 1,024) and test features over training, raw weights, seed 0. Every panel is a projection of "
-        "its own "
-        "({projection}), so positions compare within a panel alone: whether codes lie among features or apart from "
-        "them. In use: by a "
-        "training token since the snapshot before; before the first step nothing is counted.",
+        "its own ({projection}), so positions compare within a panel alone: whether codes lie among features or apart "
+        "from them. In use: by a training token since the snapshot before; before the first step nothing is counted.",
     ),
     "gap_over_training": (
         gap_over_training,
         "Gap between features and codes: Fréchet distance of the two clouds over the variance of the features (0: the "
-        "same cloud; 1: a "
-        "single point at the features' mean), for all codes (at most 1,024), those in use by a training token since "
-        "the snapshot before, "
-        "and the others; raw weights, a line a seed.",
+        "same cloud; 1: a single point at the features' mean), for all codes (at most 1,024), those in use by a "
+        "training token since the snapshot before, and the others; raw weights, a line a seed.",
     ),
     "logits_over_training": (
         logits_over_training,
         "How decisive assignments are: standard deviation of a token's logits over the codes, and the largest "
-        "probability of its softmax "
-        "at temperature 1 (dashed: 1/K), means over tokens of a step. Logits are those that the search goes by: z·c "
-        "for IBQ, -|z - c|² "
-        "elsewhere.",
+        "probability of its softmax at temperature 1 (dashed: 1/K), means over tokens of a step. Logits are those that "
+        "the search goes by: z·c for IBQ, -|z - c|² elsewhere.",
     ),
     "geometry": (
         geometry,
         "Norms of codes and features, and how far apart they are: squared distance of a feature to its code over the "
-        "variance of features, "
-        "at single training steps.",
+        "variance of features, at single training steps.",
     ),
     "gradient_reach": (
         gradient_reach,
@@ -114,36 +103,30 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "discriminator_over_training": (
         discriminator_over_training,
         "The discriminator over training: mean logits that it gives to a step's training images and to their "
-        "reconstructions, and the "
-        "generator's term with its weight (nothing before the discriminator begins); a line a seed, arms with a "
-        "discriminator.",
+        "reconstructions, and the generator's term with its weight (nothing before the discriminator begins); a line a "
+        "seed, arms with a discriminator.",
     ),
     "heat_map": (
         heat_map,
         "The grid: mean over seeds on the test split, one scale an outcome; brighter is more codes in use, or a lower "
-        "error. Hatched or ×: "
-        "no result, and why; n of m: seeds that have one.",
+        "error. Hatched or ×: no result, and why; n of m: seeds that have one.",
     ),
     "collapse_map": (
         collapse_map,
         "Where codebooks collapse over learning rate and code dimension, with the preset's number of codes: mean over "
-        "seeds, test split, "
-        "averaged weights, one scale an outcome; brighter is more codes in use, or a lower error.",
+        "seeds, test split, averaged weights, one scale an outcome; brighter is more codes in use, or a lower error.",
     ),
     "collapse_axes": (
         collapse_axes,
         "Along the other axes: perplexity and error against the number of codes, the tokens of a mean assignment of "
-        "the entropy penalty, "
-        "and the length of codes when training began (root of D times the factor). A line joins arms that differ in "
-        "that alone.",
+        "the entropy penalty, and the length of codes when training began (root of D times the factor). A line joins "
+        "arms that differ in that alone.",
     ),
     "saturation": (
         saturation,
         "Does the softmax saturate? Perplexity on the test split against the standard deviation of a token's logits "
-        "and the largest "
-        "probability of its softmax at temperature 1, at the first and the last logged step; IBQ in all its arms. "
-        "Letters: arms of the "
-        "table of remedies.",
+        "and the largest probability of its softmax at temperature 1, at the first and the last logged step; IBQ in "
+        "all its arms. Letters: arms of the table of remedies.",
     ),
     "samples": (
         samples,
@@ -153,8 +136,7 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "guidance_sweep": (
         guidance_sweep,
         "Guidance, which stands at the points: FID[fashion-cnn] against IS[fashion-cnn], and precision against recall "
-        "in the same "
-        "features; a line an arm and seed, a ring where its FID is lowest.",
+        "in the same features; a line an arm and seed, a ring where its FID is lowest.",
     ),
     "bits_and_distortion": (
         bits_and_distortion,
@@ -165,14 +147,12 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "depth_scaling": (
         depth_scaling,
         "The size of the transformer: bits for an image of the test split, FID[fashion-cnn] and label agreement "
-        "against its parameters; a "
-        "point an arm and seed, lines through the means of arms that differ in depth alone.",
+        "against its parameters; a point an arm and seed, lines through the means of arms that differ in depth alone.",
     ),
     "loss_over_training": (
         loss_over_training,
         "Cross-entropy of the training tokens over the transformer's training (dashed: tokens drawn uniformly); a line "
-        "a seed. Arms compare "
-        "only where they have the same tokenizer.",
+        "a seed. Arms compare only where they have the same tokenizer.",
     ),
     "reconstructions": (reconstructions, "Test images and their reconstructions, seed 0."),
 }

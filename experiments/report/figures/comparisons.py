@@ -20,7 +20,7 @@ from ibq.metrics import METRICS
 
 
 def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
-    """Every arm and seed: bits a token against L1; letters name the arms."""
+    """Every arm and seed: bits per token against L1; letters name the arms."""
     finished = rows[(rows["status"] == "ok") & rows["arm"].isin([arm.name for arm in ablation.arms])]
     if finished.empty:
         return None
@@ -103,7 +103,7 @@ def _by_size(ablation: Ablation, axis: Axis, rows: pd.DataFrame) -> list[tuple[s
 
 
 def search(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
-    """What decided over the values tried, a line an arm in the colour of its method; a ring marks the choice."""
+    """Error of the search over the values tried, a line an arm in the colour of its method; a ring marks the choice."""
     lines = [(arm, mine[mine["status"] == "ok"], chosen_value(mine)) for arm, mine in searches(rows)]
     lines = [line for line in lines if not line[1].empty]
     if not lines or ablation.tuning is None:

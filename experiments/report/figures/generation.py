@@ -209,7 +209,7 @@ def _plain_log(axis: Axes) -> None:
 
 
 def _foot(figure: Figure, ablation: Ablation, rows: pd.DataFrame, note: str = "") -> None:
-    """What is missing, below a figure; the words on one arm stay on one line."""
+    """Names of what is missing, below a figure; the words on one arm stay on one line."""
     if lost := [arm.replace(" ", "\u00a0") for arm in transformers.without_result(ablation, rows)]:
         note = f"{note} No result: {', '.join(lost)}"
     if note:

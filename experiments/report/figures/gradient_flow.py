@@ -59,7 +59,7 @@ def one_step(method: str, seed: int = 0, codes: int = 64, features: int = 192) -
 
 
 def reach_table(seed: int = 0) -> pd.DataFrame:
-    """How many of the codes each method moves in that step."""
+    """Number of codes that each method moves in that step."""
     lines = []
     for method in METHODS:
         step = one_step(method, seed)
@@ -78,7 +78,7 @@ def reach_table(seed: int = 0) -> pd.DataFrame:
 
 
 def gradient_arrows(seed: int = 0) -> Figure:
-    """Where one step moves every code: VQ beside IBQ; arrows of equal length, their colour is the gradient's size."""
+    """Moves of every code in one step, VQ beside IBQ; arrows of equal length, their colour is the gradient's size."""
     theme()
     figure, axes = plt.subplots(1, 2, figsize=(9.4, 4.6), sharex=True, sharey=True)
     steps = {method: one_step(method, seed) for method in METHODS}
@@ -155,7 +155,7 @@ def one_feature(seed: int = 0, feature: int = 0) -> Figure:
 
 
 def reach_by_dimension(seed: int = 0, codes: int = 1024, features: int = 512) -> Figure:
-    """How many codes p spreads over (the exponential of its entropy) against D at N(0, 1), mean over features.
+    """Effective number of codes of p (the exponential of its entropy) against D at N(0, 1), mean over features.
 
     Plain logits spread as sqrt(D), so that their softmax becomes one-hot again: the gradient is back at the selected
     code.

@@ -205,7 +205,7 @@ def _apart(ascending: np.ndarray) -> bool:
 
 
 def _why(mine: pd.DataFrame) -> str:
-    """Why an arm has no number, in two words."""
+    """The state of an arm without a number, in two words."""
     if (mine["status"] == "ok").any():
         return "not\nmeasured"
     return "/\n".join(sorted(set(mine["status"]))) or "pending"

@@ -14,7 +14,7 @@ from experiments.report.figures.theme import MARKERS, method_colors
 
 
 class Points:
-    """How the arms that rows are of are drawn, and what a legend says of it."""
+    """Style of the points of the arms in rows, and the legend of it."""
 
     def __init__(self, ablation: Ablation, rows: pd.DataFrame) -> None:
         self._ablation, self._colors = ablation, method_colors(ablation)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ibq.models.config import HEAD_DIM, TransformerDials
 from ibq.models.transformer.cache import Past
-from ibq.models.transformer.config import HEAD_DIM, TransformerDials
 
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-5

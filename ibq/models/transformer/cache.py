@@ -1,4 +1,4 @@
-"""What a transformer remembers of the sequences that it continues token by token, in tensors that never move or grow.
+"""Cache of keys and values for sampling token by token, in tensors that never move or grow.
 
 Sizes are fixed when the cache is made, and the position is a tensor: a step is then one graph for all positions, which
 a compiler can record once and replay.
@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from ibq.models.transformer.config import HEAD_DIM, TransformerConfig
+from ibq.models.config import HEAD_DIM, TransformerConfig
 
 
 class BlockCache(nn.Module):
@@ -69,6 +69,6 @@ class Cache(nn.Module):
         return cast(list[BlockCache], list(self.blocks))
 
     def at(self, position_1: torch.Tensor) -> list[Past]:
-        """What each block knows at a position."""
+        """The `Past` of each block at a position."""
         seen_1S = self.positions_S[None] <= position_1
         return [Past(part, position_1, seen_1S) for part in self.parts]

@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from ibq.errors import ConfigError, nearest, one_sentence
+from ibq.models.config import SIZES, TransformerConfig
 from ibq.models.transformer.blocks import Block, HeadNorm, rotation_table
 from ibq.models.transformer.cache import Cache
-from ibq.models.transformer.config import SIZES, TransformerConfig
 from ibq.models.transformer.subtokens import Prediction, SubtokenEmbedding, SubtokenHead, TokenHead
 
 
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         return logits_BSK
 
     def hidden(self, tokens_BT: torch.Tensor, classes_B: torch.Tensor) -> torch.Tensor:
-        """What the head turns into logits: (B, T + 1, W). Arguments and errors are those of `forward`."""
+        """Hidden states before the head: (B, T + 1, W). Arguments and errors are those of `forward`."""
         self._require_fitting(tokens_BT, classes_B)
         condition_BW = self.class_emb(classes_B)
         x_BSW = self.dropout(torch.cat([condition_BW[:, None], self.tok_emb(tokens_BT)], dim=1))
@@ -110,8 +110,8 @@ class Transformer(nn.Module):
         return self.config.symbols
 
     def predictions(self, hidden_BSW: torch.Tensor, tokens_BS: torch.Tensor) -> list[Prediction]:
-        """What a loss is taken of: of N = B * S tokens one prediction for each symbol, whose cross-entropies add up to
-        the tokens'.
+        """Predictions for the loss: one for each symbol, each of N = B * S tokens; their cross-entropies add up to that
+        of the tokens.
 
         Args:
             hidden_BSW: of `hidden`, or any part of it.
@@ -150,8 +150,8 @@ class Transformer(nn.Module):
             part.v_BHSE.zero_()
 
     def step(self, tokens_B: torch.Tensor, position: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """What `hidden` gives at one position, (B, W), in eval mode; all positions before it have had their step since
-        `begin`.
+        """Hidden state at one position, (B, W), as `hidden` gives it in eval mode; all positions before it have had
+        their step since `begin`.
 
         Args:
             tokens_B: int64 in [0, K), the token at this position, that is token position - 1; at position 0 any, as the

@@ -1,7 +1,7 @@
-"""What a token is predicted in: the token itself, or sub-tokens one after the other, the most significant bits first.
+"""Token embedding and head: a token is predicted whole or in sub-tokens, the most significant bits first.
 
-PAPER has tokens predicted whole; that a token of 2^18 may be predicted as 6 and 12 bits is Open-MAGVIT2's. How it is
-done here is this project's own choice: a token is embedded as the sum of its sub-tokens' embeddings, and a causal
+The paper has tokens predicted whole; that a token of 2^18 may be predicted as 6 and 12 bits is Open-MAGVIT2's. How it
+is done here is this project's own choice: a token is embedded as the sum of its sub-tokens' embeddings, and a causal
 transformer of two blocks like the others runs over the J sub-tokens of a token. The token's hidden vector is to them
 what the class is to tokens: the first element of the sequence and the condition of every AdaLN. After it come the
 sub-tokens but the last, embedded anew; positions are learned, and nothing is rotated.
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ibq.models.config import HEAD_DIM, TransformerConfig
 from ibq.models.transformer.blocks import Block, HeadNorm
-from ibq.models.transformer.config import HEAD_DIM, TransformerConfig
 
 BLOCKS = 2
 
@@ -115,7 +115,7 @@ class SubtokenHead(nn.Module):
         return logits_NK
 
     def _hidden(self, hidden_NW: torch.Tensor, chosen_Nj: torch.Tensor) -> torch.Tensor:
-        """What the outputs turn into logits of symbols 0 to j: (N, j + 1, W)."""
+        """Hidden states before the output layers of symbols 0 to j: (N, j + 1, W)."""
         known = [embedding(digit_N) for embedding, digit_N in zip(self.embeddings, chosen_Nj.unbind(1), strict=False)]
         x_NJW = torch.stack([hidden_NW, *known], dim=1)
         x_NJW = x_NJW + self.positions.weight[: x_NJW.shape[1]]
