@@ -1,4 +1,4 @@
-"""Train one run in the foreground: by hand, under a scheduler, or in each of the processes that torchrun starts.
+"""Training of one run in the foreground: by hand, under a scheduler, or in each process that torchrun starts.
 
 The first process holds the claim on the run, records the attempt as the trainers of a sweep do and prints; the others
 train along.
@@ -83,7 +83,7 @@ def train(
 
 
 def _claim(config: RunConfig, out: Path | None, claims: ExitStack) -> tuple[RunDirectory, bool]:
-    """The run's directory, which the first process holds the lock of until `claims` is closed, and whether this process
+    """Directory of the run, locked by the first process until `claims` is closed, and whether this process
     has made it."""
     path, made = out, False
     with shared_errors(ConfigError, DataError):
@@ -111,16 +111,13 @@ def _require_own_folder(out: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"--out {out} lies inside {config.data.folder}, the folder of the images; name a folder outside"
         )
-    if (
-        out.is_dir()
-        and not RunDirectory(out).config.is_file()
-        and not {path.name for path in out.iterdir()} <= BOOKKEEPING
-    ):
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if not RunDirectory(out).config.is_file() and not names <= BOOKKEEPING:
         raise ConfigError(f"--out {out} holds other files than a run's; name a new folder, or that of a run")
 
 
 def _conclude(run: RunDirectory, ended: worker.Ended, say: Callable[[str], None]) -> int:
-    """The exit code; the end is said by the first process, that of another alone by itself, and the loss of one by
+    """Exit code; the end is said by the first process, that of another alone by itself, and the loss of one by
     whichever of the others finds it first."""
     if is_writer() and run.finished:
         row = run.read_row()
@@ -136,7 +133,7 @@ def _conclude(run: RunDirectory, ended: worker.Ended, say: Callable[[str], None]
 
 @contextmanager
 def _stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once."""
+    """Event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once."""
     stop = threading.Event()
 
     def ask(number: int, _: object) -> None:
@@ -153,7 +150,7 @@ def _stopping() -> Iterator[threading.Event]:
 
 
 class _Progress:
-    """A line at the first log event, then one every half minute, and one at the last: where the run is and what is left
+    """Line at the first log event, then one every half minute, and one at the last: where the run is and what is left
     of it."""
 
     def __init__(self, run: RunDirectory, say: Callable[[str], None]) -> None:

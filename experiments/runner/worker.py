@@ -1,5 +1,5 @@
-"""The process that trains one run. Imported once by the server that forks these, so that an arm starts with torch
-already loaded."""
+"""Trainer process of one run. Imported once by the server that forks these, so that an arm starts with torch already
+loaded."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ UNFIT, DISK_FULL, BUSY = 2, 74, 75
 finished or stopped, 1 any other recorded failure."""
 
 HEARTBEAT_S = 1.0
+"""Least time between two signs of life."""
 
 
 class Ended(NamedTuple):
@@ -121,7 +122,7 @@ def trained(
     should_stop: Callable[[], bool],
     intervene: Asked | None = None,
 ) -> Iterator[LogEvent]:
-    """The events of the trainer that the config is for; a transformer's wants its tokenizer, or the finished run that
+    """Events of the trainer that the config is for; a transformer's wants its tokenizer, or the finished run that
     it is of."""
     if isinstance(config, TrainConfig):
         return train_tokenizer(config, run.path, runtime, should_stop, intervene)
@@ -134,7 +135,7 @@ def trained(
 def _tokenizer_of(
     source: RunDirectory, config: TransformerTrainConfig, run: RunDirectory, runtime: Runtime
 ) -> Tokenizer:
-    """A finished run's tokenizer; its row is copied into the transformer's run.
+    """Tokenizer of a finished run; its row is copied into the transformer's run.
 
     Raises:
         NonFiniteError: it did not stay finite, so that there is no tokenizer, and the transformer's row has been
@@ -157,7 +158,7 @@ def _tokenizer_of(
 
 
 def classify(error: Exception) -> Ended:
-    """The end of an attempt that an exception stands for; running out of memory says what was asked."""
+    """End of an attempt that an exception stands for; running out of memory says what was asked."""
     text = " ".join(str(error).split())
     code = DISK_FULL if is_disk_full(error) else UNFIT if isinstance(error, (ConfigError, DataError)) else 1
     if isinstance(error, StopRequested):
@@ -196,7 +197,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _beating(run: RunDirectory, should_stop: Callable[[], bool]) -> Callable[[], bool]:
-    """The trainer's question whether to stop, asked before every step, doubles as its sign of life."""
+    """`should_stop`, asked before every step, doubling as the trainer's sign of life."""
     last = 0.0
 
     def asked() -> bool:
