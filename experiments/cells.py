@@ -26,7 +26,7 @@ class Cell:
     """One arm at one seed; or a run that such a cell needs first, whose arm is none of the ablation's: of its search,
     or its tokenizer.
 
-    Cells may share a run: the run's id hangs on its config alone.
+    Cells may share a run: the run's id depends on its config alone.
     """
 
     ablation: Ablation

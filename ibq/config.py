@@ -148,8 +148,8 @@ class OptimConfig(Frozen):
 
 class AdamWConfig(Frozen):
     """AdamW, with weight decay on matrices alone. The learning rate rises linearly, rests on a plateau and falls
-    linearly; the paper has 1e-4 for every 256 images of a batch, a warm-up over 6 epochs of 300, a plateau of 5%, and
-    no averaged weights.
+    linearly. The paper has 1e-4 for every 256 images of a batch; the released code a warm-up over 6 epochs of 300, a
+    plateau of 5%, and no averaged weights.
     """
 
     lr: float = Field(1e-4, gt=0)

@@ -92,7 +92,7 @@ ABLATION = Ablation(
             "other loss order: quality",
             "single_commitment",
             "double_commitment",
-            "The gain does not hang on the loss order: with 0.25 on the commitment term the double term lowers L1 by "
+            "The gain does not depend on the loss order: with 0.25 on the commitment term the double term lowers L1 by "
             "at least 0.003 too.",
             "l1",
             -0.003,

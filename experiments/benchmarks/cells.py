@@ -98,7 +98,7 @@ def published_folder(benchmark: str) -> Path:
 
 
 def require(result: dict[str, Any], what: str) -> dict[str, Any]:
-    """A measurement that all others hang on.
+    """A measurement that all others depend on.
 
     Raises:
         ConfigError: it failed.

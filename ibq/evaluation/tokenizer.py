@@ -56,8 +56,8 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def measuring(network: nn.Module) -> Iterator[None]:
-    """`evaluating` in whole float32, neither autocast nor TF32: what is reported must not hang on how training was made
-    fast."""
+    """`evaluating` in whole float32, neither autocast nor TF32: what is reported must not depend on how training was
+    made fast."""
     with evaluating(network), full_float32(next(network.parameters()).device, convolutions=True):
         yield
 

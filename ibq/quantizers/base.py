@@ -156,7 +156,7 @@ class Quantizer(nn.Module):
         """Give `average`, whose weights have just been averaged with these, what an average is wrong for: by default
         nothing is.
 
-        To be called after every training step, since it may hang on what the step's forward has done.
+        To be called after every training step, since it may depend on what the step's forward has done.
         """
 
     def indices_to_codes(self, indices_BHW: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,7 @@ def test_numbers_are_those_of_the_history(history_of: Any) -> None:
 
 
 def test_a_collapse_is_named_when_it_has_come_and_not_before(history_of: Any) -> None:
-    """This run has its codes at first and loses them within some tens of steps; at which one hangs on how the CPU
+    """This run has its codes at first and loses them within some tens of steps; at which one depends on how the CPU
     rounds."""
     history = history_of("ibq, much too fast")
     assert history[0]["perplexity_share"] > COLLAPSED_EARLY

@@ -1,4 +1,4 @@
-"""An untrained transformer whose predictions hang on class and tokens, for tests that sample and measure."""
+"""An untrained transformer whose predictions depend on class and tokens, for tests that sample and measure."""
 
 from __future__ import annotations
 

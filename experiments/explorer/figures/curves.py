@@ -68,7 +68,7 @@ GAP = Panel(
     "Gap",
     "distance / variance of z",
     column("gap"),
-    absent="No gap is logged: an older run, or features that do not vary.",
+    absent="No gap is logged: features do not vary.",
     log=True,
 )
 
@@ -102,7 +102,7 @@ def draw_geometry(figure: Figure, views: Sequence[View]) -> None:
 
 
 def draw_assignment(figure: Figure, views: Sequence[View]) -> None:
-    entropy_off = "No pull: the entropy penalty is off, or an older run did not log it."
+    entropy_off = "No pull: the entropy penalty is off."
     _draw(
         figure,
         views,
@@ -120,7 +120,7 @@ def draw_assignment(figure: Figure, views: Sequence[View]) -> None:
                 "nats (dashed: log K)",
                 column("assignment_entropy"),
                 constant(lambda view: math.log(view.config.quantizer.codebook_size)),
-                absent="No assignment entropy is logged: an older run.",
+                absent="No assignment entropy is logged.",
             ),
             REACH,
             Panel(

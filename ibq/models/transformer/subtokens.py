@@ -98,7 +98,7 @@ class SubtokenHead(nn.Module):
         return list(self.outputs.parameters())
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Raises ValueError: the logits of a sub-token hang on the sub-tokens before it."""
+        """Raises ValueError: the logits of a sub-token depend on the sub-tokens before it."""
         raise ValueError(
             f"tokens are predicted in sub-tokens of {' x '.join(map(str, self.symbols))} values, which have no logits "
             f"over whole tokens; "
