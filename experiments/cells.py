@@ -15,7 +15,7 @@ STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
 
 
 class Search(NamedTuple):
-    """What a run of a search is for: the arm, and the value of the tuned field that it tries."""
+    """Purpose of a run of a search: the arm, and the value of the tuned field that it tries."""
 
     arm: str
     value: float
@@ -46,12 +46,12 @@ class Cell:
 
     @property
     def is_arm(self) -> bool:
-        """Whether it is an arm of the ablation itself: what tables and figures show."""
+        """True for an arm of the ablation itself, which tables and figures show."""
         return self.search is None and self.tokenizer_of is None
 
     @property
     def stage(self) -> Stage:
-        """What its run trains."""
+        """Network that its run trains."""
         return "transformer" if self.tokenizer else "tokenizer"
 
 

@@ -29,7 +29,7 @@ DATA_SETS = ("fashion-mnist", "photos")
 
 
 class DataConfig(Frozen):
-    """Which images, at which size; `name` is one of DATA_SETS or "imagefolder:PATH" (`ibq.data.load_images` says how a
+    """Images and their size; `name` is one of DATA_SETS or "imagefolder:PATH" (`ibq.data.load_images` says how a
     folder is read)."""
 
     name: str = "fashion-mnist"
@@ -354,7 +354,7 @@ class TransformerTrainConfig(_RunConfig):
 
     @property
     def tokens(self) -> Literal["cached", "fresh"]:
-        """Whether images are encoded once, or fresh squares of them at each step."""
+        """ "cached" if images are encoded once, "fresh" if squares of them are at each step."""
         return "cached" if self.data.crop == "center" else "fresh"
 
     @property

@@ -29,7 +29,7 @@ TOKENS_PER_IMAGE = 256
 """16 x 16, as in the paper's images."""
 
 REPEATS = ((1.0, 7), (10.0, 3), (float("inf"), 1))
-"""How often a pass of up to so many seconds is timed, after the first, which warms up and is measured for memory."""
+"""Repeats of a pass of up to so many seconds, after the first, which warms up and is measured for memory."""
 
 
 def released(

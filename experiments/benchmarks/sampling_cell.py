@@ -27,7 +27,7 @@ from ibq.sampling import Guidance, Sampler, Sampling, sample_uncached
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLASSES = 10
 REPEATS = 3
-"""How often what has a cache is timed."""
+"""Timed repeats with a cache."""
 
 
 def measure_sampling(cell: dict[str, Any]) -> dict[str, Any]:

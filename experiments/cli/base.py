@@ -91,7 +91,7 @@ def value_of(text: str) -> Any:
 
 
 def _values(text: str) -> list[Any]:
-    """What commas separate: JSON as a whole, so that lists may be values, else each value by itself."""
+    """Values between commas: JSON as a whole, so that lists may be values, else each value by itself."""
     try:
         return list(json.loads(f"[{text}]"))
     except json.JSONDecodeError:

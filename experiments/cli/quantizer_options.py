@@ -1,4 +1,4 @@
-"""What `list --quantizers` shows: every registered method with its options and its paper, read from the configs
+"""Table of `list --quantizers`: every registered method with its options and its paper, read from the configs
 themselves."""
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from experiments.report.figures.theme import COLORS, LINE_COLORS, theme
 from ibq.metrics.codebook import ADAM_EPS
 
 LIMIT = 3.9
-"""What a panel shows to the left and right of the origin."""
+"""Half the width of a panel, around the origin."""
 FEATURES_DRAWN = 192
 DECADES = 4
 SHORTEST, LONGEST = 0.22, 0.75

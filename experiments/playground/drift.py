@@ -13,7 +13,7 @@ import torch
 
 COMPONENTS = 6
 RADII = (1.0, 0.55)
-"""How far a component lies from the middle of the mixture, alternately."""
+"""Distances of the components from the middle of the mixture, alternately."""
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ class Learner:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """What the method draws does not depend on what others draw."""
+        """Random numbers of the method do not depend on what others draw."""
         if not self.quantizer.config.changes_in_forward:
             yield
             return

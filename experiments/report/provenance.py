@@ -21,7 +21,7 @@ FACTS = {
     "results_version": "results version",
 }
 MIXED = {"commit": "commits", "results_version": "results versions", "device": "devices", "torch": "versions of torch"}
-"""What should be one value in all rows that are compared, in the plural."""
+"""Facts that should have one value in all rows that are compared, in the plural."""
 PROTOCOL = "protocol."
 HASHES = ("protocol.tokenizer_sha256",)
 """Parts of a protocol that say nothing to a reader."""

@@ -22,7 +22,7 @@ from ibq.metrics import METRICS
 
 NOT_REPORTED = "not reported"
 PAPER_COLUMNS = {"rFID": ".2f", "usage %": "g", "gFID": ".2f", "IS": ".2f"}
-"""How the numbers of the paper's rows are written."""
+"""Formats of the numbers of the paper's rows."""
 
 
 def arms_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:

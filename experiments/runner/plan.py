@@ -1,4 +1,4 @@
-"""What a study would train, and what that costs."""
+"""Plan of a study: the runs it would train, and their cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to single runs: forget, rerun, compare, and evaluate anew without training."""
+"""Commands on runs: forget, rerun, compare, and evaluate anew without training."""
 
 from __future__ import annotations
 
@@ -86,8 +86,7 @@ def transformers_on(tokenizer: RunDirectory) -> list[RunDirectory]:
 
 
 def kept_copies(tokenizer: RunDirectory) -> str:
-    """What becomes of the transformers on a tokenizer that is forgotten or trained again, in a phrase; empty where
-    there are none."""
+    """Phrase on the transformers of a tokenizer that is forgotten or trained again; empty where there are none."""
     transformers = transformers_on(tokenizer)
     if not transformers:
         return ""

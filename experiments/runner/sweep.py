@@ -27,7 +27,7 @@ within it."""
 
 @dataclass
 class Outcome:
-    """What a call of `train_study` did: runs by how they ended."""
+    """Outcome of `train_study`: runs by how they ended."""
 
     finished: list[Cell] = field(default_factory=list)
     failed: list[Cell] = field(default_factory=list)
@@ -147,7 +147,7 @@ def train_study(
 
 
 def notes_of_last_attempt(cell: Cell) -> list[str]:
-    """What the last attempt at a run had to work around: damaged checkpoints."""
+    """Damaged checkpoints that the last attempt at a run passed over, in words."""
     notes: list[str] = []
     for attempt in cell.run.read_attempts():
         notes = (
@@ -173,7 +173,7 @@ class _Progress:
         self._at_start = self._done()
 
     def count(self, study: Study) -> None:
-        """What there is to do: again whenever waiting cells have joined or turned out not to be needed."""
+        """Count the work: again whenever waiting cells have joined or turned out not to be needed."""
         self._study = study
         everything = [*self._cells, *unique_runs(possible(self._study))]
         self._runs, self._steps = len(everything), sum(cell.config.steps for cell in everything)

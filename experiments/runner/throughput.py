@@ -1,5 +1,4 @@
-"""What a step of each stage takes: measured on the finished runs of a study, else the preset's reference; and how long
-runs take by it."""
+"""Seconds of a step of each stage: measured on the finished runs of a study, else the preset's reference."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Model:
         return self.tokenizer.digest()
 
     def facts(self, framing: Framing) -> dict[str, str]:
-        """What stands above every table of numbers."""
+        """Facts on model, weights and pictures, above every table of numbers."""
         config = self.tokenizer.config
         quantizer, device = config.quantizer, next(self.tokenizer.parameters()).device
         return {
@@ -197,6 +197,6 @@ def progress(total: int, unit: str = "picture", done: int = 0) -> Iterator[tqdm[
 
 
 def closing_line(pictures: PictureFolder, used: int, device: torch.device) -> str:
-    """How many pictures were used and skipped, the first reasons, and the peak memory."""
+    """Numbers of pictures used and skipped, the first reasons, and the peak memory."""
     skipped = f", {len(pictures.skipped):,} skipped ({first_few(pictures.skipped)})" if pictures.skipped else ""
     return f"{used:,} picture{'s' * (used != 1)}{skipped}; peak memory {peak_memory_gib(device):.2f} GiB"

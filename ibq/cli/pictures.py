@@ -50,7 +50,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Framing:
-    """Which part of a picture a tokenizer is shown, and at which size.
+    """Part of a picture that a tokenizer is shown, and its size.
 
     Args:
         factor: f, the down-sampling factor, which must divide height and width.

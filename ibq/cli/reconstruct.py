@@ -142,7 +142,7 @@ class Output:
         return [self.records[name] for name in self._pictures.names if name in self.records]
 
     def counts(self, codebook_size: int) -> torch.Tensor:
-        """How often each code (K,) occurs in all indices together."""
+        """Counts (K,) of the codes in all indices together."""
         counts_K = torch.zeros(codebook_size, dtype=torch.int64)
         for record in self.shown():
             path = self.file("indices", record["name"])
@@ -155,8 +155,7 @@ class Output:
         return counts_K
 
     def _content_key(self, name: str) -> str:
-        """What a picture's files were made from: hash of its bytes, of model and framing; of what cannot be read,
-        nothing that was seen."""
+        """Hash of a picture's bytes, model and framing; of a picture that cannot be read, the empty text."""
         path = self._pictures.path / name
         digest = hashlib.sha256(self._made_by.encode())
         try:

@@ -118,7 +118,7 @@ class SampleFolder:
             ) from None
 
     def _noted(self, settings: dict[str, Any]) -> list[Any]:
-        """Where the samples that are there, if any, were made; a grid and an npz of fewer samples are removed."""
+        """Machines that made the samples that are there, if any; a grid and an npz of fewer samples are removed."""
         if not self.record.is_file():
             return []
         try:
@@ -145,7 +145,7 @@ class SampleFolder:
         return noted
 
     def _torn(self) -> list[Path]:
-        """What a kill left while it was being written."""
+        """Torn files of a kill during a write."""
         singles = (torn for path in (self.record, self.grid, self.npz) for torn in self.path.glob(f".{path.name}.*"))
         return [*singles, *self.samples.glob(".*.png.*")]
 

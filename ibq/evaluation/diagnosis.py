@@ -1,4 +1,4 @@
-"""What the history of a tokenizer's training says about its codebook, in words and with numbers: whether it has
+"""Diagnosis of a codebook from the history of a tokenizer's training, in words and with numbers: whether it has
 collapsed, and of what.
 
 Judged is what a run has come to by its last line, from the lines of history.jsonl alone; what a line lacks is not
@@ -77,7 +77,7 @@ class Finding:
 
 
 def diagnose(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """What is wrong with a run's codebook, as its history has it; nothing is, if the list is empty.
+    """Findings on a run's codebook from its history; an empty list if nothing is wrong.
 
     Args:
         history: lines of history.jsonl in their order, of a tokenizer (one of a transformer has nothing that is judged

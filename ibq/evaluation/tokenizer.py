@@ -238,7 +238,7 @@ class PerceptualEvaluation:
 
     @cached_property
     def _start(self) -> Callable[[References], Distances | LPIPS]:
-        """What begins to measure against references, its network loaded."""
+        """Constructor of the distances against references, with the network loaded."""
         network = self.network
         if isinstance(network, nn.Module):
             return lambda _: LPIPS(LPIPS_BACKBONES[self.name], network)

@@ -156,7 +156,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _refused(error: pickle.UnpicklingError) -> str:
-    """What torch would not unpickle: the global's name where its message has one, else what it says after "error:"."""
+    """Name of the global that torch would not unpickle, where its message has one, else its words after "error:"."""
     message = one_line(error)
     if found := re.search(r"GLOBAL (\S+)", message):
         return f"it asks for {found[1]}"
@@ -164,7 +164,7 @@ def _refused(error: pickle.UnpicklingError) -> str:
 
 
 def _not_plain(tensor: torch.Tensor) -> str | None:
-    """What a tensor is that is not numbers in the memory of the CPU, all of which the file holds."""
+    """Kind of a tensor that is not plain numbers in the CPU's memory, all of which the file holds."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         return f"a tensor of layout {tensor.layout} on device {str(tensor.device)!r}, which is no plain tensor"
     if tensor.numel() * tensor.element_size() > (held := tensor.untyped_storage().nbytes()):
@@ -195,7 +195,7 @@ class _Part:
             )
 
     def consecutive(self, pattern: str) -> int:
-        """How many i, from 0 on, have a name that begins with `pattern` with i in it."""
+        """Number of i, from 0 on, with a name that begins with `pattern` with i in it."""
         return next(i for i in itertools.count() if not self.has(pattern.format(i)))
 
     def size(self, *places: tuple[str, int]) -> int:

@@ -1,4 +1,4 @@
-"""How codebooks look at the end of training, and what they make of pictures."""
+"""Figures of codebooks at the end of training, and of reconstructions."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def _initial_length(cell: Cell) -> float:
 
 
 def _line_name(levels: Mapping[str, str], factor: str) -> str:
-    """What the arms of a line have in common, in short."""
+    """Levels that the arms of a line have in common, in short."""
     at = ", ".join(f"{name} {levels[name]}" for name in ("rate", "D") if name != factor)
     further = [levels[name] for name in ("remedy",) if levels[name] != "none"]
     return "; ".join([f"{levels['method']} ({at})", *further])

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 OFFSETS = ((5, 2), (5, -10), (-4, 2), (-4, -10), (5, 11), (5, -19), (-4, 11), (-4, -19))
-"""Where a text may stand, in points from what it is of, in the order in which places are tried; to the left it ends
+"""Places of a text, in points from what it is of, in the order in which places are tried; to the left it ends
 there."""
 WIDTH, HEIGHT = 0.66, 1.15
 """Of a character, in its font size."""

@@ -1,4 +1,4 @@
-"""What happens over training: usage, geometry, gradient reach."""
+"""Figures over training: usage, geometry, gradient reach."""
 
 from __future__ import annotations
 
