@@ -1,6 +1,6 @@
-"""Modules and images that all trainers share. A server that forks them imports this module, so that each begins with it: the
-libraries that a run needs, among them those that wait for its evaluation, and the images of Fashion-MNIST where they
-are here."""
+"""Modules and images that all trainers share. A server that forks them imports this module, so that each begins with
+it: the libraries that a run needs, among them those that wait for its evaluation, and the images of Fashion-MNIST where
+they are here."""
 
 from __future__ import annotations
 

@@ -95,8 +95,8 @@ HEAD_DIM = 64
 
 
 class TransformerDials(Frozen):
-    """Depth, sub-tokens and dropouts of a transformer. Depth is the one dial of its size: width 64 * depth, as many heads as blocks;
-    dropouts are the paper's."""
+    """Depth, sub-tokens and dropouts of a transformer. Depth is the one dial of its size: width 64 * depth, as many
+    heads as blocks; dropouts are the paper's."""
 
     depth: int = Field(16, strict=True, ge=1)
     subtoken_bits: tuple[int, ...] = ()
