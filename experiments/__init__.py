@@ -43,11 +43,12 @@ def run(
     """
     from experiments.analysis.projections import project_all
     from experiments.runner.sweep import train_study
-    from experiments.study import Study
+    from experiments.study import Study, advance
 
     study = Study(preset, ablations, seeds, overrides or {}, grid or {}, tuple(bases))
     budget_s = None if time_budget_minutes is None else 60 * time_budget_minutes
     train_study(study, slots=slots, time_budget_s=budget_s, fail_fast=fail_fast)
+    study, _ = advance(study)
     project_all((cell for cell in study.cells if cell.seed == 0), study.preset.projection)
     return study
 

@@ -63,8 +63,8 @@ class Study:
     bases: tuple[str, ...] = ()
     chosen: tuple[list[Cell], list[Cell]] | None = field(default=None, compare=False, repr=False)
     """The cells and the waiting cells that `only` has chosen; None: all."""
-    settled: Settled = field(default_factory=dict, compare=False, repr=False)
-    """Memo of `next_cells`: what no finished run changes. Copies of the study share it."""
+    settled: Settled = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Memo of `next_cells`: what no finished run changes."""
 
     def __post_init__(self) -> None:
         get_preset(self.preset_name)
@@ -296,9 +296,10 @@ def next_cells(study: Study) -> Stages:
 def advance(study: Study) -> tuple[Study, list[Cell]]:
     """The study as its runs are now, and the cells that have joined since it was made: their search, tokenizer or
     neighbours have finished in the meantime."""
-    if not study.waiting:
+    if study.chosen or not study.waiting:
         return study, []
     now, before = replace(study), {cell.run.path for cell in study.cells}
+    now.settled.update(study.settled)
     return now, [cell for cell in now.cells if cell.run.path not in before]
 
 

@@ -15,10 +15,9 @@ from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.errors import ConfigError
 
 CODEBOOK_SIZE = "quantizer.codebook_size"
-LEVELS = "quantizer.levels"
-"""Of FSQ, which derives them from K: a power of two, which the product of a user's own levels need not be."""
 ANY_SIZE = 1024
-"""A K that every method can have."""
+"""A K that every method can have: FSQ's before the user's own levels are set, whose product need not be a power of
+two."""
 GAN_WEIGHT = "loss.adversarial.weight"
 
 
@@ -69,12 +68,15 @@ def tokenizer_config(preset: Preset, changes: Mapping[str, Any], overrides: Mapp
     values = {path: value for path, value in values.items() if path not in (*times, CODEBOOK_SIZE)}
     if values.get(GAN_WEIGHT, overrides.get(GAN_WEIGHT)):
         values = {path: value for path, value in preset.discriminator.items() if path not in overrides} | values
-    method = values.pop("quantizer.method")
-    config = tokenizer(preset, {"method": method} | _sizes(method, ANY_SIZE if LEVELS in values else K))
+    own = {path.removeprefix("quantizer."): value for path, value in values.items() if path.startswith("quantizer.")}
+    levels = own.pop("levels", None)
+    config = tokenizer(preset, _sizes(own["method"], K if levels is None else ANY_SIZE) | own)
+    del values["quantizer.method"]
     others = {path: value for path, value in overrides.items() if path != CODEBOOK_SIZE}
-    fields = {**others, **values}
-    config = config.with_fields(**fields) if fields else config
-    return scaled(config, {path: float(factor) for path, factor in times.items()})
+    if fields := {**others, **values}:
+        config = config.with_fields(**fields)
+    config = scaled(config, {path: float(factor) for path, factor in times.items()})
+    return config.with_fields(**values) if values else config  # once more: what is set is not scaled
 
 
 def codebook_size(preset: Preset, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> int:

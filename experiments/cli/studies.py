@@ -175,6 +175,7 @@ def run(
     from experiments.analysis import projections
     from experiments.report import notebooks, pages
     from experiments.runner.sweep import train_study
+    from experiments.study import advance
 
     study = study_of(names, preset, seeds, set_, grid, base)
     started = time.monotonic()
@@ -188,6 +189,7 @@ def run(
         hang_s=60 * hang_timeout,
         say=say,
     )
+    study, _ = advance(study)
     complete = not (outcome.unfinished or outcome.failed)
     if complete:
         projections.project_all((cell for cell in study.cells if cell.seed == 0), study.preset.projection, say)

@@ -19,7 +19,7 @@ from experiments.explorer.run import ExplorerRun, Workers, new_run
 from experiments.runner import sweep
 from experiments.runner.pool import Pool
 from experiments.runner.sweep import Outcome, train_study
-from experiments.study import Study
+from experiments.study import Study, advance
 from ibq.data import fashion_mnist
 
 
@@ -70,6 +70,7 @@ def trained(folders: Path) -> tuple[Study, Outcome, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "POLL_S", 0.02)  # a smoke run takes about as long as a poll
         outcome = train_study(study, device="cpu", say=said.append)
+    study, _ = advance(study)
     project_all(study.cells, study.preset.projection, said.append)
     return study, outcome, said
 
@@ -95,7 +96,8 @@ def trained_toy(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         patch.setitem(ABLATIONS, "toy", TOY)
         patch.setenv("IBQ_RUNS", str(tmp_path_factory.mktemp("toy") / "runs"))
         study = Study("smoke", ("toy",))
-        return study, train_study(study, device="cpu", say=said.append), said
+        outcome = train_study(study, device="cpu", say=said.append)
+        return advance(study)[0], outcome, said
 
 
 @pytest.fixture

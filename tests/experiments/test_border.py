@@ -142,6 +142,7 @@ def test_one_sweep_trains_the_ends_and_what_is_between_and_never_again(
     study = Study("smoke", ("collapse_atlas",))
     said: list[str] = []
     outcome = train_study(study, device="cpu", say=said.append)
+    study, _ = advance(study)
     assert sorted(names(outcome.finished)) == sorted([LOW, HIGH, MIDDLE, UPPER])
     assert outcome.unfinished == []
     assert any(line.startswith("[4/4] ok ") for line in said)
@@ -157,6 +158,7 @@ def test_a_lost_end_keeps_the_middle_waiting_and_the_command_unfinished(line: Ab
     broken.path.mkdir(parents=True)
     broken.config.write_text("{")
     outcome = train_study(study, device="cpu", say=lambda _: None)
+    study, _ = advance(study)
     assert names(outcome.failed) == [HIGH]
     assert MIDDLE in names(outcome.unfinished)
 

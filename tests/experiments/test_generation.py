@@ -12,6 +12,7 @@ from transformer_rows import ABLATION, GUIDANCES, QUALITY, arms, known, study
 
 from experiments import rows
 from experiments.ablations import ABLATIONS
+from experiments.ablations.changes import Given
 from experiments.analysis import claims
 from experiments.analysis.findings import findings
 from experiments.cells import unique_runs
@@ -86,9 +87,9 @@ def test_the_preset_says_how_much_longer_its_tokenizers_train(
 @pytest.mark.parametrize(("depth", "depths"), [(1, (1, 1, 2)), (2, (1, 2, 3)), (3, (2, 3, 5)), (12, (6, 12, 18))])
 def test_depths_are_multiples_of_the_presets_and_at_least_one(depth: int, depths: tuple[int, ...]) -> None:
     base = configs("quick")["ibq_tokens"].with_fields(**{"transformer.depth": depth})
-    levels = [ABLATION.arm(name).levels for name in ("ibq_shallow", "ibq_tokens", "ibq_deep")]
-    assert ABLATION.transformer is not None
-    assert tuple(ABLATION.transformer(of, base)["transformer.depth"] for of in levels) == depths
+    changes = [ABLATION.arm(name).transformer or {} for name in ("ibq_shallow", "ibq_tokens", "ibq_deep")]
+    given = Given(get_preset("quick"), 1024, base)
+    assert tuple(change["transformer.depth"](given) for change in changes) == depths
 
 
 @pytest.mark.parametrize(("preset", "bits"), [("smoke", (2, 3)), ("quick", (5, 5)), ("gpu", (7, 7))])

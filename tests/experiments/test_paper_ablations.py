@@ -94,7 +94,7 @@ def test_arms_beyond_the_presets_largest_codebook_are_left_out_unless_the_user_w
 
 def test_a_k_that_has_no_sixteenth_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"codebook_size=1000 cannot be taken ×1/16 times; choose a multiple of 16"):
-        ABLATIONS["codebook_size"].quantizer({"method": "VQ", "K": "×1/16"}, 1000)
+        _ = Study("quick", ("codebook_size",), overrides={"quantizer.codebook_size": 1000}).cells
 
 
 def test_the_core_study_is_notebooks_01_to_05() -> None:

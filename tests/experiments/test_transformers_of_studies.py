@@ -257,6 +257,7 @@ def test_transformer_stages_of_a_failed_tokenizer_have_no_result_and_the_others_
     broken.config.write_text("{")
     study = Study("smoke", ("toy",))
     outcome = train_study(study, device="cpu", say=lambda _: None)
+    study, _ = advance(study)
     assert names(outcome.finished) == ["vq 0"]
     assert names(outcome.failed) == ["tokenizer of ibq 0"]
     assert names(outcome.unfinished) == ["ibq 0", "ibq_deep 0"]
@@ -282,6 +283,7 @@ def test_a_tokenizer_that_did_not_stay_finite_ends_its_transformers(empty: Study
     study = Study("smoke", ("toy",))
     said: list[str] = []
     outcome = train_study(study, device="cpu", say=said.append)
+    study, _ = advance(study)
     assert outcome.failed == outcome.unfinished == study.waiting == []
     assert len(outcome.finished) == 3
     frame = rows.load(study)

@@ -130,6 +130,7 @@ def test_one_sweep_trains_both_stages_and_never_again(small: Ablation) -> None:
     said: list[str] = []
     train_study(study.only(study.cells[:1]), device="cpu", say=said.append)
     outcome = train_study(study, device="cpu", say=said.append)
+    study, _ = advance(study)
     assert outcome.skipped == 1
     assert len(outcome.finished) == 4
     assert outcome.failed == outcome.unfinished == []
@@ -150,6 +151,7 @@ def test_a_search_that_fails_leaves_its_arms_waiting_and_the_command_unfinished(
     broken.path.mkdir(parents=True)
     broken.config.write_text("{")
     outcome = train_study(study, device="cpu", say=lambda _: None)
+    study, _ = advance(study)
     assert [cell.search.value for cell in outcome.failed if cell.search] == [1e-3]
     assert [cell.arm.name for cell in outcome.unfinished] == ["ibq", "ibq_single"]
     broken.config.unlink()
