@@ -1,5 +1,5 @@
-"""The objective of docs/method.md section 4: raw terms by name, their weights from the config, one sum for each of the
-two players.
+"""The objective of docs/method.md section 4: raw terms by name, their weights from the config, one sum for generator
+and discriminator.
 
 generator      pixel · lpips or fashion_cnn · the quantizer's own terms · adversarial
 discriminator  discriminator · lecam

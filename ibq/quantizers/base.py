@@ -152,11 +152,11 @@ class Quantizer(nn.Module):
         """As `CodebookQuantizer.restart_codes`, for methods without single codes to place."""
         raise ConfigError(f"method={self.config.method!r} has no codes that can be placed one by one; restart none")
 
-    def mend_average(self, average: Quantizer) -> None:
-        """Give `average`, whose weights have just been averaged with these, what an average is wrong for: by default
-        nothing is.
+    def sync_average(self, average: Quantizer) -> None:
+        """Copy to `average`, whose weights have just been averaged with these, what must not be averaged: nothing by
+        default.
 
-        To be called after every training step, since it may depend on what the step's forward has done.
+        To be called after every training step, since it may depend on the step's forward.
         """
 
     def indices_to_codes(self, indices_BHW: torch.Tensor) -> torch.Tensor:
