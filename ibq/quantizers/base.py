@@ -26,7 +26,7 @@ KMEANS_FEATURES = 4  # per code: the means of fewer features are hardly means
 
 
 class Quantized(NamedTuple):
-    """What a quantizer returns, always.
+    """Return value of every quantizer.
 
     Attributes:
         z_q: (B, D, H, W), float32; its value is exactly the selected codes, its gradient is the method's.
@@ -214,7 +214,7 @@ class CodebookQuantizer(Quantizer):
 
     @property
     def features_wanted(self) -> int:
-        """How many features `initialize_from` should get."""
+        """Number of features that `initialize_from` should get."""
         return self.config.codebook_size * (KMEANS_FEATURES if self.config.codebook_init == "kmeans" else 1)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from ibq.training.sharding import part_like
 
 
 class Checkpoint(NamedTuple):
-    """What a resume needs."""
+    """Tensors and meta facts that a resume needs."""
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
@@ -110,7 +110,7 @@ def restore_optimizer(
 
 
 def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """What stands under a prefix, without it."""
+    """Tensors under a prefix, by their names without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -122,7 +122,7 @@ def require_version(meta: dict[str, Any], name: str, version: int) -> None:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """What the next random numbers of this process follow from, by its names in a checkpoint."""
+    """States of this process's random number generators, by their names in a checkpoint."""
     states = {"rng.cpu": torch.get_rng_state()}
     return states | ({"rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
