@@ -145,6 +145,8 @@ def _own_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+# torchrun's `record` writes tracebacks for its own report; the processes that stay still raise these texts, also where
+# no torchrun is, and each has one sentence to say and to write into attempts.jsonl.
 _LOST = re.compile(
     r"connection (closed|reset|refused)[a-z ]*|broken pipe|timed out[a-z0-9 ]*|[a-z]* ?time-?out|remote process exited|"
     r"nccl(Remote|System)Error|communicator was aborted|watchdog|(got|sent) 0 bytes",

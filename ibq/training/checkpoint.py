@@ -76,6 +76,11 @@ def remove_checkpoint(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+# The helpers of torch.distributed.checkpoint.state_dict do not serve here: they take a step with an optimizer that has
+# no state yet, which spoils Adam's bias correction when a discriminator that has not begun is saved, and they give the
+# moments of channels-last weights back in another layout than the weights', which fused Adam does not notice.
+
+
 def flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:
     """Optimizer state by parameter name: `<prefix>.<name>.<slot>`."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
