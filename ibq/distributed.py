@@ -1,4 +1,5 @@
-"""What several training processes share; every function is a no-op where torch.distributed is not initialised.
+"""Process group, collectives and device of a training process; every function is a no-op where torch.distributed is
+not initialised.
 
 Collective functions are called by all processes in the same order, or those that call wait for those that do not.
 Numbers, flags and objects travel through the CPU (gloo, also beside nccl): that costs no wait for a GPU, and gloo
@@ -32,7 +33,7 @@ from ibq.errors import ConfigError, PeerLostError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for a process that lives but does not come: longer than rank 0 measures or writes by
+"""Time that a collective waits for a process that lives but does not come: longer than rank 0 measures or writes by
 itself."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -123,7 +124,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is, for a record of where numbers come from."""
+    """Name of a device, for a record of where numbers come from."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
@@ -144,6 +145,8 @@ def _own_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+# torchrun's `record` writes tracebacks for its own report; the processes that stay still raise these texts, also where
+# no torchrun is, and each has one sentence to say and to write into attempts.jsonl.
 _LOST = re.compile(
     r"connection (closed|reset|refused)[a-z ]*|broken pipe|timed out[a-z0-9 ]*|[a-z]* ?time-?out|remote process exited|"
     r"nccl(Remote|System)Error|communicator was aborted|watchdog|(got|sent) 0 bytes",
@@ -174,14 +177,18 @@ def peers() -> Iterator[None]:
 
 
 LAST_WORDS_S = 8.0
-"""How long the other processes of a node leave the first one to say how it ends."""
+"""Longest wait of the other processes of a node for torchrun to end them, once the first one has said how it ends."""
 
 
 def last_words(sentence: str, *, interrupted: bool) -> None:
-    """Say on stderr how a command ends, before its process does. Under torchrun the other processes of the node leave
-    that to the first
-    one, and wait for it: torchrun ends all of them with the first that ends. `interrupted`: by Ctrl-C, which it has
-        passed on to all.
+    """Say on stderr how a command ends, before its process does.
+
+    Under torchrun the other processes of the node leave that to the first one, and wait for it: torchrun ends all of
+    them with the first that ends.
+
+    Args:
+        sentence: one line.
+        interrupted: by Ctrl-C, which torchrun has passed on to all.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(sentence, file=sys.stderr, flush=True)

@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from ibq.cli.pictures import Fit, Framing, Picture, PictureFolder, to_float
+from ibq.cli.pictures import Fit, Framing, Picture, PictureFolder
 from ibq.data.folder import first_few
-from ibq.data.images import one_line, quoted
+from ibq.data.images import one_line, quoted, to_float
 from ibq.distributed import is_writer, resolve_device
 from ibq.errors import ConfigError, NonFiniteInputError
 from ibq.evaluation.tokenizer import measuring
@@ -166,7 +166,7 @@ def reconstructed(model: Model, pictures: PictureFolder, names: Iterable[str], b
                 enough_memory(f"{this}; lower --batch-size, or use --resize or another --device"),
                 measuring(tokenizer),
             ):
-                x_BCHW = to_float(batch, device)
+                x_BCHW = to_float(torch.stack([picture.pixels_CHW for picture in batch]), device)
                 y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
         except NonFiniteInputError as error:
             raise ConfigError(f"the model cannot reconstruct {this}: {one_line(error)}") from None

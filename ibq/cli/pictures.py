@@ -174,12 +174,6 @@ class PictureFolder:
             raise DataError(f"no picture of {quoted(self.path)} can be used: {first_few(self.skipped)}")
 
 
-def to_float(pictures: list[Picture], device: torch.device) -> torch.Tensor:
-    """Pictures of one size as a network reads them: float32 (B, C, H, W); 0 becomes exactly -1 and 255 exactly 1."""
-    bytes_BCHW = torch.stack([picture.pixels_CHW for picture in pictures])
-    return bytes_BCHW.to(device).to(torch.float32).div_(127.5).sub_(1.0)
-
-
 def png(pixels_CHW: torch.Tensor) -> bytes:
     """The file of a picture, uint8 with one channel (grey) or three."""
     pixels = pixels_CHW.permute(1, 2, 0).numpy()

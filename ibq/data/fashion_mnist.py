@@ -81,7 +81,7 @@ def cache_folder() -> Path:
 
 
 def fashion_mnist_is_here() -> bool:
-    """Whether loading it would find it, and so fetch nothing."""
+    """True if loading it would find it, and so fetch nothing."""
     try:
         return isinstance(_seek_fashion_mnist(), tuple)
     except DataError:
@@ -245,7 +245,7 @@ FETCHERS: dict[str, Callable[[Path], Path]] = {
 
 
 def _run(command: list[str], folder: Path) -> tuple[bool, str]:
-    """Whether a command succeeded, and the first line of its complaints."""
+    """True if a command succeeded, and the first line of its complaints."""
     environment = {**os.environ, "LC_ALL": "C"}
     done = subprocess.run(
         command,

@@ -121,7 +121,7 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, hidden entries left out; a DataError if it is none or cannot be read."""
+    """Entries of a folder, hidden ones left out; a DataError if it is none or cannot be read."""
     try:
         return _scan(folder)
     except FileNotFoundError:
@@ -268,7 +268,7 @@ def read_square(path: Path, resolution: int, place: Place = centre, *, enlarge: 
 
 
 def read_image(path: Path, use: Callable[[Image.Image], Pixels | str]) -> Pixels | str:
-    """What `use` makes of the opened image, or the words that say, after the file's name, why it cannot be used.
+    """Result of `use` on the opened image, or the words that say, after the file's name, why it cannot be used.
 
     Args:
         path: any path; what is no image of FORMATS within MAX_PIXELS does not reach `use`.

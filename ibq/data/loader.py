@@ -1,5 +1,5 @@
-"""What each step trains on: which images, and their pixels where they are wanted, for one process or its share for one
-of many.
+"""Training batches: which images each step trains on, and their pixels where they are wanted, for one process or its
+share for one of many.
 
 Suffixes: B images, C channels, H W pixels.
 """
@@ -21,14 +21,14 @@ from ibq.errors import ConfigError
 
 
 def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> torch.Tensor:
-    """Which images (B,) a step trains on: a fresh permutation each epoch; a function of seed and step, so that resuming
+    """Images (B,) that a step trains on: a fresh permutation each epoch; a function of seed and step, so that resuming
     needs no state."""
     epoch, batch = _epoch_and_batch(step, n_images, batch_size)
     return _permutation(seed * 1_000_003 + epoch, n_images)[batch * batch_size : (batch + 1) * batch_size]
 
 
 def images_seen(seed: int, steps: int, n_images: int, batch_size: int) -> torch.Tensor | None:
-    """Which images the first steps of a run show, ascending; None where they are all, or nearly."""
+    """Images that the first steps of a run show, ascending; None where they are all, or nearly."""
     if steps * batch_size >= n_images:
         return None
     return torch.cat([batch_indices(seed, step, n_images, batch_size) for step in range(steps)]).sort().values
@@ -44,7 +44,7 @@ def _permutation(seed: int, n: int) -> torch.Tensor:
 
 
 class Batching(Protocol):
-    """What the config of either stage says of its batches."""
+    """Fields about batches in the config of either stage."""
 
     @property
     def data(self) -> DataConfig: ...

@@ -64,8 +64,8 @@ Read = Callable[[str, np.random.Generator], Pixels | str]
 
 @dataclass(eq=False)
 class Unusable:
-    """What could not be decoded: kept count of, said once, and replaced; that some files are broken is known only when
-    they are read."""
+    """Files that could not be decoded: counted, named once, and replaced; that some are broken is known only when they
+    are read."""
 
     listing: Listing
     split: Split
@@ -221,7 +221,7 @@ def _size(path: Path) -> int:
 
 @dataclass(frozen=True)
 class RandomSquares(Dataset[tuple[torch.Tensor, list[tuple[int, str]]]]):
-    """What a process that decodes holds: no list of files, as each step brings its own.
+    """Data set of a process that decodes; it holds no list of files, as each step brings its own.
 
     Args:
         folder: where the files are.

@@ -1,4 +1,4 @@
-"""What a transformer learns from: the tokens of a split's images, encoded once and kept, or those of fresh squares at
+"""Training data of a transformer: the tokens of a split's images, encoded once and kept, or those of fresh squares at
 each step.
 
 Suffixes: N images of a split, M those that are wanted, B those of a batch, T tokens of an image in row-major order, C
@@ -32,8 +32,8 @@ from ibq.training.runtime import StopRequested
 SHARD = 4096
 """Images of a file of tokens."""
 IMAGES_AT_ONCE, PIXELS_AT_ONCE = 64, 2**21
-"""What is encoded or decoded together at most: of images of 256×256 pixels 32. The images alone decide it, not the
-caller, so that the same tokens come out wherever they are encoded."""
+"""Pixels that are encoded or decoded together at most: of images of 256×256 pixels 32. The images alone decide it, not
+the caller, so that the same tokens come out wherever they are encoded."""
 ENCODING = "tokens 1: center squares, fp32"
 """Part of the cache's name; the number is raised when a change of the code changes what an image is encoded to."""
 POLL_S = 0.5
@@ -151,7 +151,7 @@ def decode(tokenizer: Tokenizer, tokens_BT: torch.Tensor) -> torch.Tensor:
 
 
 def images_at_once(shape: torch.Size) -> int:
-    """How many images of shape (C, H, W) a tokenizer encodes or decodes together."""
+    """Number of images of shape (C, H, W) that a tokenizer encodes or decodes together."""
     return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // (shape[1] * shape[2])))
 
 

@@ -26,7 +26,7 @@ KMEANS_FEATURES = 4  # per code: the means of fewer features are hardly means
 
 
 class Quantized(NamedTuple):
-    """What a quantizer returns, always.
+    """Return value of every quantizer.
 
     Attributes:
         z_q: (B, D, H, W), float32; its value is exactly the selected codes, its gradient is the method's.
@@ -152,11 +152,11 @@ class Quantizer(nn.Module):
         """As `CodebookQuantizer.restart_codes`, for methods without single codes to place."""
         raise ConfigError(f"method={self.config.method!r} has no codes that can be placed one by one; restart none")
 
-    def mend_average(self, average: Quantizer) -> None:
-        """Give `average`, whose weights have just been averaged with these, what an average is wrong for: by default
-        nothing is.
+    def sync_average(self, average: Quantizer) -> None:
+        """Copy to `average`, whose weights have just been averaged with these, what must not be averaged: nothing by
+        default.
 
-        To be called after every training step, since it may depend on what the step's forward has done.
+        To be called after every training step, since it may depend on the step's forward.
         """
 
     def indices_to_codes(self, indices_BHW: torch.Tensor) -> torch.Tensor:
@@ -214,7 +214,7 @@ class CodebookQuantizer(Quantizer):
 
     @property
     def features_wanted(self) -> int:
-        """How many features `initialize_from` should get."""
+        """Number of features that `initialize_from` should get."""
         return self.config.codebook_size * (KMEANS_FEATURES if self.config.codebook_init == "kmeans" else 1)
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ class VQConfig(CodebookConfig):
 
     With `ema_decay` there is no codebook term, and the entropy penalty, when on, moves features alone.
     `restart_threshold` is a share of the uniform usage 1/K. After a restart Adam's moments of a code remain what they
-    were; averaged weights follow at once (`mend_average`).
+    were; averaged weights follow at once (`sync_average`).
     """
 
     method: Literal["vq"] = "vq"
@@ -168,7 +168,7 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
             self.moving_average.restart(self.restart.weight_K, self.restart.anchors_KD)
 
     @torch.no_grad()
-    def mend_average(self, average: Quantizer) -> None:
+    def sync_average(self, average: Quantizer) -> None:
         """Moving averages are not averaged again; by as much as the last forward moved a code to its anchor, its
         average moves to it."""
         assert isinstance(average, VectorQuantizer)

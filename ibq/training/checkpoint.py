@@ -21,7 +21,7 @@ from ibq.training.sharding import part_like
 
 
 class Checkpoint(NamedTuple):
-    """What a resume needs."""
+    """Tensors and meta facts that a resume needs."""
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
@@ -76,6 +76,11 @@ def remove_checkpoint(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+# The helpers of torch.distributed.checkpoint.state_dict do not serve here: they take a step with an optimizer that has
+# no state yet, which spoils Adam's bias correction when a discriminator that has not begun is saved, and they give the
+# moments of channels-last weights back in another layout than the weights', which fused Adam does not notice.
+
+
 def flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:
     """Optimizer state by parameter name: `<prefix>.<name>.<slot>`."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -110,7 +115,7 @@ def restore_optimizer(
 
 
 def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """What stands under a prefix, without it."""
+    """Tensors under a prefix, by their names without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -122,7 +127,7 @@ def require_version(meta: dict[str, Any], name: str, version: int) -> None:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """What the next random numbers of this process follow from, by its names in a checkpoint."""
+    """States of this process's random number generators, by their names in a checkpoint."""
     states = {"rng.cpu": torch.get_rng_state()}
     return states | ({"rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 

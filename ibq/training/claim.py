@@ -30,7 +30,7 @@ def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | Non
 
 
 def already_finished(run: RunDirectory, config: RunConfig) -> bool:
-    """Whether the directory, which must not hold another config, has its row; a collective.
+    """True if the directory, which must not hold another config, has its row; a collective.
 
     Raises:
         ConfigError: on all processes, where one sees another config, other files, or a row that is damaged.
@@ -79,7 +79,7 @@ def newest_checkpoint(run: RunDirectory, belongs_to: dict[str, str]) -> tuple[Ch
 
 
 def agreed(run: RunDirectory, what: str, seen: str) -> str:
-    """What this process sees of a run's files, if all see the same.
+    """State of a run's files as this process sees it, if all see the same; a collective.
 
     Raises:
         ConfigError: on all processes, where one sees something else.

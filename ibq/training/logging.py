@@ -1,5 +1,4 @@
-"""What is seen of a training run while it goes on: windows over its tokens and losses, geometry of a step, snapshots
-for figures.
+"""Log of a training run: windows over its tokens and losses, geometry of a step, throughput, snapshots for figures.
 
 Suffixes: B images, D code dimension, H W token grid, N tokens, K codes.
 """
@@ -136,7 +135,7 @@ def watched_codes(codebook_size: int) -> torch.Tensor:
 
 
 def _used(counts_K: torch.Tensor, chosen_k: torch.Tensor) -> torch.Tensor | None:
-    """Which of the chosen codes have a token (k,), None before any is counted."""
+    """True for those of the chosen codes that have a token (k,), None before any is counted."""
     return counts_K[chosen_k.to(counts_K.device)] > 0 if counts_K.any() else None
 
 
@@ -179,7 +178,7 @@ def geometry(
 
 
 class EntropyPull:
-    """How hard the entropy penalty pulls at the features, against all other terms together, in one backward pass.
+    """Gradient of the entropy penalty at the features, against all other terms together, in one backward pass.
 
     To be made between a forward pass and its backward pass, and asked after it; without an entropy penalty it has
     nothing to report.

@@ -17,7 +17,7 @@ from ibq.schema import flatten
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """What this process has needed so far: of the device's memory or, on a CPU, of its own."""
+    """Peak memory of this process so far: of the device or, on a CPU, of the process itself."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -39,7 +39,7 @@ class Runtime:
     backend: Backend = "auto"
     """Of IBQ's operator."""
     sharding: Sharding = "ddp"
-    """What several processes that train a transformer each hold: the whole of it, or a part of every layer (FSDP2),
+    """Share of a transformer that each of several processes holds: the whole of it, or a part of every layer (FSDP2),
     which is gathered when it computes."""
     samples: int = 1000
     """Images that a trained transformer is evaluated on, at each of `guidances`."""

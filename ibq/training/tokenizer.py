@@ -1,4 +1,4 @@
-"""Train one tokenizer: a generator that yields an event per log step, so that a script, a sweep and a live notebook
+"""Training of a tokenizer: a generator that yields an event per log step, so that a script, a sweep and a live notebook
 drive the same loop.
 
 Suffixes: B images, C channels, H W pixels or token grid, D code dimension, N tokens, K codes.
@@ -34,7 +34,7 @@ from ibq.losses import (
     pixel_loss,
     weighted_sum,
 )
-from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer import Reconstruction, Tokenizer
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
 from ibq.training.claim import agreed, already_finished, newest_checkpoint, tidy
@@ -100,7 +100,7 @@ def train_tokenizer(
     if writer:
         write_json(run.config, config.to_json_dict())
 
-    # ---------------------------------------------------------------- players and averages: fresh, or as the checkpoint
+    # ---------------------------------------------------------------- state: fresh, or as the checkpoint
     tokenizer, generator = state.tokenizer, state.generator
     checkpoint, damaged = newest_checkpoint(run, {"data_hash": data})
     if checkpoint is None:
@@ -124,7 +124,7 @@ def train_tokenizer(
         run.rewind(state.step)
     with shared_errors(ConfigError):
         journal = Journal(run, config, state.step, intervene)
-    state.amend(config := journal.config)
+    state.reconfigure(config := journal.config)
     if state.step == 0 and 0 in snapshot_steps:
         snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window.total(), device)
         if writer:
@@ -147,7 +147,7 @@ def train_tokenizer(
             )
             stop, save = any_rank(should_stop(), due)
             if stop or save:
-                if name := state.not_finite():
+                if name := state.first_non_finite():
                     raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", data)
                 state.save(run.checkpoint, data)
                 last_checkpoint, saved_step = time.perf_counter(), state.step
@@ -158,50 +158,52 @@ def train_tokenizer(
             # ---------------------------- one training step, after what an intervention changes
             started = time.perf_counter()
             with shared_errors(DataError):
-                x_BCHW = batches.next()
-            micro_batches = x_BCHW.chunk(config.accumulate)
+                batch_BCHW = batches.next()
+            micro_batches, last = batch_BCHW.chunk(config.accumulate), config.accumulate - 1
             for intervention in journal.due(state.step):
-                state.amend(config := journal.config)
+                state.reconfigure(config := journal.config)
                 if intervention.restart_dead:
                     state.restart_dead(features_of(tokenizer, micro_batches[0]))
-            last = config.accumulate - 1
             logged = (state.step + 1) % runtime.log_every == 0 or state.step + 1 == config.steps
-            lr, discriminator, y_BCHW = config.lr_at(state.step), state.discriminator, x_BCHW[:0]
+            lr = config.lr_at(state.step)
+            discriminator = state.discriminator
+            y_BCHW = torch.empty(0)  # no reconstruction yet
             try:
-                # One forward pass serves both players. Micro-batches take one for each: what the graphs of all of them
-                # need does not fit.
-                with autocast:
-                    passes = [generator.model(x_BCHW) for x_BCHW in micro_batches] if last == 0 else []
+                # One forward pass serves both steps. With micro-batches each step takes its own: the graphs of all of
+                # them would not fit.
+                outputs: list[Reconstruction] = []
+                if config.accumulate == 1:
+                    with autocast:
+                        outputs = [generator.model(batch_BCHW)]
 
-                # ------------------------ the discriminator's step comes first
+                # ------------------------ discriminator step, first
                 if discriminator is not None:
-                    discriminator.begin(lr, config.accumulate)
+                    discriminator.set_lr(lr)
+                    discriminator.zero_grad()
                     logit_means = []
                     for i, x_BCHW in enumerate(micro_batches):
-                        with discriminator.micro_batch(last=i == last):
-                            y_BCHW = passes[i].images.detach() if passes else reconstruct(tokenizer, x_BCHW, autocast)
+                        with discriminator.no_sync(enabled=i < last):
+                            y_BCHW = outputs[i].images.detach() if outputs else reconstruct(tokenizer, x_BCHW, autocast)
                             with autocast:
-                                real_BHW, fake_BHW = (
-                                    discriminator.model(images_BCHW)[:, 0] for images_BCHW in (x_BCHW, y_BCHW)
-                                )
-                            terms = discriminator_terms(
-                                config, real_BHW.float(), fake_BHW.float(), state.logit_averages_2
-                            )
+                                real_BHW = discriminator.model(x_BCHW)[:, 0]
+                                fake_BHW = discriminator.model(y_BCHW)[:, 0]
+                            real_BHW, fake_BHW = real_BHW.float(), fake_BHW.float()
+                            terms = discriminator_terms(config, real_BHW, fake_BHW, state.logit_averages_2)
                             discriminator.backward(terms, discriminator_weights(config))
-                        logit_means.append(
-                            torch.stack([real_BHW.detach().float().mean(), fake_BHW.detach().float().mean()])
-                        )
-                    discriminator.require_finite()
-                    discriminator.update()
+                        logit_means.append(torch.stack([real_BHW.detach().mean(), fake_BHW.detach().mean()]))
+                    discriminator.unscale_and_clip()
+                    discriminator.step()
                     logit_means_2 = state.update_logit_averages(torch.stack(logit_means).mean(0))
 
-                # ------------------------ the generator's step
-                generator.begin(lr, config.accumulate)
+                # ------------------------ generator step: encoder, quantizer, decoder
+                generator.set_lr(lr)
+                generator.zero_grad()
                 for i, x_BCHW in enumerate(micro_batches):
-                    with generator.micro_batch(last=i == last):
+                    with generator.no_sync(enabled=i < last):
                         with autocast:
-                            y_BCHW, z_BDHW, quantized = passes[i] if passes else generator.model(x_BCHW)
-                        y_BCHW, weights = y_BCHW.float(), loss_weights(config, adversarial=discriminator is not None)
+                            y_BCHW, z_BDHW, quantized = outputs[i] if outputs else generator.model(x_BCHW)
+                        y_BCHW = y_BCHW.float()
+                        weights = loss_weights(config, adversarial=discriminator is not None)
                         terms = {"pixel": pixel_loss(x_BCHW, y_BCHW, config.loss.pixel)}
                         if perceptual is not None:
                             with autocast:
@@ -220,21 +222,13 @@ def train_tokenizer(
                         if logged and i == last:
                             pull = EntropyPull(z_BDHW, quantized.losses, weights)
                         generator.backward(terms | quantized.losses, weights)
-                    state.see(quantized.indices, terms["pixel"])
-                generator.require_finite()
-                generator.update()
-            except (
-                NonFiniteError,
-                NonFiniteInputError,
-            ) as error:  # the latter: the quantizer refuses what encoder or codebook has come to
-                tensors_of = {
-                    "the images are not finite: ": micro_batches,
-                    "the reconstructions are not finite: ": [y_BCHW],
-                }
-                origin = next(
-                    (words for words, tensors in tensors_of.items() if not all(x.isfinite().all() for x in tensors)), ""
-                )
-                raise _lost(run, state, f"step {state.step}: {cause(origin, error)}", data) from None
+                    state.count(quantized.indices, terms["pixel"])
+                generator.unscale_and_clip()
+                generator.step()
+            except (NonFiniteError, NonFiniteInputError) as error:
+                # NonFiniteInputError: the quantizer refuses what encoder or codebook has come to
+                reason = cause(_non_finite_images(batch_BCHW, y_BCHW), error)
+                raise _lost(run, state, f"step {state.step}: {reason}", data) from None
             state.update_average()
             state.step += 1
             state.seconds += time.perf_counter() - started
@@ -252,9 +246,8 @@ def train_tokenizer(
                 report, counts_K = state.report()
                 record |= report | geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach(), counts_K)
                 record |= pull.report(generator.scaler.get_scale() / config.accumulate)
-                record = {
-                    name: value for name, value in record.items() if math.isfinite(value)
-                }  # fp16 skips infinite gradients
+                # fp16 skips infinite gradients
+                record = {name: value for name, value in record.items() if math.isfinite(value)}
                 if writer:
                     append_line(run.history, record)
                 yield LogEvent(state.step, config.steps, record, tokenizer, counts_K)
@@ -295,7 +288,7 @@ def train_tokenizer(
 
 
 def reconstruct(tokenizer: Tokenizer, x_BCHW: torch.Tensor, autocast: AbstractContextManager[Any]) -> torch.Tensor:
-    """What the tokenizer makes of images, without a graph and without what a training pass changes in the quantizer; a
+    """Reconstructions of images, without a graph and without what a training pass changes in the quantizer; a
     collective, so that processes refuse together what is not finite (NonFiniteInputError)."""
     with shared_errors(NonFiniteInputError), autocast, evaluating(tokenizer):
         y_BCHW: torch.Tensor = tokenizer(x_BCHW).images
@@ -304,13 +297,13 @@ def reconstruct(tokenizer: Tokenizer, x_BCHW: torch.Tensor, autocast: AbstractCo
 
 @torch.no_grad()
 def features_of(tokenizer: Tokenizer, x_BCHW: torch.Tensor) -> torch.Tensor:
-    """What images become before they are quantized, (N, D) in float32, without a trace in what training moves."""
+    """Features of images before they are quantized, (N, D) in float32, without a trace in what training moves."""
     return tokenizer.features(x_BCHW).permute(0, 2, 3, 1).flatten(0, 2).float()
 
 
 @torch.no_grad()
 def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: ImageSource, device: torch.device) -> None:
-    """Where the config wants codes that begin as features: encode the run's first batches until there are enough."""
+    """Codes begin as features of the run's first batches, where the config wants that."""
     quantizer = tokenizer.quantize
     if not (isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features):
         return
@@ -322,13 +315,19 @@ def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: Image
     quantizer.initialize_from(torch.cat(features), torch.Generator().manual_seed(config.seed))
 
 
+def _non_finite_images(x_BCHW: torch.Tensor, y_BCHW: torch.Tensor) -> str:
+    """Opening words of the reason why a step is refused; empty where images and reconstructions are finite."""
+    images = {"the images are not finite: ": x_BCHW, "the reconstructions are not finite: ": y_BCHW}
+    return next((words for words, images_BCHW in images.items() if not images_BCHW.isfinite().all()), "")
+
+
 def _images_at_once(config: TrainConfig) -> int:
     """Images of a micro-batch in one process: what fits its memory, and what local means and batch norm see."""
     return config.batch_size // (world_size() * config.accumulate)
 
 
 def _other_means(config: TrainConfig, processes: int) -> str | None:
-    """What a resume on another number of processes changes, if it changes more than rounding."""
+    """Words for the change that a resume on another number of processes makes, if it is more than rounding."""
     adversarial = config.loss.adversarial
     local = config.averages == "local" or (adversarial.weight and adversarial.norm == "batch")
     if processes == world_size() or not local:

@@ -1,5 +1,5 @@
-"""Everything that training changes: the two players, the averaged weights, the windows of the log; saved, restored and
-shared as one.
+"""State of a tokenizer's training: generator and discriminator, the averaged weights, the windows of the log; saved,
+restored and shared as one.
 
 Suffixes: B images, C channels, H W pixels.
 """
@@ -31,7 +31,7 @@ from ibq.training.checkpoint import (
     save_checkpoint,
 )
 from ibq.training.logging import CODEBOOK_PARAMETER, LossWindow, TokenWindow
-from ibq.training.optimizer import Player, draw_apart, not_finite
+from ibq.training.optimizer import TrainedNetwork, first_non_finite, seed_other_ranks
 
 
 class TrainingState:
@@ -42,10 +42,10 @@ class TrainingState:
         torch.manual_seed(config.seed)
         self.config, self.device = config, device
         self.tokenizer = Tokenizer(config).to(device).to(memory_format=torch.channels_last)
-        self.players = {"model": self._player(self.tokenizer)}
+        self.trained = {"model": self._with_adam(self.tokenizer)}
         if config.loss.adversarial.weight:
             network = PatchDiscriminator(config.loss.adversarial, config.data.channels)
-            self.players["discriminator"] = self._player(network.to(device).to(memory_format=torch.channels_last))
+            self.trained["discriminator"] = self._with_adam(network.to(device).to(memory_format=torch.channels_last))
         self.logit_averages_2 = torch.zeros(2, device=device)
         K = config.quantizer.codebook_size
         self.log_window, self.snapshot_window, self.pixel_window = (
@@ -56,20 +56,26 @@ class TrainingState:
         self.recent_window, self.run_window = TokenWindow(K, device), TokenWindow(K, device)
         self.step, self.seconds = 0, 0.0
 
-    def _player(self, network: nn.Module) -> Player:
-        optim = self.config.optim
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        adam = torch.optim.Adam(trained, lr=optim.lr, betas=optim.betas, fused=True)
-        return Player(network, adam, clip_norm=optim.clip_norm, precision=self.config.precision, device=self.device)
+    def _with_adam(self, network: nn.Module) -> TrainedNetwork:
+        config, optim = self.config, self.config.optim
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return TrainedNetwork(
+            network,
+            torch.optim.Adam(parameters, lr=optim.lr, betas=optim.betas, fused=True),
+            accumulate=config.accumulate,
+            clip_norm=optim.clip_norm,
+            precision=config.precision,
+            device=self.device,
+        )
 
     @property
-    def generator(self) -> Player:
-        return self.players["model"]
+    def generator(self) -> TrainedNetwork:
+        return self.trained["model"]
 
     @property
-    def discriminator(self) -> Player | None:
+    def discriminator(self) -> TrainedNetwork | None:
         """None where there is none, or before it starts."""
-        return self.players.get("discriminator") if self.step >= self.config.adversarial_start else None
+        return self.trained.get("discriminator") if self.step >= self.config.adversarial_start else None
 
     def start_average(self) -> None:
         """Begin the averaged weights; after the codebook is initialised, since they start as a copy."""
@@ -78,7 +84,7 @@ class TrainingState:
 
     def update_average(self) -> None:
         self.average.update_parameters(self.tokenizer)
-        self.tokenizer.quantize.mend_average(self.averaged_tokenizer.quantize)
+        self.tokenizer.quantize.sync_average(self.averaged_tokenizer.quantize)
 
     @property
     def averaged_tokenizer(self) -> Tokenizer:
@@ -87,10 +93,12 @@ class TrainingState:
         return averaged
 
     def update_logit_averages(self, means_2: torch.Tensor) -> torch.Tensor:
-        """LeCam's averages take in a step's mean real and fake logit, which are returned: once a step, after its loss,
-        so that they hang neither on micro-batches nor, unless the config wants it, on the number of processes. (VQGANs
-        of this line take the batch in before its own loss, which at a decay of 0.999 moves an average by a thousandth
-        of the way.)"""
+        """Moving averages of LeCam, moved by a step's mean real and fake logit, which are returned.
+
+        Once a step, after its loss, so that they depend neither on micro-batches nor, unless the config wants it, on
+        the number of processes. (VQGANs of this line take the batch in before its own loss, which at a decay of 0.999
+        moves an average by a thousandth of the way.)
+        """
         means_2 = mean_over_ranks(means_2) if self.config.averages == "global" else means_2
         self.logit_averages_2.lerp_(means_2, 1 - self.config.loss.adversarial.lecam_decay)
         return means_2
@@ -107,7 +115,7 @@ class TrainingState:
             "run": self.run_window,
         }
 
-    def see(self, indices_BHW: torch.Tensor, pixel: torch.Tensor) -> None:
+    def count(self, indices_BHW: torch.Tensor, pixel: torch.Tensor) -> None:
         """Count a micro-batch's codes and its pixel loss in the windows."""
         self.log_window.add(indices_BHW)
         self.snapshot_window.add(indices_BHW)
@@ -125,7 +133,7 @@ class TrainingState:
         self.pixel_window.reset()
         return report, counts_K
 
-    def amend(self, config: TrainConfig) -> None:
+    def reconfigure(self, config: TrainConfig) -> None:
         """Go on with other weights and rates. What the run began with remains the tokenizers' own config, and so the
         row's."""
         self.config = config
@@ -149,8 +157,8 @@ class TrainingState:
                 slot[moved_K] = 0
 
     def speed_up(self, *, compiled: bool, checkpoint_activations: bool, backend: Backend) -> None:
-        """What makes a step faster or smaller and changes its numbers by rounding at most. The quantizer has kernels of
-        its own, which `backend` names."""
+        """Options that make a step faster or smaller and change its numbers by rounding at most. The quantizer has
+        kernels of its own, which `backend` names."""
         if isinstance(self.tokenizer.quantize, IndexBackpropQuantizer):
             self.tokenizer.quantize.backend = backend
         for level in self.tokenizer.modules():
@@ -159,8 +167,8 @@ class TrainingState:
         if compiled:
             self.tokenizer.encoder.compile()
             self.tokenizer.decoder.compile()
-            if "discriminator" in self.players:
-                self.players["discriminator"].network.compile()
+            if "discriminator" in self.trained:
+                self.trained["discriminator"].network.compile()
 
     def distribute(self) -> None:
         """Share the work with the other processes, if there are any; to be called once all is as it shall begin or go
@@ -171,26 +179,29 @@ class TrainingState:
         """
         if not initialized():
             return
-        for player in self.players.values():
-            player.distribute()
+        for trained in self.trained.values():
+            trained.wrap_in_ddp()
         self.tokenizer.quantize.peers = dist.group.WORLD
         if self.config.averages == "global":
             self.tokenizer.quantize.group = dist.group.WORLD
-        draw_apart(self.config.seed, self.step)
+        seed_other_ranks(self.config.seed, self.step)
 
-    def not_finite(self) -> str | None:
-        return not_finite(self.players.values())
+    def first_non_finite(self) -> str | None:
+        """Name of a weight that is not finite, if a process has one; a collective."""
+        return first_non_finite(self.trained.values())
 
     def save(self, folder: Path, data_hash: str) -> None:
         """Write the checkpoint, which is rank 0's state but for the windows, which are everyone's; a collective."""
-        tensors = {name: value for key, player in self.players.items() for name, value in player.tensors(key).items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, trained in self.trained.items():
+            tensors |= trained.state_tensors(name)
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         tensors |= {f"window.{name}": window.total() for name, window in self.windows.items()}
-        if "discriminator" in self.players:
+        if "discriminator" in self.trained:
             tensors["lecam.averages"] = self.logit_averages_2
         tensors |= random_states(self.device)
         meta = {"step": self.step, "seconds": self.seconds, "data_hash": data_hash}
-        meta |= {"scalers": {name: player.scaler.state_dict() for name, player in self.players.items()}}
+        meta |= {"scalers": {name: trained.scaler.state_dict() for name, trained in self.trained.items()}}
         meta |= {"processes": world_size(), "commit": source_commit(), "results_version": RESULTS_VERSION}
         if is_writer():
             save_checkpoint(folder, tensors, meta)
@@ -200,13 +211,13 @@ class TrainingState:
         tensors, meta = checkpoint.tensors, checkpoint.meta
         require_version(meta, "results_version", RESULTS_VERSION)
         begins_at = {"model": 0, "discriminator": self.config.adversarial_start}
-        for name, player in self.players.items():
-            player.restore(name, checkpoint, updated=meta["step"] > begins_at[name])
+        for name, trained in self.trained.items():
+            trained.restore(name, checkpoint, updated=meta["step"] > begins_at[name])
         self.average.load_state_dict(part_of(tensors, "average."))
         for name, window in self.windows.items():
             if f"window.{name}" in tensors:  # checkpoints of before lack what was not counted then: it begins here
                 window.restore(tensors[f"window.{name}"])
-        if "discriminator" in self.players:
+        if "discriminator" in self.trained:
             self.logit_averages_2 = tensors["lecam.averages"].to(self.device)
         restore_random_states(tensors, self.device)
         self.step, self.seconds = meta["step"], meta["seconds"]

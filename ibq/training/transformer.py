@@ -1,7 +1,7 @@
-"""Train one generator on a tokenizer's tokens: a generator function that yields an event per log step, as
+"""Training of a transformer on a tokenizer's tokens: a generator function that yields an event per log step, as
 `train_tokenizer` is.
 
-Suffixes: B images, M those of both splits, T tokens of an image.
+Suffixes: B images, b those of a micro-batch, M those of both splits, T tokens of an image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
 from ibq.training.claim import agreed, already_finished, first_difference, newest_checkpoint, tidy
 from ibq.training.logging import Throughput
-from ibq.training.optimizer import AUTOCAST, draw_apart
+from ibq.training.optimizer import AUTOCAST, seed_other_ranks
 from ibq.training.row import row_of, write_lost
 from ibq.training.runtime import LogEvent, Runtime, StopRequested
 from ibq.training.transformer_state import TransformerState
@@ -121,14 +121,13 @@ def train_transformer(
         run.rewind(state.step)
 
     # ---------------------------------------------------------------- the loop
-    player = state.player
+    trained = state.trained
     autocast = torch.autocast(device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32")
     last_checkpoint, saved_step = time.perf_counter(), state.step
     throughput = Throughput(state, config.batch_size)
     place = {"first_step": state.step, "rank": rank(), "world": world_size()}
-    workers = (
-        runtime.workers if state.step < config.steps else 0
-    )  # where the evaluation alone is left, none shall begin to decode
+    # where the evaluation alone is left, none shall begin to decode
+    workers = runtime.workers if state.step < config.steps else 0
     with TokenBatches(config, tokenizer, train_images, train_tokens, device, **place, workers=workers) as batches:
         while state.step < config.steps:
             # ---------------------------- before a step, all processes agreeing: stop, checkpoint; none of it counts as
@@ -150,22 +149,22 @@ def train_transformer(
             with _encoding(config), shared_errors(DataError, NonFiniteInputError):
                 tokens_BT, classes_B = batches.next()
             lr, last = config.lr_at(state.step), config.accumulate - 1
-            draw_apart(
-                config.seed, state.step
-            )  # at each step, so that a run that goes on draws what it would have drawn
+            # at each step, so that a run that goes on draws what it would have drawn
+            seed_other_ranks(config.seed, state.step)
             try:
-                player.begin(lr, config.accumulate)
+                trained.set_lr(lr)
+                trained.zero_grad()
                 micro_batches = zip(tokens_BT.chunk(config.accumulate), classes_B.chunk(config.accumulate), strict=True)
-                for i, (tokens_BT, classes_B) in enumerate(micro_batches):
-                    with player.micro_batch(last=i == last):
+                for i, (tokens_bT, classes_b) in enumerate(micro_batches):
+                    with trained.no_sync(enabled=i < last):
                         with autocast:
-                            loss = player.model(tokens_BT, classes_B)
-                        player.backward({"cross_entropy": loss}, {"cross_entropy": 1.0})
+                            loss = trained.model(tokens_bT, classes_b)
+                        trained.backward({"cross_entropy": loss}, {"cross_entropy": 1.0})
                     state.log_window.add(loss)
-                player.require_finite()
-                player.update()
+                trained.unscale_and_clip()
+                trained.step()
             except NonFiniteError as error:
-                state.see_peak()
+                state.record_peak_memory()
                 raise _lost(run, state, f"step {state.step}: {error}", belongs_to) from None
             state.update_average()
             state.step += 1
@@ -232,8 +231,8 @@ def _encoding(config: TransformerTrainConfig) -> Iterator[None]:
 
 def _save(run: RunDirectory, state: TransformerState, belongs_to: dict[str, str]) -> None:
     """Write the checkpoint, if it would be of use; a collective. NonFiniteError: it would not."""
-    state.see_peak()
-    if name := state.not_finite():
+    state.record_peak_memory()
+    if name := state.first_non_finite():
         raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", belongs_to)
     state.save(run.checkpoint, belongs_to)
 

@@ -1,6 +1,7 @@
-"""Everything that a transformer's training changes: the transformer, its averaged weights, the window of the log;
-saved, restored and shared as one. Checkpoints hold whole tensors, so that a run may go on on any number of processes
-that share its weights out or do not.
+"""State of a transformer's training: the transformer, its averaged weights, the window of the log; saved, restored and
+shared as one.
+
+Checkpoints hold whole tensors, so that a run may go on on any number of processes that share its weights out or do not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ibq.models.transformer.blocks import Block
 from ibq.run_directory import source_commit
 from ibq.training.checkpoint import Checkpoint, random_states, require_version, restore_random_states, save_checkpoint
 from ibq.training.logging import LossWindow
-from ibq.training.optimizer import Player, not_finite
+from ibq.training.optimizer import TrainedNetwork, first_non_finite
 from ibq.training.row import peak_memory_gib
 from ibq.training.sharding import gather_for_writer, part_like, shard, whole
 
@@ -27,7 +28,7 @@ COUNTED = ("step", "seconds", "encode_seconds", "peak_memory_gib")
 
 
 class TransformerState:
-    """The player, `average` where the config has an average, window, step, and what training has cost.
+    """The trained network, `average` where the config has an average, window, step, and what training has cost.
 
     Args:
         config: of the run; its seed decides the weights that the transformer begins with.
@@ -42,9 +43,10 @@ class TransformerState:
         self.transformer, self.sharded = network.transformer, sharding == "fsdp" and initialized()
         if self.sharded:
             shard(network, self.transformer.blocks, device)
-        self.player = Player(
+        self.trained = TrainedNetwork(
             network,
             decaying_adamw(config, network),
+            accumulate=config.accumulate,
             clip_norm=config.optim.clip_norm,
             precision=config.precision,
             device=device,
@@ -65,7 +67,7 @@ class TransformerState:
     def report(self) -> dict[str, float]:
         """Of the last step the loss, in nats a token, and the norm of the gradient before clipping; and the mean loss
         of all batches since the last report. A collective."""
-        of_step = self.player.report()
+        of_step = self.trained.report()
         report = {
             "loss": of_step["loss"],
             "loss_mean": self.log_window.mean(),
@@ -87,8 +89,8 @@ class TransformerState:
         return transformer.eval().requires_grad_(False)
 
     def speed_up(self, *, compiled: bool, checkpoint_activations: bool) -> None:
-        """What makes a step faster or smaller and changes its numbers by rounding at most. Blocks are alike, so that
-        one is compiled."""
+        """Options that make a step faster or smaller and change its numbers by rounding at most. Blocks are alike, so
+        that one is compiled."""
         for block in self.transformer.modules():
             if isinstance(block, Block):
                 block.checkpointed = checkpoint_activations
@@ -99,14 +101,14 @@ class TransformerState:
         """Share the work with the other processes, if there are any; to be called once all is as it shall begin or go
         on."""
         if initialized() and not self.sharded:
-            self.player.distribute()
+            self.trained.wrap_in_ddp()
 
-    def not_finite(self) -> str | None:
-        """The name of a weight that is not finite, if a process has one; a collective."""
-        return not_finite([self.player])
+    def first_non_finite(self) -> str | None:
+        """Name of a weight that is not finite, if a process has one; a collective."""
+        return first_non_finite([self.trained])
 
-    def see_peak(self) -> None:
-        """Take up how much memory this process has needed; once an evaluation has begun it is no longer training's."""
+    def record_peak_memory(self) -> None:
+        """Note how much memory this process has needed; once an evaluation has begun it is no longer training's."""
         self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib(self.device))
 
     def save(self, folder: Path, belongs_to: dict[str, str]) -> None:
@@ -116,7 +118,8 @@ class TransformerState:
             folder: of the checkpoint.
             belongs_to: hashes of what the run learns from, for the meta file.
         """
-        tensors = self.player.tensors("model") | {f"average.{name}": weight for name, weight in self.average.items()}
+        tensors = self.trained.state_tensors("model")
+        tensors |= {f"average.{name}": weight for name, weight in self.average.items()}
         tensors = gather_for_writer(tensors | {"window.log": self.log_window.total()} | random_states(self.device))
         meta = {name: getattr(self, name) for name in COUNTED} | belongs_to
         meta |= {"processes": world_size(), "sharded": self.sharded, "commit": source_commit()}
@@ -129,7 +132,7 @@ class TransformerState:
         tensors, meta = checkpoint.tensors, checkpoint.meta
         require_version(meta, "results_version", RESULTS_VERSION)
         require_version(meta, "generator_version", TRANSFORMER_VERSION)
-        self.player.restore("model", checkpoint, updated=meta["step"] > 0)
+        self.trained.restore("model", checkpoint, updated=meta["step"] > 0)
         for name, weight in self.average.items():
             weight.copy_(part_like(tensors[f"average.{name}"], weight))
         self.log_window.restore(tensors["window.log"])

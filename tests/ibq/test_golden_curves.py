@@ -44,7 +44,7 @@ def config() -> TrainConfig:
 
 
 def curves(folder: Path) -> list[dict[str, float]]:
-    """Every step's loss terms, raw and weighted, totals and gradient norms of both players."""
+    """Every step's loss terms, raw and weighted, totals and gradient norms of both networks."""
     runtime = Runtime(device="cpu", log_every=1, snapshots=0, eval_images=4)
     events = train_tokenizer(config(), folder, runtime)
     return [

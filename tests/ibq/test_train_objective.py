@@ -1,4 +1,4 @@
-"""The game of two players in the trainer: against a loop written out by hand, over micro-batches, stops and losses of
+"""The adversarial game in the trainer: against a loop written out by hand, over micro-batches, stops and losses of
 finiteness."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[TrainingState]:
 def by_hand(config: TrainConfig, state: TrainingState, steps: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Plain steps from the same beginning: discriminator first, then the generator, on one forward pass; docs/method.md
     section 4."""
-    tokenizer, critic = copy.deepcopy(state.tokenizer), copy.deepcopy(state.players["discriminator"].network)
+    tokenizer, critic = copy.deepcopy(state.tokenizer), copy.deepcopy(state.trained["discriminator"].network)
     perceptual, images = PerceptualLoss("fashion-cnn"), load_images(config.data, "train")
     optimizers = [torch.optim.Adam(network.parameters(), lr=SMALL, betas=(0.5, 0.9)) for network in (tokenizer, critic)]
     real_average = fake_average = 0.0
@@ -102,8 +102,8 @@ def test_three_steps_equal_those_written_out_by_hand(
     )
     expected = by_hand(config, TrainingState(config, torch.device("cpu")), 3)
     list(train_tokenizer(config, tmp_path, EVERY_STEP))
-    for player, network in zip(states[0].players.values(), expected, strict=True):
-        torch.testing.assert_close(weights_of(player.network), weights_of(network), rtol=1e-4, atol=5e-6)
+    for trained, network in zip(states[0].trained.values(), expected, strict=True):
+        torch.testing.assert_close(weights_of(trained.network), weights_of(network), rtol=1e-4, atol=5e-6)
 
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -127,7 +127,7 @@ every_arm = pytest.mark.parametrize("arm", ARMS)
 
 
 @every_arm
-def test_terms_add_up_for_both_players_and_a_resumed_run_equals_the_whole_one(
+def test_terms_add_up_for_both_networks_and_a_resumed_run_equals_the_whole_one(
     tiny: Any, tmp_path: Path, arm: str
 ) -> None:
     config = tiny(**GAN | ARMS[arm])
@@ -161,11 +161,11 @@ def test_before_its_start_the_discriminator_does_nothing(
     late = tiny(steps=4, **GAN, **{"loss.adversarial.start": 0.5})
     without = tiny(steps=4, **{"loss.perceptual": "fashion-cnn", "model.norm_groups": 2})
     beginning = [
-        p.clone() for p in TrainingState(late, torch.device("cpu")).players["discriminator"].network.parameters()
+        p.clone() for p in TrainingState(late, torch.device("cpu")).trained["discriminator"].network.parameters()
     ]
     games = [train_tokenizer(config, tmp_path / str(i), EVERY_STEP) for i, config in enumerate((late, without))]
     for (one, other), step in zip(itertools.islice(zip(*games, strict=True), 3), (1, 2, 3), strict=True):
-        now = [p.clone() for p in states[0].players["discriminator"].network.parameters()]
+        now = [p.clone() for p in states[0].trained["discriminator"].network.parameters()]
         assert all(map(torch.equal, now, beginning)) == (step <= 2)
         assert (one.record["loss_pixel"] == other.record["loss_pixel"]) == (
             step <= 3
@@ -182,7 +182,7 @@ def test_micro_batches_equal_the_whole_batch_but_for_the_entropy(
                 steps=5, accumulate=accumulate, **GAN, **{"optim.lr": SMALL, "quantizer.entropy_weight": entropy_weight}
             )
             list(train_tokenizer(config, tmp_path / f"{entropy_weight} {accumulate}", EVERY_STEP))
-    weights = [weights_of(*(player.network for player in state.players.values())) for state in states]
+    weights = [weights_of(*(trained.network for trained in state.trained.values())) for state in states]
     plain, entropic = [[(w - group[0]).abs().max().item() for w in group[1:]] for group in (weights[:3], weights[3:])]
     assert max(plain) < 1e-5
     assert min(entropic) > 1e-4
@@ -195,37 +195,39 @@ def test_recomputed_activations_change_nothing(tiny: Any, tmp_path: Path) -> Non
     assert_same_run(RunDirectory(tmp_path / "kept"), RunDirectory(tmp_path / "recomputed"))
 
 
-# --- One player -------------------------------------------------------------------------------------------------------
+# --- One network ------------------------------------------------------------------------------------------------------
 
 
 def test_clipping_shortens_the_gradient_to_the_norm_and_reports_the_one_before(tiny: Any) -> None:
-    player = TrainingState(tiny(**{"optim.clip_norm": 0.5}), torch.device("cpu")).generator
-    player.begin(1e-3, 1)
-    player.backward({"a": 100 * sum(p.square().sum() for p in player.network.parameters())}, {"a": 1.0})
-    player.require_finite()
-    gradients = torch.cat([p.grad.flatten() for p in player.network.parameters() if p.grad is not None])
+    trained = TrainingState(tiny(**{"optim.clip_norm": 0.5}), torch.device("cpu")).generator
+    trained.set_lr(1e-3)
+    trained.zero_grad()
+    trained.backward({"a": 100 * sum(p.square().sum() for p in trained.network.parameters())}, {"a": 1.0})
+    trained.unscale_and_clip()
+    gradients = torch.cat([p.grad.flatten() for p in trained.network.parameters() if p.grad is not None])
     assert gradients.norm().item() == pytest.approx(0.5, rel=1e-4)
-    assert player.report()["gradient_norm"] > 1
+    assert trained.report()["gradient_norm"] > 1
 
 
 def test_an_overflow_in_fp16_costs_one_update_and_halves_the_scale_until_there_is_none_left(tiny: Any) -> None:
-    player = TrainingState(tiny(precision="fp16"), torch.device("cpu")).generator
-    weight = next(player.network.parameters())
+    trained = TrainingState(tiny(precision="fp16"), torch.device("cpu")).generator
+    weight = next(trained.network.parameters())
 
     def step(gradient: float) -> torch.Tensor:
-        player.begin(1e-3, 1)
-        player.backward({"a": weight.sum()}, {"a": 1.0})
+        trained.set_lr(1e-3)
+        trained.zero_grad()
+        trained.backward({"a": weight.sum()}, {"a": 1.0})
         assert weight.grad is not None
         weight.grad.fill_(gradient)
-        player.require_finite()
+        trained.unscale_and_clip()
         before = weight.detach().clone()
-        player.update()
+        trained.step()
         return (weight - before).abs().max()
 
-    assert player.scaler.get_scale() == 2**16
+    assert trained.scaler.get_scale() == 2**16
     assert step(1.0) > 0
     assert step(math.inf) == 0
-    assert player.scaler.get_scale() == 2**15
+    assert trained.scaler.get_scale() == 2**15
     for _ in range(15):
         step(math.inf)
     with pytest.raises(NonFiniteError, match="the gradient of"):
@@ -256,10 +258,10 @@ def test_nan_stops_before_any_update_names_term_and_step_and_leaves_the_last_goo
     assert len(states) == 2
     del states[0]
     poison(states[0])
-    before = [p.detach().clone() for player in states[0].players.values() for p in player.network.parameters()]
+    before = [p.detach().clone() for trained in states[0].trained.values() for p in trained.network.parameters()]
     with pytest.raises(NonFiniteError, match=reason) as caught:
         list(events)
-    after = [p.detach() for player in states[0].players.values() for p in player.network.parameters()]
+    after = [p.detach() for trained in states[0].trained.values() for p in trained.network.parameters()]
     changed = [not torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, after, strict=True)]
     assert not any(changed)
     row = RunDirectory(tmp_path).read_row()

@@ -61,7 +61,7 @@ ARMS = EQUAL | {
 RESUMED = ("whole", "two micro-batches")
 CLOSE = 1e-5
 CLOSE_WEIGHTS = 1e-6
-"""A fiftieth of what the five steps can move a weight by: less than what local averages change in either player."""
+"""A fiftieth of what the five steps can move a weight by: less than what local averages change in either network."""
 LEARNING_RATE = 1e-5
 """So that a step is no larger: where a pixel's error is nearly 0, rounding decides on the sign of its gradient, and
 Adam may make much of that."""
@@ -124,7 +124,7 @@ def few_images(config: DataConfig, split: Split, count: int = 100) -> Images:
 
 
 def weights() -> dict[str, torch.Tensor]:
-    return {name: weights_of(player.network) for name, player in Seen.last.players.items()}
+    return {name: weights_of(trained.network) for name, trained in Seen.last.trained.items()}
 
 
 # --- What the two processes do ----------------------------------------------------------------------------------------
@@ -282,9 +282,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(folder: Path, said: 
     assert alone.keys() == {"model", "discriminator"}
     for weights_of_one in both:
         assert_close(weights_of_one, alone, CLOSE_WEIGHTS)
-    assert all(torch.equal(both[0][player], both[1][player]) for player in alone), (
-        "both hold the same weights to the bit"
-    )
+    assert all(torch.equal(both[0][name], both[1][name]) for name in alone), "both hold the same weights to the bit"
     assert_equal_runs(RunDirectory(folder / "together" / arm), RunDirectory(folder / "alone" / arm))
 
 

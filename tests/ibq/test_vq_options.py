@@ -157,7 +157,7 @@ def test_the_average_of_a_code_moves_to_it_by_the_weight_that_moved_the_code(res
     quantizer(at_codes(quantizer, [0, 1, 2]))
     weight_K, start_KD = quantizer.restart.weight_K.clone(), average.embedding.detach().clone()
     quantizer(torch.randn(1, D, 2, 2))
-    quantizer.mend_average(average)
+    quantizer.sync_average(average)
     assert 0 < weight_K.sum() < K
     expected_KD = start_KD + weight_K[:, None] * (quantizer.embedding.detach() - start_KD)
     torch.testing.assert_close(average.embedding.detach(), expected_KD)

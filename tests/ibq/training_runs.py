@@ -89,7 +89,7 @@ def poison_codebook(state: TrainingState) -> None:
 
 
 def poison_discriminator(state: TrainingState) -> None:
-    next(state.players["discriminator"].network.parameters()).data[0] = math.nan
+    next(state.trained["discriminator"].network.parameters()).data[0] = math.nan
 
 
 def poison_images(state: TrainingState) -> None:
