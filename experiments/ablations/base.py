@@ -3,15 +3,19 @@ reports."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from experiments.recipes import Preset
+from ibq.config import TrainConfig
+from ibq.run_directory import RunDirectory
 
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
+NO_LIMIT = 1_000_000
+"""More arms than any ablation has."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,76 @@ class Arm:
     """The arm whose search decides this arm's value too, where the ablation tunes a field; None: it has a search of its
     own."""
     between: tuple[str, str] | None = None
-    """Two arms before it, where the ablation has a border: it is trained only if exactly one of them has collapsed."""
+    """Two arms before it, on a map: it is trained only if exactly one of them has collapsed."""
+
+
+Fate = Literal["trained", "waits", "agreeing", "beyond"]
+"""Of an arm: it is trained, it waits for others, its neighbours agree, or there is no room for it among the most
+arms."""
+
+
+class Trial(NamedTuple):
+    """A short run that comes before an arm: the value that it tries, the run, and its steps."""
+
+    value: float
+    run: RunDirectory
+    steps: int
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Plan of an ablation by the runs that have finished. This one decides nothing: every arm is trained as it is."""
+
+    @property
+    def tuned(self) -> str:
+        """Dotted path of the field that trials choose; empty: none."""
+        return ""
+
+    @property
+    def protocol(self) -> str:
+        """What a reader of the numbers has to know of it, in a sentence."""
+        return ""
+
+    def trials(self, config: TrainConfig) -> dict[float, TrainConfig]:
+        """Runs that come before an arm, by the value of the tuned field that they try."""
+        return {}
+
+    def choice(self, trials: Sequence[Trial], config: TrainConfig) -> TrainConfig | None:
+        """An arm's config after its trials; None while they are not finished."""
+        return config
+
+    def most_arms(self, preset: Preset) -> int:
+        """How many arms are trained at most."""
+        return NO_LIMIT
+
+    def fates(self, arms: Sequence[Arm], runs: Mapping[str, RunDirectory], most_arms: int) -> dict[str, Fate]:
+        """Fate of each arm.
+
+        Args:
+            arms: those of the ablation.
+            runs: by arm the run of seed 0; an arm that is not among them is not in the study.
+            most_arms: how many are trained at most.
+        """
+        return dict.fromkeys(runs, "trained")
+
+    def columns(self, arm: Arm, trials: Sequence[Trial]) -> dict[str, str]:
+        """Columns of an arm in the table of what is planned."""
+        return {}
+
+    def facts(self, run: RunDirectory, is_trial: bool) -> dict[str, float]:
+        """Columns of the row of a finished run."""
+        return {}
+
+    def waits_for(self, arm: Arm, trials: Sequence[Trial], neighbours: Sequence[RunDirectory]) -> str:
+        """Reason why an arm waits, in a phrase; of its neighbours it gets the runs that do not wait themselves."""
+        raise NotImplementedError
+
+    def waiting(self, count: int) -> str:
+        """The sentence that so many runs wait."""
+        raise NotImplementedError
+
+
+AS_IT_IS = Adaptive()
 
 
 @dataclass(frozen=True)
@@ -66,72 +139,6 @@ class Contrast:
     effect: float
     paper: str = ""
     keeps: bool = False
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A search before the comparison: each arm is trained shortly at several values of one field and takes the best.
-
-    Args:
-        field: dotted path of a number in the config.
-        factors: ascending multiples of the recipe's own value.
-        step_share: length of a search run over that of the arm.
-    """
-
-    field: str
-    factors: tuple[float, ...]
-    step_share: float
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a method: the arm that lacks it alone, and the arm that has it alone, each None where there is no such
-    thing."""
-
-    name: str
-    removed: str | None
-    alone: str | None
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What a method is made of.
-
-    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one
-    whose run did not stay finite. A part is necessary if `whole` without it collapses, and sufficient if `bare`, which
-    collapses, does not once it has this part.
-    """
-
-    whole: str
-    bare: str
-    parts: tuple[Part, ...]
-    collapse: float
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """An arm that shows what mends a collapse: the case that it is of, what was done, and whether it is the case
-    itself, unmended or its counterpart that never collapsed."""
-
-    case: str
-    what: str
-    arm: str
-    reference: bool = False
-
-
-@dataclass(frozen=True)
-class Border:
-    """A map of where codebooks collapse, which is drawn coarsely first and then along its border by arms `between`
-    others.
-
-    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one
-    whose run did not stay finite. Seed 0 decides for all seeds. At most `most_arms` are trained: those that are between
-    no others come first, then the others in their order.
-    """
-
-    collapse: float
-    most_arms: int
-    remedies: tuple[Remedy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,9 +203,8 @@ class Ablation:
     axis: Axis | None = None
     followed: tuple[str, ...] = ()
     """The arms whose codes and features are projected at several moments of training."""
-    tuning: Tuning | None = None
-    anatomy: Anatomy | None = None
-    border: Border | None = None
+    adaptive: Adaptive = AS_IT_IS
+    """What decides by finished runs which arms are trained, and with which value of a field."""
     continued: Continuation | None = None
     core: bool = True
     """Whether it belongs to the core study, which is what a study without names is."""

@@ -234,7 +234,7 @@ def _meaning(bases: Sequence[Base], grid: Mapping[str, Sequence[Any]]) -> str:
             for field, change in base.arm.changes.items()
             if isinstance(change, Times) and change.factor != 1 and field not in grid
         ]
-        tuned = base.ablation.tuning
-        untuned = [f"{tuned.field} not searched"] if tuned and tuned.field not in grid else []
+        tuned = base.ablation.adaptive.tuned
+        untuned = [f"{tuned} not searched"] if tuned and tuned not in grid else []
         named.append(" ".join([base.reference, *([f"({', '.join(scaled + untuned)})"] if scaled + untuned else [])]))
     return f"the arm that the grid starts from: {', '.join(named)}"
