@@ -188,6 +188,10 @@ class Study:
         """The same study with some of its cells alone."""
         return replace(self, chosen=(cells, waiting or []))
 
+    def of(self, *ablation_names: str) -> Study:
+        """All cells of other ablations, with the same preset, seeds and fields."""
+        return replace(self, ablation_names=ablation_names, chosen=None)
+
     def config_of(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         """An arm's config before any search.
 
@@ -335,8 +339,8 @@ def runs_folder(default: Path | None = None) -> Path:
 
 def has_transformers(ablation: Ablation) -> bool:
     """Whether transformers are arms of an ablation, or of the one that has the other half of its question."""
-    others = [ABLATIONS[ablation.continued.ablation]] if ablation.continued else []
-    return any(each.of_transformers for each in [ablation, *others])
+    others = {claim.partition("/")[0] for claim in ablation.shows_too}
+    return any(each.of_transformers for each in [ablation, *(ABLATIONS[name] for name in others)])
 
 
 def file_name(text: str) -> str:

@@ -37,6 +37,8 @@ class Arm:
     seeds: int = 1
     focal: bool = False
     """Drawn in colour, and kept in the figures that show only a few arms."""
+    followed: bool = False
+    """Its codes and features are projected at several moments of training."""
     tuned_as: str | None = None
     """The arm whose search decides this arm's value too, where the ablation tunes a field; None: it has a search of its
     own."""
@@ -162,17 +164,6 @@ class PaperRow:
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """The other half of a question, which another ablation answers: its name, a title, and the arms and contrasts that
-    belong to it."""
-
-    ablation: str
-    title: str
-    arms: tuple[str, ...]
-    contrasts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Ablation:
     """One study: see `experiments/ablations/`.
 
@@ -201,11 +192,11 @@ class Ablation:
     fill: str | None = None
     """The factor whose last level it shows by a filled point."""
     axis: Axis | None = None
-    followed: tuple[str, ...] = ()
-    """The arms whose codes and features are projected at several moments of training."""
     adaptive: Adaptive = AS_IT_IS
     """What decides by finished runs which arms are trained, and with which value of a field."""
-    continued: Continuation | None = None
+    shows_too: tuple[str, ...] = ()
+    """Claims of one other ablation that answer the other half of the question, as "ablation/contrast"; their arms are
+    shown too."""
     core: bool = True
     """Whether it belongs to the core study, which is what a study without names is."""
     on_request: bool = False
@@ -221,7 +212,7 @@ class Ablation:
         """The arms whose codes and features are projected: the focal ones, since UMAP takes some eight seconds each."""
         if "code_map" not in self.figures:
             return ()
-        return tuple(arm for arm in self.arms if arm.focal or arm.name in self.followed)
+        return tuple(arm for arm in self.arms if arm.focal or arm.followed)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
