@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from experiments.ablations import Ablation, Arm
+from experiments.ablations import Ablation, Arm, Trial
 from ibq.config import RunConfig
 from ibq.run_directory import RunDirectory
 
@@ -69,3 +69,13 @@ class Stages(NamedTuple):
 def unique_runs(cells: Iterable[Cell]) -> list[Cell]:
     """The first cell of each run: what has to be trained."""
     return list({cell.run.path: cell for cell in reversed(list(cells))}.values())[::-1]
+
+
+def trials(cells: Iterable[Cell], ablation: Ablation, arm: str) -> list[Trial]:
+    """The runs of the search that an arm takes its value from."""
+    of = ablation.arm(arm).tuned_as or arm
+    return [
+        Trial(cell.search.value, cell.run, cell.config.steps)
+        for cell in cells
+        if cell.ablation is ablation and cell.search and cell.search.arm == of
+    ]

@@ -6,10 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from experiments import status
-from experiments.ablations.collapse_atlas import bisection
-from experiments.ablations.quantizers import tuning
 from experiments.analysis import diagnoses
-from experiments.cells import Cell
+from experiments.cells import Cell, trials
 from experiments.study import Study
 from ibq.errors import ConfigError
 from ibq.evaluation.diagnosis import summary
@@ -38,7 +36,7 @@ def load(study: Study | None = None) -> pd.DataFrame:
         have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss`
         what decides. So have tokenizers of transformers; `tokenizer_of` names the transformer's arm. A transformer's
         line has `tokenizer.<name>` for what its tokenizer's row has, config fields left out. Lines of a map of collapse
-        have `first.<name>` and `last.<name>` of their log (`bisection.saturation`).
+        have `first.<name>` and `last.<name>` of their log.
 
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
@@ -65,9 +63,8 @@ def _line(cell: Cell) -> dict[str, Any]:
     if cell.tokenizer:
         line |= _of_tokenizer(cell, cell.tokenizer)
     if cell.run.finished:
-        decides = {"search.loss": tuning.search_loss(cell.run)} if cell.search else {}
-        seen = bisection.saturation(cell.run) if cell.ablation.border else {}
-        return line | checked_row(cell) | _evaluations(cell) | decides | seen
+        facts = cell.ablation.adaptive.facts(cell.run, is_trial=cell.search is not None)
+        return line | checked_row(cell) | _evaluations(cell) | facts
     return line | {"run": cell.run.path.name, "status": state(cell), "reason": _reason(cell)}
 
 
@@ -112,28 +109,10 @@ def waits_for(study: Study, cell: Cell) -> str:
     """What a waiting cell waits for, in a phrase."""
     if cell.tokenizer and not any(each is cell.tokenizer for each in study.waiting):
         return f"waits for its tokenizer {cell.tokenizer.run.path.name}"
-    if cell.arm.between:
-        return _waits_between(study, cell)
     arm = cell.ablation.arm(cell.tokenizer_of) if cell.tokenizer_of else cell.arm
-    of = arm.tuned_as or arm.name
-    runs = [
-        each.run for each in study.cells if each.ablation is cell.ablation and each.search and each.search.arm == of
-    ]
-    return f"waits for the search of {of}, {sum(run.finished for run in runs)} of {len(runs)} runs finished"
-
-
-def _waits_between(study: Study, cell: Cell) -> str:
-    """What an arm between two others waits for: these, or those before it while there may be no room for it."""
-    neighbours = [
-        each for each in study.cells if each.ablation is cell.ablation and each.arm.name in (cell.arm.between or ())
-    ]
-    finished = sum(each.run.finished for each in neighbours if each.seed == 0)
-    if finished == 2:
-        return "waits for the arms before it, which may take all the places that are left"
-    return (
-        f"trained only if one of {' and '.join(cell.arm.between or ())} has collapsed and the other has not, "
-        f"{finished} of 2 runs finished"
-    )
+    mine = [each for each in study.cells if each.ablation is cell.ablation]
+    neighbours = [each.run for each in mine if each.arm.name in (arm.between or ()) and each.seed == 0]
+    return cell.ablation.adaptive.waits_for(arm, trials(mine, cell.ablation, arm.name), neighbours)
 
 
 def _reason(cell: Cell) -> str:

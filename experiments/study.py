@@ -15,21 +15,18 @@ from typing import Any
 
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
 from experiments.ablations.changes import CODEBOOK_SIZE, codebook_size, tokenizer_config, transformer_config
-from experiments.ablations.collapse_atlas import bisection
 from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
-from experiments.ablations.quantizers import tuning
-from experiments.cells import Cell, Search, Stages
-from experiments.recipes import Preset, get_preset, scaled
+from experiments.cells import Cell, Search, Stages, trials
+from experiments.recipes import Preset, get_preset
 from ibq.config import RunConfig, TrainConfig
 from ibq.data import data_hash_of
 from ibq.errors import ConfigError, nearest
 from ibq.run_directory import RunDirectory
-from ibq.schema import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
 TRANSFORMER = "transformer."
-"""What the path of a changed field of transformers begins with."""
+"""Prefix of the path of a changed field of transformers."""
 
 
 Settled = dict[str, tuple[dict[str, TrainConfig], dict[str, list[Cell]]]]
@@ -161,9 +158,9 @@ class Study:
 
     @cached_property
     def waiting(self) -> list[Cell]:
-        """What cannot be trained yet: arms and seeds whose search is not finished, with the config before the choice,
-        none of which is ever trained; transformers whose tokenizer is not; and arms between others that are not, which
-        are trained only if these disagree."""
+        """Cells that cannot be trained yet: arms and seeds whose search is not finished, with the config before the
+        choice, none of which is ever trained; transformers whose tokenizer is not; and arms between others that are
+        not, which are trained only if these disagree."""
         return self.chosen[1] if self.chosen else self.stages.waiting
 
     @property
@@ -190,6 +187,10 @@ class Study:
     def only(self, cells: list[Cell], waiting: list[Cell] | None = None) -> Study:
         """The same study with some of its cells alone."""
         return replace(self, chosen=(cells, waiting or []))
+
+    def of(self, *ablation_names: str) -> Study:
+        """All cells of other ablations, with the same preset, seeds and fields."""
+        return replace(self, ablation_names=ablation_names, chosen=None)
 
     def config_of(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         """An arm's config before any search.
@@ -262,22 +263,17 @@ def next_cells(study: Study) -> Stages:
         ready += [cell for search in searches.values() for cell in search]
         small = [arm for arm in ablation.arms if configs[arm.name].quantizer.codebook_size <= largest]
         stages.too_large.extend(f"{ablation.name}/{arm.name}" for arm in ablation.arms if arm not in small)
-        fates = _fates(study, ablation, {arm.name: configs[arm.name] for arm in small})
+        runs = {arm.name: study.cell(ablation, arm, configs[arm.name], 0).run for arm in small}
+        fates = ablation.adaptive.fates(ablation.arms, runs, ablation.adaptive.most_arms(study.preset))
         for arm in small:
-            config, stage = configs[arm.name], waiting if fates.get(arm.name) == "waits" else ready
-            if (fate := fates.get(arm.name)) in ("agreeing", "beyond"):
+            fate = fates[arm.name]
+            if fate in ("agreeing", "beyond"):
                 (stages.agreeing if fate == "agreeing" else stages.beyond).append(f"{ablation.name}/{arm.name}")
                 continue
-            if ablation.tuning:
-                candidates = searches[arm.tuned_as or arm.name]
-                chosen = tuning.best(
-                    {cell.search.value: tuning.search_loss(cell.run) for cell in candidates if cell.search}
-                )
-                config, stage = (
-                    (config, waiting)
-                    if chosen is None
-                    else (config.with_fields(**{ablation.tuning.field: chosen}), ready)
-                )
+            tried = trials(searches[arm.tuned_as or arm.name], ablation, arm.name)
+            chosen = ablation.adaptive.choice(tried, configs[arm.name])
+            stage = waiting if chosen is None or fate == "waits" else ready
+            config = chosen or configs[arm.name]
             cells = [study.cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, study.preset, study.seeds)]
             if not ablation.of_transformers:
                 stage += cells
@@ -304,42 +300,22 @@ def advance(study: Study) -> tuple[Study, list[Cell]]:
 
 
 def possible(study: Study) -> list[Cell]:
-    """What waits, without the last arms of a map where more wait than can still be trained."""
+    """Waiting cells without the last arms of a map where more wait than can still be trained."""
     cells = study.waiting
-    for ablation in [ablation for ablation in study.ablations if ablation.border]:
+    for ablation in study.ablations:
         ready = {cell.arm.name for cell in study.cells if cell.ablation is ablation}
         waiting = list(dict.fromkeys(cell.arm.name for cell in study.waiting if cell.ablation is ablation))
-        too_many = waiting[max(0, _most_arms(study, ablation) - len(ready)) :]
+        too_many = waiting[max(0, ablation.adaptive.most_arms(study.preset) - len(ready)) :]
         cells = [cell for cell in cells if cell.ablation is not ablation or cell.arm.name not in too_many]
     return cells
 
 
-def _fates(study: Study, ablation: Ablation, configs: Mapping[str, TrainConfig]) -> dict[str, bisection.Fate]:
-    """What becomes of each arm of an ablation with a border; nothing is said where it has none."""
-    if ablation.border is None:
-        return {}
-    runs = {
-        arm.name: study.cell(ablation, arm, configs[arm.name], 0).run for arm in ablation.arms if arm.name in configs
-    }
-    return bisection.fates(ablation, runs, _most_arms(study, ablation))
-
-
-def _most_arms(study: Study, ablation: Ablation) -> int:
-    """Of an ablation with a border."""
-    assert ablation.border
-    return min(ablation.border.most_arms, study.preset.max_arms)
-
-
 def _search(study: Study, ablation: Ablation, arm: Arm, config: TrainConfig) -> list[Cell]:
     """The runs that decide an arm's tuned field, by ascending value; none where the ablation tunes nothing."""
-    if ablation.tuning is None:
-        return []
-    field, cells = ablation.tuning.field, []
-    for factor in ablation.tuning.factors:
-        short = scaled(config, {field: factor, "steps": ablation.tuning.step_share})
-        value = flatten(short.to_json_dict())[field]
-        candidate = Arm(f"{arm.name}: {field} {value:g}", arm.levels)
-        cells.append(replace(study.cell(ablation, candidate, short, seed=0), search=Search(arm.name, value)))
+    cells = []
+    for value, trial in ablation.adaptive.trials(config).items():
+        candidate = Arm(f"{arm.name}: {ablation.adaptive.tuned} {value:g}", arm.levels)
+        cells.append(replace(study.cell(ablation, candidate, trial, seed=0), search=Search(arm.name, value)))
     return cells
 
 
@@ -362,9 +338,9 @@ def runs_folder(default: Path | None = None) -> Path:
 
 
 def has_transformers(ablation: Ablation) -> bool:
-    """Whether transformers are arms of an ablation, or of the one that has the other half of its question."""
-    others = [ABLATIONS[ablation.continued.ablation]] if ablation.continued else []
-    return any(each.of_transformers for each in [ablation, *others])
+    """True if transformers are arms of an ablation, or of the one that has the other half of its question."""
+    others = {claim.partition("/")[0] for claim in ablation.shows_too}
+    return any(each.of_transformers for each in [ablation, *(ABLATIONS[name] for name in others)])
 
 
 def file_name(text: str) -> str:

@@ -15,17 +15,13 @@ from experiments.ablations import (
 )
 from experiments.ablations.base import (
     Ablation,
-    Anatomy,
+    Adaptive,
     Arm,
     Axis,
-    Border,
-    Continuation,
     Contrast,
     Factor,
     PaperRow,
-    Part,
-    Remedy,
-    Tuning,
+    Trial,
 )
 
 _IN_ORDER = (
@@ -49,15 +45,11 @@ __all__ = [
     "ALL",
     "CORE",
     "Ablation",
-    "Anatomy",
+    "Adaptive",
     "Arm",
     "Axis",
-    "Border",
-    "Continuation",
     "Contrast",
     "Factor",
     "PaperRow",
-    "Part",
-    "Remedy",
-    "Tuning",
+    "Trial",
 ]

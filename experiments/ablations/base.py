@@ -1,17 +1,23 @@
-"""What an ablation is: a claim stated before its numbers, arms that differ in named factors, and what the paper
+"""Parts of an ablation: a claim stated before its numbers, arms that differ in named factors, and what the paper
 reports."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from string import ascii_uppercase
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from experiments.recipes import Preset
+from ibq.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ibq.run_directory import RunDirectory  # imports torch, which listing the ablations does without
 
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
+NO_LIMIT = 1_000_000
+"""More arms than any ablation has."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,82 @@ class Arm:
     seeds: int = 1
     focal: bool = False
     """Drawn in colour, and kept in the figures that show only a few arms."""
+    followed: bool = False
+    """Its codes and features are projected at several moments of training."""
     tuned_as: str | None = None
     """The arm whose search decides this arm's value too, where the ablation tunes a field; None: it has a search of its
     own."""
     between: tuple[str, str] | None = None
-    """Two arms before it, where the ablation has a border: it is trained only if exactly one of them has collapsed."""
+    """Two arms before it, on a map: it is trained only if exactly one of them has collapsed."""
+
+
+Fate = Literal["trained", "waits", "agreeing", "beyond"]
+"""Of an arm: it is trained, it waits for others, its neighbours agree, or there is no room for it among the most
+arms."""
+
+
+class Trial(NamedTuple):
+    """A short run that comes before an arm: the value that it tries, the run, and its steps."""
+
+    value: float
+    run: RunDirectory
+    steps: int
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Plan of an ablation by the runs that have finished. This one decides nothing: every arm is trained as it is."""
+
+    @property
+    def tuned(self) -> str:
+        """Dotted path of the field that trials choose; empty: none."""
+        return ""
+
+    @property
+    def protocol(self) -> str:
+        """The sentence that a reader of the numbers has to know; empty: none."""
+        return ""
+
+    def trials(self, config: TrainConfig) -> dict[float, TrainConfig]:
+        """Runs that come before an arm, by the value of the tuned field that they try."""
+        return {}
+
+    def choice(self, trials: Sequence[Trial], config: TrainConfig) -> TrainConfig | None:
+        """An arm's config after its trials; None while they are not finished."""
+        return config
+
+    def most_arms(self, preset: Preset) -> int:
+        """Most arms that are trained."""
+        return NO_LIMIT
+
+    def fates(self, arms: Sequence[Arm], runs: Mapping[str, RunDirectory], most_arms: int) -> dict[str, Fate]:
+        """Fate of each arm.
+
+        Args:
+            arms: those of the ablation.
+            runs: by arm the run of seed 0; an arm that is not among them is not in the study.
+            most_arms: how many are trained at most.
+        """
+        return dict.fromkeys(runs, "trained")
+
+    def columns(self, arm: Arm, trials: Sequence[Trial]) -> dict[str, str]:
+        """Columns of an arm in the table of what is planned."""
+        return {}
+
+    def facts(self, run: RunDirectory, is_trial: bool) -> dict[str, float]:
+        """Columns of the row of a finished run."""
+        return {}
+
+    def waits_for(self, arm: Arm, trials: Sequence[Trial], neighbours: Sequence[RunDirectory]) -> str:
+        """Reason why an arm waits, in a phrase; of its neighbours it gets the runs that do not wait themselves."""
+        raise NotImplementedError
+
+    def waiting(self, count: int) -> str:
+        """The sentence that so many runs wait."""
+        raise NotImplementedError
+
+
+AS_IT_IS = Adaptive()
 
 
 @dataclass(frozen=True)
@@ -69,72 +146,6 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """A search before the comparison: each arm is trained shortly at several values of one field and takes the best.
-
-    Args:
-        field: dotted path of a number in the config.
-        factors: ascending multiples of the recipe's own value.
-        step_share: length of a search run over that of the arm.
-    """
-
-    field: str
-    factors: tuple[float, ...]
-    step_share: float
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a method: the arm that lacks it alone, and the arm that has it alone, each None where there is no such
-    thing."""
-
-    name: str
-    removed: str | None
-    alone: str | None
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What a method is made of.
-
-    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one
-    whose run did not stay finite. A part is necessary if `whole` without it collapses, and sufficient if `bare`, which
-    collapses, does not once it has this part.
-    """
-
-    whole: str
-    bare: str
-    parts: tuple[Part, ...]
-    collapse: float
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """An arm that shows what mends a collapse: the case that it is of, what was done, and whether it is the case
-    itself, unmended or its counterpart that never collapsed."""
-
-    case: str
-    what: str
-    arm: str
-    reference: bool = False
-
-
-@dataclass(frozen=True)
-class Border:
-    """A map of where codebooks collapse, which is drawn coarsely first and then along its border by arms `between`
-    others.
-
-    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one
-    whose run did not stay finite. Seed 0 decides for all seeds. At most `most_arms` are trained: those that are between
-    no others come first, then the others in their order.
-    """
-
-    collapse: float
-    most_arms: int
-    remedies: tuple[Remedy, ...] = ()
-
-
-@dataclass(frozen=True)
 class Axis:
     """The factor whose levels are sizes, and the column of a row that says how large: what figures of scaling have
     below."""
@@ -152,17 +163,6 @@ class PaperRow:
     method: str
     reported: Mapping[str, float]
     arm: str | None = None
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """The other half of a question, which another ablation answers: its name, a title, and the arms and contrasts that
-    belong to it."""
-
-    ablation: str
-    title: str
-    arms: tuple[str, ...]
-    contrasts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Ablation:
     contrasts: tuple[Contrast, ...] = ()
     columns: tuple[str, ...] = COLUMNS
     paper_columns: tuple[str, ...] = ("rFID", "usage %")
-    """What the paper's rows report, in the registry of the tables."""
+    """Columns that the paper's rows report, in the registry of the tables."""
     beside_paper: tuple[str, ...] = ("usage", "share", "l1")
     """The columns that the closest arms show beside them."""
     marker: str | None = None
@@ -194,16 +194,15 @@ class Ablation:
     fill: str | None = None
     """The factor whose last level it shows by a filled point."""
     axis: Axis | None = None
-    followed: tuple[str, ...] = ()
-    """The arms whose codes and features are projected at several moments of training."""
-    tuning: Tuning | None = None
-    anatomy: Anatomy | None = None
-    border: Border | None = None
-    continued: Continuation | None = None
+    adaptive: Adaptive = AS_IT_IS
+    """Plan by finished runs: which arms are trained, and with which value of a field."""
+    shows_too: tuple[str, ...] = ()
+    """Claims of one other ablation that answer the other half of the question, as "ablation/contrast"; their arms are
+    shown too."""
     core: bool = True
-    """Whether it belongs to the core study, which is what a study without names is."""
+    """True: it belongs to the core study, which is what a study without names is."""
     on_request: bool = False
-    """Whether it is trained only where it is named, and is not part of 'all'."""
+    """True: it is trained only where it is named, and is not part of 'all'."""
 
     @property
     def of_transformers(self) -> bool:
@@ -215,7 +214,7 @@ class Ablation:
         """The arms whose codes and features are projected: the focal ones, since UMAP takes some eight seconds each."""
         if "code_map" not in self.figures:
             return ()
-        return tuple(arm for arm in self.arms if arm.focal or arm.name in self.followed)
+        return tuple(arm for arm in self.arms if arm.focal or arm.followed)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

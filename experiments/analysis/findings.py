@@ -32,10 +32,8 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         )
     waiting = rows[rows["status"] == "waiting"]
     untokenized = int(waiting["stage"].eq("transformer").sum()) if "stage" in waiting else 0
-    if ablation.border and len(waiting):
-        sentences.append(f"{len(waiting)} runs wait for their neighbours.")
-    elif searching := len(waiting) - untokenized:
-        sentences.append(f"{searching} runs wait for the search of their learning rate.")
+    if undecided := len(waiting) - untokenized:
+        sentences.append(ablation.adaptive.waiting(undecided))
     if untokenized:
         sentences.append(
             "1 transformer waits for its tokenizer."
@@ -49,12 +47,11 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         sentences += _of_grid(ablation, rows)
     if "search" in ablation.tables:
         sentences += _of_searches(rows)
-    return (
-        sentences
-        + anatomy.sentences(ablation, rows)
-        + collapse_map.sentences(ablation, rows)
-        + transformers.sentences(ablation, rows)
-    )
+    if "parts" in ablation.tables:
+        sentences += anatomy.sentences(rows)
+    if "remedies" in ablation.tables:
+        sentences += collapse_map.sentences(ablation, rows)
+    return sentences + transformers.sentences(ablation, rows)
 
 
 def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:

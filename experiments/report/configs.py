@@ -47,10 +47,8 @@ def _configs(study: Study, ablation: Ablation) -> dict[str, dict[str, str]]:
     for arm in ablation.arms:
         if config := of_arm.get(arm.name):
             fields = {name: _text(value) for name, value in active_fields(config).items()}
-            if ablation.tuning and arm.name in searching:
-                fields[f"tokenizer.{ablation.tuning.field}" if ablation.of_transformers else ablation.tuning.field] = (
-                    "not chosen yet"
-                )
+            if (tuned := ablation.adaptive.tuned) and arm.name in searching:
+                fields[f"tokenizer.{tuned}" if ablation.of_transformers else tuned] = "not chosen yet"
             configs[arm.name] = fields
     return configs
 

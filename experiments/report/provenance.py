@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from experiments.ablations import Ablation
-from experiments.ablations.quantizers import tuning
 from experiments.rows import of_arms
 
 FACTS = {
@@ -102,12 +101,8 @@ def protocol(ablation: Ablation, rows: pd.DataFrame) -> str:
     sentences = _of_tokenizers(finished[finished["stage"] == "tokenizer"]) + _of_transformers(
         finished[finished["stage"] == "transformer"]
     )
-    if ablation.tuning:
-        times = ", ".join(f"{factor:g}" for factor in ablation.tuning.factors)
-        sentences.append(
-            f"Tuning: {ablation.tuning.field} at {times} times the recipe's value, in runs of "
-            f"{100 * ablation.tuning.step_share:.0f}% of the steps with the whole schedule, seed 0; {tuning.RULE}."
-        )
+    if ablation.adaptive.protocol:
+        sentences.append(ablation.adaptive.protocol)
     return " ".join(sentences)
 
 

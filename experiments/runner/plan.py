@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.ablations import Ablation
 from experiments.ablations.grid import text
-from experiments.cells import STAGES, Cell, Stage, unique_runs
+from experiments.cells import STAGES, Cell, Stage, trials, unique_runs
 from experiments.runner.sweep import default_slots
 from experiments.runner.throughput import StepCost, step_cost, work
 from experiments.study import Study, possible
@@ -24,29 +24,12 @@ def plan_table(study: Study, ablation: Ablation) -> pd.DataFrame:
         cells = ready + [cell for cell in study.waiting if cell.ablation.name == ablation.name and cell.arm is arm]
         if cells:
             line: dict[str, object] = {"": ablation.letter(arm.name), "arm": arm.name, **arm.levels}
-            if ablation.tuning:
-                line[f"search of {ablation.tuning.field}"] = (
-                    f"as {arm.tuned_as}" if arm.tuned_as else _search_phrase(study, ablation, arm.name)
-                )
-            if ablation.border:
-                line["only if one has collapsed of"] = " and ".join(arm.between or ())
+            line |= ablation.adaptive.columns(arm, [] if arm.tuned_as else trials(study.cells, ablation, arm.name))
             if ablation.of_transformers:
                 line["tokenizer"] = _tokenizer_phrase(cells)
             line |= {"steps": cells[0].config.steps, "seeds": len(cells)}
             lines.append(line | {"finished": sum(cell.run.finished for cell in ready)})
     return pd.DataFrame(lines)
-
-
-def _search_phrase(study: Study, ablation: Ablation, arm: str) -> str:
-    search = [
-        cell for cell in study.cells if cell.ablation.name == ablation.name and cell.search and cell.search.arm == arm
-    ]
-    values = ", ".join(f"{cell.search.value:g}" for cell in search if cell.search)
-    return (
-        f"{values}; {search[0].config.steps} steps each, {sum(cell.run.finished for cell in search)} finished"
-        if search
-        else ""
-    )
 
 
 def _tokenizer_phrase(cells: list[Cell]) -> str:

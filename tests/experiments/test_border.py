@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from experiments import ablations, rows
-from experiments.ablations import ABLATIONS, ALL, CORE, Ablation, Border
-from experiments.ablations.collapse_atlas import arm, bisection, name
+from experiments.ablations import ABLATIONS, ALL, CORE, Ablation
+from experiments.ablations.collapse_atlas import bisection
+from experiments.ablations.collapse_atlas.arms import arm, name
+from experiments.ablations.collapse_atlas.bisection import Bisection
 from experiments.analysis import findings
 from experiments.cells import Cell
 from experiments.cli import app
@@ -43,7 +45,7 @@ def line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ablation:
         arm("ibq", *POINTS["upper"], between=(MIDDLE, HIGH)),
     )
     ablation = replace(
-        ABLATIONS["collapse_atlas"], arms=arms, contrasts=(), paper_rows=(), border=Border(collapse=0.1, most_arms=4)
+        ABLATIONS["collapse_atlas"], arms=arms, contrasts=(), paper_rows=(), adaptive=Bisection(collapse=0.1, most=4)
     )
     monkeypatch.setitem(ablations.ABLATIONS, ablation.name, ablation)
     return ablation
@@ -112,7 +114,7 @@ def test_at_most_so_many_arms_are_trained_in_whatever_order_runs_finish(
     second = [arm("vq", *POINTS[end]) for end in ("low", "high")]
     middle = arm("vq", *POINTS["middle"], between=(second[0].name, second[1].name))
     ends = (*line.arms[:2], *second)
-    crowded = replace(line, arms=(*ends, line.arms[2], middle), border=Border(collapse=0.1, most_arms=5))
+    crowded = replace(line, arms=(*ends, line.arms[2], middle), adaptive=Bisection(collapse=0.1, most=5))
     monkeypatch.setitem(ablations.ABLATIONS, line.name, crowded)
     study = Study("smoke", ("collapse_atlas",))
     cells = list(study.cells)
@@ -138,7 +140,7 @@ def test_a_preset_may_have_room_for_fewer(line: Ablation, monkeypatch: pytest.Mo
 def test_one_sweep_trains_the_ends_and_what_is_between_and_never_again(
     line: Ablation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bisection, "has_collapsed", lambda border, row: row["code_dim"] < 100)
+    monkeypatch.setattr(bisection, "has_collapsed", lambda collapse, row: row["code_dim"] < 100)
     study = Study("smoke", ("collapse_atlas",))
     said: list[str] = []
     outcome = train_study(study, device="cpu", say=said.append)

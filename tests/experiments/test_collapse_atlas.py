@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 
 from experiments import rows
 from experiments.ablations import ABLATIONS, Arm
-from experiments.ablations.collapse_atlas import LENGTHS, METHODS, NONE, collapse_map, name
+from experiments.ablations.collapse_atlas import collapse_map
+from experiments.ablations.collapse_atlas.arms import LENGTHS, METHODS, NONE, name
+from experiments.ablations.collapse_atlas.remedies import TRIED
 from experiments.analysis.findings import findings
 from experiments.cells import Cell, unique_runs
 from experiments.report import figures, tables
@@ -142,9 +144,8 @@ def test_remedies_change_what_they_say_and_nothing_else() -> None:
 
 
 def test_every_remedy_and_claim_is_of_an_arm_that_is_certain() -> None:
-    assert ABLATION.border
     certain = {arm.name for arm in ABLATION.arms if arm.between is None}
-    assert {remedy.arm for remedy in ABLATION.border.remedies} <= certain
+    assert {remedy.arm for remedy in TRIED} <= certain
     assert {arm for contrast in ABLATION.contrasts for arm in (contrast.without, contrast.with_)} <= certain
     assert {row.arm for row in ABLATION.paper_rows} <= certain
 
@@ -235,9 +236,8 @@ def test_the_table_of_remedies_has_every_remedy_and_a_diagnosis_where_rows_have_
     world: tuple[Study, pd.DataFrame],
 ) -> None:
     _, table = world
-    assert ABLATION.border
     remedies = tables.build("remedies", ABLATION, table)
-    assert len(remedies) == len(ABLATION.border.remedies)
+    assert len(remedies) == len(TRIED)
     states = dict(zip(remedies["arm"].str.split().str[1], remedies["codebook"], strict=True))
     assert states[OUTSIDE] == "collapsed"
     assert states[f"{OUTSIDE}_root"] == states[f"{OUTSIDE}_short"] == "lives"

@@ -8,6 +8,8 @@ import pytest
 
 from experiments.ablations import ABLATIONS, Ablation
 from experiments.ablations.base import Contrast
+from experiments.ablations.quantizers.anatomy import ANATOMY
+from experiments.ablations.quantizers.tuning import Tuning
 from experiments.analysis.effects import effects, main_effects, matched_pairs, paired_differences, verdict
 from experiments.report import figures, tables
 from ibq.metrics import METRICS
@@ -63,10 +65,11 @@ def test_names_in_an_ablation_name_something(ablation: Ablation) -> None:
     assert {ablation.marker, ablation.fill, ablation.axis and ablation.axis.factor} - {None} <= levels.keys()
     searched = {arm.name for arm in ablation.arms if arm.tuned_as is None}
     assert {arm.tuned_as for arm in ablation.arms} - {None} <= searched
-    assert ablation.tuning is None or list(ablation.tuning.factors) == sorted(ablation.tuning.factors)
-    if ablation.anatomy:
-        parts = {name for part in ablation.anatomy.parts for name in (part.removed, part.alone)} - {None}
-        assert parts | {ablation.anatomy.whole, ablation.anatomy.bare} <= arms
+    if isinstance(ablation.adaptive, Tuning):
+        assert list(ablation.adaptive.factors) == sorted(ablation.adaptive.factors)
+    if "parts" in ablation.tables:
+        parts = {name for part in ANATOMY.parts for name in (part.removed, part.alone)} - {None}
+        assert parts | {ANATOMY.whole, ANATOMY.bare} <= arms
 
 
 def test_published_pair_and_fairest_pair_are_what_they_claim() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.ablations import ABLATIONS
 from experiments.ablations.quantizers import METHODS, anatomy
+from experiments.ablations.quantizers.anatomy import ANATOMY
 from experiments.analysis import findings
 from experiments.report import tables
 from experiments.study import Study
@@ -47,14 +48,13 @@ def test_all_arms_have_the_same_autoencoder_data_steps_and_bits() -> None:
 
 def test_a_control_differs_from_the_released_ibq_in_one_field_and_takes_its_rate() -> None:
     flat = configs()
-    assert ABLATION.anatomy is not None
-    for part in ABLATION.anatomy.parts:
+    for part in ANATOMY.parts:
         if part.removed:
-            assert ABLATION.arm(part.removed).tuned_as == ABLATION.anatomy.whole
+            assert ABLATION.arm(part.removed).tuned_as == ANATOMY.whole
             fields = 2 if part.removed in ("ibq_scaled", "ibq_normalised") else 1  # with the factor on the logits
             assert sum(flat[part.removed][k] != v for k, v in flat["ibq"].items()) == fields, part
         if part.alone:
-            assert ABLATION.arm(part.alone).tuned_as == ABLATION.anatomy.bare
+            assert ABLATION.arm(part.alone).tuned_as == ANATOMY.bare
             shared = flat["vq"].keys() & flat[part.alone].keys()
             assert sum(flat[part.alone][k] != flat["vq"][k] for k in shared) == 1, part
 
@@ -104,8 +104,7 @@ def test_parts_are_judged_by_the_threshold_stated_beforehand() -> None:
     )
     rows.loc[rows["arm"] == "ibq_scaled", "status"] = "nan"
     rows.loc[rows["arm"] == "ibq_uniform", "status"] = "pending"
-    assert ABLATION.anatomy is not None
-    judged = {verdict.name: verdict for verdict in anatomy.part_verdicts(ABLATION.anatomy, rows)}
+    judged = {verdict.name: verdict for verdict in anatomy.part_verdicts(rows)}
     assert judged["double term"].necessary is True
     assert judged["double term"].sufficient is None
     assert judged["entropy penalty"].necessary is False
@@ -114,7 +113,7 @@ def test_parts_are_judged_by_the_threshold_stated_beforehand() -> None:
     assert judged["all codes in the softmax"].necessary is None  # the seeds disagree
     assert judged["logits as large as they are"].necessary is True  # not finite is not alive
     assert judged["initialisation from N(0, 1)"].necessary is None
-    sentences = anatomy.sentences(ABLATION, rows)
+    sentences = anatomy.sentences(rows)
     assert sentences[0].endswith("With 1 seed all of this is at most consistent.")
     (necessary,) = [
         s
@@ -129,14 +128,13 @@ def test_parts_are_judged_by_the_threshold_stated_beforehand() -> None:
 
 
 def test_nothing_is_necessary_for_what_has_collapsed_itself_and_nothing_sufficient_where_there_is_no_collapse() -> None:
-    assert ABLATION.anatomy is not None
-    verdicts = anatomy.part_verdicts(ABLATION.anatomy, frame({"ibq": [0.01], "vq": [0.9], "ibq_single": [0.01]}))
+    verdicts = anatomy.part_verdicts(frame({"ibq": [0.01], "vq": [0.9], "ibq_single": [0.01]}))
     assert {(v.necessary, v.sufficient) for v in verdicts} == {(None, None)}
 
 
 def test_three_seeds_lift_the_caution() -> None:
     rows = frame({arm.name: [0.5] * 3 if arm.name != "vq" else [0.01] * 3 for arm in ABLATION.arms})
-    assert "at most consistent" not in anatomy.sentences(ABLATION, rows)[0]
+    assert "at most consistent" not in anatomy.sentences(rows)[0]
 
 
 def search_frame(losses: dict[str, list[float]]) -> pd.DataFrame:

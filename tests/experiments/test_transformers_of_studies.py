@@ -14,7 +14,8 @@ import pytest
 from toy_transformers import TIMING, TOY, names, pretend
 
 from experiments import ablations, rows, status
-from experiments.ablations import Contrast, Tuning
+from experiments.ablations import Contrast
+from experiments.ablations.quantizers.tuning import Tuning
 from experiments.analysis.effects import verdict
 from experiments.analysis.findings import findings
 from experiments.cells import unique_runs
@@ -148,7 +149,7 @@ def test_refusals_are_one_sentence(arguments: dict, sentence: str) -> None:
 
 
 def test_a_search_before_it_is_of_the_tokenizer(empty: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned = replace(TOY, arms=TOY.arms[1:2], tuning=Tuning("optim.lr", (0.5, 1.0), 1 / 2))
+    tuned = replace(TOY, arms=TOY.arms[1:2], adaptive=Tuning("optim.lr", (0.5, 1.0), 1 / 2))
     monkeypatch.setitem(ablations.ABLATIONS, "toy", tuned)
     study = Study("smoke", ("toy",))
     assert [cell.config.steps for cell in study.cells] == [3, 3]

@@ -1,5 +1,4 @@
-"""A map of collapse in words and tables: where the border passes, what lies on either side, which remedies work
-(`Border`)."""
+"""A map of collapse in words and tables: where the border passes, what lies on either side, which remedies work."""
 
 from __future__ import annotations
 
@@ -9,14 +8,16 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from experiments.ablations import Ablation, Arm, Border
-from experiments.ablations.collapse_atlas import RATES
-from experiments.ablations.quantizers.anatomy import Codebook, codebook_of
+from experiments.ablations import Ablation, Arm
+from experiments.ablations.collapse_atlas.arms import RATES
+from experiments.ablations.collapse_atlas.bisection import COLLAPSE
+from experiments.ablations.collapse_atlas.remedies import TRIED
+from experiments.analysis.codebooks import Codebook, codebook_of
 from ibq.evaluation.diagnosis import LARGEST
 from ibq.metrics import METRICS
 
 PAPER_SIZE, PAPER_DIMENSION, PAPER_RATE = 16384, "256", 1e-4
-"""Where the paper trains IBQ."""
+"""Setting in which the paper trains IBQ."""
 STATES = {True: "lives", False: "collapsed", None: "undecided"}
 
 
@@ -40,12 +41,12 @@ def left_out(ablation: Ablation, rows: pd.DataFrame) -> dict[str, bool]:
 
 
 def known_state(ablation: Ablation, rows: pd.DataFrame, arm: str, absent: Mapping[str, bool]) -> bool | None:
-    """Whether an arm's codebook lives: by its rows, or, where it was left out between neighbours that agree, by theirs;
-    None: not known."""
+    """State of an arm's codebook, True where it lives: by its rows, or, where it was left out between neighbours that
+    agree, by theirs; None: not known."""
     if arm in absent:
         between = ablation.arm(arm).between
         return known_state(ablation, rows, between[0], absent) if absent[arm] and between else None
-    return codebook_of(_border(ablation), rows, arm).alive
+    return codebook_of(rows, arm, COLLAPSE).alive
 
 
 def usual(ablation: Ablation, *others: str) -> dict[str, str]:
@@ -95,13 +96,11 @@ def paper_in_words(ablation: Ablation, rows: pd.DataFrame) -> str:
 def remedies_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """Every remedy beside what it is for: the codebook, reconstruction, how decisive assignments were first and last,
     and the diagnosis."""
-    if ablation.border is None:
-        return pd.DataFrame()
     table = []
-    for remedy in ablation.border.remedies:
+    for remedy in TRIED:
         mine = rows[rows["arm"] == remedy.arm]
         done = mine[mine["status"] == "ok"]
-        book = codebook_of(ablation.border, rows, remedy.arm)
+        book = codebook_of(rows, remedy.arm, COLLAPSE)
         line = {"of": remedy.case, "what was done": remedy.what, "arm": f"{ablation.letter(remedy.arm)} {remedy.arm}"}
         if not book.seeds:
             line["codebook"] = "/".join(sorted(set(mine["status"]))) or "not in this study"
@@ -121,12 +120,9 @@ def remedies_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
-    """How much has collapsed, where the border of each method passes, what quality says, what happens along the other
-    axes, and which remedies work."""
-    border = ablation.border
-    if border is None:
-        return []
-    books = {name: codebook_of(border, rows, name) for name in rows["arm"].unique()}
+    """Sentences on the map: how much has collapsed, where the border of each method passes, what quality says, what
+    happens along the other axes, and which remedies work."""
+    books = {name: codebook_of(rows, name, COLLAPSE) for name in rows["arm"].unique()}
     finished = {name: book for name, book in books.items() if book.seeds}
     if not finished:
         return []
@@ -135,7 +131,7 @@ def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
     said += _of_quality(rows, finished)
     for factor in ("K", "tokens a mean", "initial length"):
         said += [_of_line(line, finished) for line in lines(ablation, factor) if _known(line.arms, finished) > 1]
-    return said + _of_saturation(rows, finished) + _of_remedies(ablation, rows, finished)
+    return said + _of_saturation(rows, finished) + _of_remedies(rows, finished)
 
 
 def _of_all(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> str:
@@ -143,7 +139,7 @@ def _of_all(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codeb
     absent = left_out(ablation, rows)
     agreeing, beyond = sum(absent.values()), sum(not agrees for agrees in absent.values())
     sentence = (
-        f"A codebook has collapsed if its perplexity is below {100 * _border(ablation).collapse:g}% of K or its run "
+        f"A codebook has collapsed if its perplexity is below {100 * COLLAPSE:g}% of K or its run "
         f"did not stay finite: "
         f"{collapsed} of {len(finished)} cells have."
     )
@@ -158,7 +154,7 @@ def _of_all(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codeb
 
 
 def _of_method(ablation: Ablation, finished: Mapping[str, Codebook], method: str) -> str:
-    """Where one method lives and where it has collapsed, over rate and D."""
+    """Places where one method lives and where it has collapsed, over rate and D."""
     points = {place: finished[arm.name] for place, arm in on_map(ablation, method).items() if arm.name in finished}
     if not points:
         return ""
@@ -208,8 +204,8 @@ def _of_line(line: Line, finished: Mapping[str, Codebook]) -> str:
 
 
 def _of_saturation(rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
-    """How many of IBQ's cells have collapsed on either side of what `diagnose` calls saturated, when training was first
-    logged."""
+    """Numbers of IBQ's cells that have collapsed on either side of what `diagnose` calls saturated, when training was
+    first logged."""
     if "first.max_probability" not in rows:
         return []
     first = rows[rows["method"] == "ibq"].groupby("arm")["first.max_probability"].mean().dropna()
@@ -222,11 +218,11 @@ def _of_saturation(rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list
     ]
 
 
-def _of_remedies(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
+def _of_remedies(rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
     """Of each case how decisive assignments were, and which remedies bring the codebook back."""
     said = []
-    for case in dict.fromkeys(remedy.case for remedy in _border(ablation).remedies):
-        mine = [remedy for remedy in _border(ablation).remedies if remedy.case == case and remedy.arm in finished]
+    for case in dict.fromkeys(remedy.case for remedy in TRIED):
+        mine = [remedy for remedy in TRIED if remedy.case == case and remedy.arm in finished]
         tried = [remedy for remedy in mine if not remedy.reference]
         for reference in [remedy for remedy in mine if remedy.reference]:
             first, last = (
@@ -245,11 +241,6 @@ def _of_remedies(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, 
             ]:
                 said.append(f"{case}: of what was tried at D = 256, these {word}: {'; '.join(names)}.")
     return said
-
-
-def _border(ablation: Ablation) -> Border:
-    assert ablation.border
-    return ablation.border
 
 
 def _sentence(words: str) -> str:

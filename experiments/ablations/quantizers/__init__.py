@@ -23,8 +23,9 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.ablations import vq_vs_ibq
-from experiments.ablations.base import Ablation, Anatomy, Arm, Contrast, Factor, PaperRow, Part, Tuning
+from experiments.ablations.base import Ablation, Arm, Contrast, Factor, PaperRow
 from experiments.ablations.changes import Times, of_quantizer
+from experiments.ablations.quantizers.tuning import Tuning
 
 STEP_SHARE, SEARCH_SHARE = 1 / 2, 1 / 3
 VQ = vq_vs_ibq.fields("VQ", "uniform", "off", "commitment")
@@ -162,24 +163,7 @@ ABLATION = Ablation(
             -0.003,
         ),
     ),
-    tuning=Tuning("optim.lr", factors=(0.3, 1.0, 3.0), step_share=SEARCH_SHARE),
-    anatomy=Anatomy(
-        whole="ibq",
-        bare="vq",
-        collapse=0.1,
-        parts=(
-            Part("entropy penalty", removed="ibq_no_entropy", alone="vq_entropy"),
-            Part("double term", removed="ibq_single", alone=None),
-            Part("initialisation from N(0, 1)", removed="ibq_uniform", alone="vq_normal"),
-            Part("0.25 on the codebook term", removed="ibq_commitment", alone=None),
-            Part("search, logits and gradient of IBQ", removed=None, alone="ibq_bare"),
-            Part("gradient of z_q to codes that were not selected", removed="ibq_features_path", alone=None),
-            Part("soft path to the features", removed="ibq_codes_path", alone=None),
-            Part("all codes in the softmax", removed="ibq_top_8", alone=None),
-            Part("logits as large as they are", removed="ibq_scaled", alone=None),
-            Part("features and codes of any length", removed="ibq_normalised", alone=None),
-        ),
-    ),
+    adaptive=Tuning("optim.lr", factors=(0.3, 1.0, 3.0), step_share=SEARCH_SHARE),
     figures=("usage_over_training", "usage_of_each", "search", "rate_distortion", "reconstructions", "code_map"),
     tables=("verdicts", "search", "parts", "arms", "paper"),
     columns=(

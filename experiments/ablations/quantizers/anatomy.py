@@ -1,5 +1,4 @@
-"""Which parts of a method are necessary and which sufficient, by the threshold that an ablation states beforehand
-(`Anatomy`)."""
+"""Necessary and sufficient parts of a method, by the threshold that `ANATOMY` states beforehand."""
 
 from __future__ import annotations
 
@@ -7,27 +6,58 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.ablations import Ablation, Anatomy, Border
+from experiments.ablations import Ablation
+from experiments.analysis.codebooks import Codebook, codebook_of
 from experiments.analysis.effects import MIN_SEEDS
 
 
 @dataclass(frozen=True)
-class Codebook:
-    """The state of an arm's codebook over its finished seeds; `alive` is None where they disagree or there is none.
+class Part:
+    """A part of a method: the arm that lacks it alone, and the arm that has it alone, each None where there is no such
+    thing."""
 
-    A seed that did not stay finite counts as collapsed; `share` is the mean perplexity over K of the others.
+    name: str
+    removed: str | None
+    alone: str | None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Parts of a method.
+
+    Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one
+    whose run did not stay finite. A part is necessary if `whole` without it collapses, and sufficient if `bare`, which
+    collapses, does not once it has this part.
     """
 
-    arm: str
-    share: float
-    alive: bool | None
-    seeds: int
-    diverged: int
+    whole: str
+    bare: str
+    parts: tuple[Part, ...]
+    collapse: float
+
+
+ANATOMY = Anatomy(
+    whole="ibq",
+    bare="vq",
+    collapse=0.1,
+    parts=(
+        Part("entropy penalty", removed="ibq_no_entropy", alone="vq_entropy"),
+        Part("double term", removed="ibq_single", alone=None),
+        Part("initialisation from N(0, 1)", removed="ibq_uniform", alone="vq_normal"),
+        Part("0.25 on the codebook term", removed="ibq_commitment", alone=None),
+        Part("search, logits and gradient of IBQ", removed=None, alone="ibq_bare"),
+        Part("gradient of z_q to codes that were not selected", removed="ibq_features_path", alone=None),
+        Part("soft path to the features", removed="ibq_codes_path", alone=None),
+        Part("all codes in the softmax", removed="ibq_top_8", alone=None),
+        Part("logits as large as they are", removed="ibq_scaled", alone=None),
+        Part("features and codes of any length", removed="ibq_normalised", alone=None),
+    ),
+)
 
 
 @dataclass(frozen=True)
 class PartVerdict:
-    """What the rows say of one part; None where they cannot say it."""
+    """Verdict of the rows on one part; None where they cannot say it."""
 
     name: str
     removed: Codebook | None
@@ -36,24 +66,14 @@ class PartVerdict:
     sufficient: bool | None
 
 
-def codebook_of(anatomy: Anatomy | Border, rows: pd.DataFrame, arm: str) -> Codebook:
-    mine = rows[rows["arm"] == arm]
-    finished = mine[mine["status"] == "ok"]
-    shares = [] if finished.empty else finished["perplexity_share"].astype(float).tolist()
-    diverged = int((mine["status"] == "nan").sum())
-    alive = {share >= anatomy.collapse for share in shares} | ({False} if diverged else set())
-    mean = sum(shares) / len(shares) if shares else float("nan")
-    return Codebook(arm, mean, alive.pop() if len(alive) == 1 else None, len(shares) + diverged, diverged)
-
-
-def part_verdicts(anatomy: Anatomy, rows: pd.DataFrame) -> list[PartVerdict]:
+def part_verdicts(rows: pd.DataFrame) -> list[PartVerdict]:
     """Necessary: the whole lives and collapses without the part. Sufficient: the bare method has collapsed and lives
     with the part."""
-    whole, bare = (codebook_of(anatomy, rows, arm) for arm in (anatomy.whole, anatomy.bare))
+    whole, bare = (codebook_of(rows, arm, ANATOMY.collapse) for arm in (ANATOMY.whole, ANATOMY.bare))
     verdicts = []
-    for part in anatomy.parts:
+    for part in ANATOMY.parts:
         removed, alone = (
-            None if arm is None else codebook_of(anatomy, rows, arm) for arm in (part.removed, part.alone)
+            None if arm is None else codebook_of(rows, arm, ANATOMY.collapse) for arm in (part.removed, part.alone)
         )
         necessary = not removed.alive if whole.alive and removed and removed.alive is not None else None
         sufficient = alone.alive if bare.alive is False and alone and alone.alive is not None else None
@@ -63,10 +83,8 @@ def part_verdicts(anatomy: Anatomy, rows: pd.DataFrame) -> list[PartVerdict]:
 
 def parts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """Every part: the arm without it and the arm with it alone, their perplexity over K, and the two verdicts."""
-    if ablation.anatomy is None:
-        return pd.DataFrame()
     lines = []
-    for judged in part_verdicts(ablation.anatomy, rows):
+    for judged in part_verdicts(rows):
         line = {"part": judged.name}
         for heading, book, word, verdict in (
             ("without it", judged.removed, "necessary", judged.necessary),
@@ -79,26 +97,23 @@ def parts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
+def sentences(rows: pd.DataFrame) -> list[str]:
     """The verdicts in words, beginning with the threshold and with whether whole and bare are what they should be."""
-    anatomy = ablation.anatomy
-    if anatomy is None:
-        return []
-    whole, bare = (codebook_of(anatomy, rows, arm) for arm in (anatomy.whole, anatomy.bare))
+    whole, bare = (codebook_of(rows, arm, ANATOMY.collapse) for arm in (ANATOMY.whole, ANATOMY.bare))
     state = {True: "lives", False: "has collapsed", None: "is undecided"}
     seeds = min(whole.seeds, bare.seeds)
     caution = "" if seeds >= MIN_SEEDS else f" With {seeds} seed{'s' * (seeds != 1)} all of this is at most consistent."
     said = [
-        f"A codebook has collapsed if its perplexity is below {100 * anatomy.collapse:g}% of K or its run did not stay "
+        f"A codebook has collapsed if its perplexity is below {100 * ANATOMY.collapse:g}% of K or its run did not stay "
         f"finite: "
         f"{_named(whole)} {state[whole.alive]}, {_named(bare)} {state[bare.alive]}.{caution}"
     ]
-    verdicts = part_verdicts(anatomy, rows)
+    verdicts = part_verdicts(rows)
     removals = [(v.necessary, f"{v.name} ({_named(v.removed)})") for v in verdicts if v.removed]
     additions = [(v.sufficient, f"{v.name} ({_named(v.alone)})") for v in verdicts if v.alone]
     for word, judged, meaning, base in (
-        ("necessary", removals, f"without it {anatomy.whole} collapses", anatomy.whole),
-        ("sufficient", additions, f"with it alone {anatomy.bare} lives", anatomy.bare),
+        ("necessary", removals, f"without it {ANATOMY.whole} collapses", ANATOMY.whole),
+        ("sufficient", additions, f"with it alone {ANATOMY.bare} lives", ANATOMY.bare),
     ):
         for answer, phrase in (
             (True, f"{word.capitalize()}, since {meaning}"),

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.ablations import Ablation, Arm
+from experiments.ablations.collapse_atlas.bisection import COLLAPSE
 from experiments.ablations.collapse_atlas.collapse_map import (
     PAPER_DIMENSION,
     PAPER_RATE,
@@ -31,6 +32,7 @@ from experiments.ablations.collapse_atlas.collapse_map import (
     paper_in_words,
     rates_of,
 )
+from experiments.ablations.collapse_atlas.remedies import TRIED
 from experiments.cells import Cell
 from experiments.report.figures.heat_map import colormap, draw_cell, draw_hatched, scale, values_of
 from experiments.report.figures.labels import Labels
@@ -148,8 +150,7 @@ def collapse_axes(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figur
             sorted(shown), [f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in sorted(shown)], fontsize=7.5
         )
         axes[1, column].minorticks_off()
-        assert ablation.border
-        axes[0, column].axhline(100 * ablation.border.collapse, color="0.2", ls="--", lw=1)
+        axes[0, column].axhline(100 * COLLAPSE, color="0.2", ls="--", lw=1)
     axes[0, 0].set(ylabel=METRICS["share"].axis, ylim=(-3, 103))
     axes[1, 0].set_ylabel(METRICS["l1"].axis)
     handles = [Line2D([], [], lw=1.2, ms=5, label=name, **style) for name, style in labels.items()]
@@ -173,8 +174,7 @@ def saturation(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure |
     if not dot_products:
         return None
     colors, dimensions = method_colors(ablation), ablation.factor("D").levels
-    assert ablation.border
-    named = [remedy.arm for remedy in ablation.border.remedies]
+    named = [remedy.arm for remedy in TRIED]
     figure, axes = plt.subplots(1, 3, figsize=(10.2, 4.0), sharey=True)
     panels = (
         ("first.logit_spread", "logit spread, first logged"),
@@ -193,7 +193,7 @@ def saturation(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure |
                 ms=5.5,
                 color=colors[row["factor.method"]],
             )
-        axis.axhline(100 * ablation.border.collapse, color="0.2", ls="--", lw=1)
+        axis.axhline(100 * COLLAPSE, color="0.2", ls="--", lw=1)
         axis.margins(x=0.08)
         axis.set(xlabel=label, ylim=(-3, 103))
         if column == "first.logit_spread":

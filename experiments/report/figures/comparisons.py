@@ -106,7 +106,7 @@ def search(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | Non
     """Error of the search over the values tried, a line an arm in the colour of its method; a ring marks the choice."""
     lines = [(arm, mine[mine["status"] == "ok"], chosen_value(mine)) for arm, mine in searches(rows)]
     lines = [line for line in lines if not line[1].empty]
-    if not lines or ablation.tuning is None:
+    if not lines:
         return None
     colors, method = method_colors(ablation), ablation.factors[0]
     figure, axis = plt.subplots(figsize=(7.2, 4.2))
@@ -124,7 +124,7 @@ def search(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | Non
         axis.scatter(
             values[values == chosen], losses[values == chosen], s=60, facecolor="none", edgecolor=color, linewidth=1.2
         )
-    axis.set(xscale="log", xlabel=ablation.tuning.field, ylabel="reconstruction error on training batches")
+    axis.set(xscale="log", xlabel=ablation.adaptive.tuned, ylabel="reconstruction error on training batches")
     tried = sorted({value for _, mine, _ in lines for value in mine["search.value"]})
     axis.set_xticks(tried, [f"{value:g}" for value in tried])
     axis.minorticks_off()
