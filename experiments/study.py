@@ -207,13 +207,14 @@ class Study:
 
     def _build_config(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         overrides = self._of_tokenizers
+        config = tokenizer_config(self.preset, arm.changes, overrides)  # first, since a value may be wrong by itself
         for path in overrides:
             if path == "seed":
                 raise ConfigError("--set seed would give every arm one seed; use --seeds, which says how many")
             if path.startswith("quantizer.") and path != CODEBOOK_SIZE and path in arm.changes:
                 remedy = f"give it as --grid {path}=VALUE" if self.grid else "set another field, or add an arm"
                 raise ConfigError(f"{path} is what the arms of {ablation.name} differ in; {remedy}")
-        return tokenizer_config(self.preset, arm.changes, overrides)
+        return config
 
     def cell(self, ablation: Ablation, arm: Arm, config: RunConfig, seed: int) -> Cell:
         config = config.model_copy(update={"seed": seed})

@@ -69,9 +69,12 @@ def tokenizer_config(preset: Preset, changes: Mapping[str, Any], overrides: Mapp
     if values.get(GAN_WEIGHT, overrides.get(GAN_WEIGHT)):
         values = {path: value for path, value in preset.discriminator.items() if path not in overrides} | values
     own = {path.removeprefix("quantizer."): value for path, value in values.items() if path.startswith("quantizer.")}
-    levels = own.pop("levels", None)
-    config = tokenizer(preset, _sizes(own["method"], K if levels is None else ANY_SIZE) | own)
-    del values["quantizer.method"]
+    values = {path: value for path, value in values.items() if not path.startswith("quantizer.")}
+    if "levels" in own:  # set together with what they have to fit
+        values |= of_quantizer({name: own.pop(name) for name in ("levels", "code_dim") if name in own})
+        values |= {CODEBOOK_SIZE: K} if CODEBOOK_SIZE in changes else {}
+        K = ANY_SIZE
+    config = tokenizer(preset, _sizes(own["method"], K) | own)
     others = {path: value for path, value in overrides.items() if path != CODEBOOK_SIZE}
     if fields := {**others, **values}:
         config = config.with_fields(**fields)

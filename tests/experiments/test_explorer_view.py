@@ -102,11 +102,11 @@ def test_an_empty_run(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
 
 def test_foreign_folders_are_refused_in_one_sentence(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
     directory = RunDirectory(tmp_path / "foreign")
-    with pytest.raises(ConfigError, match=r"foreign holds no config\.json, so it is no run"):
+    with pytest.raises(ConfigError, match=r"foreign holds no config\.json; pass the folder of a run"):
         read_view(directory)
     directory.path.mkdir()
     directory.config.write_text("{")
-    with pytest.raises(ConfigError, match=r"the config of foreign cannot be read .*; give another run"):
+    with pytest.raises(ConfigError, match=r"foreign/config.json cannot be read .*; forget the run and train it again"):
         read_view(directory)
     config = tiny("ibq")
     transformer = {"transformer": {"depth": 1}, "tokenizer": config.to_json_dict(), "data": config.data.model_dump()}

@@ -54,7 +54,8 @@ def test_every_number_of_published_rows_has_an_entry() -> None:
 
 
 def test_every_number_of_a_smoke_study_has_an_entry(trained: tuple) -> None:
-    assert without_entry(rows.load(trained[0])) == []
+    frame = rows.load(trained[0])
+    assert without_entry(frame.drop(columns=[name for name in frame if ".protocol." in name])) == []
 
 
 def test_names_are_told_apart_and_every_network_is_an_evaluation() -> None:
