@@ -112,6 +112,7 @@ class Control:
         self._recorded = {each.line for each in read_interventions(run)} if is_writer() and not refusal else set()
         self._interventions: list[Intervention] = []
         self._command, self._command_line = "resume", 0
+        self._first = True
 
     def should_stop(self) -> bool:
         """Whether to stop before the next step; returns only once the run is not paused."""
@@ -142,7 +143,11 @@ class Control:
         append_line(self._run.control, {"refused": line, "reason": reason})
 
     def _read(self) -> None:
+        """Take in new lines. Of those that were sent before this attempt the last command counts; later a stop ends the
+        attempt, and what follows it is for the next one."""
         for number, record in self._file.read():
+            if self._command == "stop" and not self._first:
+                return
             if "command" in record:
                 if (command := record["command"]) in get_args(Command):
                     self._command, self._command_line = command, number
@@ -155,3 +160,4 @@ class Control:
                     self._interventions.append(Intervention.model_validate(record | {"step": 0, "line": number}))
                 except ValidationError as error:
                     self.refuse(number, one_sentence(error))
+        self._first = False
