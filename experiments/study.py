@@ -26,7 +26,7 @@ from ibq.run_directory import RunDirectory
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
 TRANSFORMER = "transformer."
-"""What the path of a changed field of transformers begins with."""
+"""Prefix of the path of a changed field of transformers."""
 
 
 Settled = dict[str, tuple[dict[str, TrainConfig], dict[str, list[Cell]]]]
@@ -158,9 +158,9 @@ class Study:
 
     @cached_property
     def waiting(self) -> list[Cell]:
-        """What cannot be trained yet: arms and seeds whose search is not finished, with the config before the choice,
-        none of which is ever trained; transformers whose tokenizer is not; and arms between others that are not, which
-        are trained only if these disagree."""
+        """Cells that cannot be trained yet: arms and seeds whose search is not finished, with the config before the
+        choice, none of which is ever trained; transformers whose tokenizer is not; and arms between others that are
+        not, which are trained only if these disagree."""
         return self.chosen[1] if self.chosen else self.stages.waiting
 
     @property
@@ -187,6 +187,10 @@ class Study:
     def only(self, cells: list[Cell], waiting: list[Cell] | None = None) -> Study:
         """The same study with some of its cells alone."""
         return replace(self, chosen=(cells, waiting or []))
+
+    def of(self, *ablation_names: str) -> Study:
+        """All cells of other ablations, with the same preset, seeds and fields."""
+        return replace(self, ablation_names=ablation_names, chosen=None)
 
     def config_of(self, ablation: Ablation, arm: Arm) -> TrainConfig:
         """An arm's config before any search.
@@ -296,7 +300,7 @@ def advance(study: Study) -> tuple[Study, list[Cell]]:
 
 
 def possible(study: Study) -> list[Cell]:
-    """What waits, without the last arms of a map where more wait than can still be trained."""
+    """Waiting cells without the last arms of a map where more wait than can still be trained."""
     cells = study.waiting
     for ablation in study.ablations:
         ready = {cell.arm.name for cell in study.cells if cell.ablation is ablation}
@@ -334,9 +338,9 @@ def runs_folder(default: Path | None = None) -> Path:
 
 
 def has_transformers(ablation: Ablation) -> bool:
-    """Whether transformers are arms of an ablation, or of the one that has the other half of its question."""
-    others = [ABLATIONS[ablation.continued.ablation]] if ablation.continued else []
-    return any(each.of_transformers for each in [ablation, *others])
+    """True if transformers are arms of an ablation, or of the one that has the other half of its question."""
+    others = {claim.partition("/")[0] for claim in ablation.shows_too}
+    return any(each.of_transformers for each in [ablation, *(ABLATIONS[name] for name in others)])
 
 
 def file_name(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What an ablation is: a claim stated before its numbers, arms that differ in named factors, and what the paper
+"""Parts of an ablation: a claim stated before its numbers, arms that differ in named factors, and what the paper
 reports."""
 
 from __future__ import annotations
@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from string import ascii_uppercase
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from experiments.recipes import Preset
 from ibq.config import TrainConfig
-from ibq.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from ibq.run_directory import RunDirectory  # imports torch, which listing the ablations does without
 
 COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
 NO_LIMIT = 1_000_000
@@ -37,6 +39,8 @@ class Arm:
     seeds: int = 1
     focal: bool = False
     """Drawn in colour, and kept in the figures that show only a few arms."""
+    followed: bool = False
+    """Its codes and features are projected at several moments of training."""
     tuned_as: str | None = None
     """The arm whose search decides this arm's value too, where the ablation tunes a field; None: it has a search of its
     own."""
@@ -68,7 +72,7 @@ class Adaptive:
 
     @property
     def protocol(self) -> str:
-        """What a reader of the numbers has to know of it, in a sentence."""
+        """The sentence that a reader of the numbers has to know; empty: none."""
         return ""
 
     def trials(self, config: TrainConfig) -> dict[float, TrainConfig]:
@@ -80,7 +84,7 @@ class Adaptive:
         return config
 
     def most_arms(self, preset: Preset) -> int:
-        """How many arms are trained at most."""
+        """Most arms that are trained."""
         return NO_LIMIT
 
     def fates(self, arms: Sequence[Arm], runs: Mapping[str, RunDirectory], most_arms: int) -> dict[str, Fate]:
@@ -162,17 +166,6 @@ class PaperRow:
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """The other half of a question, which another ablation answers: its name, a title, and the arms and contrasts that
-    belong to it."""
-
-    ablation: str
-    title: str
-    arms: tuple[str, ...]
-    contrasts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Ablation:
     """One study: see `experiments/ablations/`.
 
@@ -193,7 +186,7 @@ class Ablation:
     contrasts: tuple[Contrast, ...] = ()
     columns: tuple[str, ...] = COLUMNS
     paper_columns: tuple[str, ...] = ("rFID", "usage %")
-    """What the paper's rows report, in the registry of the tables."""
+    """Columns that the paper's rows report, in the registry of the tables."""
     beside_paper: tuple[str, ...] = ("usage", "share", "l1")
     """The columns that the closest arms show beside them."""
     marker: str | None = None
@@ -201,15 +194,15 @@ class Ablation:
     fill: str | None = None
     """The factor whose last level it shows by a filled point."""
     axis: Axis | None = None
-    followed: tuple[str, ...] = ()
-    """The arms whose codes and features are projected at several moments of training."""
     adaptive: Adaptive = AS_IT_IS
-    """What decides by finished runs which arms are trained, and with which value of a field."""
-    continued: Continuation | None = None
+    """Plan by finished runs: which arms are trained, and with which value of a field."""
+    shows_too: tuple[str, ...] = ()
+    """Claims of one other ablation that answer the other half of the question, as "ablation/contrast"; their arms are
+    shown too."""
     core: bool = True
-    """Whether it belongs to the core study, which is what a study without names is."""
+    """True: it belongs to the core study, which is what a study without names is."""
     on_request: bool = False
-    """Whether it is trained only where it is named, and is not part of 'all'."""
+    """True: it is trained only where it is named, and is not part of 'all'."""
 
     @property
     def of_transformers(self) -> bool:
@@ -221,7 +214,7 @@ class Ablation:
         """The arms whose codes and features are projected: the focal ones, since UMAP takes some eight seconds each."""
         if "code_map" not in self.figures:
             return ()
-        return tuple(arm for arm in self.arms if arm.focal or arm.name in self.followed)
+        return tuple(arm for arm in self.arms if arm.focal or arm.followed)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

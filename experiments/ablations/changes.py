@@ -33,7 +33,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Given:
-    """What a change may be a function of.
+    """Argument of a change that is a function.
 
     Attributes:
         preset: the scale.

@@ -138,7 +138,7 @@ def varied(ablation: Ablation) -> list[Factor]:
 
 
 def strips(ablation: Ablation) -> list[tuple[str, ...]]:
-    """What one map of two fields is of: every base with every combination of the fields beyond the second."""
+    """Maps of two fields: every base with every combination of the fields beyond the second."""
     return list(product(ablation.factors[0].levels, *(field.levels for field in varied(ablation)[2:])))
 
 
@@ -225,8 +225,8 @@ def _figures(arms: int) -> tuple[str, ...]:
 
 
 def _meaning(bases: Sequence[Base], grid: Mapping[str, Sequence[Any]]) -> str:
-    """Which arms the bases are, and what they bring along that the grid does not set: scaled numbers, a search that is
-    left out."""
+    """Meaning of the factor of bases: the arms, and what they bring along that the grid does not set: scaled numbers, a
+    search that is left out."""
     named = []
     for base in bases:
         scaled = [

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.ablations import codebook_size as sizes
-from experiments.ablations.base import Ablation, Arm, Continuation, Contrast, Factor, PaperRow
+from experiments.ablations.base import Ablation, Arm, Contrast, Factor, PaperRow
 from experiments.ablations.changes import Times
 from ibq.schema import bits_of
 
@@ -149,12 +149,7 @@ ABLATION = Ablation(
         "learning_rate",
         "step_ms",
     ),
-    continued=Continuation(
-        "generation",
-        "Generation",
-        arms=("lfq_tokens", "lfq_halves", "ibq_tokens"),
-        contrasts=("IBQ against LFQ", "IBQ against factorized LFQ"),
-    ),
+    shows_too=("generation/IBQ against LFQ", "generation/IBQ against factorized LFQ"),
     paper_source="Table 1 (ImageNet 256x256, 50k validation images; decoder and epochs differ); of Table 5 no number "
     "is known here",
     paper_rows=(

@@ -34,6 +34,7 @@ FACTORS = (
     Factor("beta on", ("codebook", "commitment"), "which quantization term carries the 0.25"),
     Factor("double", ("off", "on"), "the extra term |z_q - z|^2 without stop-gradient (IBQ only)"),
 )
+PUBLISHED, FAIREST = ("vq_published", "ibq_published"), ("vq_fair", "ibq_fair")
 
 
 def arm(
@@ -47,7 +48,8 @@ def arm(
     focal: bool = False,
 ) -> Arm:
     levels = {"estimator": estimator, "entropy": entropy, "init": init, "beta on": beta_on, "double": double}
-    return Arm(name, levels, of_quantizer(fields(estimator, init, entropy, beta_on, double)), seeds=seeds, focal=focal)
+    changes = of_quantizer(fields(estimator, init, entropy, beta_on, double))
+    return Arm(name, levels, changes, seeds=seeds, focal=focal, followed=name in PUBLISHED)
 
 
 def fields(estimator: str, init: str, entropy: str, beta_on: str, double: str = "off") -> dict[str, Any]:
@@ -76,8 +78,6 @@ ARMS = (
     arm("ibq_features_commitment", "IBQ", "features", "on", "commitment", "on"),
     arm("ibq_estimator_alone", "IBQ", "features", "off", "commitment"),
 )
-
-PUBLISHED, FAIREST = ("vq_published", "ibq_published"), ("vq_fair", "ibq_fair")
 
 ABLATION = Ablation(
     name="vq_vs_ibq",
@@ -176,7 +176,6 @@ ABLATION = Ablation(
         "gradient_reach",
         "reconstructions",
     ),
-    followed=PUBLISHED,
     columns=(*COLUMNS[:-1], "fid", "gap", "train_seconds"),
     tables=("arms", "main_effects", "verdicts", "paper"),
     paper_source="Table 2 (ImageNet 256x256, 50k validation images, K = 16,384, D = 256)",

@@ -20,7 +20,7 @@ SIZES = {
     "config.transformer.depth": ("depth ", ""),
     "config.steps": ("", " steps"),
 }
-"""What a scale says of rows, by their columns, where they have them."""
+"""Words of a scale around the values of rows, by their columns, where they have them."""
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 

@@ -66,7 +66,7 @@ def project_all(cells: Iterable[Cell], method: Method, say: Callable[[str], None
     once."""
     wanted: dict[Path, tuple[Cell, int]] = {}
     for cell in cells:
-        followed, mapped = cell.arm.name in cell.ablation.followed, cell.arm in cell.ablation.mapped
+        followed, mapped = cell.arm.followed, cell.arm in cell.ablation.mapped
         if cell.run.finished and (followed or mapped):
             for step in moments(cell.run) if followed else cell.run.snapshot_steps()[-1:]:
                 wanted[_cache(cell.run, method, step)] = (cell, step)

@@ -19,13 +19,11 @@ class Continued:
     """Rows of the other ablation, and what is shown of them.
 
     Args:
-        title: of the other half.
         ablation: the other one, with the contrasts that belong here alone.
         rows: its rows of the arms that belong here, under the same preset, seeds and fields.
         note: what is missing, and the command that trains it; empty where nothing is.
     """
 
-    title: str
     ablation: Ablation
     rows: pd.DataFrame
     note: str
@@ -40,22 +38,18 @@ class Continued:
 
 def other_half(study: Study, ablation: Ablation) -> Continued | None:
     """The other half of an ablation of a study, None where it has none."""
-    link = ablation.continued
-    if link is None or study.grid:
+    if not ablation.shows_too or study.grid:
         return None
-    other = ABLATIONS[link.ablation]
-    other = replace(other, contrasts=tuple(contrast for contrast in other.contrasts if contrast.name in link.contrasts))
+    name = ablation.shows_too[0].partition("/")[0]
+    title = ABLATIONS[name].title
+    contrasts = [each for each in ABLATIONS[name].contrasts if f"{name}/{each.name}" in ablation.shows_too]
+    other = replace(ABLATIONS[name], contrasts=tuple(contrasts))
     try:
-        its_study = replace(study, ablation_names=(other.name,))
+        its_study = study.of(name)
         rows = rows_module.load(its_study)
     except ConfigError as error:  # a changed field that its arms differ in
-        return Continued(
-            link.title,
-            other,
-            pd.DataFrame(columns=["ablation", "arm", "status"]),
-            f"{link.title}: none, since {error}.",
-        )
-    rows = rows[(rows["ablation"] == other.name) & rows["arm"].isin(link.arms)]
-    trains = f"{link.title} is trained by the ablation {other.name}: {command(its_study, other.name)}"
-    note = "" if rows["status"].isin(["ok", "nan"]).all() else trains
-    return Continued(link.title, other, rows, note)
+        return Continued(other, pd.DataFrame(columns=["ablation", "arm", "status"]), f"{title}: none, since {error}.")
+    arms = {arm for contrast in contrasts for arm in (contrast.without, contrast.with_)}
+    rows = rows[(rows["ablation"] == name) & rows["arm"].isin(arms)]
+    trains = f"{title} is trained by the ablation {name}: {command(its_study, name)}"
+    return Continued(other, rows, "" if rows["status"].isin(["ok", "nan"]).all() else trains)

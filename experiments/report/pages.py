@@ -46,14 +46,14 @@ def widened(study: Study) -> Study:
         if ABLATIONS[name].on_request:
             own = {cell.run.path for cell in cells}
         try:
-            finished = [cell for cell in replace(study, ablation_names=(name,)).cells if cell.run.finished]
+            finished = [cell for cell in study.of(name).cells if cell.run.finished]
         except ConfigError:  # a changed field that this ablation's arms differ in
             continue
         if any(cell.run.path not in own and not cell.tokenizer_of for cell in finished):
             joining.append(name)
             cells += finished
     names = {ablation.name for ablation in study.ablations} | set(joining)
-    return replace(study, ablation_names=tuple(name for name in ABLATIONS if name in names)).only(cells, study.waiting)
+    return study.of(*(name for name in ABLATIONS if name in names)).only(cells, study.waiting)
 
 
 def write(study: Study) -> Path:
@@ -125,7 +125,7 @@ def _continued(study: Study, ablation: Ablation, folder: Path) -> dict[str, Any]
     if other is None:
         return None
     shown: dict[str, Any] = {
-        "title": other.title,
+        "title": other.ablation.title,
         "ablation": other.ablation,
         "note": other.note,
         "claims": [],

@@ -1,6 +1,6 @@
 """Parts of the commands: a tokenizer and pictures, the loop over batches, a progress bar.
 
-Suffixes: B pictures, C channels, H W pixels or token grid, D code dimension.
+Suffixes: B pictures, C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from ibq.data.images import one_line, quoted, to_float
 from ibq.distributed import is_writer, resolve_device
 from ibq.errors import ConfigError, NonFiniteInputError
 from ibq.evaluation.tokenizer import measuring
-from ibq.models.tokenizer import Tokenizer, load_tokenizer
+from ibq.models.tokenizer import Reconstruction, Tokenizer, load_tokenizer
 from ibq.pretrained.released import load_released
 from ibq.run_directory import RunDirectory
 from ibq.training.row import peak_memory_gib
-
-PIXEL_PROTOCOL = "float images in [-1, 1], reconstructions clamped, not rounded to 8 bits"
 
 
 @dataclass(frozen=True)
@@ -79,15 +77,11 @@ class Model:
 
 
 class Batch(NamedTuple):
-    """Pictures of one size, as the tokenizer read them, with its features and codes (B, D, h, w), indices (B, h, w),
-    reconstructions."""
+    """Pictures of one size, as the tokenizer read them, and what it returned."""
 
     pictures: list[Picture]
     originals_BCHW: torch.Tensor
-    reconstructions_BCHW: torch.Tensor
-    features_BDHW: torch.Tensor
-    codes_BDHW: torch.Tensor
-    indices_BHW: torch.Tensor
+    output: Reconstruction
 
 
 def open_model(given: PictureOptions) -> tuple[Model, PictureFolder]:
@@ -167,12 +161,12 @@ def reconstructed(model: Model, pictures: PictureFolder, names: Iterable[str], b
                 measuring(tokenizer),
             ):
                 x_BCHW = to_float(torch.stack([picture.pixels_CHW for picture in batch]), device)
-                y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
+                output: Reconstruction = tokenizer(x_BCHW)
         except NonFiniteInputError as error:
             raise ConfigError(f"the model cannot reconstruct {this}: {one_line(error)}") from None
-        if not bool(y_BCHW.isfinite().all()):
+        if not bool(output.images.isfinite().all()):
             raise ConfigError(f"the model's reconstruction of {this} is not finite; its weights are damaged")
-        yield Batch(batch, x_BCHW, y_BCHW, z_BDHW, quantized.z_q, quantized.indices)
+        yield Batch(batch, x_BCHW, output)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,6 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_as_bytes
 
 from ibq.cli.common import (
-    PIXEL_PROTOCOL,
     Batch,
     Model,
     PictureOptions,
@@ -41,6 +40,7 @@ from ibq.cli.common import (
 from ibq.cli.pictures import PictureFolder, png
 from ibq.data.images import quoted
 from ibq.errors import ConfigError, require_packages
+from ibq.evaluation.pictures import PIXEL_PROTOCOL
 from ibq.metrics.distances import to_uint8
 from ibq.metrics.quality import pixel_errors
 from ibq.metrics.usage import usage_metrics
@@ -114,10 +114,11 @@ class Output:
 
     def write(self, batch: Batch) -> None:
         """The files of a batch, and last the line of each of its pictures."""
-        errors = pixel_errors(batch.originals_BCHW, batch.reconstructions_BCHW)
-        reconstructions_BCHW = to_uint8(batch.reconstructions_BCHW).cpu()
+        errors = pixel_errors(batch.originals_BCHW, batch.output.images)
+        reconstructions_BCHW = to_uint8(batch.output.images).cpu()
+        indices_BHW = batch.output.quantized.indices.cpu()
         for i, picture in enumerate(batch.pictures):
-            x_CHW, y_CHW, indices_HW = picture.pixels_CHW, reconstructions_BCHW[i], batch.indices_BHW[i].cpu()
+            x_CHW, y_CHW, indices_HW = picture.pixels_CHW, reconstructions_BCHW[i], indices_BHW[i]
             difference_HW = (x_CHW.int() - y_CHW.int()).abs().amax(0).mul(AMPLIFICATION).clamp(max=255).to(torch.uint8)
             for kind, pixels_CHW in zip(KINDS, (x_CHW, y_CHW, difference_HW[None]), strict=True):
                 write_bytes(self.file(kind, picture.name), png(pixels_CHW))

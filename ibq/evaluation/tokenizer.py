@@ -8,10 +8,10 @@ order of the images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +22,11 @@ from ibq.data.images import one_line
 from ibq.distributed import copy_of_first, gather_objects, is_writer, rank, shared_errors, sum_over_ranks, world_size
 from ibq.errors import DataError, NonFiniteInputError
 from ibq.metrics.codebook import QuantizationError
-from ibq.metrics.distances import EXTRACTED_AT_ONCE, Distances, References, to_uint8, too_few
+from ibq.metrics.distances import EXTRACTED_AT_ONCE, NAMES, Distances, PairedDistances, References, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
-from ibq.metrics.quality import ImageQuality
+from ibq.metrics.quality import ImageQuality, PictureQuality
 from ibq.metrics.usage import usage_metrics
-from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer import Reconstruction, Tokenizer
 from ibq.ops.precision import full_float32
 
 if TYPE_CHECKING:
@@ -97,6 +97,37 @@ class Share:
             yield self.images.pixels(indices_B)
 
 
+class TokenizerMetrics:
+    """Usage, quality and quantization error of a tokenizer, gathered batch by batch.
+
+    Args:
+        tokenizer: whose forward passes these are, on the device to count on.
+        quality: of its reconstructions, empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, quality: ImageQuality | PictureQuality) -> None:
+        self._to_code_space, self.quality, self._error = tokenizer.quantize.to_code_space, quality, QuantizationError()
+        K, device = tokenizer.config.quantizer.codebook_size, next(tokenizer.parameters()).device
+        self.counts_K = torch.zeros(K, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, originals_BCHW: torch.Tensor, output: Reconstruction) -> None:
+        """Add a batch: what the tokenizer was shown, in [-1, 1], and what it returned."""
+        self.quality.update(originals_BCHW, output.images)
+        self._error.update(self._to_code_space(output.features), output.quantized.z_q)
+        self.counts_K += torch.bincount(output.quantized.indices.flatten(), minlength=len(self.counts_K))
+
+    def reduce(self) -> None:
+        """Take in what the other processes have measured; a collective, once, after the last update."""
+        sum_over_ranks(self.counts_K)
+        self.quality.reduce()
+        self._error.reduce()
+
+    def compute(self) -> dict[str, float]:
+        """usage_metrics, the means of the quality, and quantization_error."""
+        return usage_metrics(self.counts_K) | self.quality.compute() | {"quantization_error": self._error.compute()}
+
+
 def evaluate(
     tokenizer: Tokenizer, images: ImageSource, n_images: int, batch_size: int, weights: str
 ) -> tuple[dict[str, float], dict[str, Any], dict[str, torch.Tensor]]:
@@ -123,8 +154,7 @@ def evaluate(
     """
     n_images = min(n_images, len(images))
     device = next(tokenizer.parameters()).device
-    counts_K = torch.zeros(tokenizer.config.quantizer.codebook_size, dtype=torch.int64, device=device)
-    quality, error = ImageQuality(), QuantizationError()
+    gathered = TokenizerMetrics(tokenizer, ImageQuality())
     shown: dict[str, torch.Tensor] = {}
     share = Share(images, n_images, batch_size)
     distances: Distances | None = None
@@ -134,27 +164,23 @@ def evaluate(
     with shared_errors(NonFiniteInputError, DataError), measuring(tokenizer):
         for indices_B in share.batches:
             x_BCHW = images.batch(indices_B, device)
-            y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
-            quality.update(x_BCHW, y_BCHW)
+            output: Reconstruction = tokenizer(x_BCHW)
+            gathered.update(x_BCHW, output)
             if distances and not absent:
                 with sparing(absent):
-                    distances.update(y_BCHW)
-            error.update(tokenizer.quantize.to_code_space(z_BDHW), quantized.z_q)
-            counts_K += torch.bincount(quantized.indices.flatten(), minlength=len(counts_K))
+                    distances.update(output.images)
             if is_writer() and not shown:
                 shown = {
                     "images_BCHW": to_uint8(x_BCHW[:SHOWN_IMAGES]),
-                    "reconstructions_BCHW": to_uint8(y_BCHW[:SHOWN_IMAGES]),
+                    "reconstructions_BCHW": to_uint8(output.images[:SHOWN_IMAGES]),
                 }
-    sum_over_ranks(counts_K)
-    quality.reduce()
-    error.reduce()
+    gathered.reduce()
     perceptual, perceptual_protocol = measured(distances, absent)
-    metrics = usage_metrics(counts_K) | quality.compute() | {"quantization_error": error.compute()} | perceptual
+    metrics = gathered.compute() | perceptual
     protocol = protocol_of(images, n_images, weights) | perceptual_protocol
     if absent:
         protocol["distances[fashion-cnn]"] = f"absent: {absent[0]}"
-    return metrics, protocol, {"counts_K": counts_K} | shown
+    return metrics, protocol, {"counts_K": gathered.counts_K} | shown
 
 
 def measured(metric: Distances | LPIPS | None, absent: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -199,13 +225,11 @@ class PerceptualEvaluation:
         """
         n_images = min(n_images, len(images))
         self._require_fit(images, n_images)
-        with shared_errors(DataError):
-            start = self._start
         share = Share(images, n_images, batch_size)
-        metric: Distances | LPIPS | None = None
+        with shared_errors(DataError):
+            metric = self.metric(share)
         absent: list[str] = []
         with sparing(absent), measuring(tokenizer):
-            metric = start(share)
             for indices_B in share.batches:
                 x_BCHW = images.batch(indices_B, next(tokenizer.parameters()).device)
                 y_BCHW, _, _ = tokenizer(x_BCHW)
@@ -223,7 +247,7 @@ class PerceptualEvaluation:
         make distances."""
         self._require_fit(references.images, references.n_images)
         with shared_errors(DataError):
-            distances = self._start(references)
+            distances = self.metric(references)
         assert isinstance(distances, Distances)
         return distances
 
@@ -236,13 +260,20 @@ class PerceptualEvaluation:
         elif reason := too_few(n_images):
             raise UnfitError(f"{self.name} is absent: {reason}; evaluate more images")
 
-    @cached_property
-    def _start(self) -> Callable[[References], Distances | LPIPS]:
-        """Constructor of the distances against references, with the network loaded."""
+    def metric(self, references: References | None = None) -> Distances | LPIPS:
+        """Ready to be fed; without references with pairs of images, `PairedDistances` or LPIPS. DataError: as on the
+        call."""
         network = self.network
         if isinstance(network, nn.Module):
-            return lambda _: LPIPS(LPIPS_BACKBONES[self.name], network)
-        return partial(Distances, network)
+            return LPIPS(LPIPS_BACKBONES[self.name], network)
+        return PairedDistances(network) if references is None else Distances(network, references)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the metrics."""
+        if self.name in LPIPS_BACKBONES:
+            return [f"lpips[{LPIPS_BACKBONES[self.name]}]"]
+        return [f"{name}[fashion-cnn]" if self.name == "fashion-cnn" else name for name in NAMES]
 
     @cached_property
     def network(self) -> Extractor | nn.Module:

@@ -285,9 +285,9 @@ def _provenance(extractor: Extractor, n_images: int, n_references: int) -> str:
     return f"{network}; {sets}; {subsets}, inception score of {IS_SPLITS} splits, {NEIGHBOURS} neighbours"
 
 
-class PairedDistances:
+class PairedDistances(Distances):
     """The distances of `Distances` where originals and reconstructions come in pairs, batch by batch, of any size and
-    in any order.
+    in any order; for one process.
 
     Nothing but features is kept. Of images of several sizes only a network that resizes, as Inception does, makes
     anything.
@@ -297,37 +297,23 @@ class PairedDistances:
     """
 
     def __init__(self, extractor: Extractor) -> None:
-        self.extractor = extractor
+        super().__init__(extractor, ())
         self._positions: list[int] = []
-        self._originals: list[torch.Tensor] = []
-        self._reconstructions: list[torch.Tensor] = []
-        self._logits: list[torch.Tensor] = []
+        self._batches: list[tuple[torch.Tensor, ...]] = []
 
-    def update(self, positions: list[int], originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> None:
+    def add_pairs(self, positions: list[int], originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> None:
         """Add a batch of pairs: float in [-1, 1], clamped to it; `positions` are the places that the pairs have among
         all."""
-        features_BF, _ = _features_and_logits(self.extractor, to_uint8(originals_BCHW))
-        self._originals.append(features_BF)
         features_BF, logits_BL = _features_and_logits(self.extractor, to_uint8(reconstructions_BCHW))
-        self._reconstructions.append(features_BF)
-        self._logits.append(logits_BL)
+        originals_BF, _ = _features_and_logits(self.extractor, to_uint8(originals_BCHW))
+        self._batches.append((features_BF, logits_BL, originals_BF))
         self._positions += positions
 
-    def compute(self) -> tuple[dict[str, float], dict[str, str]]:
-        """The distances that mean something and why others are absent, both by label (`fid` or `fid[fashion-cnn]`)."""
-        order_N = torch.tensor(self._positions).argsort()  # subsets and splits are drawn by position
-        originals_NF, reconstructions_NF, logits_NL = (
-            torch.cat(parts)[order_N] for parts in (self._originals, self._reconstructions, self._logits)
-        )
-        metrics, absent = distances(reconstructions_NF, logits_NL, originals_NF)
-        suffix = self.extractor.suffix
-        return {f"{name}{suffix}": value for name, value in metrics.items()}, {
-            f"{name}{suffix}": why for name, why in absent.items()
-        }
-
-    def provenance(self) -> str:
-        """The protocol of all of them."""
-        return _provenance(self.extractor, len(self._positions), len(self._positions))
+    def finish(self) -> None:
+        """Put the features in the order of the positions, by which subsets and splits are drawn."""
+        order_N = torch.tensor(self._positions).argsort()
+        if not self._rows:
+            self._rows = tuple(torch.cat(parts)[order_N] for parts in zip(*self._batches, strict=True))
 
 
 def _features_and_logits(extractor: Extractor, images_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,9 +7,11 @@ size changes nothing. Suffixes: B images, C channels, H W pixels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ibq.distributed import sum_of_numbers
+from ibq.distributed import gather_objects, sum_of_numbers
 
 SSIM_WINDOW = 11
 
@@ -51,6 +53,41 @@ class ImageQuality:
     def compute(self) -> dict[str, float]:
         """Means over all images: l1 and mse in units of [-1, 1], psnr_db in dB, ssim in [-1, 1]."""
         return {name: total / self.images for name, total in self._sums.items()}
+
+
+class PictureQuality:
+    """`ImageQuality` of pictures of any size: without SSIM where one is smaller than its window. Sums are exact, so
+    that neither the order nor the batches of the pictures change them."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {"l1": [], "mse": [], "psnr_db": [], "ssim": []}
+
+    @property
+    def images(self) -> int:
+        return len(self._values["l1"])
+
+    @property
+    def without_ssim(self) -> int:
+        """Number of pictures that are smaller than the window."""
+        return self.images - len(self._values["ssim"])
+
+    def update(self, originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> None:
+        """Add a batch, as `ImageQuality`; H and W are free."""
+        values = pixel_errors(originals_BCHW, reconstructions_BCHW)
+        if min(originals_BCHW.shape[2:]) >= SSIM_WINDOW:
+            values["ssim"] = ssim(originals_BCHW, reconstructions_BCHW)
+        for name, values_B in values.items():
+            self._values[name] += values_B.tolist()
+
+    def reduce(self) -> None:
+        """Take in what the other processes have measured; a collective, once, after the last update."""
+        of_ranks = gather_objects(self._values)
+        self._values = {name: [value for values in of_ranks for value in values[name]] for name in self._values}
+
+    def compute(self) -> dict[str, float]:
+        """Means over all pictures, as `ImageQuality`."""
+        n = self.images
+        return {name: math.fsum(values) / n for name, values in self._values.items() if len(values) == n}
 
 
 def pixel_errors(originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:

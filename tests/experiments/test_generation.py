@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 
 import pandas as pd
 import pytest
@@ -234,16 +235,15 @@ def test_a_field_of_transformers_is_left_out_where_an_ablation_has_none(monkeypa
 
 def test_names_of_the_other_half_name_something() -> None:
     for ablation in ABLATIONS.values():
-        if link := ablation.continued:
-            other = ABLATIONS[link.ablation]
-            assert set(link.arms) <= {arm.name for arm in other.arms}
-            contrasts = [contrast for contrast in other.contrasts if contrast.name in link.contrasts]
-            assert len(contrasts) == len(link.contrasts)
-            assert {name for contrast in contrasts for name in (contrast.without, contrast.with_)} <= set(link.arms)
+        named = [claim.partition("/")[0] for claim in ablation.shows_too]
+        assert len(set(named)) <= 1
+        for name in named:
+            assert set(ablation.shows_too) <= {f"{name}/{contrast.name}" for contrast in ABLATIONS[name].contrasts}
 
 
-def test_where_the_other_half_is_not_trained_its_command_is_said() -> None:
-    other = continuation.other_half(Study("quick", (LFQ.name,), seeds=2), LFQ)
+@pytest.mark.parametrize("seen_from", [lambda study: study, pages.widened], ids=["study", "report"])
+def test_where_the_other_half_is_not_trained_its_command_is_said(seen_from: Callable[[Study], Study]) -> None:
+    other = continuation.other_half(seen_from(Study("quick", (LFQ.name,), seeds=2)), LFQ)
     assert other is not None
     assert not other.has_result
     assert (

@@ -58,7 +58,7 @@ def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None
     outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == len(set(ablation.figures) - NOT_AT_SMOKE)
     texts = " ".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
-    assert ("PCA" in texts) == bool(ablation.mapped or ablation.followed)
+    assert ("PCA" in texts) == bool(ablation.mapped or any(arm.followed for arm in ablation.arms))
     assert "UMAP" not in texts
     assert ("| verdict" in texts) == bool(ablation.contrasts)
     assert set(re.findall(r"No data yet for (\w+)", texts)) == set(ablation.figures) & NOT_AT_SMOKE

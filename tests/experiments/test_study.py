@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from experiments.ablations import ABLATIONS, CORE, Arm
 from experiments.cells import unique_runs
 from experiments.recipes import PRESETS, get_preset, scaled
-from experiments.study import Study
+from experiments.study import ROOT, Study
 from ibq.errors import ConfigError
 
 
@@ -150,3 +152,13 @@ def test_errors_are_one_sentence_with_the_values(arguments: dict, words: list[st
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_the_list_of_ablations_is_printed_without_torch() -> None:
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['experiments', 'list']; "
+        "runpy.run_module('experiments', run_name='__main__')"
+    )
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert listed.returncode == 0, listed.stderr[-2000:]
+    assert all(name in listed.stdout for name in ABLATIONS)

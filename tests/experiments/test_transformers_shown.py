@@ -132,8 +132,11 @@ def test_tokenizers_of_transformers_are_no_arms_of_tables_and_pages(copied: Stud
 
 def test_transformer_stages_are_not_projected(copied: Study) -> None:
     said: list[str] = []
-    shown = replace(TOY, figures=("code_map",), followed=("ibq_deep",))
-    project_all([replace(cell, ablation=shown) for cell in copied.cells], "pca", said.append)
+    arms = tuple(replace(arm, followed=arm.name == "ibq_deep") for arm in TOY.arms)
+    shown = replace(TOY, arms=arms, figures=("code_map",))
+    by_name = {arm.name: arm for arm in arms}
+    cells = [replace(cell, ablation=shown, arm=by_name.get(cell.arm.name, cell.arm)) for cell in copied.cells]
+    project_all(cells, "pca", said.append)
     assert said == []
 
 

@@ -16,7 +16,6 @@ from ibq.distributed import Processes
 from ibq.errors import NonFiniteInputError
 from ibq.evaluation.tokenizer import PerceptualEvaluation, UnfitError, evaluate
 from ibq.metrics.distances import Distances
-from ibq.metrics.perceptual import LPIPS
 from ibq.models.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.processes
@@ -53,7 +52,7 @@ def tokenizer_and_images() -> tuple[Tokenizer, Images]:
 
 def lpips_of_squares() -> PerceptualEvaluation:
     evaluation = PerceptualEvaluation("lpips-alex", CPU)
-    evaluation.__dict__["_start"] = lambda _: LPIPS("alex", SquaredError())  # instead of what would load AlexNet
+    evaluation.__dict__["network"] = SquaredError()  # instead of AlexNet
     return evaluation
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ibq.metrics.quality import ImageQuality
+from ibq.metrics.quality import ImageQuality, PictureQuality
 from ibq.metrics.usage import expected_uniform, usage_metrics
 
 counts = st.lists(st.integers(0, 50), min_size=1, max_size=250).filter(any)
@@ -119,6 +119,30 @@ def quality(x_BCHW: torch.Tensor, y_BCHW: torch.Tensor, batch_size: int = 100) -
 def test_the_batch_size_changes_nothing(batch_size: int) -> None:
     x_BCHW, y_BCHW = pictures()
     assert quality(x_BCHW, y_BCHW, batch_size) == pytest.approx(quality(x_BCHW, y_BCHW), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_quality_of_pictures_is_the_same_bit_for_bit_in_any_order(batch_size: int) -> None:
+    x_BCHW, y_BCHW = pictures()
+    found = []
+    for order_B in (torch.arange(7), torch.tensor([3, 6, 0, 2, 5, 1, 4])):
+        streaming = PictureQuality()
+        for indices_B in order_B.split(batch_size):
+            streaming.update(x_BCHW[indices_B], y_BCHW[indices_B])
+        found.append(streaming.compute())
+    assert found[0] == pytest.approx(quality(x_BCHW, y_BCHW), rel=1e-6)
+    assert [found[0][name] for name in ("l1", "mse", "psnr_db")] == [
+        found[1][name] for name in ("l1", "mse", "psnr_db")
+    ]
+    assert (streaming.images, streaming.without_ssim) == (7, 0)
+
+
+def test_a_picture_below_the_window_leaves_out_ssim_alone() -> None:
+    streaming = PictureQuality()
+    for side in (24, 8):
+        streaming.update(*pictures(2, side=side))
+    assert streaming.compute().keys() == {"l1", "mse", "psnr_db"}
+    assert (streaming.images, streaming.without_ssim) == (4, 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

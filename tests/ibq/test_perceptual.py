@@ -216,7 +216,7 @@ def test_perceptual_evaluations_of_a_tokenizer(
     expected, _, _ = ibq.evaluation.tokenizer.evaluate(tokenizer, test_split, 110, 100, weights="ema")
     assert metrics == {name: value for name, value in expected.items() if name in metrics}
     assert len(metrics) == 5
-    assert isinstance(fashion_cnn._start(test_split.images_NCHW), Distances)
+    assert isinstance(fashion_cnn.metric(test_split.images_NCHW), Distances)
 
 
 def test_perceptual_evaluations_that_mean_nothing_are_refused(test_split: Images, tiny: Any) -> None:

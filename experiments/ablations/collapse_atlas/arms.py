@@ -72,7 +72,7 @@ NAMES = {
     "entropy weight ×4": "strong_entropy",
     "double term": "double",
 }
-"""What arms are called by their levels of K, of tokens a mean, and of the remedy; lengths have names of their own."""
+"""Words in the names of arms by their levels of K, of tokens a mean, and of the remedy; lengths have their own."""
 LENGTH_NAMES = {"×0.35": "short", "×2.8": "longer", "×4": "long"}
 
 

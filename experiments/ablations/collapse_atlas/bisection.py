@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.ablations.base import Adaptive, Arm, Fate, Trial
 from experiments.recipes import Preset
-from ibq.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from ibq.run_directory import RunDirectory  # imports torch, which listing the ablations does without
 
 COLLAPSE = 0.1
 """Stated before the numbers: a codebook whose perplexity is below this times K has collapsed, and so has one whose run
@@ -56,7 +58,7 @@ class Bisection(Adaptive):
         return known
 
     def _of_neighbours(self, arm: Arm, runs: Mapping[str, RunDirectory], known: Mapping[str, Fate]) -> Fate:
-        """What an arm's neighbours say, whether or not there is room for it."""
+        """Fate by an arm's neighbours, whether or not there is room for it."""
         assert arm.between
         of_neighbours = {known.get(name, "beyond") for name in arm.between}
         if of_neighbours & {"agreeing", "beyond"}:
@@ -93,7 +95,7 @@ def has_collapsed(collapse: float, row: Mapping[str, Any]) -> bool:
 
 
 def saturation(run: RunDirectory) -> dict[str, float]:
-    """How decisive assignments were when the run first logged and when it last did: standard deviation of a token's
+    """Decisiveness of assignments when the run first logged and when it last did: standard deviation of a token's
     logits over the codes, and the largest probability of its softmax at temperature 1, means over tokens; none where
     they were not finite."""
     history = run.read_history()

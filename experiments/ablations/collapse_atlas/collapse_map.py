@@ -17,7 +17,7 @@ from ibq.evaluation.diagnosis import LARGEST
 from ibq.metrics import METRICS
 
 PAPER_SIZE, PAPER_DIMENSION, PAPER_RATE = 16384, "256", 1e-4
-"""Where the paper trains IBQ."""
+"""Setting in which the paper trains IBQ."""
 STATES = {True: "lives", False: "collapsed", None: "undecided"}
 
 
@@ -41,8 +41,8 @@ def left_out(ablation: Ablation, rows: pd.DataFrame) -> dict[str, bool]:
 
 
 def known_state(ablation: Ablation, rows: pd.DataFrame, arm: str, absent: Mapping[str, bool]) -> bool | None:
-    """Whether an arm's codebook lives: by its rows, or, where it was left out between neighbours that agree, by theirs;
-    None: not known."""
+    """State of an arm's codebook, True where it lives: by its rows, or, where it was left out between neighbours that
+    agree, by theirs; None: not known."""
     if arm in absent:
         between = ablation.arm(arm).between
         return known_state(ablation, rows, between[0], absent) if absent[arm] and between else None
@@ -120,8 +120,8 @@ def remedies_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def sentences(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
-    """How much has collapsed, where the border of each method passes, what quality says, what happens along the other
-    axes, and which remedies work."""
+    """Sentences on the map: how much has collapsed, where the border of each method passes, what quality says, what
+    happens along the other axes, and which remedies work."""
     books = {name: codebook_of(rows, name, COLLAPSE) for name in rows["arm"].unique()}
     finished = {name: book for name, book in books.items() if book.seeds}
     if not finished:
@@ -154,7 +154,7 @@ def _of_all(ablation: Ablation, rows: pd.DataFrame, finished: Mapping[str, Codeb
 
 
 def _of_method(ablation: Ablation, finished: Mapping[str, Codebook], method: str) -> str:
-    """Where one method lives and where it has collapsed, over rate and D."""
+    """Places where one method lives and where it has collapsed, over rate and D."""
     points = {place: finished[arm.name] for place, arm in on_map(ablation, method).items() if arm.name in finished}
     if not points:
         return ""
@@ -204,8 +204,8 @@ def _of_line(line: Line, finished: Mapping[str, Codebook]) -> str:
 
 
 def _of_saturation(rows: pd.DataFrame, finished: Mapping[str, Codebook]) -> list[str]:
-    """How many of IBQ's cells have collapsed on either side of what `diagnose` calls saturated, when training was first
-    logged."""
+    """Numbers of IBQ's cells that have collapsed on either side of what `diagnose` calls saturated, when training was
+    first logged."""
     if "first.max_probability" not in rows:
         return []
     first = rows[rows["method"] == "ibq"].groupby("arm")["first.max_probability"].mean().dropna()

@@ -23,7 +23,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a method is made of.
+    """Parts of a method.
 
     Stated before the numbers: a codebook whose perplexity is below `collapse` times K has collapsed, and so has one
     whose run did not stay finite. A part is necessary if `whole` without it collapses, and sufficient if `bare`, which
@@ -57,7 +57,7 @@ ANATOMY = Anatomy(
 
 @dataclass(frozen=True)
 class PartVerdict:
-    """What the rows say of one part; None where they cannot say it."""
+    """Verdict of the rows on one part; None where they cannot say it."""
 
     name: str
     removed: Codebook | None

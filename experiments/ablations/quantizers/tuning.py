@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from experiments.ablations.base import Adaptive, Arm, Trial
 from experiments.recipes import scaled
 from ibq.config import TrainConfig
-from ibq.run_directory import RunDirectory
 from ibq.schema import flatten
+
+if TYPE_CHECKING:
+    from ibq.run_directory import RunDirectory  # imports torch, which listing the ablations does without
 
 RULE = (
     "least mean reconstruction error on all training batches of the last third of the search run (no test image has a "

@@ -68,7 +68,7 @@ def code_map(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | N
 
 def map_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """A row an arm that is followed, a column a moment."""
-    cells = [cell for cell in finished_cells(study, ablation) if cell.seed == 0 and cell.arm.name in ablation.followed]
+    cells = [cell for cell in finished_cells(study, ablation) if cell.seed == 0 and cell.arm.followed]
     found = [(cell, project(cell.run, study.preset.projection, moments(cell.run), compute=False)) for cell in cells]
     projected = [(cell, projections) for cell, projections in found if projections]
     if not projected:
