@@ -50,6 +50,7 @@ class RunDirectory:
     model.safetensors the averaged weights of a finished run; a transformer's as they are where it averages none
     eval/             what the evaluation saw: code counts and pictures, or samples
     attempts.jsonl    every start, how it ended, what was damaged
+    control.jsonl     what is asked of its trainer, where anything is (`ibq.training.control`)
     interventions.jsonl  what was changed while it trained, where anything was
     heartbeat         touched as long as the trainer gets on
     row.json          written last; its presence means that the run is finished
@@ -66,6 +67,7 @@ class RunDirectory:
     generated = _Member("eval/samples.safetensors")
     samples = _Member("samples")
     attempts = _Member("attempts.jsonl")
+    control = _Member("control.jsonl")
     interventions = _Member("interventions.jsonl")
     heartbeat = _Member("heartbeat")
     row = _Member("row.json")

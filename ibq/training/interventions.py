@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
@@ -17,6 +17,9 @@ from ibq.distributed import world_size
 from ibq.errors import ConfigError, nearest, one_sentence
 from ibq.run_directory import RunDirectory, append_line, read_lines
 from ibq.schema import Frozen, flatten
+
+if TYPE_CHECKING:
+    from ibq.training.control import Control
 
 LIVE_FIELDS = (
     "optim.lr",
@@ -44,6 +47,8 @@ class Intervention(Frozen):
     restart_dead: bool = Field(False, strict=True)
     """Codes without a token since the last log step but one begin anew on features of the coming batch, each on another
     one."""
+    line: int = Field(0, strict=True, ge=0)
+    """Of the run's control.jsonl, which asked for it; 0: a script did."""
 
 
 Asked = Callable[[int], Iterable[Intervention]]
@@ -115,13 +120,16 @@ class Journal:
         config: what it began with.
         step: finished updates; what was recorded before has had its effect on weights.
         asked: what to ask before every step; None: nothing.
+        control: what the run is asked through its control.jsonl; None: nothing.
 
     Raises:
         ConfigError: several processes train the run; a recorded line is damaged or does not fit the config.
     """
 
-    def __init__(self, run: RunDirectory, config: TrainConfig, step: int, asked: Asked | None) -> None:
-        self.run, self.config, self._asked = run, config, asked
+    def __init__(
+        self, run: RunDirectory, config: TrainConfig, step: int, asked: Asked | None, control: Control | None = None
+    ) -> None:
+        self.run, self.config, self._asked, self._control = run, config, asked, control
         recorded = read_interventions(run)
         if world_size() > 1 and (recorded or asked):
             raise ConfigError(
@@ -137,14 +145,27 @@ class Journal:
         """What takes effect now; `config` is then the amended one.
 
         Raises:
-            ConfigError: an intervention does not fit; it is not recorded.
+            ConfigError: an intervention of a script does not fit; it is not recorded. One of control.jsonl is refused
+                there, and training goes on.
         """
         replayed = [each for each in self._ahead if each.step == step]
         self._ahead = [each for each in self._ahead if each.step > step]
-        fresh = [] if self._asked is None else [each.model_copy(update={"step": step}) for each in self._asked(step)]
-        fresh = [each for each in fresh if each not in replayed]  # a script that goes on asks for them again
+        fresh = (
+            []
+            if self._asked is None
+            else [each.model_copy(update={"step": step, "line": 0}) for each in self._asked(step)]
+        )
+        done = [each.model_copy(update={"line": 0}) for each in replayed]
+        fresh = [each for each in fresh if each not in done]  # a script that goes on asks for them again
         for each in chain(replayed, fresh):
             self.config = after(self.config, each)
+        for each in self._control.take() if self._control else ():
+            try:
+                self.config = after(self.config, each)
+            except ConfigError as error:
+                self._control.refuse(each.line, str(error))  # type: ignore[union-attr]
+            else:
+                fresh.append(each.model_copy(update={"step": step}))
         for each in fresh:
             append_line(self.run.interventions, each.model_dump(mode="json"))
             self.number += 1

@@ -38,6 +38,7 @@ from ibq.models.tokenizer import Reconstruction, Tokenizer
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
 from ibq.training.claim import agreed, already_finished, newest_checkpoint, tidy
+from ibq.training.control import Control
 from ibq.training.interventions import Asked, Journal
 from ibq.training.logging import GAP_PROTOCOL, GAPS, EntropyPull, Throughput, geometry, take_snapshot
 from ibq.training.optimizer import AUTOCAST
@@ -67,8 +68,8 @@ def train_tokenizer(
         config: what to train.
         run_directory: its directory, made if absent; must not hold another config. All processes see the same one.
         runtime: device and cadences.
-        should_stop: asked before every step; once true on any process, a checkpoint is written and all raise
-            StopRequested.
+        should_stop: asked before every step; once true on any process, or stopped by control.jsonl, a checkpoint is
+            written and all raise StopRequested.
         intervene: asked before every step what to change, given the number of finished updates; in one process alone.
             What it returns takes effect at once and is recorded in the directory, so that a resume repeats it.
         perceptual: the perceptual term; None: the one that the config names, with its pretrained network.
@@ -123,7 +124,8 @@ def train_tokenizer(
             append_line(run.attempts, {"event": "damaged", "reason": f"{damage}; going on from step {state.step}"})
         run.rewind(state.step)
     with shared_errors(ConfigError):
-        journal = Journal(run, config, state.step, intervene)
+        control = Control(run, should_stop)
+        journal = Journal(run, config, state.step, intervene, control)
     state.reconfigure(config := journal.config)
     if state.step == 0 and 0 in snapshot_steps:
         snapshot = take_snapshot(tokenizer, test_images, state.snapshot_window.total(), device)
@@ -145,7 +147,7 @@ def train_tokenizer(
                 and state.step != saved_step
                 and time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s
             )
-            stop, save = any_rank(should_stop(), due)
+            stop, save = any_rank(control.should_stop(), due)
             if stop or save:
                 if name := state.first_non_finite():
                     raise _lost(run, state, f"step {state.step}: {name!r} is not finite after the update", data)
@@ -153,6 +155,7 @@ def train_tokenizer(
                 last_checkpoint, saved_step = time.perf_counter(), state.step
             if stop:
                 barrier()  # whoever ends before the checkpoint is whole could have all processes ended
+                control.stopped(state.step)
                 raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
             # ---------------------------- one training step, after what an intervention changes

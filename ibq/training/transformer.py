@@ -27,6 +27,7 @@ from ibq.evaluation.transformer import evaluate_transformer
 from ibq.models.tokenizer import Tokenizer
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
 from ibq.training.claim import agreed, already_finished, first_difference, newest_checkpoint, tidy
+from ibq.training.control import Control
 from ibq.training.logging import Throughput
 from ibq.training.optimizer import AUTOCAST, seed_other_ranks
 from ibq.training.row import row_of, write_lost
@@ -119,6 +120,7 @@ def train_transformer(
         for damage in damaged:
             append_line(run.attempts, {"event": "damaged", "reason": f"{damage}; going on from step {state.step}"})
         run.rewind(state.step)
+    control = Control(run, should_stop, refusal="a transformer's run cannot be changed while it trains")
 
     # ---------------------------------------------------------------- the loop
     trained = state.trained
@@ -136,12 +138,13 @@ def train_transformer(
                 and state.step != saved_step
                 and time.perf_counter() - last_checkpoint > runtime.checkpoint_every_s
             )
-            stop, save = any_rank(should_stop(), due)
+            stop, save = any_rank(control.should_stop(), due)
             if stop or save:
                 _save(run, state, belongs_to)
                 last_checkpoint, saved_step = time.perf_counter(), state.step
             if stop:
                 barrier()  # whoever ends before the checkpoint is whole could have all processes ended
+                control.stopped(state.step)
                 raise StopRequested(f"stopped at step {state.step} of {config.steps}; the next run goes on from there")
 
             # ---------------------------- one training step
