@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pydantic import Field, ValidationError
 
@@ -17,9 +17,6 @@ from ibq.distributed import world_size
 from ibq.errors import ConfigError, nearest, one_sentence
 from ibq.run_directory import RunDirectory, append_line, read_lines
 from ibq.schema import Frozen, flatten
-
-if TYPE_CHECKING:
-    from ibq.training.control import Control
 
 LIVE_FIELDS = (
     "optim.lr",
@@ -112,6 +109,16 @@ def scheduled(interventions: Iterable[Intervention]) -> Asked:
     return lambda step: [each for each in planned if each.step == step]
 
 
+class Requests(Protocol):
+    """Interventions that are asked for from outside while a run trains (`ibq.training.control`)."""
+
+    def take(self) -> Iterable[Intervention]:
+        """Those that have come since the last call, in their order."""
+
+    def refuse(self, line: int, reason: str) -> None:
+        """Answer that the intervention of a line does not fit."""
+
+
 class Journal:
     """The interventions of a run: those recorded, which a resume replays, then those asked for now.
 
@@ -127,7 +134,7 @@ class Journal:
     """
 
     def __init__(
-        self, run: RunDirectory, config: TrainConfig, step: int, asked: Asked | None, control: Control | None = None
+        self, run: RunDirectory, config: TrainConfig, step: int, asked: Asked | None, control: Requests | None = None
     ) -> None:
         self.run, self.config, self._asked, self._control = run, config, asked, control
         recorded = read_interventions(run)
