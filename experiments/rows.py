@@ -95,8 +95,7 @@ def _state_of_waiting(study: Study, cell: Cell) -> tuple[str, str]:
 
 
 def _of_tokenizer(cell: Cell, tokenizer: Cell) -> dict[str, Any]:
-    """What is known of the tokenizer that a transformer was trained on: the copy of its row, and what was evaluated
-    since of that one."""
+    """Facts of the tokenizer that a transformer was trained on: the copy of its row, and evaluations since then."""
     copy = cell.run.tokenizer_row
     if not copy.is_file():
         return {}

@@ -65,11 +65,9 @@ def of(run: RunDirectory) -> Status:
 def _state(run: RunDirectory, event: str) -> State:
     if is_held(run):
         return "running"
-    if event == "started":
-        return "interrupted"
-    if event in ("oom", "stopped"):
-        return event  # type: ignore[return-value]
-    return "failed" if event in ("error", "killed", "lost", "timeout") else "pending"
+    ended: dict[str, State] = {"started": "interrupted", "oom": "oom", "stopped": "stopped"}
+    ended |= dict.fromkeys(("error", "killed", "lost", "timeout"), "failed")
+    return ended.get(event, "pending")
 
 
 def is_held(run: RunDirectory) -> bool:

@@ -39,7 +39,7 @@ class _Member:
 
 
 class RunDirectory:
-    """Paths and files of one run (DESIGN, contract 'Run directory').
+    """Paths and files of one run.
 
     config.json       the TrainConfig or TransformerTrainConfig
     history.jsonl     a line per log step

@@ -26,7 +26,9 @@ PresetOption = Annotated[str, typer.Option("--preset", help="scale: smoke, quick
 SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="field=value in every arm, e.g. optim.lr=3e-4 or transformer.steps=500; repeatable"),
+    typer.Option(
+        "--set", help="field=value, of a study in every arm, e.g. optim.lr=3e-4 or transformer.steps=500; repeatable"
+    ),
 ]
 GridOption = Annotated[
     list[str] | None,
