@@ -19,7 +19,7 @@ from ibq.run_directory import RunDirectory
 TRAIN = """
 import sys
 from pathlib import Path
-import pytest, torch, ibq.generation, ibq.tokens
+import pytest, torch, ibq.data.tokens, ibq.evaluation.transformer
 from transformer_runs import transformer_config, train, watch_images
 torch.set_num_threads(1)
 ibq.data.tokens.SHARD, ibq.evaluation.transformer.PART = 16, 2
