@@ -105,7 +105,7 @@ def _of_tokenizer(cell: Cell, tokenizer: Cell) -> dict[str, Any]:
 
 
 def waits_for(study: Study, cell: Cell) -> str:
-    """What a waiting cell waits for, in a phrase."""
+    """Reason why a cell waits, in a phrase."""
     if cell.tokenizer and not any(each is cell.tokenizer for each in study.waiting):
         return f"waits for its tokenizer {cell.tokenizer.run.path.name}"
     arm = cell.ablation.arm(cell.tokenizer_of) if cell.tokenizer_of else cell.arm
@@ -134,7 +134,7 @@ def checked_row(cell: Cell) -> dict[str, Any]:
 
 
 def _evaluations(cell: Cell) -> dict[str, Any]:
-    """What was added after training: eval/<name>.json as columns <name>.<metric>, or, of evaluations that are PLAIN,
+    """Evaluations added after training: eval/<name>.json as columns <name>.<metric>, or, of evaluations that are PLAIN,
     <metric>."""
     columns: dict[str, Any] = {}
     for path in sorted((cell.run.path / "eval").glob("*.json")):

@@ -22,7 +22,7 @@ LOST = ("nan", "oom", "failed")
 
 
 RATE_AND_DISTORTION = ("bits", "l1")
-"""What main effects are shown in, side by side."""
+"""Metrics that main effects are shown in, side by side."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ LIVE_UMAP = "live-umap.safetensors"
 
 
 def newest_tensors(run: RunDirectory) -> dict[str, torch.Tensor] | None:
-    """What `live.safetensors` holds, `step` among it; of a run that was trained elsewhere its last snapshot, None where
+    """Tensors of `live.safetensors`, `step` among it; of a run that was trained elsewhere its last snapshot, None where
     it has none."""
     if (run.path / LIVE).is_file():
         return load_file(run.path / LIVE)

@@ -1,4 +1,4 @@
-"""What the kernel's side and the server of trainers say to each other; a module of its own, since the server's is its
+"""Messages between the kernel's side and the server of trainers; a module of its own, since the server's is its
 main one."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Project(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What becomes of an attempt: the state that its trainer says, ENDED, or REMOVED."""
+    """State of an attempt: the state that its trainer says, ENDED, or REMOVED."""
 
     attempt: int
     state: str

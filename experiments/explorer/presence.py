@@ -27,7 +27,7 @@ UNWATCHED = "not watched: no Jupyter server knows this process as its kernel, so
 
 
 class Closes(Protocol):
-    """What can end its processes, called from another thread."""
+    """An owner of processes that can end them, called from another thread."""
 
     def close(self) -> None: ...
 
@@ -49,7 +49,7 @@ class Presence:
 
     @property
     def state(self) -> str:
-        """What is watched, or why nothing is, in a phrase."""
+        """Phrase that says what is watched, or why nothing is."""
         return self._state
 
     def end(self) -> None:

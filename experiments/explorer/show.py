@@ -1,4 +1,4 @@
-"""What notebook 09 calls: the interface, or, where nobody looks, runs through the same engine and the same figures as
+"""Entry of notebook 09: the interface, or, where nobody looks, runs through the same engine and the same figures as
 plain output."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ibq.evaluation.diagnosis import diagnose
 
 PAIR = ("vq", "ibq")
 CODES = 256
-"""What the form begins with: few enough that a collapse takes seconds."""
+"""Settings that the form begins with: few enough that a collapse takes seconds."""
 IMPLIED: dict[str, dict[str, Any]] = {
     "fsq": {"codebook_size": 256, "code_dim": 4, "levels": (4, 4, 4, 4)},
     "lfq": {"codebook_size": 256, "code_dim": 8},

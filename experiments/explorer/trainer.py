@@ -78,7 +78,7 @@ def train(config: TrainConfig, folder: str, runtime: Runtime, threads: int, comm
 
 
 class Commands:
-    """What is asked of a run from outside, read by a thread of its own and obeyed between two steps."""
+    """Requests to a run from outside, read by a thread of its own and obeyed between two steps."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -120,7 +120,7 @@ class Commands:
             )  # what was asked for before the stop is done, and recorded, first
 
     def intervene(self, step: int) -> list[Intervention]:
-        """What is to change before the next step."""
+        """Interventions before the next step."""
         with self._changed:
             interventions, self._interventions = self._interventions, []
         return interventions

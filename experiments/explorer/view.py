@@ -1,4 +1,4 @@
-"""What there is to see of one run, read from its folder alone: a run of the explorer that trains, or any tokenizer's
+"""View of one run, read from its folder alone: a run of the explorer that trains, or any tokenizer's
 run of the study.
 
 Nothing here waits for a lock or trusts a file: a trainer may be writing, or may have been killed, at any moment.
@@ -93,7 +93,7 @@ def describe(config: TrainConfig) -> str:
 
 
 def in_words(intervention: Intervention) -> str:
-    """What was changed, e.g. "learning rate 0.0001, restart of dead codes"."""
+    """Changes in a phrase, e.g. "learning rate 0.0001, restart of dead codes"."""
     words = [f"{SHORT_NAMES[path]} {_value(value)}" for path, value in intervention.fields.items()]
     return ", ".join(words + (["restart of dead codes"] if intervention.restart_dead else []))
 

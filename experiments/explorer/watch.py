@@ -1,4 +1,4 @@
-"""What the kernel itself looks at of a run's folder, twice a second: what has changed, and new lines of its history; no
+"""Watch of the kernel on a run's folder, twice a second: what has changed, and new lines of its history; no
 tensors."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Watch:
         self._inode, self._offset = -1, 0
 
     def signature(self) -> tuple[tuple[int, int], ...]:
-        """What changes whenever a figure of this run would."""
+        """Signature that changes whenever a figure of this run would."""
         run = self.run
         return tuple(
             map(_stamp, (run.history, run.path / LIVE, run.interventions, run.path / LIVE_UMAP, run.evaluation))
@@ -36,8 +36,7 @@ class Watch:
 
     def refresh(self) -> bool:
         """Read what has been written since the last time; whether that was anything. A history that is shorter than it
-        was, or another
-        file, is read anew: the run was begun again, or went on from a checkpoint."""
+        was, or another file, is read anew: the run was begun again, or went on from a checkpoint."""
         try:
             with open(self.run.history, "rb") as file:
                 status = os.fstat(file.fileno())

@@ -162,7 +162,7 @@ class Workers:
                 self._send(Project(str(run.path)))
 
     def projection(self, run: RunDirectory) -> str | None:
-        """What was wrong with the UMAP that was last asked for of a run: "" nothing, None while it is awaited."""
+        """Error of the UMAP that was last asked for of a run: "" nothing, None while it is awaited."""
         with self._lock:
             self._listen()
             return self._projections.get(str(run.path), "")
@@ -174,7 +174,7 @@ class Workers:
             return None if self.activity(run) is None else self._attempts[str(run.path)].config
 
     def activity(self, run: RunDirectory) -> Activity | None:
-        """What a run's trainer is doing; None where this kernel has none for it."""
+        """State of a run's trainer; None where this kernel has none for it."""
         with self._lock:
             self._listen()
             attempt = self._attempts.get(str(run.path))

@@ -35,7 +35,7 @@ from ibq.training.runtime import LogEvent, Runtime
 STOPPED = 130
 """Exit code of a run that was asked to stop, and goes on when it is called again."""
 PEER_LOST = "a process was lost"
-"""What `is_first_here` is asked about: whichever was lost, one of the others tells of it."""
+"""Key of `is_first_here` for a lost process: whichever was lost, one of the others tells of it."""
 BOOKKEEPING = {".lock", "attempts.jsonl", "heartbeat"}
 """Files that a run's folder holds before anything is trained."""
 

@@ -127,7 +127,7 @@ def encode_split(
 
 
 def _key(tokenizer: Tokenizer, images: ImageSource, shape: torch.Size, wanted_M: torch.Tensor) -> str:
-    """What stands for the tokens of images of shape (C, H, W); that of a whole split does not depend on how it was
+    """Hash that names the tokens of images of shape (C, H, W); that of a whole split does not depend on how it was
     asked for."""
     digest = hashlib.sha256(f"{ENCODING} {tokenizer.digest()} {images.content_hash} {tuple(shape)}".encode())
     if len(wanted_M) < len(images):

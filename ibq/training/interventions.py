@@ -31,8 +31,8 @@ LIVE_FIELDS = (
     "quantizer.double",
     "quantizer.logit_scale",
 )
-"""What a step reads anew: weights and rates. All else (sizes, initialisation, data) is decided before the first
-step."""
+"""Settings that a step reads anew: weights and rates. All else (sizes, initialisation, data) is decided before the
+first step."""
 
 
 class Intervention(Frozen):
@@ -94,7 +94,7 @@ def after(config: TrainConfig, intervention: Intervention) -> TrainConfig:
 
 
 def read_interventions(run: RunDirectory) -> list[Intervention]:
-    """What a run's directory records of changes, in the order of their steps: a run that went on from an earlier
+    """Interventions recorded in a run's directory, in the order of their steps: a run that went on from an earlier
     checkpoint may have been changed before a record that it is yet to repeat. ConfigError: a line is damaged."""
     try:
         records = [Intervention.model_validate(line) for line in read_lines(run.interventions)]
@@ -104,7 +104,7 @@ def read_interventions(run: RunDirectory) -> list[Intervention]:
 
 
 def scheduled(interventions: Iterable[Intervention]) -> Asked:
-    """What asks a list, each at its step: for a script that repeats what was done by hand."""
+    """Interventions of a list, each at its step: for a script that repeats what was done by hand."""
     planned = list(interventions)
     return lambda step: [each for each in planned if each.step == step]
 
@@ -149,7 +149,7 @@ class Journal:
         self._ahead = [each for each in recorded if each.step >= step]
 
     def due(self, step: int) -> list[Intervention]:
-        """What takes effect now; `config` is then the amended one.
+        """Interventions that take effect now; `config` is then the amended one.
 
         Raises:
             ConfigError: an intervention of a script does not fit; it is not recorded. One of control.jsonl is refused

@@ -1,4 +1,4 @@
-"""What goes over training steps: a line a run, marks where it was changed."""
+"""Curves over training steps: a line a run, marks where it was changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the explorer's figures share: colours and markers of runs, marks of interventions, words in place of data."""
+"""Parts of the explorer's figures: colours and markers of runs, marks of interventions, words in place of data."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def problem(sentence: str) -> str:
 
 
 def note(sentence: str) -> str:
-    """What is going on, in one sentence."""
+    """Status, in one sentence."""
     return f'<div class="ibq-note" role="status">{escape(sentence)}</div>' if sentence else ""
 
 

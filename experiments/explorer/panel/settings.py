@@ -84,7 +84,7 @@ class SettingsForm:
         self._check()
 
     def config(self) -> TrainConfig:
-        """What the form says.
+        """Settings of the form.
 
         Raises:
             ConfigError: it contradicts itself; one sentence.

@@ -1,4 +1,4 @@
-"""What stands beside the settings of a new run: changing a run while it trains, loading one, taking its settings
+"""Controls beside the settings of a new run: changing a run while it trains, loading one, taking its settings
 elsewhere."""
 
 from __future__ import annotations
