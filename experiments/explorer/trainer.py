@@ -39,9 +39,9 @@ GRACE_S = 8.0
 
 
 def runtime_of(config: TrainConfig, device: str = "auto") -> Runtime:
-    """How the explorer watches a run: at least a hundred points, and every fifth step of a long one. The cadence hangs
-    on the config alone,
-    since a restart of dead codes goes by the tokens since the last log step: a run that goes on must have the same."""
+    """How the explorer watches a run: at least a hundred points, and every fifth step of a long one. The cadence
+    depends on the config alone, since a restart of dead codes goes by the tokens since the last log step: a run that
+    goes on must have the same."""
     return Runtime(device=device, log_every=max(1, min(5, config.steps // 100)))
 
 
