@@ -24,7 +24,8 @@ class Status:
         state: "ok" or "nan" with a row; "running" while a process holds its lock; "interrupted" where a trainer died
             without a word; "oom" or "failed", of which `reason` says why; "stopped" resumably; "pending" before the
             first attempt.
-        reason: why the last attempt ended without a row; empty where there was none or it is still going on.
+        reason: why a row gives no result, or why the last attempt ended without a row; empty where there was none or
+            it is still going on.
         recent: the newest lines of history.jsonl, oldest first.
     """
 
@@ -55,7 +56,8 @@ def of(run: RunDirectory) -> Status:
     """
     recent = tuple(run.read_recent(SPEED_LINES))
     if run.finished:
-        return Status(run.read_row()["status"], "", recent)
+        row = run.read_row()
+        return Status(row["status"], row.get("reason") or "", recent)
     attempts = [attempt for attempt in run.read_attempts() if attempt["event"] != "damaged"]
     event = attempts[-1]["event"] if attempts else ""
     reason = "" if event in ("", "started") else attempts[-1].get("reason") or event

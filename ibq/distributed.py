@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +35,8 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """Time that a collective waits for a process that lives but does not come: longer than rank 0 measures or writes by
 itself."""
+PARENT_POLL_S = 1.0
+"""Between two looks at who the parent of this process is."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -336,14 +338,22 @@ def _meeting_place() -> str:
     return "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
 
 
-def exit_with_parent() -> None:
-    """Watch the process that started this one by multiprocessing, and end this one, without ceremony, once it has
-    ended."""
-    threading.Thread(target=_exit_once_it_has_ended, daemon=True).start()
+def exit_with_parent(stop: Callable[[], object] = lambda: None, grace_s: float = 0.0) -> None:
+    """Watch the process that started this one by multiprocessing, and the server that forked it, and end this one once
+    one of them has ended.
+
+    Args:
+        stop: called then, before anything else.
+        grace_s: how long this process has to end by itself; after that it ends without ceremony.
+    """
+    threading.Thread(target=_exit_once_it_has_ended, args=(os.getppid(), stop, grace_s), daemon=True).start()
 
 
-def _exit_once_it_has_ended() -> None:
+def _exit_once_it_has_ended(forked_by: int, stop: Callable[[], object], grace_s: float) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
+    while not multiprocessing.connection.wait([parent.sentinel], PARENT_POLL_S) and os.getppid() == forked_by:
+        pass  # of the server's end nothing else tells
+    stop()
+    time.sleep(grace_s)
     os._exit(1)

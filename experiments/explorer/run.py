@@ -20,19 +20,32 @@ from typing import Literal
 from pydantic import ValidationError
 
 from experiments import status
+from experiments.explorer.trainer import LIVE
+from experiments.explorer.view import tokenizer_config
 from experiments.explorer.workers import WORKERS, Workers
 from experiments.runner.runs import find_run, forget
 from experiments.study import runs_folder
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError, one_sentence
 from ibq.run_directory import RunDirectory, write_json
+from ibq.training.control import Command, last_command, on_their_way, send
 from ibq.training.interventions import Intervention, after, read_interventions
 
 __all__ = ["WORKERS", "ExplorerRun", "Workers", "explore_folder", "load_run", "new_run"]
 
 State = Literal["new", "starting", "training", "paused", "stopping", "stopped", "finished", "failed", "loaded"]
-SHOWN: dict[str, State] = {"removing": "new"}
-"""As what a trainer's activity is shown, where not by its own name."""
+STATES: dict[status.State, State] = {
+    "pending": "new",
+    "stopped": "stopped",
+    "ok": "finished",
+    "nan": "failed",
+    "oom": "failed",
+    "failed": "failed",
+    "interrupted": "failed",
+}
+"""Of a run that no process trains, by what `experiments.status` says of it."""
+TOLD: dict[str, State] = {"pause": "paused", "stop": "stopping"}
+"""Of a run that a process trains, by what it was told last."""
 POLL_S = 0.02
 ROOM_BYTES = 2**20
 
@@ -77,50 +90,47 @@ class ExplorerRun:
         "loaded": a run of the study, which is only shown."""
         if self.read_only:
             return "loaded"
-        activity = self.workers.activity(self.directory)
-        if activity is not None:
-            return SHOWN.get(activity, activity)  # type: ignore[arg-type]
-        if self.directory.finished:
-            return "failed" if self._lost else "finished"
-        if status.is_held(self.directory):
-            return "training"  # by another kernel
-        events = [attempt["event"] for attempt in self.directory.read_attempts() if attempt["event"] != "damaged"]
-        if not events:
+        if self.workers.removes(self.directory):
             return "new"
-        return "stopped" if events[-1] == "stopped" else "failed"
+        try:
+            now = status.of(self.directory).state
+        except ConfigError:  # the row is damaged
+            return "failed"
+        if now in ("ok", "nan") or not (now == "running" or self.workers.trains(self.directory)):
+            return STATES[now]
+        return TOLD.get(last_command(self.directory)) or ("training" if self._has_a_point else "starting")
+
+    @property
+    def _has_a_point(self) -> bool:
+        """True once the newest attempt has written a live moment."""
+        attempts = [attempt for attempt in self.directory.read_attempts() if attempt["event"] != "damaged"]
+        live = self.directory.path / LIVE
+        if not attempts or attempts[-1]["event"] != "started" or not live.is_file():
+            return False
+        return live.stat().st_mtime >= attempts[-1]["time"]
 
     @property
     def reason(self) -> str:
         """Why a run has failed, in one sentence; empty otherwise."""
         if self.state != "failed":
             return ""
-        if self.directory.finished:
-            return self._lost
-        if shutil.disk_usage(self.directory.path).free < ROOM_BYTES:
+        try:
+            now = status.of(self.directory)
+        except ConfigError as error:
+            return str(error)
+        if now.state != "nan" and shutil.disk_usage(self.directory.path).free < ROOM_BYTES:
             return (
                 f"the disk under {self.directory.path.parent} is full; make space and train the run again, it goes "
                 f"on from where it was"
             )
-        return (
-            status.of(self.directory).reason
-            or "its trainer ended without a word; train it again, it goes on from its last checkpoint"
-        )
-
-    @property
-    def _lost(self) -> str:
-        """Why a row gives no result, empty where it gives one."""
-        try:
-            row = self.directory.read_row()
-        except ConfigError as error:
-            return str(error)
-        return "" if row["status"] == "ok" else str(row["reason"])
+        return now.reason or "its trainer ended without a word; train it again, it goes on from its last checkpoint"
 
     def train(self) -> None:
-        """Begin, or go on after a stop or a failure from the last checkpoint, interventions included; a run that trains
-        goes on training.
+        """Begin, or go on after a pause, a stop or a failure from the last checkpoint, interventions included; a run
+        that trains goes on training.
 
         Raises:
-            ConfigError: the run is only shown, is finished, did not stay finite, or is trained by another process.
+            ConfigError: the run is only shown, is finished, or did not stay finite.
         """
         self._require_own("trained")
         if self.directory.finished:
@@ -128,40 +138,39 @@ class ExplorerRun:
                 f"run {self.name} has its row and cannot be trained further; reset it, or make a new run with more "
                 f"steps"
             )
-        activity = self.workers.activity(self.directory)
-        if activity in (None, "removing", "stopping"):
-            self._require_free()
-            with _written():
-                self.workers.train(self.directory, self.config, self.amended_config)
-        else:
-            self.workers.tell(self.directory, "resume")
+        begins = self.state not in ("starting", "training", "paused")
+        with _written():
+            read_interventions(self.directory)  # damaged, they are said here
+            if not self.workers.removes(self.directory):
+                send(self.directory, "resume")
+            if begins:
+                self.workers.train(self.directory, self.config)
+
+    resume = train
 
     def pause(self) -> None:
         """Hold the trainer before its next step; what is asked meanwhile takes effect at that step. ConfigError: as
         `stop`."""
         self._require_own("paused")
-        self._require_free()
-        self.workers.tell(self.directory, "pause")
-
-    def resume(self) -> None:
-        """Go on after a pause or a stop; errors as of `train`."""
-        self.train()
+        if self.state in ("starting", "training"):
+            self._send("pause")
 
     def stop(self) -> None:
         """Ask the trainer to write a checkpoint before its next step, and to end; later `train` goes on from it, bit
         for bit.
 
         Raises:
-            ConfigError: the run is only shown, or is trained by another process.
+            ConfigError: the run is only shown, or its folder cannot be written.
         """
         self._require_own("stopped")
-        self._require_free()
-        self.workers.tell(self.directory, "stop")
+        self.workers.train_no_more(self.directory)
+        if self.state in ("starting", "training", "paused"):
+            self._send("stop")
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until the run's process has ended, at most so long; whether it has."""
+        """Wait until this kernel has no process for the run, at most so long; whether it has none."""
         deadline = time.monotonic() + timeout_s
-        while self.workers.activity(self.directory) is not None:
+        while self.workers.trains(self.directory):
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL_S)
@@ -194,16 +203,16 @@ class ExplorerRun:
             intervention = Intervention(fields=dict(fields), restart_dead=restart_dead)
         except ValidationError as error:
             raise ConfigError(one_sentence(error)) from None
-        if not self.workers.intervene(self.directory, intervention):
-            state = "stopping" if self.workers.activity(self.directory) == "stopping" else self.state
+        if (state := self.state) not in ("starting", "training", "paused"):
             raise ConfigError(
                 f"run {self.name} is {state}, and only a run that trains or is paused can be changed; train it first"
             )
+        after(self.amended_config, intervention)
+        self._send(intervention)
 
-    def project_umap(self) -> None:
-        """Have the newest codes and features projected by UMAP; `experiments.explorer.live_umap.read_live_umap` gives
-        the result, later."""
-        self.workers.project(self.directory)
+    def _send(self, command: Command | Intervention) -> None:
+        with _written():
+            send(self.directory, command)
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -212,12 +221,11 @@ class ExplorerRun:
 
     @property
     def amended_config(self) -> TrainConfig:
-        """The config with the fields that interventions have changed, those that are on their way included."""
-        if (held := self.workers.config_of(self.directory)) is not None:
-            return held
+        """Config with the fields that interventions have changed, those that are on their way included."""
         config = self.config
-        for intervention in self.interventions:
-            config = after(config, intervention)
+        for intervention in [*self.interventions, *on_their_way(self.directory)]:
+            with suppress(ConfigError):  # the trainer refuses it
+                config = after(config, intervention)
         return config
 
     def _require_own(self, done: str) -> None:
@@ -226,10 +234,6 @@ class ExplorerRun:
                 f"run {self.name} is the study's and is only shown, so it cannot be {done}; make a new run of its "
                 f"settings"
             )
-
-    def _require_free(self) -> None:
-        if self.workers.activity(self.directory) is None and status.is_held(self.directory):
-            raise ConfigError(f"run {self.name} is being trained by another process; stop it there first")
 
 
 def new_run(config: TrainConfig, workers: Workers = WORKERS) -> ExplorerRun:
@@ -265,12 +269,7 @@ def load_run(run_id: str, workers: Workers = WORKERS) -> ExplorerRun:
             f"run {run_id!r} cannot be chosen: {len(matches)} runs of the explorer begin with it; give more of its id"
         )
     run = RunDirectory(matches[0]) if matches else find_run(run_id)
-    config = run.read_config()
-    if not isinstance(config, TrainConfig):
-        raise ConfigError(
-            f"run {run.path.name} is a transformer's, and the explorer shows tokenizers; load its tokenizer's run"
-        )
-    return ExplorerRun(run, config, workers)
+    return ExplorerRun(run, tokenizer_config(run), workers)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from IPython.display import Image, Markdown, display
 
-from experiments.explorer.painter import Request, Shown
+from experiments.explorer.drawing import Shown, draw_png
 from experiments.explorer.panel import FIGURE_SIZE, Panel
 from experiments.explorer.run import WORKERS, ExplorerRun, new_run
 from experiments.explorer.tabs import TABS
@@ -86,8 +86,6 @@ def show_headless(configs: Sequence[TrainConfig]) -> list[ExplorerRun]:
         raise ConfigError(
             f"{len(configs)} runs were asked for and {len(LETTERS)} have room side by side; train fewer at a time"
         )
-    from experiments.explorer.painting import paint  # here, since the interface's kernel does without matplotlib
-
     runs = [new_run(config) for config in configs]
     try:
         for run in runs:
@@ -103,7 +101,10 @@ def show_headless(configs: Sequence[TrainConfig]) -> list[ExplorerRun]:
     shown = tuple(Shown(str(run.directory.path), slot) for slot, run in enumerate(runs))
     for name, tab in TABS.items():
         display(Markdown(f"**{tab.title}.** *{tab.caption}*"))
-        display(Image(data=paint(Request(name, shown, FIGURE_SIZE))[0], format="png"))
+        drawn = draw_png(name, shown, FIGURE_SIZE)
+        if drawn.problem:
+            raise RuntimeError(drawn.problem)
+        display(Image(data=drawn.png, format="png"))
     for letter, run in zip(LETTERS, runs, strict=False):
         sentences = (
             "".join(f"\n- {finding.sentence}" for finding in diagnose(run.directory.read_history()))

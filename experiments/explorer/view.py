@@ -9,17 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pandas as pd
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from experiments.analysis.projections import Projection, project
-from experiments.explorer.live_umap import read_live_umap
-from experiments.explorer.trainer import LIVE
+from experiments.explorer.live import load, newest_tensors, read_live_umap
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.evaluation.diagnosis import Finding, diagnose
@@ -115,8 +112,8 @@ def read_view(run: RunDirectory, slot: int = 0) -> View:
         ConfigError: there is no config that can be read, or it is a transformer's.
     """
     records = clean_history(run)
-    tensors, step = _newest_tensors(run)
-    pictures = tensors if "reconstructions_BCHW" in tensors else _load(run.evaluation)
+    tensors, step = newest_tensors(run)
+    pictures = tensors if "reconstructions_BCHW" in tensors else load(run.evaluation)
     return View(
         name=run.path.name,
         slot=slot,
@@ -163,33 +160,13 @@ def read_interventions(run: RunDirectory) -> Iterator[Intervention]:
             continue
 
 
-def _newest_tensors(run: RunDirectory) -> tuple[dict[str, torch.Tensor], int]:
-    """The live moment if it is newer than all snapshots, else the newest snapshot that is whole."""
-    live = _load(run.path / LIVE)
-    live_step = int(live["step"]) if "step" in live else -1
-    for step in reversed(run.snapshot_steps()):
-        if step <= live_step:
-            break
-        if tensors := _load(run.snapshots / f"{step:08d}.safetensors"):
-            return tensors, step
-    return (live, live_step) if live_step >= 0 else ({}, 0)
-
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, {} where it is absent, torn or something else."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):
-        return {}
-
-
 def _newest_projection(run: RunDirectory) -> Projection | None:
     """The one that was asked for here, else the one that the study made of the newest snapshot."""
     try:
-        asked = read_live_umap(run)
-        return asked or next(iter(project(run, "umap", run.snapshot_steps()[-1:], compute=False)), None)
+        kept = project(run, "umap", run.snapshot_steps()[-1:], compute=False)
     except (OSError, SafetensorError):
-        return None
+        kept = []
+    return read_live_umap(run) or next(iter(kept), None)
 
 
 def fields_that_differ(configs: list[TrainConfig]) -> list[str]:

@@ -1,46 +1,31 @@
-"""The processes of the explorer as a notebook's kernel sees them.
+"""Trainers of the explorer: the sweep's pool, kept by a thread so that the notebook's kernel never waits.
 
-Nothing here waits: orders are small messages to the server, which reads them when it can, and what became of them is
-read when it is asked for.
+Runs are steered by their control.jsonl (`ibq.training.control`) and watched by reading their directories; what is kept
+here is which of them have a process.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import subprocess
-import sys
-import tempfile
+import atexit
+import multiprocessing.forkserver
+import shutil
 import threading
-import time
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe
-from typing import IO, Literal
+from contextlib import suppress
 
-from experiments.explorer.messages import ENDED, REMOVED, WARM, Order, Project, Projected, Reset, Said, Tell, Train
-from experiments.runner.pool import cores
+from experiments.explorer import trainer
+from experiments.runner.pool import GRACE_S, Pool, cores
 from experiments.runner.worker import note
-from experiments.study import ROOT
 from ibq.config import TrainConfig
 from ibq.run_directory import RunDirectory
-from ibq.training.interventions import Intervention, after
+from ibq.training.runtime import Runtime
 
+TICK_S = 0.05
 MOST_RUNS = 4
 """Runs that are trained side by side: what the cores are shared by."""
-Activity = Literal["starting", "training", "paused", "stopping", "removing"]
-
-
-@dataclass
-class _Attempt:
-    number: int
-    config: TrainConfig
-    """As interventions have left it, those that are on their way included."""
-    activity: Activity = "starting"
 
 
 class Workers:
-    """One server that forks trainers, started when it is first wanted, and the attempts it makes; safe to call from any
-    thread.
+    """Pool of trainers, started when it is first wanted; safe to call from any thread.
 
     Args:
         device: that runs train on, as `Runtime` has it.
@@ -49,195 +34,117 @@ class Workers:
     def __init__(self, device: str = "auto") -> None:
         self.device = device
         self._lock = threading.RLock()
-        self._numbers = itertools.count()
-        self._attempts: dict[str, _Attempt] = {}
-        self._projections: dict[str, str | None] = {}
-        """By a run's path, what was wrong with the UMAP that was last asked for: "" nothing, None while it is
-        awaited."""
-        self._server: subprocess.Popen[bytes] | None = None
-        self._closed: list[subprocess.Popen[bytes]] = []
-        self._connection: Connection
-        self._log: IO[bytes]
-        self._warm = False
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._warm = threading.Event()
+        self._asked: dict[str, TrainConfig] = {}
+        """Configs of runs to be started, once their process of before has ended."""
+        self._running: set[str] = set()
+        self._removed: set[str] = set()
+        """Runs whose process is to be killed, and whose folder is then to be removed."""
 
     def warm(self) -> None:
         """Begin to load what training needs, where that has not been done."""
         with self._lock:
-            self._listen()
-            self._closed = [server for server in self._closed if server.poll() is None]
-            if self._server is not None:
-                return
-            self._connection, theirs = Pipe()
-            self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the server)
-            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-            self._server = subprocess.Popen(
-                [sys.executable, "-m", "experiments.explorer.server", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                # a signal for the kernel's group is not for trainers, which have their own way of ending
-                start_new_session=True,
-            )
-            theirs.close()
+            if self._thread is None or self._ended.is_set():
+                self._ended, self._warm = threading.Event(), threading.Event()
+                of = (self._thread, self._ended, self._warm)
+                self._thread = threading.Thread(target=self._serve, args=of, daemon=True, name="workers")
+                self._thread.start()
 
     @property
     def is_warm(self) -> bool:
-        """Whether a run would begin to train at once."""
-        with self._lock:
-            self._listen()
-            return self._warm
+        """True once a run begins to train at once."""
+        return self._warm.is_set()
 
     def close(self, timeout_s: float = 0.0) -> None:
         """Stop all runs, resumably, and end all processes; wait for that at most so long."""
         with self._lock:
-            self._lose()
-            deadline = time.monotonic() + timeout_s
-            for server in self._closed:
-                try:
-                    server.wait(max(0.0, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    continue
-            self._closed = [server for server in self._closed if server.returncode is None]
+            self._asked.clear()
+            self._ended.set()
+            self._warm = threading.Event()
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
 
-    def train(self, run: RunDirectory, config: TrainConfig, amended_config: TrainConfig) -> None:
-        """Begin to train a run, or go on with one that interventions have changed."""
+    def train(self, run: RunDirectory, config: TrainConfig) -> None:
+        """Start a run's trainer, once one that it still has has ended."""
         with self._lock:
             self.warm()
-            attempt, last = _Attempt(next(self._numbers), amended_config), self._attempts.get(str(run.path))
-            environment = {name: value for name, value in os.environ.items() if name.startswith("IBQ_")}
-            threads = max(
-                1, cores() // MOST_RUNS
-            )  # of the machine alone: sums, and so runs, depend on it in their last bits
-            if last and last.activity == "stopping":
-                attempt.config = last.config
-            self._attempts[str(run.path)] = attempt
-            self._send(Train(attempt.number, config.to_json_dict(), str(run.path), self.device, threads, environment))
+            self._asked[str(run.path)] = config
 
-    def intervene(self, run: RunDirectory, intervention: Intervention) -> bool:
-        """Change a run that is trained; False where this kernel trains no such run. ConfigError: the change does not
-        fit it."""
+    def train_no_more(self, run: RunDirectory) -> None:
+        """Start no other trainer of a run once the one that it has has ended."""
         with self._lock:
-            if self.activity(run) in (None, "stopping", "removing"):
-                return False
-            attempt = self._attempts[str(run.path)]
-            attempt.config = after(attempt.config, intervention)
-            self._send(Tell(attempt.number, intervention))
-            return True
-
-    def tell(self, run: RunDirectory, command: Literal["pause", "resume", "stop"]) -> None:
-        """Ask something of a run's trainer, if there is one."""
-        with self._lock:
-            if self.activity(run) in (None, "removing"):
-                return
-            attempt = self._attempts[str(run.path)]
-            if command == "stop":
-                attempt.activity = "stopping"
-            elif attempt.activity == "stopping":
-                return
-            elif command == "pause":
-                attempt.activity = "paused"
-            elif attempt.activity == "paused":
-                attempt.activity = "training"
-            self._send(Tell(attempt.number, command))
+            if str(run.path) in self._running:
+                self._asked.pop(str(run.path), None)
 
     def remove(self, run: RunDirectory) -> bool:
         """Kill a run's trainer and remove its folder; False where this kernel trains no such run."""
         with self._lock:
-            if self.activity(run) is None:
+            self._asked.pop(str(run.path), None)
+            if str(run.path) not in self._running:
                 return False
-            attempt = self._attempts[str(run.path)]
-            attempt.activity = "removing"
-            self._send(Reset(attempt.number, str(run.path)))
+            self._removed.add(str(run.path))
             return True
 
-    def project(self, run: RunDirectory) -> None:
-        """Project a run's codes and features by UMAP, in a process of its own, unless that is being done; the result is
-        what `experiments.explorer.live_umap.read_live_umap` reads."""
+    def trains(self, run: RunDirectory) -> bool:
+        """True while a run has a process, or is to have one."""
         with self._lock:
-            self.warm()
-            if self._projections.get(str(run.path), "") is not None:
-                self._projections[str(run.path)] = None
-                self._send(Project(str(run.path)))
+            return str(run.path) in self._asked.keys() | self._running
 
-    def projection(self, run: RunDirectory) -> str | None:
-        """Error of the UMAP that was last asked for of a run: "" nothing, None while it is awaited."""
+    def removes(self, run: RunDirectory) -> bool:
+        """True while a run's folder is still to be removed."""
         with self._lock:
-            self._listen()
-            return self._projections.get(str(run.path), "")
+            return str(run.path) in self._removed
 
-    def config_of(self, run: RunDirectory) -> TrainConfig | None:
-        """The config of a run that this kernel trains, with changes that are on their way; None where it trains no such
-        run."""
+    def _serve(self, before: threading.Thread | None, ended: threading.Event, warm: threading.Event) -> None:
+        """Start and reap trainers until `ended` is set; only this thread touches the pool, since starting a process
+        waits for the server that forks it, which loads torch for seconds."""
+        if before is not None:
+            before.join()  # there is one server in a process
+        threads = max(1, cores() // MOST_RUNS)  # of the machine alone: sums depend on it in their last bits
+        pool = Pool(Runtime(device=self.device), threads, trainer.train)
+        with suppress(OSError, EOFError):  # said where a run is to be started
+            pool.warm()
+        warm.set()
+        with pool:
+            while not ended.wait(0 if len(pool) else TICK_S):
+                self._start(pool)
+                with self._lock:
+                    for path in self._removed:
+                        pool.kill(RunDirectory(path))
+                self._reap(pool, TICK_S)
+        self._reap(pool, 0.0)
+        with suppress(ChildProcessError):  # it had ended by itself
+            # the server is kept by Python for the whole process, and would stay
+            multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+    def _start(self, pool: Pool) -> None:
         with self._lock:
-            return None if self.activity(run) is None else self._attempts[str(run.path)].config
-
-    def activity(self, run: RunDirectory) -> Activity | None:
-        """State of a run's trainer; None where this kernel has none for it."""
-        with self._lock:
-            self._listen()
-            attempt = self._attempts.get(str(run.path))
-            return attempt.activity if attempt else None
-
-    def _send(self, order: Order) -> None:
-        try:
-            self._connection.send(order)
-        except OSError:
-            self._mourn()
-
-    def _listen(self) -> None:
-        """Take in what the server has said."""
-        try:
-            while self._server is not None and self._connection.poll():
-                said = self._connection.recv()
-                if said == WARM:
-                    self._warm = True
-                elif isinstance(said, Said):
-                    self._note(said)
-                elif isinstance(said, Projected):
-                    self._projections[said.folder] = said.problem
-        except (EOFError, OSError):
-            self._mourn()
-
-    def _note(self, said: Said) -> None:
-        for path, attempt in list(self._attempts.items()):
-            if attempt.number != said.attempt:
-                continue
-            if said.state == (REMOVED if attempt.activity == "removing" else ENDED):
-                del self._attempts[path]
-            elif attempt.activity not in ("stopping", "removing"):
-                attempt.activity = said.state  # type: ignore[assignment]
-
-    def _mourn(self) -> None:
-        """The server has ended by itself. Trainers record that they stop; of runs that have not got one it is recorded
-        here."""
-        self._log.seek(0)
-        last_words = (self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        for path, attempt in self._attempts.items():
-            if attempt.activity == "starting":
-                note(
-                    RunDirectory(path),
-                    "error",
-                    f"the process that starts trainers has ended: {last_words}; train the run again",
+            ready = [path for path in self._asked if path not in self._running]
+            to_start = {path: self._asked.pop(path) for path in ready}
+            self._running |= to_start.keys()
+        for path, config in to_start.items():
+            try:
+                pool.start(RunDirectory(path), config)
+            except (OSError, EOFError) as error:
+                words = (
+                    f"the process that starts trainers does not answer ({type(error).__name__}); train the run again"
                 )
-        awaited = [path for path, problem in self._projections.items() if problem is None]
-        self._lose()
-        self._projections |= dict.fromkeys(
-            awaited, f"the process that starts others has ended: {last_words}; press UMAP again"
-        )
+                note(RunDirectory(path), "error", words)
+                with self._lock:
+                    self._running.discard(path)
 
-    def _lose(self) -> None:
-        """The server is gone, or let go: trainers, seeing that, stop by themselves."""
-        if self._server is None:
-            return
-        self._connection.close()
-        self._log.close()
-        self._closed.append(self._server)
-        self._server, self._warm = None, False
-        self._attempts.clear()
-        self._projections.clear()
+    def _reap(self, pool: Pool, timeout_s: float) -> None:
+        for run, _ in pool.reap(timeout_s):
+            with self._lock:
+                if str(run.path) in self._removed:
+                    shutil.rmtree(run.path, ignore_errors=True)
+                self._removed.discard(str(run.path))
+                self._running.discard(str(run.path))
 
 
 WORKERS = Workers()
 """Those of this process; none is started before it is wanted."""
+atexit.register(WORKERS.close, GRACE_S + 2)

@@ -7,7 +7,7 @@ import multiprocessing.connection
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 
 from experiments.runner import worker
@@ -30,13 +30,14 @@ class Pool:
     Args:
         runtime: device and cadences of all runs.
         threads: of torch in each process.
+        train: what a process does; called as `worker.train`.
     """
 
-    def __init__(self, runtime: Runtime, threads: int) -> None:
+    def __init__(self, runtime: Runtime, threads: int, train: Callable[..., None] = worker.train) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["experiments.runner.preload"])
         self._stopping = False
-        self._runtime, self._threads = runtime, threads
+        self._runtime, self._threads, self._train = runtime, threads, train
         self._running: dict[ForkServerProcess, RunDirectory] = {}
         self._started: dict[ForkServerProcess, float] = {}
         self._hung: dict[ForkServerProcess, str] = {}
@@ -45,10 +46,16 @@ class Pool:
         """Number of processes that have not been reaped."""
         return len(self._running)
 
+    def warm(self) -> None:
+        """Start the server, and wait until it has loaded what trainers need."""
+        process = self._context.Process(target=int)
+        process.start()
+        process.join()
+
     def start(self, run: RunDirectory, config: RunConfig, tokenizer: RunDirectory | None = None) -> None:
         """Train a run in a process of its own; a transformer's on the tokens of the finished run `tokenizer`."""
         arguments = (config, run, self._runtime, self._threads, tokenizer)
-        process = self._context.Process(target=worker.train, args=arguments, daemon=False)
+        process = self._context.Process(target=self._train, args=arguments, daemon=False)
         process.start()
         self._running[process], self._started[process] = run, time.time()
 
@@ -58,11 +65,18 @@ class Pool:
         for process in [p for p in self._running if not p.is_alive()]:
             process.join()
             run, code = self._running.pop(process), process.exitcode or 0
+            del self._started[process]
             if process in self._hung:
                 worker.note(run, "timeout", self._hung.pop(process))
             elif code < 0 and not (self._stopping and -code == signal.SIGTERM):
                 worker.note_killed(run, code)
+            process.close()  # two descriptors a process, of which a long sweep would run out
             yield run, code
+
+    def kill(self, run: RunDirectory) -> None:
+        """Kill the process that trains a run, if there is one."""
+        for process in [process for process, its in self._running.items() if its.path == run.path]:
+            process.kill()
 
     def kill_hung(self, hang_s: float) -> None:
         """Kill what has shown no sign of life for `hang_s` seconds."""

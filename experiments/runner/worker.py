@@ -47,25 +47,30 @@ class Ended(NamedTuple):
 
 
 def train(
-    config: RunConfig, run: RunDirectory, runtime: Runtime, threads: int, tokenizer: RunDirectory | None = None
+    config: RunConfig,
+    run: RunDirectory,
+    runtime: Runtime,
+    threads: int,
+    tokenizer: RunDirectory | None = None,
+    seen: Callable[[LogEvent], None] = lambda event: None,
+    grace_s: float = 0.0,
 ) -> None:
     """Train one run to its row, a transformer's on the tokens of the finished run `tokenizer`; record the attempt and
     how it ended in attempts.jsonl.
 
     The claim on the run is a lock of the operating system, which dies with this process; this process dies with its
-    parent. SIGTERM asks it to stop; nothing is shared with other trainers, so that killing one can block no other.
+    parent, `grace_s` seconds after it, in which it may write a checkpoint. SIGTERM asks it to stop; nothing is shared
+    with other trainers, so that killing one can block no other.
     """
     stop = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides what it means
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    exit_with_parent()
+    exit_with_parent(stop.set, grace_s)
     torch.set_num_threads(threads)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):  # another driver may have finished it while this process started
-            raise SystemExit(
-                0 if run.finished else attempt(run, config, runtime, stop.is_set, tokenizer=tokenizer).code
-            )
+            raise SystemExit(0 if run.finished else attempt(run, config, runtime, stop.is_set, seen, tokenizer).code)
     except Timeout:
         raise SystemExit(BUSY) from None
     except OSError as error:  # even the attempt could not be noted

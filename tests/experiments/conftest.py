@@ -54,12 +54,10 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def loaded_server() -> None:
     """The server that forks trainers has loaded torch, so that a limit of a few seconds is spent on training."""
-    process = Pool(Study("smoke").preset.runtime, threads=1)._context.Process(target=int)
-    process.start()
-    process.join()
+    Pool(Study("smoke").preset.runtime, threads=1).warm()
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +109,7 @@ def copied(toy: None, trained_toy: tuple, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def workers(folders: Path) -> Iterator[Workers]:
-    """A server of trainers for a file of tests, warm."""
+    """Trainers for a file of tests, warm."""
     workers = Workers(device="cpu")
     workers.warm()
     until(lambda: workers.is_warm, "warm workers")

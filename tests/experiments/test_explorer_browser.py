@@ -27,7 +27,7 @@ import pytest
 from playwright.sync_api import Error, Page, sync_playwright
 from playwright.sync_api import TimeoutError as TooLong
 
-from experiments.explorer.live_umap import LIVE_UMAP
+from experiments.explorer.live import LIVE_UMAP
 from experiments.explorer.presence import ABSENT_S
 from experiments.explorer.tabs import TABS
 from experiments.report.figures import compact
@@ -154,14 +154,16 @@ class Lab:
             return False
 
     def processes(self) -> list[str]:
-        """Commands of the explorer's processes that belong to this server's kernels."""
+        """Commands of the processes that this server's kernels have started for the explorer: the one that forks
+        trainers, trainers, those that draw."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
             except OSError:
                 continue
-            if b"experiments.explorer" in command and str(self.home).encode() in environment:
+            ours = b"multiprocessing.forkserver" in command or b"multiprocessing.spawn" in command
+            if ours and str(self.home).encode() in environment:
                 found.append(command.replace(b"\0", b" ").decode().strip())
         return found
 
@@ -326,7 +328,7 @@ def watch_and_compare(chromium: Any, lab: Lab) -> str:
         compare(visit)
         assert visit.errors() == []
         visit.screenshot("at_the_end")
-        assert len(lab.processes()) >= 3, "the server of trainers, a trainer and the painter run while somebody looks"
+        assert len(lab.processes()) >= 3, "the server of trainers, a trainer and one that draws run meanwhile"
     until(lambda: not lab.processes(), "closing the tab leaves no process", ABSENT_S + SLOW_S)
     with opened(chromium, lab) as visit:  # the kernel is still there, and so are the runs
         until(lambda: visit.page.locator(".ibq-card").count() == 2, "the runs of before are shown again")

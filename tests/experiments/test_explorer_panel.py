@@ -4,6 +4,7 @@ controls."""
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ import ipywidgets as widgets
 import pytest
 
 from experiments.explorer import show
-from experiments.explorer.painter import Painting, Request
+from experiments.explorer.drawing import Drawn, Seen
 from experiments.explorer.panel import Panel, board
+from experiments.explorer.panel.board import TRIES
 from experiments.explorer.panel.card import ALLOWED, BUTTONS
 from experiments.explorer.panel.fields import field_at, field_widget, value_of
 from experiments.explorer.panel.parts import CSS, duration, problem
@@ -58,7 +60,7 @@ def shown_buttons(panel: Panel, card: int = 0) -> set[str]:
 def test_buttons_drive_a_run(panel: Panel) -> None:
     panel.settings.button.click()
     (card,) = panel.cards
-    until(panel, lambda: card.state == "training" and card.watch.last, "a first point")
+    until(panel, lambda: card.state == "training" and card.last, "a first point")
     assert "% at step " in card.status.value
     assert shown_buttons(panel) == {"Pause", "Stop", "Reset"}
     assert card.close.layout.display == "none"
@@ -72,11 +74,11 @@ def test_buttons_drive_a_run(panel: Panel) -> None:
     until(panel, lambda: card.state == "stopped", "a stop")
     assert shown_buttons(panel) == {"Resume", "Reset"}
     assert card.close.layout.display is None
-    step = card.watch.last["step"]
+    step = card.last["step"]
     card.buttons["Resume"].click()
-    until(panel, lambda: card.state == "training" and card.watch.last["step"] > step, "it goes on")
+    until(panel, lambda: card.state == "training" and card.last["step"] > step, "it goes on")
     card.buttons["Reset"].click()
-    until(panel, lambda: card.state == "new" and not card.watch.records, "a reset")
+    until(panel, lambda: card.state == "new" and not card.recent, "a reset")
     assert not card.run.directory.path.exists()
     assert shown_buttons(panel) == {"Train", "Reset"}
     card.close.click()
@@ -119,10 +121,10 @@ def test_the_figure_follows_the_run(panel: Panel) -> None:
     panel.tabs.value = "overview"
     assert bytes(panel.picture.value) == overview  # at once, as it was
     panel.sleep()  # nobody looks: no process is left, and none is started
-    assert panel.painter.pid is None
+    assert panel.background.pids == []
     for _ in range(20):
         panel.tick()
-    assert panel.painter.pid is None
+    assert panel.background.pids == []
     panel.tabs.value = "losses"  # somebody does
     until(panel, lambda: ">Losses: A" in panel.drawn.value, "it wakes up")
 
@@ -343,11 +345,42 @@ def raise_(error: Exception) -> None:
 
 
 def test_a_figure_that_fails_is_said_until_the_next_one(panel: Panel) -> None:
-    request = Request("overview", (), board.FIGURE_SIZE)
-    panel._show_painting(Painting(request, b"", {}, "it could not be drawn", 0.0))
+    panel.show(Drawn("overview", b"", {}, "it could not be drawn", 0.0))
     assert "it could not be drawn" in panel.message.value
-    panel._show_painting(Painting(request, b"png", {}, "", 0.0))
+    panel.show(Drawn("overview", b"png", {}, "", 0.0))
     assert panel.message.value == ""
+
+
+def test_a_figure_brings_the_diagnosis_of_its_runs(panel: Panel) -> None:
+    card = panel.add(new_run(panel.settings.config(), panel.workers))
+    assert "nothing to judge yet" in card.findings.value
+    folder = str(card.run.directory.path)
+    panel.show(Drawn("overview", b"png", {folder: Seen(7, ["too < few"]), "hidden": Seen(9, [])}, "", 0.0))
+    assert "too &lt; few" in card.findings.value
+    assert "Overview: A at step 7<" in panel.drawn.value
+
+
+def test_a_drawing_process_that_dies_is_replaced_and_said_where_it_dies_again(panel: Panel) -> None:
+    until(panel, lambda: "no run" in panel.drawn.value, "a figure without runs")
+    for _ in range(TRIES):
+        assert "has ended" not in panel.message.value
+        panel.tabs.value = "losses" if panel.tabs.value == "overview" else "overview"
+        until(panel, lambda: panel._drawing is not None, "a figure that is being drawn")
+        panel._drawing = panel.background.submit(os._exit, 1)  # in place of a figure that kills its process
+        until(panel, lambda: panel._drawing is None or panel._drawing.done(), "its end")
+        panel._wanted = False
+        panel.tick()
+    assert "the figure could not be drawn: the process that draws has ended; it is tried again" in panel.message.value
+    panel.tabs.value = "geometry"
+    until(panel, lambda: "Geometry: no run" in panel.drawn.value, "another process's figure")
+    assert panel.message.value == ""
+
+
+def test_a_umap_whose_process_dies_is_said(panel: Panel) -> None:
+    panel.add(new_run(panel.settings.config(), panel.workers))
+    panel._projecting = panel.background.submit(os._exit, 1)
+    until(panel, lambda: "UMAP could not be made" in panel.message.value, "a sentence")
+    assert "the process that computes it has ended; press UMAP again" in panel.message.value
 
 
 def test_explore_refuses_what_does_not_exist() -> None:

@@ -199,7 +199,7 @@ class Jupyter:
         self.environment |= {
             name: str(folder / name) for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")
         }
-        self.folder = folder
+        self.folder, self.browsers = folder, list[websocket.WebSocket]()
         options = [
             f"--ServerApp.port={self.port}",
             "--IdentityProvider.token=secret",
@@ -229,7 +229,8 @@ class Jupyter:
 
     def connect(self) -> websocket.WebSocket:
         url = f"ws://127.0.0.1:{self.port}/api/kernels/{self.kernel}/channels?token=secret"
-        return websocket.create_connection(url, timeout=PATIENCE_S)
+        self.browsers.append(websocket.create_connection(url, timeout=PATIENCE_S))
+        return self.browsers[-1]
 
     def execute(self, browser: websocket.WebSocket, code: str) -> str:
         """Output that the code prints."""
@@ -250,8 +251,8 @@ class Jupyter:
             "buffers": [],
         }
         browser.send(json.dumps(message))
-        printed = ""
-        while True:
+        printed, awaited = "", {"execute_reply", "idle"}  # on two channels, of which either may be first
+        while awaited:
             reply = json.loads(browser.recv())
             if reply["parent_header"].get("msg_id") != header["msg_id"]:
                 continue
@@ -259,8 +260,8 @@ class Jupyter:
                 printed += reply["content"]["text"]
             if reply["msg_type"] == "error":
                 raise AssertionError("\n".join(reply["content"]["traceback"]))
-            if reply["msg_type"] == "execute_reply":
-                return printed
+            awaited -= {reply["msg_type"], reply["content"].get("execution_state")}
+        return printed
 
     def processes(self) -> list[str]:
         """Command lines of all that was started here and lives."""
@@ -278,7 +279,7 @@ class Jupyter:
 
     def trainers(self) -> int:
         """The server of trainers and what it has forked."""
-        return sum("experiments.explorer.server" in command for command in self.processes())
+        return sum("multiprocessing.forkserver" in command for command in self.processes())
 
     def events(self) -> list[str]:
         path = next((self.folder / "runs" / "explore").glob("*/attempts.jsonl"))
@@ -288,6 +289,8 @@ class Jupyter:
         self._ask("POST", f"/api/kernels/{self.kernel}/restart")
 
     def close(self) -> None:
+        for browser in self.browsers:
+            browser.close()
         self.process.terminate()
         self.process.wait(PATIENCE_S)
 

@@ -4,11 +4,15 @@ those that can."""
 from __future__ import annotations
 
 import gc
+import multiprocessing.spawn
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,18 @@ import pytest
 from explorer_runs import LONG, PATIENCE_S, config_of, training, until
 from safetensors.torch import load_file
 
-from experiments.explorer.live_umap import read_live_umap
+from experiments.explorer.background import Background
+from experiments.explorer.live import project_runs, read_live_umap
 from experiments.explorer.run import ExplorerRun, Workers, new_run
 from experiments.explorer.trainer import LIVE
 from experiments.study import ROOT
 from ibq.run_directory import RunDirectory
+
+
+def processes_of(process: psutil.Process) -> list[psutil.Process]:
+    """Children, theirs included, but for Python's tracker of shared memory: it sleeps as long as its process lives."""
+    children = process.children(recursive=True)
+    return [child for child in children if not any("resource_tracker" in word for word in child.cmdline())]
 
 
 @pytest.mark.processes
@@ -39,13 +50,16 @@ def test_ten_starts_and_stops_leak_nothing(folders: Path) -> None:
 
     def held(process: psutil.Process) -> tuple[int, int, int]:
         gc.collect()
-        return len(process.children(recursive=True)), process.num_fds(), process.num_threads()
+        return len(processes_of(process)), process.num_fds(), process.num_threads()
 
-    before_all = held(me)
+    def closed() -> tuple[int, int, int]:
+        workers.close(PATIENCE_S)
+        return held(me)
+
     cycle()
-    until(lambda: workers.is_warm, "warm workers")
-    assert workers._server is not None
-    server = psutil.Process(workers._server.pid)
+    before_all = closed()
+    cycle()
+    (server,) = processes_of(me)
     before, memory = (
         [held(process) for process in (me, server)],
         [process.memory_info().rss for process in (me, server)],
@@ -58,11 +72,10 @@ def test_ten_starts_and_stops_leak_nothing(folders: Path) -> None:
     for now, then in zip(after, before, strict=True):
         assert all(n <= t for n, t in zip(now, then, strict=True))
     assert max(grown) < 10
-    workers.close(PATIENCE_S)
-    assert held(me) == before_all
+    assert closed() == before_all
+    assert before_all[0] == 0
     cycle()  # once more, from nothing
-    workers.close(PATIENCE_S)
-    assert held(me) == before_all
+    assert closed() == before_all
 
 
 KERNEL = """
@@ -102,11 +115,11 @@ def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(
     assert parent.stdout is not None
     assert parent.stdout.readline() == "training\n"
     mine = processes_with(str(tmp_path))
-    assert len(mine) == 4  # parent, server, two trainers
+    assert len(mine) == 5  # parent, Python's tracker of shared memory, server, two trainers
     if how == "server killed":
-        server = next(process for process in mine if process.ppid() == parent.pid)
+        (server,) = [process for process in processes_of(psutil.Process(parent.pid)) if process.ppid() == parent.pid]
         server.kill()
-        until(lambda: len(processes_with(str(tmp_path))) == 1, "the end of the trainers")
+        until(lambda: len(processes_with(str(tmp_path))) == 2, "the end of the trainers")
         parent.kill()
     else:
         parent.send_signal(how)
@@ -117,28 +130,38 @@ def test_a_parent_that_is_gone_leaves_no_process_and_runs_that_go_on(
     assert [run.read_attempts()[-1]["event"] for run in runs] == ["stopped", "stopped"]
 
 
+@pytest.mark.processes
 def test_a_server_that_cannot_start_says_why(
-    make_run: Callable[..., ExplorerRun], monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., ExplorerRun], workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
     run = make_run()
-    run.workers = Workers(device="cpu")
-    run.train()
-    assert run.wait(PATIENCE_S)
-    run.workers.close(PATIENCE_S)
-    assert run.state == "failed"
-    assert run.reason == "the process that starts trainers has ended: it said nothing; train the run again"
+    workers.close(PATIENCE_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.spawn, "_python_exe", b"/bin/false")
+        run.train()
+        assert run.wait(PATIENCE_S)
+        assert run.state == "failed"
+        assert run.reason.startswith("the process that starts trainers does not answer (")
+        assert run.reason.endswith("); train the run again")
+    training(run)  # by another server
+    workers.warm()
+
+
+@pytest.fixture
+def background() -> Iterator[Background]:
+    background = Background()
+    yield background
+    background.close()
 
 
 @pytest.mark.processes
-def test_umap_of_a_run_that_trains(make_run: Callable[..., ExplorerRun]) -> None:
+def test_umap_of_a_run_that_trains(make_run: Callable[..., ExplorerRun], background: Background) -> None:
     run = training(make_run())
+    folder = str(run.directory.path)
     assert read_live_umap(run.directory) is None
-    run.project_umap()
-    until(lambda: read_live_umap(run.directory) is not None, "the projection")
+    assert background.submit(project_runs, [folder]).result(PATIENCE_S) == {folder: ""}
     projected = read_live_umap(run.directory)
     assert projected is not None
-    until(lambda: run.workers.projection(run.directory) == "", "the word that it is there")
     assert projected.codes.shape == (run.config.quantizer.codebook_size, 2)
     assert len(projected.features) == len(load_file(run.directory.path / LIVE)["features"])
     assert projected.step >= 1
@@ -146,33 +169,28 @@ def test_umap_of_a_run_that_trains(make_run: Callable[..., ExplorerRun]) -> None
     run.stop()
     assert run.wait(PATIENCE_S)
     (run.directory.path / LIVE).unlink()  # as in a run of the study, of which the newest snapshot is projected
-    run.project_umap()
-    until(lambda: run.workers.projection(run.directory) == "", "the projection of a snapshot")
+    assert background.submit(project_runs, [folder]).result(PATIENCE_S) == {folder: ""}
     projected = read_live_umap(run.directory)
     assert projected is not None
     assert projected.step == run.directory.snapshot_steps()[-1]
 
 
-def test_a_umap_without_codes_is_refused_in_a_sentence_and_one_whose_process_is_killed_too(
-    make_run: Callable[..., ExplorerRun],
-) -> None:
-    run = make_run()
-    workers = run.workers
+def test_a_umap_without_codes_is_refused_in_a_sentence(tmp_path: Path) -> None:
     refused = "it has no codes yet; press UMAP again when it has its first point"
-    run.project_umap()
-    until(lambda: workers.projection(run.directory) == refused, "a sentence")
-    assert workers._server is not None
-    (projector,) = psutil.Process(workers._server.pid).children()
-    training(run)
-    run.project_umap()
-    assert workers.projection(run.directory) is None
-    projector.kill()
-    until(lambda: workers.projection(run.directory) is not None, "another sentence")
-    assert (
-        workers.projection(run.directory) == "the process that computes it has ended (exit code -9); press UMAP again"
-    )
-    assert run.state == "training"
-    run.reset()
-    assert run.wait(PATIENCE_S)
-    run.project_umap()  # by another process
-    until(lambda: workers.projection(run.directory) == refused, "a sentence again")
+    assert project_runs([str(tmp_path)]) == {str(tmp_path): refused}
+
+
+@pytest.mark.processes
+def test_a_process_that_is_killed_is_said_and_replaced(background: Background) -> None:
+    sleeping = background.submit(time.sleep, PATIENCE_S)
+    until(lambda: background.pids, "a process")
+    os.kill(background.pids[0], signal.SIGKILL)
+    assert isinstance(sleeping.exception(PATIENCE_S), BrokenProcessPool)
+    assert background.submit(abs, -1).result(PATIENCE_S) == 1  # by another one
+    (pid, *_) = background.pids
+    sleeping = background.submit(time.sleep, PATIENCE_S)
+    background.close()
+    with pytest.raises((BrokenProcessPool, CancelledError)):
+        sleeping.result(PATIENCE_S)
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "its end")
+    assert background.pids == []

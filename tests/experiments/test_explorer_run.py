@@ -265,14 +265,18 @@ def test_a_run_is_trained_once_however_often_it_is_loaded(
     again.pause()
     assert run.state == "paused"
     of_another_kernel = load_run(run.name, Workers(device="cpu"))
-    assert of_another_kernel.state == "training"
-    with pytest.raises(ConfigError, match=f"run {run.name} is being trained by another process; stop it there first"):
-        of_another_kernel.train()
-    for order in (of_another_kernel.pause, of_another_kernel.stop):
-        with pytest.raises(ConfigError, match=f"run {run.name} is being trained by another process"):
-            order()
+    assert of_another_kernel.state == "paused"
+    of_another_kernel.resume()  # any kernel may steer a run, through its control.jsonl
+    assert of_another_kernel.state == run.state == "training"
+    of_another_kernel.intervene({"optim.lr": 1e-4})
+    until(lambda: [each.fields for each in run.interventions] == [{"optim.lr": 1e-4}], "the change")
     with pytest.raises(ConfigError, match="is being trained; stop it first"):
         of_another_kernel.reset()
+    of_another_kernel.stop()
+    assert of_another_kernel.state == "stopping"
+    assert run.wait(PATIENCE_S)
+    assert of_another_kernel.state == run.state == "stopped"
+    assert [attempt["event"] for attempt in run.directory.read_attempts()] == ["started", "stopped"]
 
 
 def test_a_lock_taken_in_between_trains_nothing(make_run: Callable[..., ExplorerRun]) -> None:

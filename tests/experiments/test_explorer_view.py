@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +10,13 @@ import pytest
 import torch
 
 from experiments.explorer import show
+from experiments.explorer.background import Background
+from experiments.explorer.drawing import Shown, draw_png
 from experiments.explorer.figures import FIGURES, draw
 from experiments.explorer.figures.parts import RUN_HEX
-from experiments.explorer.painter import TRIES, Painter, Painting, Request, Shown
-from experiments.explorer.painting import paint
 from experiments.explorer.tabs import TABS
 from experiments.explorer.trainer import LIVE
 from experiments.explorer.view import describe, fields_that_differ, in_words, read_view
-from experiments.explorer.watch import Watch
 from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.errors import ConfigError
 from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
@@ -28,6 +25,7 @@ from ibq.training.runtime import Runtime
 from ibq.training.tokenizer import train_tokenizer
 
 SIZE = (8.3, 5.1)
+PATIENCE_S = 240.0
 CHANGES = [
     Intervention(step=3, fields={"optim.lr": 1e-4, "quantizer.double": False}),
     Intervention(step=5, restart_dead=True),
@@ -161,76 +159,26 @@ def test_interventions_are_marked_and_explained(run: RunDirectory) -> None:
     assert "B 1: learning rate 0.0001, double term off from step 3" in figure.get_supxlabel()
 
 
-# --- What the kernel looks at, and the painter ------------------------------------------------------------------------
+# --- Drawing in another process ---------------------------------------------------------------------------------------
 
 
-def test_a_history_is_read_as_it_grows(copy: RunDirectory) -> None:
-    whole = copy.history.read_text()
-    copy.history.write_text("")
-    watch = Watch(copy)
-    assert not watch.refresh()
-    first, rest = whole[:700], whole[700:]
-    for part in (first, rest):
-        before = watch.signature()
-        with open(copy.history, "a") as file:
-            file.write(part)
-        assert watch.signature() != before
-        watch.refresh()
-    assert [record["step"] for record in watch.records] == list(range(1, 9))
-    assert watch.records == [json.loads(line) for line in whole.splitlines()]
-    assert watch.last["step"] == 8
-    assert watch.seconds_left(8) == 0
-    pace = (watch.records[-1]["seconds"] - watch.records[0]["seconds"]) / 7
-    assert watch.seconds_left(18) == pytest.approx(10 * pace)
-    assert not watch.refresh()
-    copy.rewind(4)  # as a resume does: another file takes its place
-    assert watch.refresh()
-    assert watch.last["step"] == 4
-    copy.history.unlink()
-    assert watch.refresh()
-    assert watch.records == []
-    assert watch.seconds_left(8) is None
-
-
-def test_the_painter_draws_what_the_process_itself_draws_and_survives_its_death(
-    run: RunDirectory, tmp_path: Path
-) -> None:
-    shown = [Shown(str(run.path), 0), Shown(str(tmp_path / "removed"), 1)]
-    painter = Painter()
-    assert painter.poll() is None
+@pytest.mark.processes
+def test_another_process_draws_what_this_one_draws(run: RunDirectory, tmp_path: Path) -> None:
+    shown = (Shown(str(run.path), 0), Shown(str(tmp_path / "removed"), 1))
+    background = Background()
     try:
-        painter.request("images", shown, SIZE)
-        assert painter.busy
-        painting = wait_for(painter)
-        assert painting.problem == ""
-        assert (painting.png, painting.steps) == paint(Request("images", tuple(shown), SIZE))
-        assert painting.steps == {0: 8}
-        assert painting.png.startswith(b"\x89PNG")
-        painter.request("no figure", shown, SIZE)
-        assert "the figure 'no figure' could not be drawn: KeyError" in wait_for(painter).problem
-        assert painter._process is not None
-        painter._process.kill()
-        painter._process.wait()
-        painter.request("images", shown, SIZE)
-        assert wait_for(painter).problem == ""  # by another one
-        painter.request("images", shown, SIZE)
-        for _ in range(TRIES):  # it dies over the figure, every time
-            assert painter._process is not None
-            painter._process.kill()
-            painter._process.wait()
-            assert painter.busy
-            lost = painter.poll() or painter.poll()
-        assert lost is not None
-        assert "the figure 'images' could not be drawn: the process that draws has ended" in lost.problem
-        assert not painter.busy
+        drawn = background.submit(draw_png, "images", shown, SIZE).result(PATIENCE_S)
+        here = draw_png("images", shown, SIZE)
     finally:
-        painter.close()
-    assert painter.pid is None
+        background.close()
+    assert drawn.png.startswith(b"\x89PNG")
+    assert drawn._replace(seconds=0) == here._replace(seconds=0)
+    assert drawn.problem == ""
+    assert {folder: seen.step for folder, seen in drawn.seen.items()} == {str(run.path): 8}
+    assert drawn.seen[str(run.path)].findings == [finding.sentence for finding in read_view(run).findings]
 
 
-def wait_for(painter: Painter) -> Painting:
-    deadline = time.monotonic() + 120
-    while (painting := painter.poll()) is None:
-        assert time.monotonic() < deadline, "the painter says nothing"
-        time.sleep(0.02)
-    return painting
+def test_a_figure_that_fails_is_said_in_one_sentence(run: RunDirectory) -> None:
+    drawn = draw_png("no figure", (Shown(str(run.path), 0),), SIZE)
+    assert drawn.png == b""
+    assert "the figure 'no figure' could not be drawn: KeyError" in drawn.problem

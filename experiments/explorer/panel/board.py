@@ -1,7 +1,7 @@
-"""The whole interface: settings at the left; at the right runs side by side, and the figures that compare them.
+"""Whole interface: settings at the left; at the right runs side by side, and the figures that compare them.
 
-The kernel never draws and never waits: a task looks at the folders of runs twice a second and asks the painter for the
-figure that is on the screen when there is something new.
+The kernel never draws and never waits: a task looks at the directories of runs twice a second and has the figure that
+is on the screen drawn by another process when there is something new.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import ipywidgets as widgets
 
-from experiments.explorer.painter import Painter, Painting, Shown
+from experiments.explorer.background import Background
+from experiments.explorer.drawing import Drawn, Shown, draw_png
+from experiments.explorer.live import project_runs
 from experiments.explorer.panel.card import RunCard
 from experiments.explorer.panel.parts import CSS, note, problem
 from experiments.explorer.panel.settings import SettingsForm
@@ -31,6 +35,9 @@ TICK_S, LOOK_S = 0.1, 0.4
 FAILURE_S = 5.0
 """So long a failure of the interface itself is shown after it has gone."""
 FIGURE_SIZE = (8.3, 5.0)
+TRIES = 2
+"""How often a figure is drawn when the process dies over it."""
+DEAD = "the process that {} has ended"
 WELCOME = "No run yet. Choose settings at the left and press Train, or load a run."
 LOADING = "What training needs is being loaded, which takes some seconds; a run that is started now begins after that."
 SIDES = ("New run", "Change", "Load", "Export")
@@ -45,15 +52,17 @@ class Panel:
     """
 
     def __init__(self, config: TrainConfig, workers: Workers = WORKERS) -> None:
-        self.workers, self.painter, self.cards = workers, Painter(), list[RunCard]()
+        self.workers, self.background, self.cards = workers, Background(), list[RunCard]()
         self._task: asyncio.Task[None] | None = None
         self._presence: Presence | None = None
         self._asleep = False
         """Nobody looks, so nothing is drawn until somebody does something."""
-        self._looked = self._painted = -1e9
-        self._failed = -1e9
-        self._pause_s = 0.0
+        self._looked = self._failed = -1e9
+        self._drawing: Future[Drawn] | None = None
+        self._tries_left = TRIES
+        self._drawn_at, self._pause_s = -1e9, 0.0
         self._wanted = True
+        self._projecting: Future[dict[str, str]] | None = None
         self._pictures: dict[str, bytes] = {}
         self._said = {"failure": "", "figure": "", "UMAP": ""}
         """What `message` shows, by what it is about."""
@@ -109,7 +118,7 @@ class Panel:
         """Begin to load what training and drawing need, and to look at runs; needs a running event loop, as a notebook
         has."""
         self.workers.warm()
-        self.painter.warm()
+        self.background.submit(draw_png, next(iter(TABS)), (), FIGURE_SIZE)  # which loads libraries and fonts
         loop = asyncio.get_running_loop()
         self._task = loop.create_task(self._run())
         self._presence = Presence(_Processes(loop, self.sleep))
@@ -118,7 +127,7 @@ class Panel:
         """End all processes, since nobody looks; runs stop with a checkpoint, and the next thing that somebody does
         wakes this up."""
         self._asleep = True
-        self.painter.close()
+        self.background.close()
         self.workers.close()
 
     def wake(self) -> None:
@@ -128,12 +137,12 @@ class Panel:
             self.workers.warm()
 
     def close(self) -> None:
-        """End the task and the painter. Runs that train go on, since another interface may show them."""
+        """End the task and the processes that draw. Runs that train go on, since another interface may show them."""
         if self._presence is not None:
             self._presence.end()
         if self._task is not None:
             self._task.cancel()
-        self.painter.close()
+        self.background.close()
 
     # ---------------------------------------------------------------- what happens by itself
 
@@ -150,18 +159,19 @@ class Panel:
             await asyncio.sleep(TICK_S)
 
     def tick(self) -> None:
-        """Look at the runs if it is time, show a figure that has come, ask for one if there is something new. Takes
+        """Look at the runs if it is time, show a figure that has come, have one drawn if there is something new. Takes
         milliseconds."""
         now = time.monotonic()
         if now - self._looked >= LOOK_S:
             self._looked = now
             self._look()
-        if (painting := self.painter.poll()) is not None:
-            self._show_painting(painting)
-        if self._wanted and not self._asleep and not self.painter.busy and now - self._painted >= self._pause_s:
+        if self._drawing is not None and self._drawing.done():
+            done, self._drawing = self._drawing, None
+            self._take(done)
+        if self._wanted and not (self._asleep or self._drawing) and now - self._drawn_at >= self._pause_s:
             self._wanted = False
-            shown = [Shown(str(card.run.directory.path), card.slot) for card in self.cards]
-            self.painter.request(self.tabs.value, shown, FIGURE_SIZE)
+            shown = tuple(Shown(str(card.run.directory.path), card.slot) for card in self.cards)
+            self._drawing = self.background.submit(draw_png, self.tabs.value, shown, FIGURE_SIZE)
 
     def _look(self) -> None:
         if not self.cards:
@@ -174,34 +184,59 @@ class Panel:
             self.change.refresh()
         self._look_for_umaps()
 
-    def _show_painting(self, painting: Painting) -> None:
-        self._painted, self._pause_s = (
-            time.monotonic(),
-            painting.seconds,
-        )  # half of the painter's time is left to training
-        self._say("figure", problem(painting.problem))
-        if painting.problem:
+    def _take(self, done: Future[Drawn]) -> None:
+        """Show a figure, or have it drawn once more where the process died over it."""
+        if done.cancelled():
             return
-        self._pictures[painting.request.name] = painting.png
-        if painting.request.name == self.tabs.value:
-            self.picture.value = painting.png
-            steps = [f"{LETTERS[slot]} at step {step}" for slot, step in painting.steps.items()]
-            words = f"{TABS[painting.request.name].title}: {', '.join(steps) or 'no run'}"
-            self.drawn.value = f'<div class="ibq-drawn" aria-label="what the picture shows">{words}</div>'
-        else:
+        if isinstance(done.exception(), BrokenProcessPool):
+            self._tries_left -= 1
+            self._wanted |= self._tries_left > 0
+            if not self._tries_left:
+                self._tries_left = TRIES
+                words = f"the figure could not be drawn: {DEAD.format('draws')}; it is tried again when a run has more"
+                self._say("figure", problem(words))
+            return
+        self._tries_left = TRIES
+        self.show(done.result())
+
+    def show(self, drawn: Drawn) -> None:
+        """Show a figure and the diagnosis of its runs."""
+        self._drawn_at, self._pause_s = time.monotonic(), drawn.seconds  # half of the time is left to training
+        self._say("figure", problem(drawn.problem))
+        for card in self.cards:
+            if (seen := drawn.seen.get(str(card.run.directory.path))) is not None:
+                card.diagnose(seen.findings)
+        if drawn.problem:
+            return
+        self._pictures[drawn.name] = drawn.png
+        if drawn.name != self.tabs.value:
             self._wanted = True
+            return
+        self.picture.value = drawn.png
+        letters = {str(card.run.directory.path): card.letter for card in self.cards}
+        steps = [f"{letters[folder]} at step {seen.step}" for folder, seen in drawn.seen.items() if folder in letters]
+        words = f"{TABS[drawn.name].title}: {', '.join(steps) or 'no run'}"
+        self.drawn.value = f'<div class="ibq-drawn" aria-label="what the picture shows">{words}</div>'
 
     def _look_for_umaps(self) -> None:
-        """Say which projections are still awaited, and which could not be made."""
-        problems = {card.letter: self.workers.projection(card.run.directory) for card in self.cards}
-        awaited = [letter for letter, words in problems.items() if words is None]
-        said = (
-            [note(f"UMAP of {', '.join(awaited)} is being computed; the first one takes most of a minute.")]
-            if awaited
-            else []
-        )
-        said += [problem(f"UMAP of {letter} could not be made: {words}") for letter, words in problems.items() if words]
-        self._say("UMAP", "".join(said))
+        """Say that projections are still awaited, or which could not be made."""
+        letters = {str(card.run.directory.path): card.letter for card in self.cards}
+        if self._projecting is None or self._projecting.cancelled():
+            said = ""
+        elif not self._projecting.done():
+            said = note(
+                f"UMAP of {', '.join(letters.values())} is being computed; the first one takes most of a minute."
+            )
+        elif self._projecting.exception() is not None:
+            said = problem(f"UMAP could not be made: {DEAD.format('computes it')}; press UMAP again")
+        else:
+            failed = [(folder, words) for folder, words in self._projecting.result().items() if words]
+            said = "".join(
+                problem(f"UMAP of {letters[folder]} could not be made: {words}")
+                for folder, words in failed
+                if folder in letters
+            )
+        self._say("UMAP", said)
 
     # ---------------------------------------------------------------- parts
 
@@ -262,8 +297,9 @@ class Panel:
 
     def _project(self) -> None:
         self.wake()
-        for card in self.cards:
-            self.workers.project(card.run.directory)
+        if self._projecting is None or self._projecting.done():
+            folders = [str(card.run.directory.path) for card in self.cards]
+            self._projecting = self.background.submit(project_runs, folders)
         self._look_for_umaps()
 
     def _arranged(self) -> widgets.Box:

@@ -1,20 +1,23 @@
-"""A run among those side by side: how it goes, what is seen of it in words, and the buttons that its state allows."""
+"""Card of a run among those side by side: its progress, its diagnosis, and the buttons that its state allows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
+from experiments import status
+from experiments.explorer.live import LIVE_UMAP
 from experiments.explorer.panel.parts import badge, bar, duration, problem
 from experiments.explorer.run import ExplorerRun
+from experiments.explorer.trainer import LIVE
 from experiments.explorer.view import LETTERS, describe
-from experiments.explorer.watch import Watch
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
-from ibq.evaluation.diagnosis import diagnose
 
 ALLOWED = {
     "new": ("Train", "Reset"),
@@ -60,9 +63,11 @@ class RunCard:
         pressed: Callable[[], None],
     ) -> None:
         self._pressed = pressed
-        self.run, self.slot, self.watch = run, slot, Watch(run.directory)
+        self.run, self.slot = run, slot
+        self.recent: list[dict[str, Any]] = []
+        """The newest lines of the history."""
         self._asked = ""
-        self._signature: Any = None
+        self._stamps: list[tuple[int, int]] = []
         self.title = widgets.HTML(
             f'<div class="ibq-title" '
             f'title="{escape(run.name)}">{badge(self.letter, slot)}{escape(describe(run.config))}</div>'
@@ -89,23 +94,40 @@ class RunCard:
         self.widget.add_class("ibq-card")
         self.state = ""
         self.refresh()
+        self.diagnose(())
 
     @property
     def letter(self) -> str:
         return LETTERS[self.slot]
 
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest line of the history, {} before the first."""
+        return self.recent[-1] if self.recent else {}
+
     def refresh(self) -> bool:
         """Look at the run and show what is new; whether a figure of it would change."""
-        changed, state = self.watch.refresh(), self.run.state
+        run, state = self.run.directory, self.run.state
+        shown = (run.history, run.path / LIVE, run.interventions, run.path / LIVE_UMAP, run.evaluation)
+        stamps = [_stamp(path) for path in shown]
+        changed, self._stamps = stamps != self._stamps, stamps
+        if changed:
+            self.recent = run.read_recent(status.SPEED_LINES)
         if self._asked and state != self.state:
             self._asked = ""
         if changed or state != self.state or self._asked:
             self.state = state
             self._show()
-        if changed or not self.findings.value:
-            self._show_findings()
-        before, self._signature = self._signature, (self.run.name, self.watch.signature())
-        return bool(before != self._signature)
+        return changed
+
+    def diagnose(self, findings: Sequence[str]) -> None:
+        """Show the diagnosis of the run as far as the newest figure goes."""
+        sentences = "".join(f'<div class="bad">{escape(sentence)}</div>' for sentence in findings)
+        nothing = "nothing wrong is seen" if self.recent else "nothing to judge yet"
+        said = sentences or f"Diagnosis: {nothing}."
+        self.findings.value = (
+            f'<div class="ibq-findings" role="status" aria-label="diagnosis of run {self.letter}">{said}</div>'
+        )
 
     def _press(self, name: str, action: Callable[[], None]) -> None:
         self.problem.value = ""
@@ -126,7 +148,7 @@ class RunCard:
         self.refresh()
 
     def _show(self) -> None:
-        last, steps = self.watch.last, self.run.steps
+        last, steps = self.last, self.run.steps
         step = last.get("step", 0)
         words = [f'<span class="ibq-state">{escape(self._asked or self.state)}</span>']
         if last:
@@ -134,7 +156,7 @@ class RunCard:
             words.append(f"perplexity {last['perplexity']:,.1f}")
         else:
             words.append(f"no point yet, {steps} steps to go" if self.state != "loaded" else "it has no history")
-        left = self.watch.seconds_left(steps)
+        left = status.seconds_left(self.recent, steps)
         if self.state in ("training", "paused") and left is not None:
             words.append(f"{duration(left)} left" if step < steps else "evaluating")
         self.status.value = (
@@ -147,12 +169,11 @@ class RunCard:
         if self.state == "failed" and not self.problem.value:
             self.problem.value = problem(self.run.reason)
 
-    def _show_findings(self) -> None:
-        if not self.watch.records:
-            self.findings.value = '<div class="ibq-findings">Diagnosis: nothing to judge yet.</div>'
-            return
-        sentences = [f'<div class="bad">{escape(finding.sentence)}</div>' for finding in diagnose(self.watch.records)]
-        said = "".join(sentences) or "Diagnosis: nothing wrong is seen."
-        self.findings.value = (
-            f'<div class="ibq-findings" role="status" aria-label="diagnosis of run {self.letter}">{said}</div>'
-        )
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Time and size of a file, which change with it; (0, 0) where it is absent."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (0, 0)
+    return (found.st_mtime_ns, found.st_size)
