@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import pandas as pd
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -40,7 +39,7 @@ SHORT_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class View:
     """A run as the figures show it.
 
@@ -48,8 +47,7 @@ class View:
         name: of the run's folder.
         slot: its place among the runs side by side, 0 to 3, which decides letter, colour and marker.
         config: what it began with.
-        history: a line a log step, sorted by `step`; columns as they are logged, NaN where a line lacks one; no line:
-            no column but `step`.
+        history: a line a log step, each step once, sorted by `step`.
         tensors: of the newest whole snapshot (`ibq.training.logging.take_snapshot`); {} while there is none.
         tensors_step: finished updates at that snapshot.
         interventions: in the order of their steps.
@@ -61,7 +59,7 @@ class View:
     name: str
     slot: int
     config: TrainConfig
-    history: pd.DataFrame
+    history: list[dict[str, float]]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     tensors_step: int = 0
     interventions: list[Intervention] = field(default_factory=list)
@@ -80,7 +78,15 @@ class View:
     @property
     def step(self) -> int:
         """Of the newest line."""
-        return int(self.history["step"].iloc[-1]) if len(self.history) else 0
+        return int(self.history[-1]["step"]) if self.history else 0
+
+    @property
+    def steps(self) -> list[float]:
+        return [line["step"] for line in self.history]
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.quantizer.codebook_size
 
 
 def describe(config: TrainConfig) -> str:
@@ -118,7 +124,7 @@ def read_view(run: RunDirectory, slot: int = 0) -> View:
         name=run.path.name,
         slot=slot,
         config=tokenizer_config(run),
-        history=pd.DataFrame(records, columns=None if records else ["step"]),
+        history=records,
         tensors=tensors,
         tensors_step=step,
         interventions=sorted(read_interventions(run), key=lambda intervention: intervention.step),

@@ -18,7 +18,7 @@ from experiments.explorer.panel import Panel, board
 from experiments.explorer.panel.board import TRIES
 from experiments.explorer.panel.card import ALLOWED, BUTTONS
 from experiments.explorer.panel.fields import field_at, field_widget, value_of
-from experiments.explorer.panel.parts import CSS, duration, problem
+from experiments.explorer.panel.parts import CSS, problem
 from experiments.explorer.run import Workers, explore_folder, new_run
 from experiments.explorer.tabs import TABS
 from experiments.recipes import get_preset, tokenizer
@@ -269,7 +269,6 @@ def test_text_boxes_hold_every_kind_of_value(tiny: Callable[..., TrainConfig]) -
         if value != ():  # which no form shows
             assert read == (list(value) if isinstance(value, tuple) else value), path
     assert problem("a < b") == '<div class="ibq-problem" role="alert">a &lt; b</div>'
-    assert [duration(seconds) for seconds in (0, 89, 120, 7200)] == ["0 s", "89 s", "2 min", "2.0 h"]
 
 
 # --- The whole --------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def live_of(run: RunDirectory, step: int) -> dict[str, torch.Tensor]:
 def test_a_whole_run(run: RunDirectory) -> None:
     view = read_view(run, slot=2)
     assert view.step == view.tensors_step == 8
-    assert view.history["step"].tolist() == list(range(1, 9))
+    assert view.steps == list(range(1, 9))
     assert [each.step for each in view.interventions] == [3, 5]
     assert view.pictures["reconstructions_BCHW"].shape[0] == 8
     assert view.label == "C  IBQ K=16 D=8 lr=0.001"
@@ -85,7 +85,7 @@ def test_torn_files_are_left_out(copy: RunDirectory) -> None:
     copy.evaluation.unlink()
     view = read_view(copy)
     assert view.tensors_step == 4
-    assert view.history["step"].tolist() == list(range(1, 9))
+    assert view.steps == list(range(1, 9))
     assert len(view.interventions) == 2
     assert view.pictures == {}
 

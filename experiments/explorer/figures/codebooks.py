@@ -9,39 +9,34 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from experiments.analysis.projections import Projection, reduce
 from experiments.explorer.figures.parts import REFERENCE, color, say
 from experiments.explorer.view import View
-from experiments.report.figures.theme import COLORS, MARKERS
+from experiments.report.figures.codebooks import draw_map as draw_projection
+from experiments.report.figures.codebooks import draw_strip, map_legend, ranks, uniform_ranks
+from experiments.report.figures.theme import MARKERS
 
 WAITING = "Nothing yet: the first moment is still to come."
-FEATURES, USED, DEAD = "0.72", COLORS[0], COLORS[3]
 PICTURES = 8
 
 
 def draw_codebook(figure: Figure, views: Sequence[View]) -> None:
-    ranks, norms = figure.subplots(1, 2)
+    frequency, norms = figure.subplots(1, 2)
     counted = [view for view in views if "counts" in view.tensors and view.tensors["counts"].any()]
     for view in counted:
-        counts_K = view.tensors["counts"].sort(descending=True).values.numpy()
-        used = counts_K[counts_K > 0]
-        label = f"{view.letter}: {len(used):,} of {len(counts_K):,} codes, step {view.tensors_step}"
-        marker = {"marker": MARKERS[view.slot], "ms": 5, "markevery": [len(used) - 1]}
-        ranks.plot(np.arange(1, len(used) + 1), used / used.sum(), color=color(view), lw=1.6, label=label, **marker)
-    for (tokens, K), _ in {
-        (int(view.tensors["counts"].sum()), len(view.tensors["counts"])): view for view in counted
-    }.items():
-        uniform = np.sort(np.random.default_rng(0).multinomial(tokens, np.full(K, 1 / K)))[::-1]
-        uniform = uniform[uniform > 0]
-        ranks.plot(np.arange(1, len(uniform) + 1), uniform / tokens, color=REFERENCE, ls="--", lw=1)
+        positions, shares = ranks(view.tensors["counts"])
+        label = f"{view.letter}: {len(positions):,} of {view.codebook_size:,} codes, step {view.tensors_step}"
+        marker = {"marker": MARKERS[view.slot], "ms": 5, "markevery": [len(positions) - 1]}
+        frequency.plot(positions, shares, color=color(view), lw=1.6, label=label, **marker)
+    for tokens, K in {(int(view.tensors["counts"].sum()), view.codebook_size) for view in counted}:
+        frequency.plot(*uniform_ranks(tokens, K), color=REFERENCE, ls="--", lw=1)
     if counted:
-        ranks.set(xscale="log", yscale="log", xlabel="rank of the code", ylabel="share of tokens")
-        ranks.legend(loc="lower left", framealpha=1)
+        frequency.set(xscale="log", yscale="log", xlabel="rank of the code", ylabel="share of tokens")
+        frequency.legend(loc="lower left", framealpha=1)
     else:
-        say(ranks, "Nothing is counted yet: the first tokens are still to come.")
-    ranks.set_title("How often codes are chosen", loc="left", fontweight="bold")
+        say(frequency, "Nothing is counted yet: the first tokens are still to come.")
+    frequency.set_title("How often codes are chosen", loc="left", fontweight="bold")
     measured = [view for view in views if "code_norms" in view.tensors]
     for view in measured:
         norms_K = view.tensors["code_norms"].sort(descending=True).values.numpy()
@@ -69,13 +64,7 @@ def draw_map(figure: Figure, views: Sequence[View]) -> None:
                 view.projection,
                 "No UMAP of this run yet: press UMAP, which projects all runs shown.",
             )
-    style: dict[str, Any] = {"ls": "", "ms": 5}
-    handles = [
-        Line2D([], [], color=FEATURES, marker="o", label="features", **style),
-        Line2D([], [], color=USED, marker="o", label="codes in use", **style),
-        Line2D([], [], color=DEAD, marker="x", label="codes not in use", **style),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    map_legend(figure)
 
 
 def _principal(view: View) -> Projection | None:
@@ -95,11 +84,7 @@ def _draw_codes(axis: Axes, view: View, projection: Projection | None, absent: s
         axis.set_title(f"{view.letter}", loc="left", color=color(view), fontweight="bold")
         say(axis, absent)
         return
-    dead, used = projection.codes[~projection.used], projection.codes[projection.used]
-    axis.scatter(projection.features[:, 0], projection.features[:, 1], s=4, color=FEATURES, linewidths=0)
-    axis.scatter(dead[:, 0], dead[:, 1], s=11, color=DEAD, marker="x", linewidths=0.7)
-    axis.scatter(used[:, 0], used[:, 1], s=9, color=USED, linewidths=0)
-    axis.set(xticks=[], yticks=[])
+    draw_projection(axis, projection, size=10)
     method = "PCA" if projection.method == "pca" else "UMAP"
     axis.set_title(f"{view.letter}  {method}, step {projection.step}", loc="left", color=color(view), fontweight="bold")
     for spine in axis.spines.values():
@@ -125,7 +110,6 @@ def draw_images(figure: Figure, views: Sequence[View]) -> None:
         if images_BCHW is None:
             say(axis, "No reconstruction yet.")
         else:
-            strip_HWC = torch.cat(list(images_BCHW[:PICTURES]), dim=2).permute(1, 2, 0).numpy()
-            axis.imshow(strip_HWC.repeat(3, axis=2) if strip_HWC.shape[2] == 1 else strip_HWC, interpolation="nearest")
+            draw_strip(axis, images_BCHW[:PICTURES])
             axis.set_axis_off()
         axis.set_title(name, loc="left", color=its_color, fontweight="bold")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
 
@@ -84,7 +83,3 @@ def mark_interventions(axis: Axes, views: Sequence[View]) -> None:
                 fontweight="bold",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
             )
-
-
-def finite(values: Sequence[float]) -> bool:
-    return any(math.isfinite(value) for value in values)

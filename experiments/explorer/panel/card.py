@@ -12,7 +12,7 @@ import ipywidgets as widgets
 
 from experiments import status
 from experiments.explorer.live import LIVE_UMAP
-from experiments.explorer.panel.parts import badge, bar, duration, problem
+from experiments.explorer.panel.parts import badge, bar, problem
 from experiments.explorer.run import ExplorerRun
 from experiments.explorer.trainer import LIVE
 from experiments.explorer.view import LETTERS, describe
@@ -156,9 +156,8 @@ class RunCard:
             words.append(f"perplexity {last['perplexity']:,.1f}")
         else:
             words.append(f"no point yet, {steps} steps to go" if self.state != "loaded" else "it has no history")
-        left = status.seconds_left(self.recent, steps)
-        if self.state in ("training", "paused") and left is not None:
-            words.append(f"{duration(left)} left" if step < steps else "evaluating")
+        if self.state in ("training", "paused") and (left := status.seconds_left(self.recent, steps)) is not None:
+            words.append(status.time_left(left) if step < steps else "evaluating")
         self.status.value = (
             f'<div class="ibq-status" role="status" aria-label="status of run {self.letter}">{" · ".join(words)}</div>'
         )

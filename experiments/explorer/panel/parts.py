@@ -68,10 +68,3 @@ def bar(share: float, slot: int, name: str) -> str:
         f'aria-valuenow="{percent}"'
     )
     return f'<div class="ibq-bar" {value}><div style="width:{percent}%;background:{RUN_HEX[slot]}"></div></div>'
-
-
-def duration(seconds: float) -> str:
-    """ "40 s", "3 min", "2.5 h"."""
-    if seconds < 90:
-        return f"{max(0.0, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
