@@ -115,7 +115,7 @@ def waits_for(study: Study, cell: Cell) -> str:
 
 
 def _reason(cell: Cell) -> str:
-    """Why a run has no row, and how far it came."""
+    """Reason why a run has no row, and its progress."""
     now = status.of(cell.run)
     progress = f"last logged step {now.step} of {cell.config.steps}" if now.step else ""
     return "; ".join(part for part in (now.reason, progress) if part)

@@ -1,9 +1,8 @@
-"""Whether a browser still looks at this kernel: closing its tab leaves a kernel running, which cannot see that, but its
-Jupyter server can.
+"""Watch on the browsers of this kernel: closing a tab leaves its kernel running, which cannot see that, but the Jupyter
+server can.
 
 The server's REST API says how many connections a kernel has. Where this kernel is no server's (papermill, VS Code, a
-script), nothing is
-watched: whoever started it then ends it.
+script), nothing is watched: whoever started it then ends it.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ class _Kernel:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
 
     def connections(self) -> int | None:
-        """How many browsers are connected; None where the server does not say."""
+        """Number of browsers that are connected; None where the server does not say."""
         try:
             with self._opener.open(self._request, timeout=TIMEOUT_S) as answer:
                 return int(json.load(answer)["connections"])

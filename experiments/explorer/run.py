@@ -51,7 +51,7 @@ ROOM_BYTES = 2**20
 
 
 def explore_folder() -> Path:
-    """Where the explorer's runs lie, absolute."""
+    """Absolute folder of the explorer's runs."""
     return (runs_folder() / "explore").absolute()
 
 
@@ -111,7 +111,7 @@ class ExplorerRun:
 
     @property
     def reason(self) -> str:
-        """Why a run has failed, in one sentence; empty otherwise."""
+        """Cause of a failure, in one sentence; empty where the run has not failed."""
         if self.state != "failed":
             return ""
         try:

@@ -32,7 +32,7 @@ class ImageSource(Protocol):
 
     @property
     def source(self) -> str:
-        """Where the images come from, for people; no part of their identity."""
+        """Origin of the images, for people; no part of their identity."""
 
     @property
     def skipped(self) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ class Control:
         self._first = True
 
     def should_stop(self) -> bool:
-        """Whether to stop before the next step; returns only once the run is not paused."""
+        """True where the run is to stop before its next step; returns only once the run is not paused."""
         while True:
             if self._should_stop():
                 return True

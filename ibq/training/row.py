@@ -24,7 +24,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def cause(origin: str, error: Exception) -> str:
-    """Why a step is refused, as the process says where it began; a collective, as all refuse a step together."""
+    """Reason why a step is refused, as the process says where it began; a collective, as all refuse a step together."""
     *_, reason = max(
         gather_objects((bool(origin), not isinstance(error, NonFiniteElsewhereError), f"{origin}{error}")),
         key=lambda said: said[:2],

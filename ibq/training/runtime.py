@@ -19,7 +19,8 @@ Sharding = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a run is watched; nothing here changes its numbers but by rounding, so nothing here enters its id.
+    """Device, cadences and sizes by which a run is trained and watched; nothing here changes its numbers but by
+    rounding, so nothing here enters its id.
 
     Raises:
         ConfigError: a cadence or size is out of range, or a way of sharding or a backend is not known.

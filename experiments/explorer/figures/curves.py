@@ -82,7 +82,7 @@ def _values(view: View, curve: Curve) -> list[float]:
 
 
 def _spans_a_decade(axis: Axes) -> bool:
-    """Whether a logarithmic axis can show all lines, and shows more than a linear one."""
+    """True where a logarithmic axis can show all lines, and shows more than a linear one."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
     values = values[np.isfinite(values)]
     return bool(values.min() > 0 and values.max() > DECADE * values.min())

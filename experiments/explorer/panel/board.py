@@ -318,7 +318,7 @@ class Panel:
 
 
 class _Processes:
-    """What `Presence` closes from its thread, on the kernel's own."""
+    """Adapter of `Presence`, which calls from its thread, to the kernel's own."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, close: Callable[[], None]) -> None:
         self._loop, self._close = loop, close

@@ -61,7 +61,7 @@ def badge(letter: str, slot: int) -> str:
 
 
 def bar(share: float, slot: int, name: str) -> str:
-    """How far a run is, in its colour."""
+    """Progress bar of a run, in its colour."""
     percent = f"{100 * share:.1f}"
     value = (
         f'role="progressbar" aria-label="{escape(name)}" aria-valuemin="0" aria-valuemax="100" '

@@ -163,5 +163,5 @@ class SettingsForm:
 
 
 def _is_implied(config: QuantizerConfig) -> bool:
-    """Whether a method has sizes of its own: its codebook follows from them."""
+    """True where a method has sizes of its own, from which its codebook follows."""
     return bool(type(config).model_fields["code_dim"].default != QuantizerConfig.model_fields["code_dim"].default)
