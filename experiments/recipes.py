@@ -81,7 +81,7 @@ PRESETS = {
             ),
             projection="pca",
             discriminator={"loss.adversarial.channels": 8, "loss.adversarial.layers": 2},
-            transformer={"transformer": {"depth": 2}, "steps": 4, "batch_size": 8},
+            transformer={"model": {"depth": 2}, "steps": 4, "batch_size": 8},
             transformer_tokenizer_steps=3.0,
             seconds_per_step=0.05,
             transformer_seconds_per_step=0.5,
@@ -103,7 +103,7 @@ PRESETS = {
             discriminator={"loss.adversarial.channels": 16, "loss.adversarial.layers": 2},
             # 700 steps of 32 images see no image of 60,000 twice, so that the paper's dropouts of 0.1 would only cost
             transformer={
-                "transformer": {"depth": 2, "token_dropout": 0.0, "attention_dropout": 0.0, "ffn_dropout": 0.0},
+                "model": {"depth": 2, "token_dropout": 0.0, "attention_dropout": 0.0, "ffn_dropout": 0.0},
                 "optim": {"lr": 4e-3},
                 "steps": 700,
                 "batch_size": 32,
@@ -133,7 +133,7 @@ PRESETS = {
             runtime=Runtime(log_every=50, eval_images=10_000, eval_batch_size=500, samples=10_000),
             discriminator={"loss.adversarial.channels": 32, "loss.adversarial.layers": 2},
             transformer={
-                "transformer": {"depth": 12},
+                "model": {"depth": 12},
                 "optim": {"lr": 4e-4},
                 "steps": 20_000,
                 "batch_size": 512,
@@ -183,7 +183,7 @@ PRESETS = {
                 samples=50_000,
             ),
             transformer={
-                "transformer": {"depth": 16},
+                "model": {"depth": 16},
                 "classes": 1000,
                 "optim": {"lr": 3e-4},
                 "steps": imagenet_steps(300, 768),

@@ -17,9 +17,9 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 
 from ibq.errors import nearest
 from ibq.models.config import LEAST_PATCHES, AdversarialConfig, AutoencoderConfig, TransformerConfig, TransformerDials
-from ibq.schema import Frozen, QuantizerConfig, later, without_later
+from ibq.schema import Frozen, QuantizerConfig
 
-RESULTS_VERSION = 3
+RESULTS_VERSION = 4
 """Raised whenever a change of the code changes the numbers that a config would give."""
 TRANSFORMER_VERSION = 1
 """Raised whenever a change of the code changes the numbers that a transformer's config would give from the same
@@ -35,10 +35,10 @@ class DataConfig(Frozen):
 
     name: str = "fashion-mnist"
     resolution: int = Field(32, strict=True, ge=8, le=4096)
-    crop: Literal["center", "random"] = later("center")
+    crop: Literal["center", "random"] = "center"
     """Of training images: the centre square of each, held in memory; or a fresh random square each time, read from the
     folder (docs/method.md section 5)."""
-    flip: bool = later(False, strict=True)
+    flip: bool = Field(False, strict=True)
     """Mirror every other training image, drawn at random; needs crop="random" (the released recipe does not flip)."""
 
     @model_validator(mode="after")
@@ -91,11 +91,11 @@ class LossConfig(Frozen):
 
     pixel: Literal["l1", "l2"] = "l1"
     pixel_weight: float = Field(1.0, gt=0)
-    perceptual: Literal["none", "lpips-vgg", "fashion-cnn"] = later("none")
+    perceptual: Literal["none", "lpips-vgg", "fashion-cnn"] = "none"
     """LPIPS on VGG-16 (the paper), or a stand-in in the features of fashion-cnn, which knows Fashion-MNIST and bears
     its own name."""
-    perceptual_weight: float = later(1.0, gt=0)
-    adversarial: AdversarialConfig = later(AdversarialConfig())
+    perceptual_weight: float = Field(1.0, gt=0)
+    adversarial: AdversarialConfig = AdversarialConfig()
 
     @model_validator(mode="after")
     def _no_weight_is_idle(self) -> LossConfig:
@@ -115,12 +115,12 @@ class OptimConfig(Frozen):
 
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.5, 0.9)
-    schedule: Literal["multi-step", "cosine"] = later("multi-step")
+    schedule: Literal["multi-step", "cosine"] = "multi-step"
     milestones: tuple[float, ...] = (250 / 330, 300 / 330)
     decay_factor: float = Field(0.1, gt=0, le=1)
-    final_factor: float = later(0.0, ge=0, le=1, description="share of lr that a cosine ends at")
-    warmup: float = later(0.0, ge=0, lt=1, description="fraction of the run over which the rate rises linearly")
-    clip_norm: float | None = later(None, gt=0, description="largest norm of the gradient; None: as it is")
+    final_factor: float = Field(0.0, ge=0, le=1, description="share of lr that a cosine ends at")
+    warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run over which the rate rises linearly")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; None: as it is")
     ema_decay: float = Field(0.98, ge=0, lt=1, description="decay per step of the averaged weights that are evaluated")
 
     @model_validator(mode="after")
@@ -211,8 +211,7 @@ class _RunConfig(Frozen):
 
     def run_id(self: Any, data_hash: str) -> str:
         """Name of this run's directory: method, seed and a hash of all that decides its numbers."""
-        fields = without_later(self, self.identity())
-        identity = {"config": fields, "data": data_hash, "results_version": RESULTS_VERSION} | self.versions
+        identity = {"config": self.identity(), "data": data_hash, "results_version": RESULTS_VERSION} | self.versions
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.id_prefix}{self.quantizer.method}-s{self.seed}-{digest}"
 
@@ -227,12 +226,12 @@ class TrainConfig(_RunConfig):
     optim: OptimConfig = OptimConfig()
     steps: int = Field(300, strict=True, ge=1)
     batch_size: int = Field(32, strict=True, ge=1, description="images a step, over all processes")
-    accumulate: int = later(1, strict=True, ge=1)
+    accumulate: int = Field(1, strict=True, ge=1)
     """Micro-batches that a step's images are cut into, one after the other, to save memory. Means over tokens or images
     are then of a micro-batch: the codebook's entropy cannot exceed the logarithm of its tokens, and adaptive weight and
     batch norm see it alone. With a discriminator a micro-batch goes through the tokenizer twice, the first time in
     evaluation mode: quantizers that change or draw in their forward pass are therefore refused."""
-    averages: Literal["global", "local"] = later("global")
+    averages: Literal["global", "local"] = "global"
     """With several processes: the mean assignment of the entropy penalty and LeCam's averages are of all of them, or
     each process has its own (as released; the result then depends on their number)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -299,14 +298,14 @@ class TransformerTrainConfig(_RunConfig):
     encoded once; with "random" each step encodes fresh squares.
     """
 
-    id_prefix: ClassVar[str] = "gen-"
-    versions: ClassVar[dict[str, int]] = {"generator_version": TRANSFORMER_VERSION}
+    id_prefix: ClassVar[str] = "transformer-"
+    versions: ClassVar[dict[str, int]] = {"transformer_version": TRANSFORMER_VERSION}
 
     tokenizer: TrainConfig
     tokenizer_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     """`Tokenizer.digest` of the tokenizer's weights; empty: those that training `tokenizer` gives."""
     data: DataConfig
-    transformer: TransformerDials = TransformerDials()
+    model: TransformerDials = TransformerDials()
     classes: int = Field(10, strict=True, ge=1, description="labels of the data; 1 where it has none")
     optim: AdamWConfig = AdamWConfig()
     steps: int = Field(1000, strict=True, ge=1)
@@ -361,7 +360,7 @@ class TransformerTrainConfig(_RunConfig):
     @property
     def transformer_config(self) -> TransformerConfig:
         sizes = {"codebook_size": self.quantizer.codebook_size, "classes": self.classes, "grid": self.grid}
-        return TransformerConfig(**self.transformer.model_dump(), **sizes)
+        return TransformerConfig(**self.model.model_dump(), **sizes)
 
     def identity(self) -> dict[str, Any]:
         """As of a tokenizer's config, and its tokenizer's too."""
@@ -373,8 +372,8 @@ RunConfig = TrainConfig | TransformerTrainConfig
 
 
 def parse_run_config(tree: Any) -> RunConfig:
-    """The config of either stage: a transformer's is the one with a transformer (ConfigError, one sentence)."""
-    stage = TransformerTrainConfig if isinstance(tree, dict) and "transformer" in tree else TrainConfig
+    """The config of either stage: a transformer's is the one with a tokenizer (ConfigError, one sentence)."""
+    stage = TransformerTrainConfig if isinstance(tree, dict) and "tokenizer" in tree else TrainConfig
     return stage.parse(tree)
 
 

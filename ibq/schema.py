@@ -41,22 +41,6 @@ class Frozen(BaseModel):
         return self.parse(set_fields(self.to_json_dict(), dotted))
 
 
-def later(default: Any, **constraints: Any) -> Any:
-    """A field that came when runs existed already. Its default is what was done before, and stays out of a run's id:
-    what is finished under that id is still the run that the config describes."""
-    return Field(default, json_schema_extra={"later": True}, **constraints)
-
-
-def without_later(model: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
-    """A model's dump without the later fields that are at their default."""
-    kept = {}
-    for name, info in type(model).model_fields.items():
-        value, extra = getattr(model, name), info.json_schema_extra
-        if not (isinstance(extra, dict) and extra.get("later") and value == info.default):
-            kept[name] = without_later(value, tree[name]) if isinstance(value, BaseModel) else tree[name]
-    return kept
-
-
 def set_fields(tree: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:
     """A copy of a nested dict with existing leaves replaced by dotted path; a path that is not there is a
     ConfigError."""

@@ -43,8 +43,8 @@ def arm(name: str, method: str, token: str = "whole", depth: str = "×1") -> Arm
     # no transformer is better than its tokenizer, so these are trained longer than those of other ablations
     changes = {**METHODS[method], "steps": lambda given: Times(given.preset.transformer_tokenizer_steps)}
     transformer: dict[str, Any] = {
-        "transformer.depth": partial(_depth, DEPTHS[depth]),
-        "transformer.subtoken_bits": _halves if token == "halves" else [],
+        "model.depth": partial(_depth, DEPTHS[depth]),
+        "model.subtoken_bits": _halves if token == "halves" else [],
     }
     return Arm(name, levels, changes, transformer, focal=True)
 
@@ -52,7 +52,7 @@ def arm(name: str, method: str, token: str = "whole", depth: str = "×1") -> Arm
 def _depth(share: Fraction, given: Given) -> int:
     """Rounded up, so that a transformer has at least one block."""
     assert given.transformer
-    return math.ceil(share * given.transformer.transformer.depth)
+    return math.ceil(share * given.transformer.model.depth)
 
 
 def _halves(given: Given) -> list[int]:

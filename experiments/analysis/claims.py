@@ -17,7 +17,7 @@ SIZES = {
     "codebook_size": ("K = ", ""),
     "code_dim": ("D = ", ""),
     "config.tokenizer.steps": ("tokenizers of ", " steps"),
-    "config.transformer.depth": ("depth ", ""),
+    "config.model.depth": ("depth ", ""),
     "config.steps": ("", " steps"),
 }
 """Words of a scale around the values of rows, by their columns, where they have them."""

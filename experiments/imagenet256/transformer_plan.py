@@ -68,7 +68,7 @@ def plan(config: TransformerTrainConfig, gpus: int) -> list[tuple[str, str]]:
     """
     images = images_at_a_time(config, gpus)
     costs = count(config, images)
-    tokens, bits = config.tokens_per_image, config.transformer.subtoken_bits
+    tokens, bits = config.tokens_per_image, config.model.subtoken_bits
     predicted = f", predicted in sub-tokens of {' and '.join(map(str, bits))} bits" if bits else ""
     in_all = f"{config.steps * config.batch_size * tokens / 1e9:,.1f} billion in all"
     return [
@@ -104,10 +104,10 @@ def count(config: TransformerTrainConfig, images: int) -> Costs:
         block, rotation_2SP = transformer.blocks[0], rotation_table(config.grid, torch.empty(0))[:, :-1]
 
         def inputs(B: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            x_BSW = torch.empty(B, config.tokens_per_image, config.transformer.width, requires_grad=True)
+            x_BSW = torch.empty(B, config.tokens_per_image, config.model.width, requires_grad=True)
             return (
                 x_BSW,
-                torch.empty(B, config.transformer.width, requires_grad=True),
+                torch.empty(B, config.model.width, requires_grad=True),
                 torch.zeros(x_BSW.shape[:2], dtype=torch.int64),
             )
 
@@ -124,7 +124,7 @@ def count(config: TransformerTrainConfig, images: int) -> Costs:
         of_block, of_rest = (
             [kept_bytes(part, config.precision, *inputs(B)) for B in (1, 2)] for part in (through_block, after_blocks)
         )
-        depth = config.transformer.depth
+        depth = config.model.depth
         return Costs(
             transformer=_size(transformer),
             block=_size(block),
@@ -153,7 +153,7 @@ def _flops(config: TransformerTrainConfig, loss: Callable[..., torch.Tensor], in
 def memory_gib(config: TransformerTrainConfig, costs: Costs, images: int, gpus: int, sharding: str) -> dict[str, float]:
     """Estimated GiB of a GPU by what needs them, with micro-batches of so many images; the plan's line on memory has
     the rules."""
-    state, depth = (20 if config.optim.ema_decay else 16) * costs.transformer, config.transformer.depth
+    state, depth = (20 if config.optim.ema_decay else 16) * costs.transformer, config.model.depth
     sizes = {"state": state + (4 * costs.transformer if gpus > 1 else 0)}
     if sharding == "fsdp":
         outside = costs.transformer - depth * costs.block
@@ -202,7 +202,7 @@ def _memory(config: TransformerTrainConfig, costs: Costs, images: int, gpus: int
         f"{costs.kept_a_block / config.tokens_per_image / 1024:.1f} KiB",
         f"{costs.kept_after / 2**20:.1f} MiB",
     )
-    positions = f"{config.tokens_per_image} positions × {config.transformer.depth} blocks × {a_block}"
+    positions = f"{config.tokens_per_image} positions × {config.model.depth} blocks × {a_block}"
     return (
         f"state: {held} bytes a parameter (float32 weight, gradient, both moments of AdamW{average}){several}; "
         f"activations: {images} images × ({positions} + {after}); {copies}"

@@ -33,7 +33,7 @@ BATCH = 768
 
 def _transformer(size: str, epochs: int, tokenizer: TrainConfig, **changes: Any) -> TransformerTrainConfig:
     data = {f"data.{name}": value for name, value in imagenet_data().items()}
-    sizes = {"transformer.depth": SIZES[size], "steps": imagenet_steps(epochs, BATCH), "batch_size": BATCH}
+    sizes = {"model.depth": SIZES[size], "steps": imagenet_steps(epochs, BATCH), "batch_size": BATCH}
     return transformer(get_preset("paper"), tokenizer, data | sizes | changes)
 
 
@@ -116,7 +116,7 @@ def imagenet256_transformer_b_lfq_262144(tokenizer: TrainConfig | None = None) -
     Command: torchrun --nproc-per-node 8 -m experiments train imagenet256_transformer_b_lfq_262144 --tokenizer TOKENIZER
         --data IMAGENET
     """
-    return _transformer("B", 300, tokenizer or imagenet256_lfq_262144(), **{"transformer.subtoken_bits": [6, 12]})
+    return _transformer("B", 300, tokenizer or imagenet256_lfq_262144(), **{"model.subtoken_bits": [6, 12]})
 
 
 TRANSFORMERS: dict[str, Callable[..., TransformerTrainConfig]] = {

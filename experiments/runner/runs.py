@@ -79,7 +79,7 @@ def forget(run: RunDirectory) -> None:
 
 def transformers_on(tokenizer: RunDirectory) -> list[RunDirectory]:
     """The runs of transformers that have a copy of a tokenizer's run."""
-    copies = sorted(tokenizer.path.parent.glob("gen-*/tokenizer/row.json"))
+    copies = sorted(tokenizer.path.parent.glob("transformer-*/tokenizer/row.json"))
     return [
         RunDirectory(path.parents[1]) for path in copies if json.loads(path.read_text())["run"] == tokenizer.path.name
     ]

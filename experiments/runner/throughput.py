@@ -45,8 +45,8 @@ def work(cell: Cell, preset: Preset) -> float:
     config = cell.config
     if isinstance(config, TrainConfig):
         return config.steps
-    K, usual = config.quantizer.codebook_size, TransformerDials(**preset.transformer["transformer"])
-    products = config.batch_size * config.tokens_per_image * _products(config.transformer, K)
+    K, usual = config.quantizer.codebook_size, TransformerDials(**preset.transformer["model"])
+    products = config.batch_size * config.tokens_per_image * _products(config.model, K)
     return (
         config.steps
         * products

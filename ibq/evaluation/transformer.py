@@ -91,7 +91,7 @@ def evaluate_transformer(
         NonFiniteError: the transformer's predictions have NaN or infinite values.
         StopRequested: finished parts are kept.
     """
-    guidances = tuple(g for g in runtime.guidances if g == 1 or config.transformer.class_dropout)
+    guidances = tuple(g for g in runtime.guidances if g == 1 or config.model.class_dropout)
     listed = (
         _listed(guidances)
         if guidances == runtime.guidances

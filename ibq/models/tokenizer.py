@@ -20,7 +20,6 @@ from ibq.errors import ConfigError
 from ibq.models.autoencoder import Decoder, Encoder
 from ibq.quantizers import Quantized, build_quantizer
 from ibq.run_directory import write_json, write_tensors
-from ibq.schema import without_later
 
 
 class Reconstruction(NamedTuple):
@@ -91,7 +90,7 @@ class Tokenizer(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 (hex) of architecture and weights, wherever they were read from."""
-        quantizer = without_later(self.config.quantizer, self.config.quantizer.model_dump(mode="json"))
+        quantizer = self.config.quantizer.model_dump(mode="json")
         shape = [self.config.model.model_dump(mode="json"), quantizer, self.config.data.channels]
         return digest_of(self, shape)
 
@@ -130,7 +129,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ConfigError(
             f"{folder / 'config.json'} is not JSON ({error}); pass the folder of another run or save it again"
         ) from None
-    if isinstance(config, dict) and "transformer" in config:
+    if isinstance(config, dict) and "tokenizer" in config:
         raise ConfigError(
             f"{folder} is a transformer's run, not a tokenizer's; pass its tokenizer, {folder / 'tokenizer'}"
         )

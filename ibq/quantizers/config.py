@@ -16,9 +16,7 @@ class EmbeddingConfig(QuantizerConfig):
     """Initialisation of a learnt codebook: U(-1/K, 1/K), N(0, 1), K of the encoder's features, or k-means of them."""
 
     codebook_init: CodebookInit = "uniform"
-    init_scale: float = Field(
-        1.0, gt=0, description="factor on codes drawn from U or N", json_schema_extra={"later": True}
-    )
+    init_scale: float = Field(1.0, gt=0, description="factor on codes drawn from U or N")
 
     @property
     def unit_norm(self) -> bool:

@@ -215,8 +215,7 @@ class TrainingState:
             trained.restore(name, checkpoint, updated=meta["step"] > begins_at[name])
         self.average.load_state_dict(part_of(tensors, "average."))
         for name, window in self.windows.items():
-            if f"window.{name}" in tensors:  # checkpoints of before lack what was not counted then: it begins here
-                window.restore(tensors[f"window.{name}"])
+            window.restore(tensors[f"window.{name}"])
         if "discriminator" in self.trained:
             self.logit_averages_2 = tensors["lecam.averages"].to(self.device)
         restore_random_states(tensors, self.device)

@@ -252,8 +252,8 @@ def _row(
     """Run facts, flat."""
     config = state.config
     facts = belongs_to | {
-        "generator_version": TRANSFORMER_VERSION,
-        "depth": config.transformer.depth,
+        "transformer_version": TRANSFORMER_VERSION,
+        "depth": config.model.depth,
         "parameters": sum(parameter.numel() for parameter in state.transformer.parameters()),
         "tokens_per_image": config.tokens_per_image,
         "token_source": config.tokens,

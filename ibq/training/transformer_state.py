@@ -123,7 +123,7 @@ class TransformerState:
         tensors = gather_for_writer(tensors | {"window.log": self.log_window.total()} | random_states(self.device))
         meta = {name: getattr(self, name) for name in COUNTED} | belongs_to
         meta |= {"processes": world_size(), "sharded": self.sharded, "commit": source_commit()}
-        meta |= {"results_version": RESULTS_VERSION, "generator_version": TRANSFORMER_VERSION}
+        meta |= {"results_version": RESULTS_VERSION, "transformer_version": TRANSFORMER_VERSION}
         if is_writer():
             save_checkpoint(folder, tensors, meta)
 
@@ -131,7 +131,7 @@ class TransformerState:
         """ConfigError: the checkpoint is of another version of the code."""
         tensors, meta = checkpoint.tensors, checkpoint.meta
         require_version(meta, "results_version", RESULTS_VERSION)
-        require_version(meta, "generator_version", TRANSFORMER_VERSION)
+        require_version(meta, "transformer_version", TRANSFORMER_VERSION)
         self.trained.restore("model", checkpoint, updated=meta["step"] > 0)
         for name, weight in self.average.items():
             weight.copy_(part_like(tensors[f"average.{name}"], weight))

@@ -31,7 +31,7 @@ FIELDS = {
 TRANSFORMER_FIELDS = {
     "data.crop": "center",
     "data.resolution": "64",
-    "transformer.depth": "1",
+    "model.depth": "1",
     "classes": "2",
     "batch_size": "8",
     "accumulate": "2",

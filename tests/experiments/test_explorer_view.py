@@ -107,7 +107,7 @@ def test_foreign_folders_are_refused_in_one_sentence(tmp_path: Path, tiny: Calla
     with pytest.raises(ConfigError, match=r"foreign/config.json cannot be read .*; forget the run and train it again"):
         read_view(directory)
     config = tiny("ibq")
-    transformer = {"transformer": {"depth": 1}, "tokenizer": config.to_json_dict(), "data": config.data.model_dump()}
+    transformer = {"model": {"depth": 1}, "tokenizer": config.to_json_dict(), "data": config.data.model_dump()}
     write_json(directory.config, TransformerTrainConfig.parse(transformer).to_json_dict())
     with pytest.raises(ConfigError, match="foreign is a transformer's run, and the explorer shows tokenizers'"):
         read_view(directory)

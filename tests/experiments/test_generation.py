@@ -48,9 +48,9 @@ def test_arms_have_the_same_k_and_differ_in_what_they_are_named_for(preset: str)
     of = configs(preset)
     assert len({config.quantizer.codebook_size for config in of.values()}) == 1
     for one, other, field in (
-        ("lfq_tokens", "lfq_halves", "transformer.subtoken_bits"),
-        ("ibq_tokens", "ibq_shallow", "transformer.depth"),
-        ("ibq_tokens", "ibq_deep", "transformer.depth"),
+        ("lfq_tokens", "lfq_halves", "model.subtoken_bits"),
+        ("ibq_tokens", "ibq_shallow", "model.depth"),
+        ("ibq_tokens", "ibq_deep", "model.depth"),
     ):
         assert changed(of[one], of[other]) == {field}
     for name in ("vq_tokens", "vq_strong_tokens", "lfq_tokens"):
@@ -87,17 +87,17 @@ def test_the_preset_says_how_much_longer_its_tokenizers_train(
 
 @pytest.mark.parametrize(("depth", "depths"), [(1, (1, 1, 2)), (2, (1, 2, 3)), (3, (2, 3, 5)), (12, (6, 12, 18))])
 def test_depths_are_multiples_of_the_presets_and_at_least_one(depth: int, depths: tuple[int, ...]) -> None:
-    base = configs("quick")["ibq_tokens"].with_fields(**{"transformer.depth": depth})
+    base = configs("quick")["ibq_tokens"].with_fields(**{"model.depth": depth})
     changes = [ABLATION.arm(name).transformer or {} for name in ("ibq_shallow", "ibq_tokens", "ibq_deep")]
     given = Given(get_preset("quick"), 1024, base)
-    assert tuple(change["transformer.depth"](given) for change in changes) == depths
+    assert tuple(change["model.depth"](given) for change in changes) == depths
 
 
 @pytest.mark.parametrize(("preset", "bits"), [("smoke", (2, 3)), ("quick", (5, 5)), ("gpu", (7, 7))])
 def test_halves_are_halves_of_the_bits(preset: str, bits: tuple[int, int]) -> None:
     of = configs(preset)
-    assert of["lfq_halves"].transformer.subtoken_bits == bits
-    assert all(config.transformer.subtoken_bits == () for name, config in of.items() if name != "lfq_halves")
+    assert of["lfq_halves"].model.subtoken_bits == bits
+    assert all(config.model.subtoken_bits == () for name, config in of.items() if name != "lfq_halves")
     assert of["lfq_halves"].quantizer.codebook_size == 2 ** sum(bits)
 
 

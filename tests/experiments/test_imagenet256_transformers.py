@@ -23,10 +23,10 @@ SHARED = {
     "data.crop": "random",
     "data.flip": False,
     "classes": 1000,
-    "transformer.token_dropout": 0.1,
-    "transformer.attention_dropout": 0.1,
-    "transformer.ffn_dropout": 0.1,
-    "transformer.class_dropout": 0.1,
+    "model.token_dropout": 0.1,
+    "model.attention_dropout": 0.1,
+    "model.ffn_dropout": 0.1,
+    "model.class_dropout": 0.1,
     "optim.lr": pytest.approx(3e-4),
     "optim.betas": [0.9, 0.95],
     "optim.weight_decay": 0.05,
@@ -79,7 +79,7 @@ def test_a_recipe_has_the_papers_numbers(name: str) -> None:
     tokenizer, depth, bits, epochs, final_factor = OWN[name]
     config = TRANSFORMERS[name]()
     flat = flatten(config.to_json_dict())
-    wanted = SHARED | {"transformer.depth": depth, "transformer.subtoken_bits": bits}
+    wanted = SHARED | {"model.depth": depth, "model.subtoken_bits": bits}
     assert {field: flat[field] for field in wanted} == wanted
     assert config.tokenizer == TOKENIZERS[tokenizer]()
     assert (config.data.kind, config.tokens, config.grid, config.tokens_per_image) == ("imagefolder", "fresh", 16, 256)

@@ -30,7 +30,7 @@ REPEATABLE = {"averages": "global", "loss.adversarial.norm": "group", "model.nor
 REPEATABLE |= {"optim.warmup": "0.5"}  # Adam's first step goes by the sign of a gradient alone, which may be rounding
 """Fields with which one process and two train alike, at a rate at which Adam amplifies rounding little."""
 TRANSFORMER_STEPS = 400
-WITHOUT_DROPOUT = {f"transformer.{name}_dropout": "0" for name in ("token", "attention", "ffn", "class")} | {
+WITHOUT_DROPOUT = {f"model.{name}_dropout": "0" for name in ("token", "attention", "ffn", "class")} | {
     "optim.lr": "1e-5"
 }
 """The same of a transformer: every process draws what it drops."""

@@ -152,7 +152,7 @@ def test_a_tokenizer_has_to_be_there_whole(pictures: Path, tokenizer: Path, tmp_
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_text((tokenizer / "config.json").read_text())
     (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer" / "config.json").write_text('{"transformer": {}}')
+    (tmp_path / "transformer" / "config.json").write_text('{"tokenizer": {}}')
     for name, words in {
         "nowhere": "does not exist; pass the folder of a finished run or of Tokenizer.save",
         "notes.txt": "is neither a folder nor a .ckpt file",
@@ -173,7 +173,7 @@ def test_a_tokenizer_has_to_be_there_whole(pictures: Path, tokenizer: Path, tmp_
         ),
         ("tokenizer_sha256", "0" * 64, "--set tokenizer_sha256 cannot change the tokenizer of --tokenizer, which is"),
         (
-            "transformer.subtoken_bits",
+            "model.subtoken_bits",
             "[6,12]",
             "subtoken_bits=(6, 12) make 262,144 tokens and codebook_size is 16; choose",
         ),
@@ -184,7 +184,7 @@ def test_a_tokenizer_has_to_be_there_whole(pictures: Path, tokenizer: Path, tmp_
         ),
         ("classes", "1", "labels of imagefolder train go up to 1 and classes=1; set classes=2 or more"),
         ("batch_size", "32", "batch_size=32 exceeds the 16 training images"),
-        ("transformer.dept", "2", "there is no field 'transformer.dept'; did you mean 'transformer.depth'?"),
+        ("model.dept", "2", "there is no field 'model.dept'; did you mean 'model.depth'?"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(

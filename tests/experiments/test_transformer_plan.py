@@ -15,7 +15,7 @@ from ibq.errors import ConfigError
 from ibq.models.transformer import Transformer
 
 SMALL = {
-    "transformer.depth": 2,
+    "model.depth": 2,
     "data.resolution": 64,
     "classes": 10,
     "tokenizer.data.resolution": 64,
@@ -58,7 +58,7 @@ def kept_by_a_real_pass(config: TransformerTrainConfig, images: int) -> int:
 def test_what_is_counted_as_kept_is_what_autograd_keeps(
     small: TransformerTrainConfig, precision: str, bits: list[int]
 ) -> None:
-    config = small.with_fields(**{"precision": precision, "transformer.subtoken_bits": bits})
+    config = small.with_fields(**{"precision": precision, "model.subtoken_bits": bits})
     costs = transformer_plan.count(config, 3)
     counted = 3 * (2 * costs.kept_a_block + costs.kept_after) + costs.copies
     assert counted == pytest.approx(kept_by_a_real_pass(config, 3), rel=0.04)  # the embedding's own is left out
@@ -66,7 +66,7 @@ def test_what_is_counted_as_kept_is_what_autograd_keeps(
 
 def test_compute_is_that_of_products_counted_by_hand(small: TransformerTrainConfig) -> None:
     """A product's backward pass has two products, attention's five for two."""
-    S, W, F, K, depth = 16, 128, small.transformer.ffn_width, 64, 2
+    S, W, F, K, depth = 16, 128, small.model.ffn_width, 64, 2
     matrices, modulation, attention = 2 * S * (4 * W * W + 3 * W * F), 2 * 6 * W * W, 4 * S * S * W
     by_hand = depth * (3 * (matrices + modulation) + 3.5 * attention) + 3 * (2 * 2 * W * W + 2 * S * W * K)
     assert transformer_plan.count(small, 1).flops == by_hand

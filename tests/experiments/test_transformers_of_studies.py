@@ -50,9 +50,11 @@ def test_tokenizers_come_first_and_transformers_wait_for_them(empty: Study) -> N
             "tokenizer",
             False,
         )
-    assert [
-        cell.config.transformer.depth for cell in empty.waiting if isinstance(cell.config, TransformerTrainConfig)
-    ] == [1, 1, 2]
+    assert [cell.config.model.depth for cell in empty.waiting if isinstance(cell.config, TransformerTrainConfig)] == [
+        1,
+        1,
+        2,
+    ]
     waits = f"waits for its tokenizer {empty.cells[1].run.path.name}"
     assert [rows.waits_for(empty, cell) for cell in empty.waiting[1:]] == [waits, waits]
     empty, joined = advance(empty)
@@ -94,8 +96,8 @@ def test_transformer_stage_fields_are_set_apart_from_the_tokenizers(empty: Study
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_has_a_transformer(name: str) -> None:
     preset = get_preset(name)
-    config = transformer(preset, tokenizer(preset, {"method": "ibq"}), {"transformer.depth": 3}, seed=4)
-    assert (config.transformer.depth, config.seed) == (3, 4)
+    config = transformer(preset, tokenizer(preset, {"method": "ibq"}), {"model.depth": 3}, seed=4)
+    assert (config.model.depth, config.seed) == (3, 4)
     assert config.tokens == ("fresh" if name == "paper" else "cached")
     assert config.classes == (1000 if name == "paper" else 10)
     if name == "paper":
@@ -121,8 +123,8 @@ def test_every_preset_has_a_transformer(name: str) -> None:
         ),
         ({"overrides": {"transformer.tokenizer_sha256": "0" * 64}}, "transformer.tokenizer_sha256 is of a tokenizer"),
         (
-            {"overrides": {"transformer.transformer.depth": 4}},
-            "transformer.transformer.depth is what the arms of toy differ in",
+            {"overrides": {"transformer.model.depth": 4}},
+            "transformer.model.depth is what the arms of toy differ in",
         ),
         ({"overrides": {"transformer.stepz": 4}}, "transformer of vq: there is no field 'stepz'.*'steps'"),
         (

@@ -110,7 +110,7 @@ def test_status_and_compare_know_both_stages(copied: Study) -> None:
     assert output.count(" ok ") == 6
     one, other = (cell.run for cell in copied.cells if cell.arm.name in ("ibq", "ibq_deep"))
     differing = {line[0]: line[1:] for line in runs.compare(one, other)}
-    assert differing["transformer.depth"] == (1, 2)
+    assert differing["model.depth"] == (1, 2)
     assert "bits_per_image" in differing or one.read_row()["bits_per_image"] == other.read_row()["bits_per_image"]
     assert not {"tokenizer.quantizer.method", "tokenizer_sha256", "steps"} & set(differing)
     assert one.path.name in runner.invoke(app, ["compare", one.path.name, other.path.name]).output
@@ -120,7 +120,7 @@ def test_tokenizers_of_transformers_are_no_arms_of_tables_and_pages(copied: Stud
     assert tables.build("arms", TOY, rows.load(copied))["arm"].tolist() == ["vq", "ibq", "ibq_deep"]
     differing, common = differing_fields(copied, TOY)
     assert differing["arm"].tolist() == ["vq", "ibq", "ibq_deep"]
-    assert {"transformer.depth", "tokenizer.quantizer.method"} <= set(differing)
+    assert {"model.depth", "tokenizer.quantizer.method"} <= set(differing)
     assert common["tokenizer.steps"] == "6"
     assert not {"seed", "tokenizer.seed", "tokenizer_sha256"} & {*differing, *common}
     assert {cell.arm.name for cell in finished_cells(copied, TOY)} == {"vq", "ibq", "ibq_deep"}

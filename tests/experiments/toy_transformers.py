@@ -14,7 +14,7 @@ TIMING = {"train_seconds", "encode_seconds", "peak_memory_gib", "sample_images_p
 
 def arm(name: str, of: str, depth: int, **more: object) -> Arm:
     levels = {**PAIR.arm(of).levels, "depth": str(depth)}
-    return Arm(name, levels, PAIR.arm(of).changes, {"transformer.depth": depth}, **more)  # type: ignore[arg-type]
+    return Arm(name, levels, PAIR.arm(of).changes, {"model.depth": depth}, **more)  # type: ignore[arg-type]
 
 
 TOY = replace(

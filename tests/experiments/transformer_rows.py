@@ -97,7 +97,7 @@ def lose(cell: Cell) -> None:
 
 
 def _facts(cell: Cell) -> dict[str, object]:
-    depth = cell.config.transformer.depth  # type: ignore[union-attr]
+    depth = cell.config.model.depth  # type: ignore[union-attr]
     numbers = {
         "seed": cell.seed,
         "parameters": 250_000 * depth**2,

@@ -107,7 +107,7 @@ def test_a_released_transformer(tmp_path: Path) -> None:
 
 
 def test_subtokens_and_bfloat16(tmp_path: Path) -> None:
-    model = write_transformer(tmp_path / "model", **{"transformer.subtoken_bits": (1, 3)})
+    model = write_transformer(tmp_path / "model", **{"model.subtoken_bits": (1, 3)})
     run(model, tmp_path / "out", "--count", 4, "--temperature", 0)
     assert (written(tmp_path / "out") - plain(model, Sampling(temperature=0), 0, [0, 1, 2, 3])).abs().max() <= 1
     run(model, tmp_path / "bf16", "--count", 4, "--precision", "bf16")

@@ -65,7 +65,7 @@ def test_every_wrong_argument_is_one_sentence(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: Any
 ) -> None:
     Tokenizer(tiny()).save(tmp_path / "tokenizer")
-    unguided = write_transformer(tmp_path / "unguided", **{"transformer.class_dropout": 0.0})
+    unguided = write_transformer(tmp_path / "unguided", **{"model.class_dropout": 0.0})
     cases: dict[str, tuple[object, ...]] = {
         "absent does not exist; pass the folder of a transformer's finished run": (tmp_path / "absent",),
         "tokenizer holds a tokenizer and no transformer": (tmp_path / "tokenizer",),

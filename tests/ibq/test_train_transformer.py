@@ -51,7 +51,7 @@ from ibq.training.transformer_state import decaying_adamw
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "averaged, two micro-batches": {"optim.ema_decay": 0.7, "accumulate": 2},
-    "sub-tokens in bf16": {"transformer.subtoken_bits": (2, 3), "precision": "bf16"},
+    "sub-tokens in bf16": {"model.subtoken_bits": (2, 3), "precision": "bf16"},
 }
 every_arm = pytest.mark.parametrize("arm", ARMS)
 GOLDEN = Path(__file__).with_name("golden_transformer_curve.json")
@@ -104,12 +104,12 @@ def test_the_directory_of_a_finished_run(finished: Any, arm: str) -> None:
         "data_hash": content_hash,
         "tokenizer_run": config.tokenizer.run_id(content_hash),
         "tokenizer_sha256": tokenizer.digest(),
-        "generator_version": TRANSFORMER_VERSION,
+        "transformer_version": TRANSFORMER_VERSION,
         "depth": 1,
         "tokens_per_image": 16,
         "token_source": "cached",
         "train_seconds": events[-1].record["seconds"],
-        "config.transformer.depth": 1,
+        "config.model.depth": 1,
         "protocol.weights": "ema" if config.optim.ema_decay else "raw",
     }
     assert {name: row[name] for name in facts} == facts
@@ -205,7 +205,7 @@ def test_the_peak_of_memory_is_that_of_training(tmp_path: Path, monkeypatch: pyt
 
 
 def test_weight_decay_is_for_matrices_alone() -> None:
-    config = transformer_config(**{"transformer.subtoken_bits": (2, 3)})
+    config = transformer_config(**{"model.subtoken_bits": (2, 3)})
     network = Transformer(config.transformer_config)
     names = {parameter: name for name, parameter in network.named_parameters()}
     decaying, others = decaying_adamw(config, network).param_groups
@@ -377,7 +377,7 @@ def test_fresh_squares_are_encoded_step_by_step(tmp_path: Path, monkeypatch: pyt
 
 def golden_config() -> TransformerTrainConfig:
     return transformer_config(
-        **{"steps": 20, "optim.warmup": 0.1, "optim.ema_decay": 0.9, "transformer.depth": 2, "accumulate": 2}
+        **{"steps": 20, "optim.warmup": 0.1, "optim.ema_decay": 0.9, "model.depth": 2, "accumulate": 2}
     )
 
 
@@ -393,7 +393,7 @@ def test_the_curve_is_the_golden_one(tmp_path: Path) -> None:
     """Regression test: a change of the code changes no number. A change that is meant to raises TRANSFORMER_VERSION and
     writes the curve anew: python tests/ibq/test_train_transformer.py"""
     golden = json.loads(GOLDEN.read_text())
-    assert (golden["generator_version"], golden["results_version"]) == (TRANSFORMER_VERSION, RESULTS_VERSION)
+    assert (golden["transformer_version"], golden["results_version"]) == (TRANSFORMER_VERSION, RESULTS_VERSION)
     actual = curve(tmp_path)
     assert len(actual) == len(golden["curve"]) == 20
     for step, (mine, theirs) in enumerate(zip(actual, golden["curve"], strict=True), start=1):
@@ -404,5 +404,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
         watch_images(patch, Path(temporary) / "cache")
-        versions = {"generator_version": TRANSFORMER_VERSION, "results_version": RESULTS_VERSION}
+        versions = {"transformer_version": TRANSFORMER_VERSION, "results_version": RESULTS_VERSION}
         GOLDEN.write_text(json.dumps(versions | {"curve": curve(Path(temporary) / "run")}, indent=1) + "\n")

@@ -195,7 +195,7 @@ def test_the_protocol_says_of_what_the_numbers_are(whole: Evaluated, networks: t
 def test_without_an_unconditional_class_nothing_is_guided(
     networks: tuple[Transformer, Tokenizer], tokens: Tokens, tmp_path: Path
 ) -> None:
-    config, runtime = CONFIG.with_fields(**{"transformer.class_dropout": 0.0}), dataclasses.replace(RUNTIME, samples=3)
+    config, runtime = CONFIG.with_fields(**{"model.class_dropout": 0.0}), dataclasses.replace(RUNTIME, samples=3)
 
     def evaluated(guidances: tuple[float, ...]) -> Evaluated:
         given = dataclasses.replace(runtime, guidances=guidances)

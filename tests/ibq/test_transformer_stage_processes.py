@@ -49,7 +49,7 @@ pytestmark = pytest.mark.processes
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "two micro-batches": {"accumulate": 2, "optim.ema_decay": 0.5, "optim.clip_norm": 0.5},
-    "sub-tokens": {"transformer.subtoken_bits": (2, 3)},
+    "sub-tokens": {"model.subtoken_bits": (2, 3)},
 }
 SHARDINGS = ("ddp", "fsdp")
 ROUNDED = "bfloat16"

@@ -206,9 +206,9 @@ def test_the_directory_of_another_config_is_refused_by_the_field(tmp_path: Path)
     with pytest.raises(StopRequested):
         train(transformer_config(), tmp_path, should_stop=stop_at(2))
     refused(
-        transformer_config(**{"transformer.depth": 2}),
+        transformer_config(**{"model.depth": 2}),
         tmp_path,
-        r"holds a run with transformer\.depth=1, not 2; pass another directory$",
+        r"holds a run with model\.depth=1, not 2; pass another directory$",
     )
 
 
@@ -217,5 +217,5 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch:
         train(transformer_config(), tmp_path, should_stop=stop_at(2))
     monkeypatch.setattr("ibq.training.transformer_state.TRANSFORMER_VERSION", 99)
     refused(
-        transformer_config(), tmp_path, r"generator_version=1, this code has 99; forget the run and train it again$"
+        transformer_config(), tmp_path, r"transformer_version=1, this code has 99; forget the run and train it again$"
     )

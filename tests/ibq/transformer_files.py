@@ -22,7 +22,7 @@ def transformer_config(**dotted: Any) -> TransformerTrainConfig:
     tree: dict[str, Any] = {
         "tokenizer": {"data": {"resolution": 16}, "model": MODEL, "quantizer": quantizer, "steps": 8, "batch_size": 4},
         "data": {"resolution": 16},
-        "transformer": {"depth": 1},
+        "model": {"depth": 1},
         "steps": 2,
     }
     return TransformerTrainConfig.parse(tree).with_fields(**dotted)

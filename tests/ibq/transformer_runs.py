@@ -35,7 +35,7 @@ AUTOENCODER = {
     "norm_groups": 4,
 }
 DROPOUTS = ("token_dropout", "attention_dropout", "ffn_dropout", "class_dropout")
-WITHOUT_DROPOUT = {f"transformer.{name}": 0.0 for name in DROPOUTS}
+WITHOUT_DROPOUT = {f"model.{name}": 0.0 for name in DROPOUTS}
 N_IMAGES = 40
 COST = TIMED | {"tokens_per_s", "encode_seconds", "sample_images_per_s"}
 
@@ -43,7 +43,7 @@ COST = TIMED | {"tokens_per_s", "encode_seconds", "sample_images_per_s"}
 def transformer_config(**dotted: Any) -> TransformerTrainConfig:
     """The smallest with every part: a grid of 4 x 4 tokens of 32 codes, one block; changed by dotted path."""
     tokenizer = {"model": AUTOENCODER, "quantizer": {"method": "ibq", "codebook_size": 32, "code_dim": 4}}
-    tree = {"tokenizer": tokenizer, "data": {}, "transformer": {"depth": 1}, "steps": 8, "batch_size": 8}
+    tree = {"tokenizer": tokenizer, "data": {}, "model": {"depth": 1}, "steps": 8, "batch_size": 8}
     return TransformerTrainConfig.parse(tree).with_fields(**{"optim.lr": 1e-3} | dotted)
 
 

@@ -144,7 +144,7 @@ class LoadForm:
         study = sorted(
             path.parent.name
             for path in Study().runs_folder.glob("*/config.json")
-            if not path.parent.name.startswith("gen-")
+            if not path.parent.name.startswith("transformer-")
         )
         explored = sorted((path.parent.name for path in explore_folder().glob("*/config.json")), reverse=True)
         self.name.options = (*explored, *study)
