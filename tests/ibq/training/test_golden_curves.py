@@ -1,7 +1,7 @@
 """The loss curves of a tiny run, 20 steps with every term: what proves that a change of the code has changed no number.
 
 A change that is meant to change them raises RESULTS_VERSION and writes them anew: python
-    tests/ibq/test_golden_curves.py
+    tests/ibq/training/test_golden_curves.py
 """
 
 from __future__ import annotations

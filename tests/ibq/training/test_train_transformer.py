@@ -391,7 +391,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
 
 def test_the_curve_is_the_golden_one(tmp_path: Path) -> None:
     """Regression test: a change of the code changes no number. A change that is meant to raises TRANSFORMER_VERSION and
-    writes the curve anew: python tests/ibq/test_train_transformer.py"""
+    writes the curve anew: python tests/ibq/training/test_train_transformer.py"""
     golden = json.loads(GOLDEN.read_text())
     assert (golden["transformer_version"], golden["results_version"]) == (TRANSFORMER_VERSION, RESULTS_VERSION)
     actual = curve(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from experiments.runner.sweep import train_study
 from experiments.study import Study
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from faults import TARGETS, Bench, faults, results_of
 
