@@ -217,7 +217,8 @@ def full_disk(folder: Path, expected: dict[str, object], steps: int) -> list[str
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         print(
-            "full disk: mounts are not allowed here; tests/experiments/runner/test_disk_full.py makes the writes fail instead"
+            "full disk: mounts are not allowed here; tests/experiments/runner/test_disk_full.py makes the writes fail "
+            "instead"
         )
         return []
     try:

@@ -14,7 +14,7 @@ from ibq.errors import ConfigError, DataError
 from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PerceptualEvaluation, TokenizerMetrics, measured, sparing
 from ibq.metrics.distances import Distances, PairedDistances, too_few
 from ibq.metrics.perceptual import LPIPS
-from ibq.metrics.quality import SSIM_WINDOW, PictureQuality
+from ibq.metrics.quality import SSIM_WINDOW
 from ibq.models.tokenizer import Reconstruction, Tokenizer
 
 PIXEL_PROTOCOL = "float images in [-1, 1], reconstructions clamped, not rounded to 8 bits"
@@ -73,14 +73,13 @@ class PictureEvaluation:
     """
 
     def __init__(self, tokenizer: Tokenizer, perceptual: list[PerceptualMetric]) -> None:
-        self._quality = PictureQuality()
-        self._gathered = TokenizerMetrics(tokenizer, self._quality)
+        self._gathered = TokenizerMetrics(tokenizer)
         self._perceptual = perceptual
         self.sizes: dict[str, int] = {}
 
     @property
     def pictures(self) -> int:
-        return self._quality.images
+        return self._gathered.quality.images
 
     def update(self, positions: list[int], originals_BCHW: torch.Tensor, output: Reconstruction) -> None:
         """Add a batch of one size: the places of its pictures among all, what the tokenizer was shown, and what it
@@ -102,16 +101,16 @@ class PictureEvaluation:
         tokens, n, K = int(metrics["tokens"]), self.pictures, len(self._gathered.counts_K)
         protocol = dict.fromkeys(metrics, f"over {tokens:,} tokens of {n:,} pictures, K = {K:,}")
         of_quality = f"mean over {n:,} pictures; {PIXEL_PROTOCOL}"
-        protocol |= dict.fromkeys(self._quality.compute(), of_quality)
+        protocol |= dict.fromkeys(self._gathered.quality.compute(), of_quality)
         protocol["quantization_error"] = (
             f"squared error over the variance of z, in the space of the codes, over {tokens:,} tokens"
         )
         if "ssim" in metrics:
             protocol["ssim"] += f"; {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window of sigma 1.5"
         else:
+            smaller = self._gathered.quality.without_ssim
             absent["ssim"] = (
-                f"its window has {SSIM_WINDOW} pixels a side, and {self._quality.without_ssim:,} of {n:,} pictures are "
-                "smaller"
+                f"its window has {SSIM_WINDOW} pixels a side, and {smaller:,} of {n:,} pictures are smaller"
             )
         for metric in self._perceptual:
             more, more_protocol, more_absent = metric.compute()

@@ -24,7 +24,7 @@ from ibq.errors import DataError, NonFiniteInputError
 from ibq.metrics.codebook import QuantizationError
 from ibq.metrics.distances import EXTRACTED_AT_ONCE, NAMES, Distances, PairedDistances, References, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
-from ibq.metrics.quality import ImageQuality, PictureQuality
+from ibq.metrics.quality import ImageQuality
 from ibq.metrics.usage import usage_metrics
 from ibq.models.tokenizer import Reconstruction, Tokenizer
 from ibq.ops.precision import full_float32
@@ -102,11 +102,11 @@ class TokenizerMetrics:
 
     Args:
         tokenizer: whose forward passes these are, on the device to count on.
-        quality: of its reconstructions, empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, quality: ImageQuality | PictureQuality) -> None:
-        self._to_code_space, self.quality, self._error = tokenizer.quantize.to_code_space, quality, QuantizationError()
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._to_code_space = tokenizer.quantize.to_code_space
+        self.quality, self._error = ImageQuality(), QuantizationError()
         K, device = tokenizer.config.quantizer.codebook_size, next(tokenizer.parameters()).device
         self.counts_K = torch.zeros(K, dtype=torch.int64, device=device)
 
@@ -154,7 +154,7 @@ def evaluate(
     """
     n_images = min(n_images, len(images))
     device = next(tokenizer.parameters()).device
-    gathered = TokenizerMetrics(tokenizer, ImageQuality())
+    gathered = TokenizerMetrics(tokenizer)
     shown: dict[str, torch.Tensor] = {}
     share = Share(images, n_images, batch_size)
     distances: Distances | None = None

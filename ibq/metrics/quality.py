@@ -1,4 +1,4 @@
-"""Streaming image quality: L1, PSNR and SSIM a picture, then the mean over pictures, summed in float64.
+"""Image quality: L1, PSNR and SSIM of each image, then the mean over images, summed exactly.
 
 Protocol: images in [-1, 1], reconstructions clamped to it, not rounded to 8 bits; SSIM on
 [0, 1] with the 11 x 11 Gaussian window of sigma 1.5. A mean of batch means is not used anywhere, so the batch
@@ -11,23 +11,34 @@ import math
 
 import torch
 
-from ibq.distributed import gather_objects, sum_of_numbers
+from ibq.distributed import gather_objects
 
 SSIM_WINDOW = 11
 
 
 class ImageQuality:
-    """Accumulates pairs of batches; `compute` gives the means."""
+    """Accumulator of pairs of batches; `compute` gives the means.
+
+    Sums are exact, so that neither the order nor the batches of the images change them.
+    """
 
     def __init__(self) -> None:
-        self._sums = {"l1": 0.0, "mse": 0.0, "psnr_db": 0.0, "ssim": 0.0}
-        self.images = 0
+        self._values: dict[str, list[float]] = {"l1": [], "mse": [], "psnr_db": [], "ssim": []}
+
+    @property
+    def images(self) -> int:
+        return len(self._values["l1"])
+
+    @property
+    def without_ssim(self) -> int:
+        """Number of images that are smaller than the SSIM window."""
+        return self.images - len(self._values["ssim"])
 
     def update(self, originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> None:
         """Add a batch.
 
         Args:
-            originals_BCHW: float in [-1, 1], H and W at least 11 (the SSIM window).
+            originals_BCHW: float in [-1, 1], of any H and W.
             reconstructions_BCHW: the same shape; clamped here.
 
         Raises:
@@ -40,39 +51,6 @@ class ImageQuality:
             raise ValueError(
                 f"originals reach {float(originals_BCHW.abs().max()):.3f} in magnitude; scale them to [-1, 1]"
             )
-        for name, values_B in pixel_errors(originals_BCHW, reconstructions_BCHW).items():
-            self._sums[name] += float(values_B.sum())
-        self._sums["ssim"] += float(ssim(originals_BCHW, reconstructions_BCHW).sum())
-        self.images += len(originals_BCHW)
-
-    def reduce(self) -> None:
-        """Take in what the other processes have measured; a collective, once, after the last update."""
-        *sums, images = sum_of_numbers(*self._sums.values(), self.images)
-        self._sums, self.images = dict(zip(self._sums, sums, strict=True)), int(images)
-
-    def compute(self) -> dict[str, float]:
-        """Means over all images: l1 and mse in units of [-1, 1], psnr_db in dB, ssim in [-1, 1]."""
-        return {name: total / self.images for name, total in self._sums.items()}
-
-
-class PictureQuality:
-    """`ImageQuality` of pictures of any size: without SSIM where one is smaller than its window. Sums are exact, so
-    that neither the order nor the batches of the pictures change them."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[float]] = {"l1": [], "mse": [], "psnr_db": [], "ssim": []}
-
-    @property
-    def images(self) -> int:
-        return len(self._values["l1"])
-
-    @property
-    def without_ssim(self) -> int:
-        """Number of pictures that are smaller than the window."""
-        return self.images - len(self._values["ssim"])
-
-    def update(self, originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> None:
-        """Add a batch, as `ImageQuality`; H and W are free."""
         values = pixel_errors(originals_BCHW, reconstructions_BCHW)
         if min(originals_BCHW.shape[2:]) >= SSIM_WINDOW:
             values["ssim"] = ssim(originals_BCHW, reconstructions_BCHW)
@@ -85,7 +63,8 @@ class PictureQuality:
         self._values = {name: [value for values in of_ranks for value in values[name]] for name in self._values}
 
     def compute(self) -> dict[str, float]:
-        """Means over all pictures, as `ImageQuality`."""
+        """Means over all images: l1 and mse in units of [-1, 1], psnr_db in dB, ssim in [-1, 1], which is left out
+        where an image is smaller than its window."""
         n = self.images
         return {name: math.fsum(values) / n for name, values in self._values.items() if len(values) == n}
 

@@ -91,25 +91,11 @@ class Lab:
         self._log = open(home / "server.log", "w")  # noqa: SIM115 (closed with the server)
         self._server = subprocess.Popen(
             [
-                *(
-                    sys.executable,
-                    "-m",
-                    "jupyterlab",
-                    "--no-browser",
-                    "--allow-root",
-                    "--ip=127.0.0.1",
-                    f"--port={self.port}",
-                ),
-                *(
-                    "--ServerApp.port_retries=0",
-                    f"--IdentityProvider.token={self.token}",
-                    f"--ServerApp.root_dir={home / 'work'}",
-                ),
-                *(
-                    "--ServerApp.terminals_enabled=False",
-                    "--LabApp.news_url=None",
-                    "--LabApp.extension_manager=readonly",
-                ),
+                *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
+                *("--ip=127.0.0.1", f"--port={self.port}", "--ServerApp.port_retries=0"),
+                *(f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={home / 'work'}"),
+                *("--ServerApp.terminals_enabled=False", "--LabApp.news_url=None"),
+                "--LabApp.extension_manager=readonly",
             ],
             env=os.environ
             | folders

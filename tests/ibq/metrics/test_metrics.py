@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ibq.metrics.quality import ImageQuality, PictureQuality
+from ibq.metrics.quality import ImageQuality
 from ibq.metrics.usage import expected_uniform, usage_metrics
 
 counts = st.lists(st.integers(0, 50), min_size=1, max_size=250).filter(any)
@@ -126,7 +126,7 @@ def test_quality_of_pictures_is_the_same_bit_for_bit_in_any_order(batch_size: in
     x_BCHW, y_BCHW = pictures()
     found = []
     for order_B in (torch.arange(7), torch.tensor([3, 6, 0, 2, 5, 1, 4])):
-        streaming = PictureQuality()
+        streaming = ImageQuality()
         for indices_B in order_B.split(batch_size):
             streaming.update(x_BCHW[indices_B], y_BCHW[indices_B])
         found.append(streaming.compute())
@@ -138,7 +138,7 @@ def test_quality_of_pictures_is_the_same_bit_for_bit_in_any_order(batch_size: in
 
 
 def test_a_picture_below_the_window_leaves_out_ssim_alone() -> None:
-    streaming = PictureQuality()
+    streaming = ImageQuality()
     for side in (24, 8):
         streaming.update(*pictures(2, side=side))
     assert streaming.compute().keys() == {"l1", "mse", "psnr_db"}
