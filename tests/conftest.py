@@ -25,6 +25,9 @@ MakeConfig = Callable[..., TrainConfig]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers: one trains the smoke study and runs all tests that read it; meanwhile the other runs the rest,
     module by module."""
+    for item in items:
+        if "two_processes" in item.fixturenames:
+            item.add_marker(pytest.mark.processes)
     items.sort(key=lambda item: "trained" not in item.fixturenames)
     if "PYTEST_XDIST_WORKER" in os.environ:
         for item in items:

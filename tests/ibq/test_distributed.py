@@ -61,6 +61,7 @@ def share(processes: Processes, folder: Path) -> None:
     torch.save(shared, folder / f"{rank}.pt")
 
 
+@pytest.mark.processes
 def test_three_processes_share_numbers_flags_rows_and_errors(tmp_path: Path) -> None:
     run_processes(share, tmp_path, WORLD)
     one, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))

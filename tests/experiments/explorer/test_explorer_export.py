@@ -162,6 +162,7 @@ def test_the_recipe_keeps_the_rules_of_the_project(tmp_path: Path, odd: str) -> 
     )  # whose quotes it would turn
 
 
+@pytest.mark.processes
 def test_the_recipe_trains_what_was_done_by_hand_and_goes_on_with_it(tmp_path: Path) -> None:
     config = config_of("ibq", preset="smoke", steps=6, **{"quantizer.top_m": None})
     recipe = tmp_path / "recipe.py"

@@ -104,6 +104,7 @@ def test_a_stop_is_shown_until_it_has_come_true(panel: Panel, paused: bool) -> N
     assert all(">stopping<" in words for words in seen)
 
 
+@pytest.mark.processes
 def test_the_figure_follows_the_run(panel: Panel) -> None:
     until(panel, lambda: "no run" in panel.drawn.value, "a figure without runs")
     panel.settings.button.click()
@@ -129,6 +130,7 @@ def test_the_figure_follows_the_run(panel: Panel) -> None:
     until(panel, lambda: ">Losses: A" in panel.drawn.value, "it wakes up")
 
 
+@pytest.mark.processes
 def test_a_umap_that_cannot_be_made_is_said(panel: Panel) -> None:
     assert panel.umap.disabled
     panel.add(new_run(panel.settings.config(), panel.workers))
@@ -295,6 +297,7 @@ def test_states_have_buttons_that_exist() -> None:
     assert {name for names in ALLOWED.values() for name in names} == set(BUTTONS)
 
 
+@pytest.mark.processes
 def test_in_a_loop_it_goes_by_itself_and_the_kernel_stays_free(panel: Panel) -> None:
     async def look() -> tuple[str, float]:
         panel.start()
@@ -359,6 +362,7 @@ def test_a_figure_brings_the_diagnosis_of_its_runs(panel: Panel) -> None:
     assert "Overview: A at step 7<" in panel.drawn.value
 
 
+@pytest.mark.processes
 def test_a_drawing_process_that_dies_is_replaced_and_said_where_it_dies_again(panel: Panel) -> None:
     until(panel, lambda: "no run" in panel.drawn.value, "a figure without runs")
     for _ in range(TRIES):
@@ -375,6 +379,7 @@ def test_a_drawing_process_that_dies_is_replaced_and_said_where_it_dies_again(pa
     assert panel.message.value == ""
 
 
+@pytest.mark.processes
 def test_a_umap_whose_process_dies_is_said(panel: Panel) -> None:
     panel.add(new_run(panel.settings.config(), panel.workers))
     panel._projecting = panel.background.submit(os._exit, 1)

@@ -133,12 +133,15 @@ def test_two_reports_on_the_same_rows_are_the_same_bytes(
 
 
 def test_a_page_that_no_ablation_has_any_more_goes(
-    first_page: Path, trained: tuple, monkeypatch: pytest.MonkeyPatch
+    trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("IBQ_REPORTS", str(tmp_path))
     monkeypatch.setattr(figures, "draw", lambda *_: None)
-    (first_page.parent / "former.html").write_text("former")
-    pages.write(trained[0])
-    assert not (first_page.parent / "former.html").exists()
+    study = Study("smoke", ("vq_vs_ibq",))
+    study.report_folder.mkdir(parents=True)
+    (study.report_folder / "former.html").write_text("former")
+    pages.write(study)
+    assert {page.stem for page in study.report_folder.glob("*.html")} == {"index", "vq_vs_ibq"}
 
 
 def test_curves_have_every_log_line_of_every_run(trained: tuple) -> None:
@@ -203,7 +206,8 @@ def test_a_figure_or_table_that_no_section_names_is_shown_at_the_end() -> None:
 def test_rows_of_several_commits_or_devices_are_flagged(
     trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    frame = rows.load(trained[0])
+    study = Study("smoke", ("vq_vs_ibq", "double_quant_loss"))
+    frame = rows.load(study)
     frame["commit"] = "aaaaaaaaaaaa"
     assert provenance.warnings(frame, by="ablation") == []
     alone = frame["arm"] == "vq_features"
@@ -221,7 +225,7 @@ def test_rows_of_several_commits_or_devices_are_flagged(
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path))
     monkeypatch.setattr(figures, "draw", lambda *_: None)
     monkeypatch.setattr(rows, "load", lambda study: frame)
-    first_page = pages.write(trained[0])
+    first_page = pages.write(study)
     assert "(1 run: vq_vs_ibq)" in first_page.read_text()
     assert "span 2 commits" in (first_page.parent / "vq_vs_ibq.html").read_text()
     assert "span" not in re.sub(r"<span|</span", "", (first_page.parent / "double_quant_loss.html").read_text())
@@ -373,11 +377,12 @@ def test_findings_admit_that_more_codes_can_mean_more_error() -> None:
 def test_a_hostile_reason_is_escaped(trained: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path))
     monkeypatch.setattr(figures, "draw", lambda *_: None)
-    frame = rows.load(trained[0])
+    study = Study("smoke", ("vq_vs_ibq", "double_quant_loss"))
+    frame = rows.load(study)
     frame["reason"] = None
     frame.loc[0, ["status", "reason"]] = ["failed", "<script>alert(1)</script>"]
     monkeypatch.setattr(rows, "load", lambda study: frame)
-    texts = [page.read_text() for page in pages_of(pages.write(trained[0]))]
+    texts = [page.read_text() for page in pages_of(pages.write(study))]
     assert not any("<script>" in text for text in texts)
     assert any("&lt;script&gt;" in text for text in texts)
 

@@ -307,6 +307,7 @@ def full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.processes
 def test_two_processes_share_the_samples(model: Path, tmp_path: Path) -> None:
     run_processes(sample_in_a_group, tmp_path, 2)
     run(model, tmp_path / "of 1", *OPTIONS, "--batch-size", 2)
