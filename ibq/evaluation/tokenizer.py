@@ -147,8 +147,8 @@ def evaluate(
     Returns:
         metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z, both in the space of the
         codes, and for Fashion-MNIST the distances in the features of fashion-cnn); protocol, which also says why
-        distances or usage are absent; and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8 of the
-        first batch; rank 0 alone has these two).
+        distances or usage are absent; and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8
+        of the first batch; rank 0 alone has these two).
 
     Raises:
         NonFiniteInputError: features of this or another process have NaN or infinite values.

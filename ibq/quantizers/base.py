@@ -20,7 +20,7 @@ from ibq.ops.precision import at_least_float32, full_float32
 from ibq.quantizers.config import FROM_FEATURES, EmbeddingConfig
 from ibq.quantizers.entropy import euclidean_as_dot
 from ibq.quantizers.shapes import kept_tokens, of_grid, require_indices, tokens_last
-from ibq.quantizers.updates import StepCount, kmeans, move, recomputing
+from ibq.quantizers.updates import StepCount, kmeans, recomputing
 from ibq.schema import QuantizerConfig
 
 KMEANS_FEATURES = 4  # per code: the means of fewer features are hardly means
@@ -310,14 +310,14 @@ class CodebookQuantizer(Quantizer):
         self.embedding[moved] = features_MD.to(self.embedding.dtype)
         return torch.zeros_like(dead_K).index_fill(0, moved, True)
 
-    def forward(self, z_BDHW: torch.Tensor) -> Quantized:
+    def forward(self, z_BDHW: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
         if self.training and self.awaits_features:
             raise ValueError(
                 f"codebook_init={self.config.codebook_init!r} and no features seen yet; call initialize_from with at "
                 f"least "
                 f"{self.config.codebook_size} encoder outputs before training"
             )
-        return super().forward(z_BDHW)
+        return super().forward(z_BDHW, mask)
 
 
 def quantization_terms(z_ND: torch.Tensor, codes_ND: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Codebooks that follow from the config alone: every combination of one value a channel. Suffixes: K codes, D code
 dimension, N tokens.
 
-Bit order, the same for all of them: channel 0 is the least significant digit of an index. A code is made from the digits
-of its index, so that nothing is as large as K.
+Bit order, the same for all of them: channel 0 is the least significant digit of an index. A code is made from the
+digits of its index, so that nothing is as large as K.
 """
 
 from __future__ import annotations

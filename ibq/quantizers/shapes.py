@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ibq.ops.arguments import integers
+
 FEATURES = "(B, code_dim, H, W), (B, N, code_dim) or (B, code_dim, T, H, W)"
 GRIDS = "(B, H, W), (B, N) or (B, T, H, W)"
 
@@ -20,9 +22,7 @@ def tokens_last(z: torch.Tensor, code_dim: int) -> torch.Tensor:
     """
     channel = {3: 2, 4: 1, 5: 1}.get(z.dim())
     if channel is None or z.shape[channel] != code_dim:
-        raise ValueError(
-            f"features of shape {tuple(z.shape)} do not fit code_dim={code_dim}; pass {FEATURES}"
-        )
+        raise ValueError(f"features of shape {tuple(z.shape)} do not fit code_dim={code_dim}; pass {FEATURES}")
     if z.numel() == 0:
         raise ValueError(f"features of shape {tuple(z.shape)} hold no token; pass at least one")
     return z.movedim(channel, -1)
@@ -56,12 +56,9 @@ def require_indices(indices: torch.Tensor, codebook_size: int) -> torch.Tensor:
     Raises:
         ValueError: they are not integers, their shape is not a grid's, or they lie outside [0, K).
     """
-    dtype = indices.dtype
-    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise ValueError(f"indices of dtype {dtype} are not integers; pass integers in [0, {codebook_size})")
+    indices = integers("indices", indices, codebook_size)
     if indices.dim() not in (2, 3, 4):
         raise ValueError(f"indices of shape {tuple(indices.shape)} are not those of a grid; pass {GRIDS}")
-    indices = indices.long()
     if indices.numel():
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= codebook_size:

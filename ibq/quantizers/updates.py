@@ -2,8 +2,9 @@
 
 A training forward first applies what the one before has seen, then quantizes, then looks at its own features. So the
 codebook is constant from one training forward to the next, codes of its indices are its output bit for bit, and what
-awaits application is in the state_dict. A forward that only recomputes one, in a backward pass, does neither. With torch.distributed every process holds the same state: counts and sums are
-added up, what is drawn at random comes from rank 0.
+awaits application is in the state_dict. A forward that only recomputes one, in a backward pass, changes nothing. With
+torch.distributed every process holds the same state: counts and sums are added up, what is drawn at random comes from
+rank 0.
 
 Suffixes: N tokens, K codes, k codes of one chunk, D code dimension.
 """
