@@ -50,7 +50,7 @@ class ImpliedCodebookQuantizer(Quantizer):
         raise NotImplementedError
 
     def codes_of(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.values(indices[..., None] // self.place_values % self.levels)
+        return self.values(indices.to(self.levels.device)[..., None] // self.place_values % self.levels)
 
     @property
     def codebook(self) -> torch.Tensor:

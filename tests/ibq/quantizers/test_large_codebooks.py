@@ -125,3 +125,9 @@ def test_large_codebooks_in_half_precision() -> None:
         quantized = quantizer(torch.randn(1, quantizer.config.code_dim, 4, 4).bfloat16())
         assert quantized.z_q.dtype == torch.bfloat16
         assert torch.equal(quantizer.indices_to_codes(quantized.indices), quantized.z_q)
+
+
+@large
+def test_indices_of_another_device_are_taken_where_the_quantizer_is(name: str) -> None:
+    """Saved tokens lie on the CPU, and a table of codes took them too."""
+    assert make(name).to("meta").codes_of(torch.zeros(1, 2, 2, dtype=torch.int64)).device.type == "meta"

@@ -107,3 +107,39 @@ def test_a_copy_of_the_codebook_goes_on_by_itself() -> None:
     twin = copy.deepcopy(quantizer)
     assert twin._last_indices_N is None
     assert torch.equal(twin(z_BDHW).z_q, quantizer(z_BDHW).z_q)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # those of torch.compile where it breaks its graph
+@pytest.mark.parametrize("variant", ["vq ema", "lfq boosted"])
+def test_a_compiled_quantizer_within_a_checkpoint(variant: str) -> None:
+    """What was traced outside a backward pass also has to know that it is in one."""
+    plain = make(variant)
+    recomputed = copy.deepcopy(plain)
+    compiled = torch.compile(recomputed, backend="aot_eager")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        z_BDHW = features_for(plain)
+        loss_of(plain)(z_BDHW).backward()
+        checkpoint(lambda z: total_loss(recomputed, compiled(z)), z_BDHW, use_reentrant=False).backward()
+        assert_equal_state(recomputed, plain)
+
+
+@pytest.mark.parametrize("variant", ["lfq", "gumbel", "bsq", "fsq"])
+def test_methods_without_a_schedule_compile_into_one_graph(variant: str) -> None:
+    quantizer = make(variant)
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+    z_BDHW = features_for(quantizer)
+    assert compiled(z_BDHW).z_q.shape == z_BDHW.shape
+
+
+@pytest.mark.parametrize("variant", ["lfq boosted", "gumbel annealed"])
+def test_schedules_that_know_the_step_compile_into_one_graph(variant: str) -> None:
+    quantizer = make(variant)
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        quantizer.set_step(step)
+        torch.manual_seed(step)
+        actual = compiled(features_for(quantizer))
+        torch.manual_seed(step)
+        for name, term in quantizer(features_for(quantizer)).losses.items():
+            torch.testing.assert_close(actual.losses[name], term)
