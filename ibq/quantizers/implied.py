@@ -50,7 +50,11 @@ class ImpliedCodebookQuantizer(Quantizer):
         raise NotImplementedError
 
     def codes_of(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.values(indices.to(self.levels.device)[..., None] // self.place_values % self.levels)
+        return self.values(self.digits_of(indices.to(self.levels.device)[..., None]))
+
+    def digits_of(self, indices_1: torch.Tensor) -> torch.Tensor:
+        """Digits (..., D) of indices (..., 1)."""
+        return indices_1 // self.place_values % self.levels
 
     @property
     def codebook(self) -> torch.Tensor:

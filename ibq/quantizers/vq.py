@@ -15,7 +15,7 @@ receive any. What people do about it, each a field of its own:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -118,6 +118,14 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
         if config.ema_decay is not None:
             self.embedding.requires_grad_(False)
             self.moving_average = MovingAverage(self.embedding, config.ema_decay)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "embedding" and hasattr(value, "full_tensor") and self.config.changes_in_forward:
+            raise ConfigError(  # FSDP2 would gather codes for a forward, and forget what that has moved
+                "codes that moving averages or restarts move cannot be sharded; leave the quantizer out, "
+                "fully_shard(model, ignored_params=set(quantizer.parameters()))"
+            )
+        super().__setattr__(name, value)
 
     def _restart(self, config: VQConfig) -> Restart | None:
         if config.restart == "dead":
