@@ -135,6 +135,8 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
     @property
     def codebook(self) -> torch.Tensor:
         embedding_KD = at_least_float32(self.embedding)
+        if self.training and self.restart is not None and self.config.unit_norm:
+            embedding_KD = embedding_KD.clone()  # what a backward pass needs must outlive the next forward's restarts
         return self.to_code_space(embedding_KD if self.projection is None else linear(self.projection, embedding_KD))
 
     @torch.no_grad()

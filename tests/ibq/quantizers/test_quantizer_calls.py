@@ -143,3 +143,23 @@ def test_schedules_that_know_the_step_compile_into_one_graph(variant: str) -> No
         torch.manual_seed(step)
         for name, term in quantizer(features_for(quantizer)).losses.items():
             torch.testing.assert_close(actual.losses[name], term)
+
+
+@every_variant
+def test_two_forwards_before_one_backward_pass_have_the_gradients_of_each(variant: str) -> None:
+    """Of cosine codes that restarts move, torch said that an inplace operation had modified them."""
+    together = make(variant)
+    together(features_for(together))
+    apart = copy.deepcopy(together)
+    both = [[features_for(together) for _ in range(2)]]
+    both.append([z_BDHW.detach().clone().requires_grad_() for z_BDHW in both[0]])
+    torch.manual_seed(1)
+    torch.stack([loss_of(together)(z_BDHW) for z_BDHW in both[0]]).sum().backward()
+    torch.manual_seed(1)
+    for z_BDHW in both[1]:
+        loss_of(apart)(z_BDHW).backward()
+    for mine, theirs in zip(*both, strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+    for mine, theirs in zip(together.parameters(), apart.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad)
