@@ -15,6 +15,7 @@ from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PerceptualEvaluation, Toke
 from ibq.metrics.distances import Distances, PairedDistances, too_few
 from ibq.metrics.perceptual import LPIPS
 from ibq.metrics.quality import SSIM_WINDOW
+from ibq.metrics.usage import uncountable
 from ibq.models.tokenizer import Reconstruction, Tokenizer
 
 PIXEL_PROTOCOL = "float images in [-1, 1], reconstructions clamped, not rounded to 8 bits"
@@ -98,7 +99,9 @@ class PictureEvaluation:
             ConfigError: a number is not finite.
         """
         metrics, absent = self._gathered.compute(), {}
-        tokens, n, K = int(metrics["tokens"]), self.pictures, len(self._gathered.counts_K)
+        tokens, n, K = self._gathered.tokens, self.pictures, self._gathered.codebook_size
+        if reason := uncountable(K):
+            absent["usage"] = reason
         protocol = dict.fromkeys(metrics, f"over {tokens:,} tokens of {n:,} pictures, K = {K:,}")
         of_quality = f"mean over {n:,} pictures; {PIXEL_PROTOCOL}"
         protocol |= dict.fromkeys(self._gathered.quality.compute(), of_quality)

@@ -111,6 +111,10 @@ class TokenizerMetrics:
         no_tokens = torch.zeros(0, dtype=torch.int64, device=next(tokenizer.parameters()).device)
         self.counts_K = counts_of(no_tokens, self.codebook_size)
 
+    @property
+    def tokens(self) -> int:
+        return self._error.tokens
+
     @torch.no_grad()
     def update(self, originals_BCHW: torch.Tensor, output: Reconstruction) -> None:
         """Add a batch: what the tokenizer was shown, in [-1, 1], and what it returned."""

@@ -114,7 +114,7 @@ class QuantizationError:
     def __init__(self) -> None:
         self._error = self._square = 0.0
         self._sum: torch.Tensor | None = None
-        self._tokens = 0
+        self.tokens = 0
 
     @torch.no_grad()
     def update(self, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor) -> None:
@@ -124,15 +124,15 @@ class QuantizationError:
         self._square += float(z_BDHW.square().sum())
         sum_D = z_BDHW.sum((0, 2, 3))
         self._sum = sum_D if self._sum is None else self._sum + sum_D
-        self._tokens += z_BDHW.shape[0] * z_BDHW.shape[2] * z_BDHW.shape[3]
+        self.tokens += z_BDHW.shape[0] * z_BDHW.shape[2] * z_BDHW.shape[3]
 
     def reduce(self) -> None:
         """Take in what the other processes have measured; a collective, once, after the last update."""
-        self._error, self._square, tokens = sum_of_numbers(self._error, self._square, self._tokens)
-        self._tokens = int(tokens)
+        self._error, self._square, tokens = sum_of_numbers(self._error, self._square, self.tokens)
+        self.tokens = int(tokens)
         self._sum = gather_rows(torch.empty(0) if self._sum is None else self._sum[None]).sum(0)
 
     def compute(self) -> float:
         assert self._sum is not None, "compute before any update"
-        variance = self._square - float(self._sum.square().sum()) / self._tokens
+        variance = self._square - float(self._sum.square().sum()) / self.tokens
         return self._error / max(variance, 1e-300)
