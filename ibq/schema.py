@@ -13,6 +13,11 @@ Backend = Literal["auto", "dense", "chunked", "triton"]
 """Ways to compute the operators of `ibq.ops`."""
 
 
+COUNTABLE_CODES = 2**24
+"""Largest codebook that is built whole, counted code by code, and drawn; a larger one only exists where it follows from
+the config, code by code."""
+
+
 class Frozen(BaseModel):
     """Base of all configs: immutable, unknown fields are errors, numbers are finite, defaults are validated."""
 

@@ -46,6 +46,11 @@ class Tokenizer(nn.Module):
         self.quantize = build_quantizer(config.quantizer)
 
     @property
+    def grid(self) -> int:
+        """Tokens a side of an image of the config's resolution."""
+        return self.config.data.resolution // self.config.model.downsampling
+
+    @property
     def last_layer(self) -> torch.Tensor:
         """The weight of the decoder's last convolution, where the adaptive weight compares gradients."""
         return self.decoder.conv_out.weight
@@ -76,7 +81,16 @@ class Tokenizer(nn.Module):
         return quantized.indices
 
     def decode(self, indices_BHW: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, f*H, f*W), nominally in [-1, 1], of indices (B, H, W)."""
+        """Images (B, C, f*H, f*W), nominally in [-1, 1], of indices (B, H, W) of any integer type.
+
+        Raises:
+            ValueError: indices are not integers, of another shape, or lie outside [0, K).
+        """
+        if indices_BHW.dim() != 3:
+            raise ValueError(
+                f"indices of shape {tuple(indices_BHW.shape)} are not those of images; pass (B, H, W), which is "
+                f"(B, {self.grid}, {self.grid}) for images of the config's size"
+            )
         return self._decode_codes(self.quantize.indices_to_codes(indices_BHW))
 
     def forward(self, images_BCHW: torch.Tensor) -> Reconstruction:
