@@ -6,6 +6,7 @@ the preset says so.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -70,7 +71,10 @@ def project_all(cells: Iterable[Cell], method: Method, say: Callable[[str], None
         if cell.run.finished and (followed or mapped):
             for step in moments(cell.run) if followed else cell.run.snapshot_steps()[-1:]:
                 wanted[_cache(cell.run, method, step)] = (cell, step)
-    todo = [each for path, each in wanted.items() if not path.is_file()]
+    missing = [each for path, each in wanted.items() if not path.is_file()]
+    todo = [(cell, step) for cell, step in missing if os.access(cell.run.path, os.W_OK)]
+    if len(todo) < len(missing):
+        say(f"{len(missing) - len(todo)} projections are left out, since their runs' folders cannot be written")
     for i, (cell, step) in enumerate(todo, 1):
         say(f"projection {i} of {len(todo)} ({method.upper()}): {cell.name} step {step}")
         project(cell.run, method, [step])

@@ -30,9 +30,10 @@ from ibq.training.runtime import LogEvent, Runtime, StopRequested
 from ibq.training.tokenizer import train_tokenizer
 from ibq.training.transformer import train_transformer
 
-UNFIT, DISK_FULL, BUSY = 2, 74, 75
-"""Exit codes: the run cannot be trained as given, nothing more can be written, or another process holds this run. 0 is
-finished or stopped, 1 any other recorded failure."""
+UNFIT, UNWRITABLE, DISK_FULL, BUSY = 2, 73, 74, 75
+"""Exit codes: the run cannot be trained as given, its folder cannot be written so that not even that is recorded,
+nothing more can be written, or another process holds this run. 0 is finished or stopped, 1 any other recorded
+failure."""
 
 HEARTBEAT_S = 1.0
 """Least time between two signs of life."""
@@ -74,7 +75,7 @@ def train(
     except Timeout:
         raise SystemExit(BUSY) from None
     except OSError as error:  # even the attempt could not be noted
-        raise SystemExit(DISK_FULL if is_disk_full(error) else 1) from None
+        raise SystemExit(DISK_FULL if is_disk_full(error) else UNWRITABLE) from None
 
 
 def attempt(
