@@ -53,9 +53,7 @@ def test_codes_come_from_the_digits_of_their_indices(name: str) -> None:
 def test_a_codebook_too_large_to_be_built_is_one_sentence(name: str) -> None:
     quantizer = make(name)
     for ask in (lambda: quantizer.codebook, lambda: quantizer.logits(torch.zeros(1, quantizer.config.code_dim))):
-        with pytest.raises(
-            ValueError, match=r"^a codebook of [\d,]+ codes is not built whole, 2\^24 are the most"
-        ):
+        with pytest.raises(ValueError, match=r"^a codebook of [\d,]+ codes is not built whole, 2\^24 are the most"):
             ask()
 
 
