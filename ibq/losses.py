@@ -24,7 +24,6 @@ from ibq.distributed import mean_over_ranks, rank, shared_errors
 from ibq.errors import DataError
 from ibq.metrics.perceptual import backbone_weights, lpips_network
 from ibq.models.transformer import Transformer
-from ibq.ops.arguments import integers
 from ibq.pretrained.fashion_cnn import load_fashion_cnn
 
 Weight = float | torch.Tensor
@@ -239,13 +238,12 @@ class NextTokenLoss(nn.Module):
         float32.
 
         Args:
-            tokens_BT: integers in [0, K), all grid**2 tokens of every image, row-major.
-            classes_B: integers in [0, classes].
+            tokens_BT: int64 in [0, K), all grid**2 tokens of every image, row-major.
+            classes_B: int64 in [0, classes].
 
         Raises:
             ValueError: shapes or values do not fit; one sentence.
         """
-        tokens_BT = integers("tokens", tokens_BT, self.transformer.config.codebook_size)
         hidden_BSW = self.transformer.hidden(tokens_BT[:, :-1], classes_B)
         return torch.stack(
             [cross_entropy(*prediction) for prediction in self.transformer.predictions(hidden_BSW, tokens_BT)]

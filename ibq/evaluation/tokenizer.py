@@ -133,8 +133,8 @@ class TokenizerMetrics:
 def evaluate(
     tokenizer: Tokenizer, images: ImageSource, n_images: int, batch_size: int, weights: str
 ) -> tuple[dict[str, float], dict[str, Any], dict[str, torch.Tensor]]:
-    """Reconstruct the first `n_images` of a split in float32; with several processes a collective, each computing a
-    share of the batches.
+    """Reconstruct the first `n_images` of a split in float32, or what the tokenizer was cast to; with several processes
+    a collective, each computing a share of the batches.
 
     Args:
         tokenizer: on the device to compute on.
@@ -179,7 +179,7 @@ def evaluate(
     gathered.reduce()
     perceptual, perceptual_protocol = measured(distances, absent)
     metrics = gathered.compute() | perceptual
-    protocol = protocol_of(images, n_images, weights) | perceptual_protocol
+    protocol = protocol_of(images, n_images, weights, tokenizer.quantize.dtype) | perceptual_protocol
     if absent:
         protocol["distances[fashion-cnn]"] = f"absent: {absent[0]}"
     if reason := uncountable(tokenizer.config.quantizer.codebook_size):
@@ -244,7 +244,7 @@ class PerceptualEvaluation:
         metrics, protocol = measured(metric, absent)
         if absent or not metrics:
             raise UnfitError(f"{self.name} is {f'absent: {absent[0]}' if absent else next(iter(protocol.values()))}")
-        return metrics, protocol_of(images, n_images, weights) | protocol
+        return metrics, protocol_of(images, n_images, weights, tokenizer.quantize.dtype) | protocol
 
     def distances(self, references: Share) -> Distances:
         """Ready to be fed with images of any origin; arguments and errors as on the call, of a network whose features
@@ -311,12 +311,13 @@ def _require_fashion_mnist(images: ImageSource) -> None:
         raise UnfitError(f"fashion-cnn knows Fashion-MNIST, not {images.name}")
 
 
-def protocol_of(images: ImageSource, n_images: int, weights: str) -> dict[str, Any]:
+def protocol_of(images: ImageSource, n_images: int, weights: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What numbers of a network belong to; dtype is that of its weights."""
     protocol = {
         "split": images.split,
         "n_images": n_images,
         "weights": weights,
-        "precision": "fp32",
+        "precision": {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype)),
         "images": "float in [-1, 1], clamped",
     }
     return protocol | ({"unusable_files": len(images.skipped)} if images.skipped else {})

@@ -54,7 +54,7 @@ EXTRACTED_AT_ONCE, DISTANCE_ROWS = 64, 1000
 
 def to_uint8(images_BCHW: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1], clamped to it, as a PNG holds them: -1 becomes 0 and 1 becomes 255."""
-    return ((images_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return ((images_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def too_few(n_images: int) -> str | None:

@@ -88,7 +88,8 @@ class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
         if self.training and self.config.noise:
             noisy_NK = logits_NK - torch.empty_like(logits_NK).exponential_().log()
         p_NK = (noisy_NK / self.temperature).softmax(1)
-        self.schedule.after_forward()
+        if self.training and self.leaves_to_next_forward:
+            self.schedule.after_forward()
         indices_N = noisy_NK.max(1).indices
         codes_ND = codebook_KD[indices_N]
         soft_ND = codes_ND + (p_NK - p_NK.detach()) @ codebook_KD

@@ -130,7 +130,8 @@ class LookupFreeQuantizer(ImpliedCodebookQuantizer, config=LFQConfig):
         losses = {"commitment": (x_ND - codes_ND).square().mean()}
         if self.config.entropy_weight:
             losses |= self._entropies(x_ND)
-        self.schedule.after_forward()
+        if self.training and self.leaves_to_next_forward:
+            self.schedule.after_forward()
         return straight_through(x_ND, codes_ND), indices_N, losses
 
     def _entropies(self, x_ND: torch.Tensor) -> dict[str, torch.Tensor]:

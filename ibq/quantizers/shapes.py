@@ -18,8 +18,11 @@ def tokens_last(z: torch.Tensor, code_dim: int) -> torch.Tensor:
     """Features with D as the last dimension, after their grid.
 
     Raises:
-        ValueError: they have another number of dimensions or channels, or no token.
+        ValueError: they are no real tensor, have another number of dimensions or channels, or no token.
     """
+    if not isinstance(z, torch.Tensor) or z.is_complex():
+        kind = z.dtype if isinstance(z, torch.Tensor) else f"a {type(z).__name__}"
+        raise ValueError(f"features are {kind}; pass a tensor of real numbers")
     channel = {3: 2, 4: 1, 5: 1}.get(z.dim())
     if channel is None or z.shape[channel] != code_dim:
         raise ValueError(f"features of shape {tuple(z.shape)} do not fit code_dim={code_dim}; pass {FEATURES}")

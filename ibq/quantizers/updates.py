@@ -29,7 +29,7 @@ CHUNK_ELEMENTS = 2**24
 
 def recomputing() -> bool:
     """True in a backward pass: a forward pass there only recomputes one that has been (gradient checkpointing)."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1
 
 
 class Accumulator(nn.Module):
@@ -213,7 +213,7 @@ class StepCount(Accumulator):
         return self.steps - 1 if self.training and not self.told and recomputing() else self.steps
 
     def after_forward(self) -> None:
-        if self.training and not self.told and not recomputing():
+        if not self.told and not recomputing():
             self.steps += 1
 
 

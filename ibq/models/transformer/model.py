@@ -24,7 +24,6 @@ from ibq.models.config import SIZES, TransformerConfig
 from ibq.models.transformer.blocks import Block, HeadNorm, rotation_table
 from ibq.models.transformer.cache import Cache
 from ibq.models.transformer.subtokens import Prediction, SubtokenEmbedding, SubtokenHead, TokenHead
-from ibq.ops.arguments import integers
 
 
 class ClassEmbedding(nn.Module):
@@ -84,8 +83,8 @@ class Transformer(nn.Module):
         To train on a whole image of N tokens, pass the first N - 1; to begin sampling, pass none, (B, 0).
 
         Args:
-            tokens_BT: integers in [0, K), row-major; T at most grid**2 - 1.
-            classes_B: integers in [0, classes]; `classes` itself is the unconditional class.
+            tokens_BT: int64 in [0, K), row-major; T at most grid**2 - 1.
+            classes_B: int64 in [0, classes]; `classes` itself is the unconditional class.
 
         Raises:
             ValueError: shapes or values do not fit, or tokens are predicted in sub-tokens, which have no logits over
@@ -96,8 +95,6 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens_BT: torch.Tensor, classes_B: torch.Tensor) -> torch.Tensor:
         """Hidden states before the head: (B, T + 1, W). Arguments and errors are those of `forward`."""
-        tokens_BT = integers("tokens", tokens_BT, self.config.codebook_size)
-        classes_B = integers("classes", classes_B, self.config.classes + 1)
         self._require_fitting(tokens_BT, classes_B)
         condition_BW = self.class_emb(classes_B)
         x_BSW = self.dropout(torch.cat([condition_BW[:, None], self.tok_emb(tokens_BT)], dim=1))

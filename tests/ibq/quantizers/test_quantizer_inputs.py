@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from quantizer_variants import K, every_variant, features_for, make, total_loss
@@ -163,3 +164,15 @@ def test_a_mask_in_half_precision(dtype: torch.dtype) -> None:
     quantizer = make("ibq").to(dtype)
     quantized = quantizer(features_for(quantizer).to(dtype), torch.rand(2, 3, 4) > 0.5)
     assert torch.equal(quantizer.indices_to_codes(quantized.indices), quantized.z_q)
+
+
+def test_what_is_no_real_tensor_is_one_sentence() -> None:
+    quantizer = make("vq")
+    with pytest.raises(ValueError, match=r"^indices are a ndarray; pass a tensor, as torch\.as_tensor makes it$"):
+        quantizer.indices_to_codes(np.zeros((1, 2, 2), np.uint16))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^indices are a list; pass a tensor"):
+        small_tokenizer().decode([[[1]]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^features are a ndarray; pass a tensor of real numbers$"):
+        quantizer(np.zeros((1, 6, 2, 2), np.float32))
+    with pytest.raises(ValueError, match=r"^features are torch\.complex64; pass a tensor of real numbers$"):
+        quantizer(torch.zeros(1, 6, 2, 2, dtype=torch.complex64))
