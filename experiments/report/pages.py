@@ -250,5 +250,5 @@ def publish(study: Study) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(study.report_folder, target, ignore=shutil.ignore_patterns("*.stamp", "*.ipynb", ".lock"))
     for page in [path for path in target.rglob("*") if path.suffix in (".html", ".csv", ".md", ".tex", ".jsonl")]:
-        page.write_text(notebooks.without_machine_paths(page.read_text()))
+        page.write_text(notebooks.without_machine_paths(page.read_text(encoding="utf-8")), encoding="utf-8")
     return target

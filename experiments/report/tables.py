@@ -198,9 +198,9 @@ def build(name: str, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 def write(table: pd.DataFrame, folder: Path, name: str, caption: str) -> None:
     """Write one table as .md, .csv and .tex."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(markdown(table) + "\n")
-    (folder / f"{name}.csv").write_text(table.to_csv(index=False))
-    (folder / f"{name}.tex").write_text(latex(table, name, caption))
+    (folder / f"{name}.md").write_text(markdown(table) + "\n", encoding="utf-8")
+    (folder / f"{name}.csv").write_text(table.to_csv(index=False), encoding="utf-8")
+    (folder / f"{name}.tex").write_text(latex(table, name, caption), encoding="utf-8")
 
 
 def markdown(table: pd.DataFrame) -> str:

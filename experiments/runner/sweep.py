@@ -13,6 +13,7 @@ from experiments.runner import worker
 from experiments.runner.pool import Pool, cores
 from experiments.runner.throughput import step_cost, work
 from experiments.study import Study, advance, possible
+from ibq.data import load_images
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, require_writable
 
@@ -73,6 +74,7 @@ def train_study(
     Raises:
         ConfigError: slots below 1, no time, an unknown device, a config that contradicts itself, or a folder that
             cannot be written.
+        DataError: the data are not to be had.
     """
     if slots is not None and slots < 1:
         raise ConfigError(f"slots={slots} must be at least 1")
@@ -91,6 +93,8 @@ def train_study(
         return outcome
     for cell in todo:
         require_writable(cell.run.path, f"{len(todo)} runs have no row yet; {OWN_FOLDER}")
+    for data in {cell.config.data for cell in todo if cell.config.data.kind != "imagefolder"}:
+        load_images(data, "test")  # fetched here, once, or refused in one sentence; a folder's hash has read it already
     slots = slots or default_slots(device)
     threads = max(1, cores() // slots)  # from slots alone: sums, and so rows, depend on the threads in their last bits
     say(

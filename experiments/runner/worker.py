@@ -112,7 +112,7 @@ def attempt(
     except Exception as error:  # the boundary of the process: whatever went wrong is recorded, and the other arms go on
         ended = classify(error)
         if records and ended.event == "error" and not isinstance(error, (ConfigError, DataError, OSError)):
-            (run.path / "traceback.txt").write_text(traceback.format_exc())
+            (run.path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
     if records:
         now = time.time()
         record = {"event": ended.event, "time": now, "seconds": now - started, "reason": ended.reason}
