@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import types
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -58,32 +59,66 @@ def show_continuation(study: Study, ablation: Ablation) -> None:
 
 PARAMETERS: dict[str, Any] = {"preset": str, "seeds": int | None, "overrides": dict, "slots": int | None}
 """Name and type of every parameter that an ablation's notebook takes."""
-
-_OF_IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+INJECTED = "# Parameters"
+"""First line of the cell that papermill injects."""
 
 
 def check(namespace: Mapping[str, Any], parameters: Mapping[str, Any] = PARAMETERS) -> None:
-    """Refuse unknown names and wrong types among a notebook's variables; call it with globals() right after the
-    parameters.
+    """Refuse unknown names and wrong types among a notebook's parameters; call it with globals() right after them.
 
     Args:
         namespace: the notebook's globals().
         parameters: name and type of each parameter, where they are not those of an ablation's notebook.
 
     Raises:
-        ConfigError: a variable that is no parameter (the nearest one is named), or a value of another type.
+        ConfigError: a parameter that the notebook has not (the nearest one is named), a value of another type, or none.
     """
-    given = {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_") and name not in _OF_IPYTHON and not isinstance(value, types.ModuleType)
-    }
-    for name, value in given.items():
+    for name in _given(namespace, parameters):
         if name not in parameters:
             raise ConfigError(f"notebook parameter {name!r} does not exist; {nearest(name, parameters)}")
-        allowed = get_args(parameters[name]) or (parameters[name],)
+    for name, kind in parameters.items():
+        if name not in namespace:
+            raise ConfigError(f"notebook parameter {name!r} has no value; run the cell of the parameters first")
+        value, allowed = namespace[name], get_args(kind) or (kind,)
         if type(value) not in allowed:
             names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
             raise ConfigError(
                 f"notebook parameter {name}={value!r} is of type {type(value).__name__}; it must be {names}"
             )
+
+
+def _given(namespace: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
+    """Names that the newest run of the parameters' cell assigned, or the cell that papermill injects behind it.
+
+    The kernel has other names as well: of its startup files, of cells run by hand, and of this notebook's own cells
+    where it is run again. In a plain script, which has no cells, every variable is a parameter.
+    """
+    if "In" not in namespace:
+        return [
+            name
+            for name, value in namespace.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType)
+        ]
+    given: list[str] = []
+    for source in reversed(namespace["In"]):
+        names = _assigned(source)
+        if source.lstrip().startswith(INJECTED):
+            given = names + given
+        elif 2 * len(parameters.keys() & names) >= len(parameters):  # at least half: one may be misspelt
+            return names + given
+    return given
+
+
+def _assigned(source: str) -> list[str]:
+    """Names that the statements of a cell assign, [] where it is no Python."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return []
+    targets: list[ast.expr] = []
+    for statement in statements:
+        if isinstance(statement, ast.Assign):
+            targets += statement.targets
+        elif isinstance(statement, ast.AnnAssign) and statement.value:
+            targets.append(statement.target)
+    return [target.id for target in targets if isinstance(target, ast.Name)]

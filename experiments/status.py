@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from filelock import FileLock, Timeout
 
 from experiments.analysis import diagnoses
 from ibq.run_directory import RunDirectory
@@ -14,6 +15,8 @@ from ibq.run_directory import RunDirectory
 State = Literal["ok", "nan", "running", "interrupted", "oom", "failed", "stopped", "pending"]
 SPEED_LINES = 20
 """Lines of the log over which the speed of a run is taken."""
+ALIVE_S = 60.0
+"""Age of a sign of life up to which a trainer counts as alive where its lock cannot be asked."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def of(run: RunDirectory) -> Status:
         return Status(row["status"], row.get("reason") or "", recent)
     attempts = [attempt for attempt in run.read_attempts() if attempt["event"] != "damaged"]
     event = attempts[-1]["event"] if attempts else ""
-    reason = "" if event in ("", "started") else attempts[-1].get("reason") or event
+    reason = "" if event in ("", "started", "finished") else attempts[-1].get("reason") or event
     return Status(_state(run, event), reason, recent)
 
 
@@ -73,14 +76,33 @@ def _state(run: RunDirectory, event: str) -> State:
 
 
 def is_held(run: RunDirectory) -> bool:
-    """True while a process trains the run: its claim is a lock of the operating system, which dies with it."""
-    if not run.lock.exists():
-        return False
+    """True while a process trains the run: its claim is a lock of the operating system, which dies with it.
+
+    The lock is only asked, on a descriptor that reads, so that runs of others can be looked at without leave to write.
+    Where it cannot be asked at all, the last sign of life decides.
+    """
     try:
-        with FileLock(run.lock, timeout=0):
-            return False
-    except Timeout:
+        descriptor = os.open(run.lock, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return _shows_life(run)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
         return True
+    except OSError:  # of another user on a file system without locks
+        return _shows_life(run)
+    finally:
+        os.close(descriptor)
+
+
+def _shows_life(run: RunDirectory) -> bool:
+    try:
+        return time.time() - run.heartbeat.stat().st_mtime < ALIVE_S
+    except OSError:
+        return False
 
 
 def share_done(run: RunDirectory, steps: int) -> float:

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
-from experiments.ablations.changes import CODEBOOK_SIZE, codebook_size, tokenizer_config, transformer_config
+from experiments.ablations.changes import (
+    CODEBOOK_SIZE,
+    codebook_size,
+    tokenizer_config,
+    transformer_config,
+    validated,
+    validated_of_transformer,
+)
 from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
 from experiments.cells import Cell, Search, Stages, trials
 from experiments.recipes import Preset, get_preset
@@ -37,6 +44,8 @@ Settled = dict[str, tuple[dict[str, TrainConfig], dict[str, list[Cell]]]]
 class Study:
     """Arguments as on the command line; everything else follows from them.
 
+    Values are held as the configs hold them: "3e-4" is 0.0003.
+
     Args:
         preset: name of the scale.
         ablations: names; none means the core study.
@@ -48,8 +57,8 @@ class Study:
             published pair.
 
     Raises:
-        ConfigError: an unknown preset, ablation, base or field, seeds below 1, a grid beside ablations, a config that
-            contradicts itself.
+        ConfigError: an unknown preset, ablation, base or field, a name that is no text, seeds below 1, a grid beside
+            ablations, a config that contradicts itself.
     """
 
     preset_name: str = "quick"
@@ -64,6 +73,7 @@ class Study:
     """Memo of `next_cells`: what no finished run changes."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         get_preset(self.preset_name)
         for name in self.ablation_names:
             if name not in ABLATIONS:
@@ -82,6 +92,8 @@ class Study:
             )
         if both := [path for path in self.grid if path in self.overrides]:
             raise ConfigError(f"{both[0]} is in --grid and in --set; leave one out")
+        object.__setattr__(self, "overrides", self._validated(self.overrides))
+        object.__setattr__(self, "grid", {path: self._validated_values(path, of) for path, of in self.grid.items()})
         _ = self.ablations  # a grid that cannot be is refused at once
         if self._of_transformers and not any(has_transformers(ablation) for ablation in self.ablations):
             path, value = next(iter(self._of_transformers.items()))
@@ -91,6 +103,19 @@ class Study:
             raise ConfigError(
                 f"transformer.{path}={value} is of a transformer, and no arm of {named} has one; {remedy}"
             )
+
+    def _validated(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        of_tokenizers = {path: value for path, value in overrides.items() if not path.startswith(TRANSFORMER)}
+        own = {path.removeprefix(TRANSFORMER): overrides[path] for path in overrides if path.startswith(TRANSFORMER)}
+        of_transformers = validated_of_transformer(self.preset, own) if own else {}
+        settled = validated(self.preset, of_tokenizers) if of_tokenizers else {}
+        return settled | {TRANSFORMER + path: value for path, value in of_transformers.items()}
+
+    def _validated_values(self, path: str, values: Sequence[Any]) -> Sequence[Any]:
+        """Values of a grid; what is no list of any is refused by the grid."""
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            return values
+        return [self._validated({**self.overrides, path: value})[path] for value in values]
 
     @property
     def preset(self) -> Preset:
@@ -250,6 +275,18 @@ class Study:
         except ConfigError as error:
             raise ConfigError(f"transformer of {arm.name}: {error}") from None
         return replace(self.cell(ablation, arm, config, of.seed), tokenizer=of)
+
+
+def _check_types(study: Study) -> None:
+    """ConfigError: a name that is no text, or seeds that are no whole number, as from a script or a notebook."""
+    names = [("preset", study.preset_name), *(("ablation", name) for name in study.ablation_names)]
+    names += [("field", path) for path in (*study.overrides, *study.grid)]
+    names += [("base", name) for name in study.bases]
+    for kind, name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"the {kind} {name!r} is of type {type(name).__name__}; name it by a text")
+    if study.seeds is not None and type(study.seeds) is not int:
+        raise ConfigError(f"seeds={study.seeds!r} is of type {type(study.seeds).__name__}; give a whole number")
 
 
 def next_cells(study: Study) -> Stages:

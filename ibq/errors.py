@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +26,20 @@ def require_packages(*modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"the package {module} is missing; install it with pip install 'ibq-study[metrics]'")
+
+
+def require_writable(folder: Path, remedy: str) -> None:
+    """Refuse to begin what ends by writing into a folder that cannot be written; one that does not exist is judged by
+    the first above it that does.
+
+    Raises:
+        ConfigError: the folder, and the remedy.
+    """
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.exists(each))
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file where a folder is wanted; {remedy}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"the folder {there} cannot be written; {remedy}")
 
 
 class DataError(ValueError):

@@ -133,6 +133,7 @@ class Contrast:
     Stated before the numbers: `outcome` (one of `ibq.metrics.METRICS`) changes from `without` to
     `with_` by at least `effect` (its sign is the direction) in every seed; or, where the claim is that something
     `keeps`, by less than that. `paper` says where the paper makes this claim; empty: the question is this study's own.
+    `exploratory` says how its numbers were known when it was written; empty: they were not.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Contrast:
     effect: float
     paper: str = ""
     keeps: bool = False
+    exploratory: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from typing import Any
 from experiments.recipes import Preset, scaled, tokenizer, transformer
 from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.errors import ConfigError
+from ibq.schema import flatten
 
 CODEBOOK_SIZE = "quantizer.codebook_size"
+METHOD = "quantizer.method"
 ANY_SIZE = 1024
 """A K that every method can have: FSQ's before the user's own levels are set, whose product need not be a power of
 two."""
@@ -80,6 +82,31 @@ def tokenizer_config(preset: Preset, changes: Mapping[str, Any], overrides: Mapp
         config = config.with_fields(**fields)
     config = scaled(config, {path: float(factor) for path, factor in times.items()})
     return config.with_fields(**values) if values else config  # once more: what is set is not scaled
+
+
+def validated(preset: Preset, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user sets as a config holds it, so that "3e-4", 0.0003 and numpy's are one value; as it was given where
+    no method's config takes it, since that is refused in words of its own where the arms are made."""
+    from ibq.quantizers import Quantizer  # imports torch, which listing the ablations does without
+
+    for method in sorted(Quantizer.registry, key=lambda name: name != "vq"):
+        try:
+            config = tokenizer_config(preset, {METHOD: method}, overrides)
+        except (ConfigError, TypeError):
+            continue
+        flat = flatten(config.to_json_dict())
+        return {path: value if path == METHOD else flat[path] for path, value in overrides.items()}
+    return dict(overrides)
+
+
+def validated_of_transformer(preset: Preset, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """As `validated`, of fields of transformers by their own paths."""
+    of = tokenizer_config(preset, {METHOD: "vq"}, {})
+    try:
+        flat = flatten(transformer_config(preset, of, {}, overrides).to_json_dict())
+    except (ConfigError, TypeError):
+        return dict(overrides)
+    return {path: flat.get(path, value) for path, value in overrides.items()}
 
 
 def codebook_size(preset: Preset, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> int:

@@ -110,7 +110,7 @@ ABLATION = Ablation(
         "reconstructions",
     ),
     tables=("arms", "main_effects", "verdicts", "paper"),
-    columns=(*COLUMNS[:-1], "fid", "gap", "learning_rate", "train_seconds"),
+    columns=(*COLUMNS[:-1], "fid", "gap", "gap_angular", "learning_rate", "train_seconds"),
     paper_source="Table 2 (ImageNet 256x256, 50k validation images, K = 16,384, D = 256)",
     paper_rows=(
         PaperRow("IBQ instead of VQ", {"rFID": 1.67, "usage %": 98.0}, "single"),

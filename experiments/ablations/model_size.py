@@ -23,7 +23,7 @@ ABLATION = Ablation(
     notebook="06_model_size",
     question="Do deeper encoders and decoders reconstruct better, and do they keep or lose the codebook?",
     factors=(
-        Factor("method", tuple(sizes.METHODS), "vq_published, vq_fair and ibq_published of notebook 01"),
+        Factor("method", tuple(sizes.METHODS), "vq_published, vq_features and ibq_published of notebook 01"),
         Factor(
             "ResBlocks",
             tuple(label for label, _ in DEPTHS.values()),

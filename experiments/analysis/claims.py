@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from experiments.ablations import ABLATIONS, Ablation, Contrast
-from experiments.analysis.effects import verdict
+from experiments.analysis.effects import verdict, verdict_text
 from experiments.study import Study
 
 WORDS = ("confirmed", "consistent", "undecided", "refuted")
@@ -33,6 +33,7 @@ class Claim:
         paper: where the paper makes it and what it reports there; empty: this study's own question.
         word: one of WORDS.
         reason: why it is undecided; empty otherwise.
+        exploratory: how its numbers were known when it was written; empty: they were not.
         required: the change that was required beforehand, in every seed; empty where nothing here tests the claim.
         seen: the change at each of `seeds`; empty while no pair of runs is finished.
         seeds: those that both arms have finished.
@@ -45,6 +46,7 @@ class Claim:
     paper: str
     word: str = "undecided"
     reason: str = ""
+    exploratory: str = ""
     required: str = ""
     seen: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
@@ -98,6 +100,7 @@ def _judged(study: Study, ablation: Ablation, contrast: Contrast, rows: pd.DataF
         paper=contrast.paper,
         word=judged.word,
         reason=judged.reason,
+        exploratory=contrast.exploratory,
         required=judged.required,
         seen=judged.seen,
         seeds=judged.seeds,
@@ -142,7 +145,7 @@ def table(of: list[Claim]) -> pd.DataFrame:
                 "required in every seed": claim.required or "–",
                 "seen, seed by seed": ", ".join(claim.seen) or ("nothing yet" if claim.ablation else "–"),
                 "seeds": ", ".join(map(str, claim.seeds)),
-                "verdict": claim.word + (f": {claim.reason}" if claim.reason else ""),
+                "verdict": verdict_text(claim.word, claim.reason, claim.exploratory),
                 "scale": claim.scale or "–",
                 "ablation": f"{claim.ablation.name} {claim.arms}" if claim.ablation else "none",
             }
@@ -156,7 +159,9 @@ def count(of: list[Claim]) -> str:
     none refuted"."""
     counts = Counter(claim.word for claim in of)
     parts = ", ".join(f"{_number(counts[word])} {word}" for word in WORDS)
-    return f"{_number(len(of))} {'claim' if len(of) == 1 else 'claims'}: {parts}"
+    exploratory = sum(bool(claim.exploratory) for claim in of)
+    of_these = f"; {_number(exploratory)} of them exploratory" if exploratory else ""
+    return f"{_number(len(of))} {'claim' if len(of) == 1 else 'claims'}: {parts}{of_these}"
 
 
 def _number(n: int) -> str:

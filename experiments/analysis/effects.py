@@ -125,9 +125,19 @@ class Verdict:
         return f"{self.metric.change} {sign} {self.contrast.effect:+g}"
 
     @property
+    def text(self) -> str:
+        """The verdict as it stands in tables."""
+        return verdict_text(self.word, self.reason, self.contrast.exploratory)
+
+    @property
     def seen(self) -> tuple[str, ...]:
         """The differences as text, in the digits of their outcome."""
         return tuple(f"{difference:+.{self.metric.change_digits}f}" for difference in self.differences)
+
+
+def verdict_text(word: str, reason: str, exploratory: str) -> str:
+    """A verdict as it stands in tables: the word, why it is undecided, and why the claim is exploratory."""
+    return word + (f": {reason}" if reason else "") + (f" (exploratory: {exploratory})" if exploratory else "")
 
 
 def verdict(contrast: Contrast, rows: pd.DataFrame) -> Verdict:

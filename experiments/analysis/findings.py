@@ -113,7 +113,8 @@ def _of_verdict(judged: Verdict) -> str:
         if judged.reason
         else ""
     )
-    sentence = f"{judged.contrast.claim} {judged.word.capitalize()}{because}"
+    exploratory = f" (exploratory: {judged.contrast.exploratory})" if judged.contrast.exploratory else ""
+    sentence = f"{judged.contrast.claim} {judged.word.capitalize()}{because}{exploratory}"
     if not judged.differences:
         return f"{sentence}."
     unit, digits = judged.metric.change_unit, judged.metric.change_digits

@@ -6,6 +6,7 @@ the preset says so.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ import torch
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
+from experiments import home
 from experiments.cells import Cell
 from ibq.run_directory import RunDirectory, write_tensors
 
 Method = Literal["umap", "pca"]
+NEIGHBOURS = 15
+"""Of a point, which UMAP keeps beside it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,11 @@ def project_all(cells: Iterable[Cell], method: Method, say: Callable[[str], None
         if cell.run.finished and (followed or mapped):
             for step in moments(cell.run) if followed else cell.run.snapshot_steps()[-1:]:
                 wanted[_cache(cell.run, method, step)] = (cell, step)
-    todo = [each for path, each in wanted.items() if not path.is_file()]
+    missing = [each for path, each in wanted.items() if not path.is_file()]
+    home.provide()
+    todo = [(cell, step) for cell, step in missing if os.access(cell.run.path, os.W_OK)]
+    if len(todo) < len(missing):
+        say(f"{len(missing) - len(todo)} projections are left out, since their runs' folders cannot be written")
     for i, (cell, step) in enumerate(todo, 1):
         say(f"projection {i} of {len(todo)} ({method.upper()}): {cell.name} step {step}")
         project(cell.run, method, [step])
@@ -81,7 +89,16 @@ def _cache(run: RunDirectory, method: Method, step: int) -> Path:
 
 
 def reduce(points: np.ndarray, method: Method) -> np.ndarray:
-    """Points (n, D) in two dimensions, the same for the same points; what one-dimensional ones lack is 0."""
+    """Points (n, D) in two dimensions, the same for the same points; what one-dimensional ones lack is 0.
+
+    Points of a run that left the finite numbers have no place: NaN. Of a handful of others there is no map either.
+    """
+    known_n = np.isfinite(points).all(axis=1)
+    if not known_n.all():
+        plane = np.full((len(points), 2), np.nan)
+        if known_n.sum() > NEIGHBOURS:
+            plane[known_n] = reduce(points[known_n], method)
+        return plane
     if method == "pca":
         # by the (D, D) covariance, which is quick enough for every redraw; it cancels in float32
         plane = PCA(min(2, points.shape[1]), svd_solver="covariance_eigh").fit_transform(points.astype(np.float64))
@@ -91,4 +108,4 @@ def reduce(points: np.ndarray, method: Method) -> np.ndarray:
         warnings.filterwarnings("ignore", message="n_jobs value .* overridden to 1 by setting random_state")
         from umap import UMAP
 
-        return UMAP(n_neighbors=15, min_dist=0.1, n_epochs=200, random_state=0).fit_transform(points)
+        return UMAP(n_neighbors=NEIGHBOURS, min_dist=0.1, n_epochs=200, random_state=0).fit_transform(points)

@@ -27,7 +27,7 @@ def folder(benchmark: str, device: torch.device, script: str, *packages: str) ->
     """Folder of a benchmark's cells for this machine, its threads, torch and the code that is measured: a script
     of this folder and packages of the repository."""
     sources = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
-    code = [path.read_text() for path in (*sources, Path(__file__).with_name(script))]
+    code = [path.read_text(encoding="utf-8") for path in (*sources, Path(__file__).with_name(script))]
     of = {name: value for name, value in facts(device).items() if name != "commit"}
     fingerprint = hashlib.sha256(json.dumps([code, of, platform.node()]).encode()).hexdigest()[:12]
     return Path(os.environ.get("IBQ_RUNS") or ROOT / "runs") / "benchmarks" / benchmark / fingerprint

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Ablations of image tokenizers."
 )
-console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200, highlight=False)
 
 Names = Annotated[
     list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one but collapse_atlas")

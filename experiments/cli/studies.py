@@ -27,7 +27,7 @@ from experiments.cli.base import (
     study_of,
 )
 from ibq.cli.boundary import one_sentence_errors
-from ibq.errors import ConfigError, nearest
+from ibq.errors import ConfigError, nearest, require_writable
 from ibq.metrics import NETWORKS
 
 if TYPE_CHECKING:
@@ -178,6 +178,7 @@ def run(
     from experiments.study import advance
 
     study = study_of(names, preset, seeds, set_, grid, base)
+    require_writable(study.report_folder, pages.OWN_FOLDER)  # before hours of training, not after
     started = time.monotonic()
     budget_s = None if time_budget is None else 60 * time_budget
     outcome = train_study(

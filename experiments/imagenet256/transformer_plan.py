@@ -23,7 +23,7 @@ from ibq.models.transformer.blocks import rotation_table
 from ibq.models.transformer.subtokens import Prediction
 from ibq.training.optimizer import AUTOCAST
 
-CARD, PEAKS, ASSUMED = "H100 SXM", {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12}, 0.4
+CARD, PEAKS, ASSUMED = "H100 SXM", {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}, 0.4
 """FLOP/s that its maker states, dense, in float32 with TF32 and without; and the share of them that hours are given
 for."""
 BASIS = (
@@ -231,7 +231,7 @@ def hours(config: TransformerTrainConfig, costs: Costs, gpus: int) -> str:
     training = seen * costs.flops / (ASSUMED * PEAKS[config.precision] * gpus) / 3600
     encoding = encoded * costs.encoding_flops / (ASSUMED * PEAKS[precision] * gpus) / 3600
     stated = (
-        f"{PEAKS['bf16'] / 1e12:.0f} TFLOP/s in bfloat16, {PEAKS['tf32'] / 1e12:.0f} in TF32, "
+        f"{PEAKS['bf16'] / 1e12:.0f} TFLOP/s in bfloat16 or float16, {PEAKS['tf32'] / 1e12:.0f} in TF32, "
         f"{PEAKS['fp32'] / 1e12:.0f} in float32"
     )
     return (

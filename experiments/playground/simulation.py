@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from experiments.playground.drift import Drift
-from ibq.config import OptimConfig
 from ibq.errors import ConfigError, nearest
 from ibq.metrics.codebook import gradient_reach
 from ibq.metrics.usage import usage_metrics
 from ibq.quantizers import Quantizer, build_quantizer
 from ibq.quantizers.vq import VectorQuantizer
+from ibq.training.config import OptimConfig
 
 CODES = 64
 FEATURES = 256

@@ -15,9 +15,8 @@ from typing import Any
 
 import nbformat
 import pandas as pd
-import papermill
-from nbconvert import HTMLExporter
 
+from experiments import home
 from experiments import rows as rows_module
 from experiments.ablations import Ablation
 from experiments.benchmarks import index_backprop
@@ -43,6 +42,7 @@ def execute_changed(study: Study, say: Callable[[str], None] = print) -> None:
     """
     if study.grid:
         return
+    home.provide()
     rows = rows_module.load(study)
     shown: dict[str, tuple[str, dict[str, Any]]] = {MECHANISM: (index_backprop.known_rows().to_csv(index=False), {})}
     for ablation in study.ablations:
@@ -87,6 +87,8 @@ def execute(source: Path, target: Path, study: Study, parameters: Mapping[str, A
     Raises:
         ConfigError: a cell failed; the message names it and the executed copy that shows the traceback.
     """
+    import papermill  # as nbconvert below, only once there is a home
+
     target.parent.mkdir(parents=True, exist_ok=True)
     # the kernel must find the same folders, also those of smoke, which belong to this process
     folders = {"IBQ_RUNS": str(study.runs_folder), "IBQ_REPORTS": str(study.report_folder.parent)}
@@ -117,6 +119,8 @@ def execute(source: Path, target: Path, study: Study, parameters: Mapping[str, A
 
 def as_page(notebook: Path) -> str:
     """One HTML page that fetches nothing: no foreign script, font or image."""
+    from nbconvert import HTMLExporter
+
     exporter = HTMLExporter(
         template_name="basic", embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True
     )
@@ -134,16 +138,16 @@ def as_page(notebook: Path) -> str:
 def without_machine_paths(text: str) -> str:
     """The text with this checkout's and this user's folders replaced by names, where they stand as paths of their
     own."""
-    for folder, name in ((ROOT, "REPOSITORY"), (Path.home(), "~")):
-        if len(folder.parts) > 1:  # a home of "/" would name everything
+    for folder, name in ((ROOT, "REPOSITORY"), (Path(os.path.expanduser("~")), "~")):
+        if len(folder.parts) > 1:  # a home of "/" would name everything, and "~" is none
             text = re.sub(rf"(?<![\w/+.-]){re.escape(str(folder))}(?![\w+.-])", name, text)
     return text
 
 
 def _fingerprint(source: Path, data: str) -> str:
     code = [
-        path.read_text()
+        path.read_text(encoding="utf-8")
         for suffix in ("py", "html", "css")
         for path in sorted((ROOT / "experiments").rglob(f"*.{suffix}"))
     ]
-    return hashlib.sha256(json.dumps([source.read_text(), data, code]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([source.read_text(encoding="utf-8"), data, code]).encode()).hexdigest()

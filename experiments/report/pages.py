@@ -21,11 +21,12 @@ from experiments.report.configs import differing_fields
 from experiments.report.templates import Link
 from experiments.runner import plan
 from experiments.study import ROOT, Study, file_name
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, require_writable
 from ibq.evaluation.diagnosis import summary
 from ibq.run_directory import read_lines, write_text
 
 FIRST_PAGE = "index.html"
+OWN_FOLDER = "name a folder of your own for reports by IBQ_REPORTS"
 PAPER_CLAIMS, OWN_CLAIMS = "claims_of_the_paper", "claims_of_this_study"
 
 
@@ -61,7 +62,11 @@ def write(study: Study) -> Path:
     path.
 
     Of several processes one writes at a time.
+
+    Raises:
+        ConfigError: the folder cannot be written.
     """
+    require_writable(study.report_folder, OWN_FOLDER)
     folder = study.report_folder
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
@@ -245,5 +250,5 @@ def publish(study: Study) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(study.report_folder, target, ignore=shutil.ignore_patterns("*.stamp", "*.ipynb", ".lock"))
     for page in [path for path in target.rglob("*") if path.suffix in (".html", ".csv", ".md", ".tex", ".jsonl")]:
-        page.write_text(notebooks.without_machine_paths(page.read_text()))
+        page.write_text(notebooks.without_machine_paths(page.read_text(encoding="utf-8")), encoding="utf-8")
     return target

@@ -66,7 +66,7 @@ def effects_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
-    """Each claim with the effect that was required beforehand, what came out in each seed, and the verdict."""
+    """Each claim with the effect that was required, what came out in each seed, and the verdict."""
     lines = []
     for contrast in ablation.contrasts:
         judged = verdict(contrast, rows)
@@ -76,7 +76,7 @@ def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
                 "arms": f"{ablation.letter(contrast.without)}→{ablation.letter(contrast.with_)}",
                 "required in every seed": judged.required,
                 "seen, seed by seed": ", ".join(judged.seen) or "nothing yet",
-                "verdict": judged.word + (f": {judged.reason}" if judged.reason else ""),
+                "verdict": judged.text,
             }
         )
     return pd.DataFrame(lines)
@@ -168,7 +168,11 @@ TABLES = {
         effects_table,
         "Main effects: mean over pairs of arms that differ in nothing else, with the range of the pairs.",
     ),
-    "verdicts": (verdicts_table, "Claims, the effect required before the numbers were seen, and what the rows say."),
+    "verdicts": (
+        verdicts_table,
+        "Claims, the effect required before the numbers were seen (where a claim is called exploratory: afterwards), "
+        "and what the rows say.",
+    ),
     "paper": (
         paper_table,
         "The paper's rows, each beside the arm that comes closest. Data, size and metrics differ, so only directions "
@@ -194,9 +198,9 @@ def build(name: str, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 def write(table: pd.DataFrame, folder: Path, name: str, caption: str) -> None:
     """Write one table as .md, .csv and .tex."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(markdown(table) + "\n")
-    (folder / f"{name}.csv").write_text(table.to_csv(index=False))
-    (folder / f"{name}.tex").write_text(latex(table, name, caption))
+    (folder / f"{name}.md").write_text(markdown(table) + "\n", encoding="utf-8")
+    (folder / f"{name}.csv").write_text(table.to_csv(index=False), encoding="utf-8")
+    (folder / f"{name}.tex").write_text(latex(table, name, caption), encoding="utf-8")
 
 
 def markdown(table: pd.DataFrame) -> str:

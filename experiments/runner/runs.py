@@ -17,11 +17,12 @@ from experiments.analysis import diagnoses
 from experiments.cells import Cell, unique_runs
 from experiments.rows import OF_THE_ROWS_IMAGES
 from experiments.runner import torchrun
+from experiments.runner.sweep import OWN_FOLDER
 from experiments.study import Study, runs_folder
 from ibq.config import RunConfig, TrainConfig
 from ibq.data import load_images
 from ibq.distributed import resolve_device
-from ibq.errors import ConfigError, DataError, nearest
+from ibq.errors import ConfigError, DataError, nearest, require_writable
 from ibq.evaluation.tokenizer import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
 from ibq.evaluation.transformer import evaluate_samples
 from ibq.metrics import NETWORKS
@@ -167,7 +168,7 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
     and transformers: their tokenizers are evaluated, and but for `inception` their samples were when they were trained.
 
     Raises:
-        ConfigError: an unknown evaluation (the nearest is named).
+        ConfigError: an unknown evaluation (the nearest is named), or a run's folder cannot be written.
         DataError: a network's weights are absent, or there are runs to measure and the metric fits none of them.
     """
     if name not in EVALUATIONS:
@@ -189,6 +190,8 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
             f"{name} is of tokenizers: {len(passed_by)} transformers are passed by, whose own metrics came with their "
             f"training"
         )
+    for cell, _ in todo:
+        require_writable(evaluation_file(cell, name).parent, OWN_FOLDER)
     device, batch_size = resolve_device("auto"), study.preset.runtime.eval_batch_size
     perceptual = PerceptualEvaluation(name, device) if name in PERCEPTUAL else None
     split_of = lru_cache(maxsize=1)(load_images)  # the runs of a study mostly share their images

@@ -13,8 +13,9 @@ from experiments.runner import worker
 from experiments.runner.pool import Pool, cores
 from experiments.runner.throughput import step_cost, work
 from experiments.study import Study, advance, possible
+from ibq.data import load_images
 from ibq.distributed import resolve_device
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, require_writable
 
 POLL_S = 0.3
 """Longest wait for a trainer to end, between looks at the budget of time and at hung trainers."""
@@ -23,6 +24,10 @@ REPORT_S = 30.0
 HANG_S = 600.0
 """Without a sign of life for so long, a trainer counts as hung. A tokenizer's evaluation, which gives none, must end
 within it."""
+
+
+OWN_FOLDER = "copy the runs into a folder of your own and name that by IBQ_RUNS"
+"""Remedy where runs are another user's."""
 
 
 @dataclass
@@ -67,7 +72,9 @@ def train_study(
         The outcome; failures are recorded in each run's attempts.jsonl and are tried again by the next call.
 
     Raises:
-        ConfigError: slots below 1, no time, an unknown device, or a config that contradicts itself.
+        ConfigError: slots below 1, no time, an unknown device, a config that contradicts itself, or a folder that
+            cannot be written.
+        DataError: the data are not to be had.
     """
     if slots is not None and slots < 1:
         raise ConfigError(f"slots={slots} must be at least 1")
@@ -84,6 +91,10 @@ def train_study(
         say(f"{outcome.skipped} of {outcome.skipped + len(todo)} runs are finished already")
     if not todo:
         return outcome
+    for cell in todo:
+        require_writable(cell.run.path, f"{len(todo)} runs have no row yet; {OWN_FOLDER}")
+    for data in {cell.config.data for cell in todo if cell.config.data.kind != "imagefolder"}:
+        load_images(data, "test")  # fetched here, once, or refused in one sentence; a folder's hash has read it already
     slots = slots or default_slots(device)
     threads = max(1, cores() // slots)  # from slots alone: sums, and so rows, depend on the threads in their last bits
     say(
@@ -136,7 +147,8 @@ def train_study(
                     )
                 elif code != 0:
                     outcome.failed.append(cell)
-                    say(f"FAILED {cell.name}: {status.of(cell.run).reason}")
+                    unnoted = f"{cell.run.path} cannot be written" if code == worker.UNWRITABLE else ""
+                    say(f"FAILED {cell.name}: {unnoted or status.of(cell.run).reason}")
                     if fail_fast:
                         stop("stopping everything at the first failure, as --fail-fast says")
             progress.heartbeat()

@@ -30,9 +30,10 @@ from ibq.training.runtime import LogEvent, Runtime, StopRequested
 from ibq.training.tokenizer import train_tokenizer
 from ibq.training.transformer import train_transformer
 
-UNFIT, DISK_FULL, BUSY = 2, 74, 75
-"""Exit codes: the run cannot be trained as given, nothing more can be written, or another process holds this run. 0 is
-finished or stopped, 1 any other recorded failure."""
+UNFIT, UNWRITABLE, DISK_FULL, BUSY = 2, 73, 74, 75
+"""Exit codes: the run cannot be trained as given, its folder cannot be written so that not even that is recorded,
+nothing more can be written, or another process holds this run. 0 is finished or stopped, 1 any other recorded
+failure."""
 
 HEARTBEAT_S = 1.0
 """Least time between two signs of life."""
@@ -74,7 +75,7 @@ def train(
     except Timeout:
         raise SystemExit(BUSY) from None
     except OSError as error:  # even the attempt could not be noted
-        raise SystemExit(DISK_FULL if is_disk_full(error) else 1) from None
+        raise SystemExit(DISK_FULL if is_disk_full(error) else UNWRITABLE) from None
 
 
 def attempt(
@@ -111,7 +112,7 @@ def attempt(
     except Exception as error:  # the boundary of the process: whatever went wrong is recorded, and the other arms go on
         ended = classify(error)
         if records and ended.event == "error" and not isinstance(error, (ConfigError, DataError, OSError)):
-            (run.path / "traceback.txt").write_text(traceback.format_exc())
+            (run.path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
     if records:
         now = time.time()
         record = {"event": ended.event, "time": now, "seconds": now - started, "reason": ended.reason}

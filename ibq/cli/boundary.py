@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import select
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -14,7 +17,8 @@ import typer
 
 from ibq.errors import ConfigError, DataError, PeerLostError
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, CLOSED = 2, 130, 141
+"""Exit codes; the last is that of a program which whoever reads its output has left, as `head` does."""
 FOLDERS = ("IBQ_RUNS", "IBQ_REPORTS", "IBQ_DATA", "IBQ_CACHE", "IBQ_WEIGHTS", "IBQ_IMAGENET")
 """Environment variables that name folders."""
 
@@ -31,14 +35,21 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
         for name in FOLDERS:  # made absolute, since notebooks run in a folder of their own
             if os.environ.get(name):
                 os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
+        for stream in (sys.stdout, sys.stderr):  # a console of ASCII alone gets "?" for ×
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
             with terminable():
                 command(*args, **kwargs)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, since at exit nobody would catch what it raises
         except (ConfigError, DataError, PeerLostError) as error:
             raise _ended(f"error: {error}", USER_ERROR) from None
         except OSError as error:
             what = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
             where = error.filename or "while reading or writing"
+            if isinstance(error, BrokenPipeError) and _is_left():
+                raise typer.Exit(CLOSED) from None
             raise _ended(f"error: {what}: {where}; nothing finished is lost", USER_ERROR) from None
         except KeyboardInterrupt:
             raise _ended("stopped; the same command goes on from here", INTERRUPTED) from None
@@ -49,6 +60,16 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise _ended(sentence, USER_ERROR) from None
 
     return guarded
+
+
+def _is_left() -> bool:
+    """True if nobody reads standard output any more; it is given up then, so that nothing complains at exit."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    left = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 @contextmanager

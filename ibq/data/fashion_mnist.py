@@ -111,8 +111,11 @@ def _seek_fashion_mnist() -> tuple[dict[str, Path], str] | list[str]:
                 f"IBQ_DATA"
             )
         passed_over = [f"IBQ_DATA={given} holds none of its files"]
-    cache = cache_folder() / "fashion-mnist"
-    for folder, source in ((DEBIAN_FOLDER, f"Debian's package {DEBIAN_PACKAGE}"), (cache, "the cache")):
+    for place, source in (
+        (lambda: DEBIAN_FOLDER, f"Debian's package {DEBIAN_PACKAGE}"),
+        (lambda: cache_folder() / "fashion-mnist", "the cache"),  # asked last: a user without a home has none
+    ):
+        folder = place()
         if len(found := _idx_files(folder)) == len(FASHION_MNIST_SHA256):
             return found, f"{source} in {folder}"
         passed_over.append(f"{source} in {folder} is absent or incomplete")

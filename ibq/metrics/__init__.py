@@ -118,6 +118,7 @@ METRICS: dict[str, Metric] = {
     # features and codes (ibq.metrics.codebook)
     "quantization_error": Metric("quantization_error", "quant. error / var z", 2, better="lower", least=0),
     "gap": Metric("gap", "gap", 2, better="lower", ratio=True, change_digits=2),
+    "gap_angular": Metric("gap_angular", "angular gap", 2, better="lower", ratio=True, change_digits=2),
     "gap_used": Metric("gap_used", "gap of codes in use", 2, better="lower", ratio=True, change_digits=2),
     "gap_dead": Metric("gap_dead", "gap of codes not in use", 2, better="lower", ratio=True, change_digits=2),
     "logit_spread": Metric("last.logit_spread", "logit spread", 2),

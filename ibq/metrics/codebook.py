@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from ibq.distributed import gather_rows, sum_of_numbers
 
@@ -58,12 +59,13 @@ def logit_statistics(logits_NK: torch.Tensor) -> dict[str, float]:
 @torch.no_grad()
 def code_gap(features_ND: torch.Tensor, codes_KD: torch.Tensor, used_K: torch.Tensor | None) -> dict[str, float]:
     """Fréchet distance of the codebook as a cloud of points from the features: `gap`, with `gap_used` and `gap_dead`
-    for part of the codes.
+    for part of the codes, and `gap_angular`, that of all codes and features at unit length.
 
     The Fréchet distance of two Gaussians, |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), over the features' variance tr
-    S1, so that it has no
-    unit: 0 is the same cloud; 1 is what a single point at the features' mean has. It is a distance of distributions,
-    not of tokens to their codes (that is the quantization error): few codes amid the features are near all the same.
+    S1, so that it has no unit: 0 is the same cloud; 1 is what a single point at the features' mean has. It is a
+    distance of distributions, not of tokens to their codes (that is the quantization error): few codes amid the
+    features are near all the same. A search by dot product hardly minds lengths, so for it the angular gap is the one
+    that counts.
 
     Args:
         features_ND: features in the space of the codes (N, D), N at least 2.
@@ -79,6 +81,15 @@ def code_gap(features_ND: torch.Tensor, codes_KD: torch.Tensor, used_K: torch.Te
     parts = {"gap": codes_KD} | (
         {} if used_K is None else {"gap_used": codes_KD[used_K], "gap_dead": codes_KD[~used_K]}
     )
+    gaps = _frechet_over_variance(features_ND.double(), parts)
+    directions_ND, directions_KD = (F.normalize(each.double(), dim=1) for each in (features_ND, codes_KD))
+    gaps |= _frechet_over_variance(directions_ND, {"gap_angular": directions_KD})
+    return gaps if all(map(math.isfinite, gaps.values())) else {}
+
+
+def _frechet_over_variance(features_ND: torch.Tensor, parts: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Fréchet distance of each part's codes from the features over the features' variance; NaN or infinite where the
+    features hardly vary."""
     mean_D, covariance_DD = _moments(features_ND)
     root_DD = _root(covariance_DD)
     variance = covariance_DD.trace()
@@ -88,8 +99,8 @@ def code_gap(features_ND: torch.Tensor, codes_KD: torch.Tensor, used_K: torch.Te
             part_mean_D, part_covariance_DD = _moments(part_KD)
             cross = torch.linalg.eigvalsh(root_DD @ part_covariance_DD @ root_DD).clamp_min(0).sqrt().sum()
             distance = (mean_D - part_mean_D).square().sum() + variance + part_covariance_DD.trace() - 2 * cross
-            gaps[name] = float(distance.clamp_min(0) / variance)  # NaN or infinite where the features hardly vary
-    return gaps if all(map(math.isfinite, gaps.values())) else {}
+            gaps[name] = float(distance.clamp_min(0) / variance)
+    return gaps
 
 
 def _moments(points_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

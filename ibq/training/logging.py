@@ -21,7 +21,7 @@ SNAPSHOT_CODES, SNAPSHOT_FEATURES = 1024, 2048
 LEAST_TOKENS, LOGITS = 64, 2**21
 """Of a batch the log looks at the logits of so many tokens: 2,048 at 1,024 codes, 64 at 2^18."""
 CODEBOOK_PARAMETER = "quantize.embedding"
-GAPS = ("gap", "gap_used", "gap_dead")
+GAPS = ("gap", "gap_angular", "gap_used", "gap_dead")
 GAP_PROTOCOL = (
     f"raw weights; at most {SNAPSHOT_FEATURES} features of the first test images, {SNAPSHOT_CODES} codes; "
     "in use: counted in training since the last snapshot"
@@ -110,8 +110,8 @@ def take_snapshot(
     Returns:
         codes (at most 1,024 of K, with code_indices), features (at most 2,048 tokens) in the space of the codes,
         counts, code_norms; and
-        gap, gap_used, gap_dead: `code_gap` of these features and codes, each absent where there are no such codes or it
-        would not be finite; before anything is counted, gap alone.
+        gap, gap_angular, gap_used, gap_dead: `code_gap` of these features and codes, each absent where there are no
+        such codes or it would not be finite; before anything is counted, the first two alone.
     """
     f = tokenizer.config.model.downsampling
     n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))

@@ -151,11 +151,11 @@ def train_transformer(
             started = time.perf_counter()
             with _encoding(config), shared_errors(DataError, NonFiniteInputError):
                 tokens_BT, classes_B = batches.next()
-            lr, last = config.lr_at(state.step), config.accumulate - 1
+            last = config.accumulate - 1
             # at each step, so that a run that goes on draws what it would have drawn
             seed_other_ranks(config.seed, state.step)
             try:
-                trained.set_lr(lr)
+                lr = state.set_schedules()
                 trained.zero_grad()
                 micro_batches = zip(tokens_BT.chunk(config.accumulate), classes_B.chunk(config.accumulate), strict=True)
                 for i, (tokens_bT, classes_b) in enumerate(micro_batches):

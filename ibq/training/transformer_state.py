@@ -45,7 +45,7 @@ class TransformerState:
             shard(network, self.transformer.blocks, device)
         self.trained = TrainedNetwork(
             network,
-            decaying_adamw(config, network),
+            adamw(config, network),
             accumulate=config.accumulate,
             clip_norm=config.optim.clip_norm,
             precision=config.precision,
@@ -60,21 +60,25 @@ class TransformerState:
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach() for name, parameter in self.transformer.named_parameters()}
 
+    def set_schedules(self) -> float:
+        """Learning rate, which is returned, and weight decay of the next update."""
+        lr = self.config.lr_at(self.step)
+        self.trained.set_lr(lr)
+        self.trained.optimizer.param_groups[0]["weight_decay"] = self.config.optim.decay(self.step, self.config.steps)
+        return lr
+
     def update_average(self) -> None:
         if self.average:
             self._average_in([*self.average.values()], [*self._weights().values()], self.step)
 
     def report(self) -> dict[str, float]:
-        """Of the last step the loss, in nats a token, and the norm of the gradient before clipping; and the mean loss
-        of all batches since the last report. A collective."""
+        """Of the last step the loss, in nats a token, the norm of the gradient before clipping, and in fp16 the scale
+        of losses; and the mean loss of all batches since the last report. A collective."""
         of_step = self.trained.report()
-        report = {
-            "loss": of_step["loss"],
-            "loss_mean": self.log_window.mean(),
-            "gradient_norm": of_step["gradient_norm"],
-        }
+        mean = self.log_window.mean()
         self.log_window.reset()
-        return report
+        shown = {name: of_step[name] for name in ("loss", "gradient_norm", "fp16_scale") if name in of_step}
+        return shown | {"loss_mean": mean}
 
     def result(self) -> Transformer:
         """The transformer that the run has come to, averaged where the config has an average: whole on every process,
@@ -122,6 +126,7 @@ class TransformerState:
         tensors |= {f"average.{name}": weight for name, weight in self.average.items()}
         tensors = gather_for_writer(tensors | {"window.log": self.log_window.total()} | random_states(self.device))
         meta = {name: getattr(self, name) for name in COUNTED} | belongs_to
+        meta |= {"scalers": {"model": self.trained.scaler.state_dict()}}
         meta |= {"processes": world_size(), "sharded": self.sharded, "commit": source_commit()}
         meta |= {"results_version": RESULTS_VERSION, "transformer_version": TRANSFORMER_VERSION}
         if is_writer():
@@ -141,11 +146,15 @@ class TransformerState:
             setattr(self, name, meta[name])
 
 
-def decaying_adamw(config: TransformerTrainConfig, network: torch.nn.Module) -> torch.optim.AdamW:
-    """AdamW, whose weight decay is for matrices, embeddings among them, and not for biases and the scales of norms."""
+def adamw(config: TransformerTrainConfig, network: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW whose first group of parameters has weight decay; `optim.decayed` says which these are."""
     optim, parameters = config.optim, list(network.parameters())
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
+    least = {"all": 0, "matrices": 2}[optim.decayed]  # dimensions; embeddings are matrices
+    groups = [[p for p in parameters if p.ndim >= least], [p for p in parameters if p.ndim < least]]
+    decays = (optim.decay(0, config.steps), 0.0)
+    return torch.optim.AdamW(
+        [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True) if group],
+        lr=optim.lr,
+        betas=optim.betas,
+        fused=True,
+    )

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
+import papermill.parameterize
 import psutil
 import pytest
+from nbclient import NotebookClient
 from transformer_rows import NOT_AT_SMOKE
 
 from experiments.ablations import ABLATIONS
 from experiments.explorer.tabs import TABS
+from experiments.notebook import check
 from experiments.report import notebooks
 from experiments.study import ROOT, Study
+from ibq.errors import ConfigError
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OF_ABLATIONS = {ablation.notebook: ablation for ablation in ABLATIONS.values() if ablation.notebook}
@@ -63,6 +69,65 @@ def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None
     assert ("| verdict" in texts) == bool(ablation.contrasts)
     assert set(re.findall(r"No data yet for (\w+)", texts)) == set(ablation.figures) & NOT_AT_SMOKE
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+
+
+OWN = 'preset = "quick"\nseeds = None\noverrides = {}\nslots = None'
+CHECK = "import experiments.notebook\nexperiments.notebook.check(globals())"
+LATER = "from functools import partial\nstudy = ablation = 1"
+
+
+def test_run_all_twice_in_a_kernel_that_has_names_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    startup = tmp_path / "profile_default" / "startup" / "00.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text("import math\npi, presets = 3, [1]\ndef helper(): ...\n")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    sources = [OWN, '# Parameters\npreset = "smoke"', "%matplotlib inline", CHECK, LATER] * 2
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(notebook, kernel_name="python3").execute()
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ([OWN, LATER, "seeds = 3"], ""),
+        ([OWN.replace("seeds", "seed")], "notebook parameter 'seed' does not exist; did you mean 'seeds'?"),
+        (
+            [OWN, '# Parameters\npre_set = "smoke"'],
+            "notebook parameter 'pre_set' does not exist; did you mean 'preset'?",
+        ),
+        ([OWN.replace("seeds", "seed"), OWN], ""),
+        (
+            [OWN, LATER, OWN.replace("slots", "slot")],
+            "notebook parameter 'slot' does not exist; did you mean 'slots'?",
+        ),
+        (["preset"], "notebook parameter 'preset' has no value; run the cell of the parameters first"),
+        ([OWN + "\nseeds: str = 'three'"], "notebook parameter seeds='three' is of type str; it must be int or None"),
+    ],
+)
+def test_only_what_the_parameters_cell_or_papermill_assigned_is_a_parameter(cells: list[str], said: str) -> None:
+    namespace: dict[str, object] = {"In": ["", *cells, CHECK]}
+    for source in cells:
+        exec(source, namespace) if "=" in source else None
+    with pytest.raises(ConfigError) if said else nullcontext() as caught:
+        check(namespace)
+    assert said in ("", str(getattr(caught, "value", "")))
+
+
+@pytest.mark.notebooks
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_run_all_again_in_one_kernel(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path.stem in notebooks.INTERACTIVE:
+        monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
+    once = nbformat.read(path, as_version=4)
+    once.metadata["papermill"] = {}
+    scale = {} if path.stem == notebooks.MECHANISM else {"preset": "smoke"}
+    given = papermill.parameterize.parameterize_notebook(once, scale, kernel_name="python3")
+    twice = nbformat.v4.new_notebook(cells=given.cells + copy.deepcopy(given.cells))
+    for number, cell in enumerate(twice.cells):
+        cell.id = str(number)
+    NotebookClient(twice, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
 @pytest.mark.notebooks

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from experiments.ablations import ABLATIONS, CORE, Arm
@@ -107,6 +108,48 @@ def test_overrides_change_runs_and_the_reports_name() -> None:
     assert not {cell.run.path for cell in plain.cells} & {cell.run.path for cell in changed.cells}
     assert changed.cells[0].config.optim.lr == 3e-4
     assert changed.name == "quick+optim.lr=0.0003+quantizer.codebook_size=512"
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        [{"optim.lr": 3e-4}, {"optim.lr": "3e-4"}, {"optim.lr": "0.0003"}, {"optim.lr": np.float64(3e-4)}],
+        [{"optim.lr": 1}, {"optim.lr": 1.0}, {"optim.lr": "1"}, {"optim.lr": np.int64(1)}],
+        [{"optim.betas": [0.5, 0.9]}, {"optim.betas": (0.5, 0.9)}, {"optim.betas": ["0.5", 0.9]}],
+        [{"batch_size": 16, "steps": 500}, {"steps": 500, "batch_size": "16"}],
+    ],
+)
+def test_one_study_has_one_name(same: list[dict]) -> None:
+    studies = [Study("quick", ("codebook_size",), overrides=overrides) for overrides in same]
+    assert len({study.name for study in studies}) == 1
+    assert len({tuple(cell.run.path for cell in study.cells) for study in studies}) == 1
+
+
+def test_a_grid_and_a_transformer_have_one_name_too() -> None:
+    grids = [Study("quick", grid={"optim.lr": values}) for values in ([1e-3, 1], ["1e-3", 1.0], (1.0, 0.001))]
+    assert {study.name for study in grids} == {"quick+grid+optim.lr=0.001_1-" + grids[0].name[-8:]}
+    with pytest.raises(ConfigError, match=r"the grid has optim\.lr=0\.001 twice; leave one out"):
+        Study("quick", grid={"optim.lr": ["1e-3", 0.001]})
+    twice = [Study("quick", ("generation",), overrides={"transformer.optim.lr": value}) for value in (1e-3, "1e-3")]
+    assert twice[0].name == twice[1].name == "quick+transformer.optim.lr=0.001"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"overrides": {1: 2}}, "the field 1 is of type int; name it by a text"),
+        ({"grid": {None: [2]}}, "the field None is of type NoneType; name it by a text"),
+        ({"ablation_names": (3,)}, "the ablation 3 is of type int; name it by a text"),
+        ({"preset_name": 3}, "the preset 3 is of type int; name it by a text"),
+        ({"grid": {"steps": [1]}, "bases": (b"vq_fair",)}, "the base b'vq_fair' is of type bytes; name it by a text"),
+        ({"seeds": "3"}, "seeds='3' is of type str; give a whole number"),
+        ({"seeds": 2.5}, "seeds=2.5 is of type float; give a whole number"),
+    ],
+)
+def test_what_is_no_text_is_one_sentence(arguments: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Study(**arguments)
+    assert str(caught.value) == sentence
 
 
 def test_a_changed_codebook_size_reaches_arms_of_other_sizes() -> None:

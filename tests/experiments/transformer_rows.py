@@ -20,7 +20,7 @@ NOT_AT_SMOKE = {"guidance_sweep"}
 """Figures of distances, of which the 16 images of a smoke run are too few."""
 QUALITY: Mapping[str, tuple[float, float, float]] = {
     "vq_tokens": (100.0, 40.0, 0.2),
-    "vq_strong_tokens": (330.0, 10.0, 0.1),
+    "vq_features_tokens": (330.0, 10.0, 0.1),
     "ibq_deep": (325.0, 6.0, 0.095),
     "lfq_halves": (365.0, 12.0, 0.11),
     "ibq_tokens": (340.0, 8.0, 0.095),

@@ -1,4 +1,4 @@
-"""The atlas of collapse: where over learning rate, D and K codebooks die, for VQ, its strongest variant, and IBQ with
+"""The atlas of collapse: where over learning rate, D and K codebooks die, for VQ, VQ from features, and IBQ with
 parts taken away.
 
 Paper: with 16,384 codes of D = 256 and a rate of 1e-4, IBQ uses 96% of them and VQGAN 5.9%. Users who took the class
@@ -53,7 +53,7 @@ ABLATION = Ablation(
         Factor(
             "method",
             tuple(METHODS),
-            "vq_published, vq_fair and ibq_published of notebook 01; IBQ without double term and with 0.25 on the "
+            "vq_published, vq_features and ibq_published of notebook 01; IBQ without double term and with 0.25 on the "
             "commitment term (outside "
             "its recipe); ibq_published with one part taken away",
         ),
@@ -205,10 +205,10 @@ ABLATION = Ablation(
             paper="Code dimension: usage rises markedly with D",
         ),
         Contrast(
-            "VQ, strongest: D",
-            "vq_strong_fast_16",
-            "vq_strong_fast_256",
-            "At the fastest rate the strongest VQ keeps at least half of its codes between D = 16 and D = 256.",
+            "VQ, features: D",
+            "vq_features_fast_16",
+            "vq_features_fast_256",
+            "At the fastest rate VQ from features keeps at least half of its codes between D = 16 and D = 256.",
             "bits",
             -1.0,
             keeps=True,
@@ -222,10 +222,10 @@ ABLATION = Ablation(
             -1.0,
         ),
         Contrast(
-            "strongest against IBQ: quality",
+            "VQ, features against IBQ: quality",
             "ibq_fast_256",
-            "vq_strong_fast_256",
-            "At D = 256 and the fastest rate the strongest VQ reconstructs better than IBQ as released, by at least "
+            "vq_features_fast_256",
+            "At D = 256 and the fastest rate VQ from features reconstructs better than IBQ as released, by at least "
             "0.003 of L1.",
             "l1",
             -0.003,

@@ -15,7 +15,7 @@ OUTSIDE = {**PUBLISHED, **of_quantizer({"double": False, "beta_on": "commitment"
 
 METHODS: dict[str, Mapping[str, Any]] = {
     "VQ": vq_vs_ibq.ABLATION.arm("vq_published").changes,
-    "VQ, strongest": vq_vs_ibq.ABLATION.arm("vq_fair").changes,
+    "VQ, features": vq_vs_ibq.ABLATION.arm("vq_features").changes,
     "IBQ": PUBLISHED,
     "IBQ outside its recipe": OUTSIDE,
     "IBQ without double term": {**PUBLISHED, **of_quantizer({"double": False})},
@@ -29,7 +29,7 @@ rate are theirs."""
 
 PREFIXES = {
     "vq": "VQ",
-    "vq_strong": "VQ, strongest",
+    "vq_features": "VQ, features",
     "ibq": "IBQ",
     "outside": "IBQ outside its recipe",
     "ibq_single": "IBQ without double term",
@@ -38,7 +38,7 @@ PREFIXES = {
     "ibq_copied": "IBQ without soft path to features",
     "ibq_top_8": "IBQ on the 8 best codes",
 }
-MAPPED = ("outside", "ibq", "ibq_single", "vq_strong")
+MAPPED = ("outside", "ibq", "ibq_single", "vq_features")
 """Those whose four corners are certain."""
 
 RATES = {"slow": ("×0.3", 0.3), "usual": ("×1", 1.0), "fast": ("×3", 3.0)}
@@ -124,7 +124,7 @@ QUESTION = (
     arm("ibq", "usual", 64, mean="1/8"),
     arm("ibq", "usual", 64, K="×1/4"),
     arm("vq", "usual", 64),
-    arm("vq_strong", "usual", 64),
+    arm("vq_features", "usual", 64),
     arm("outside", "fast", 256, remedy="logits over 4"),
     arm("outside", "fast", 256, remedy="entropy temperature ×16"),
     arm("outside", "fast", 256, remedy="entropy weight ×4"),
@@ -148,7 +148,7 @@ CORNERS = tuple(
 AXES = (
     arm("ibq", "usual", 64, K="×4"),
     arm("vq", "usual", 64, K="×1/16"),
-    arm("vq_strong", "usual", 64, K="×4"),
+    arm("vq_features", "usual", 64, K="×4"),
     arm("outside", "fast", 32, K="×4"),
     arm("outside", "fast", 32, mean="1/8"),
     arm("ibq", "usual", 256, length="×0.35"),

@@ -82,8 +82,10 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
     "gap_over_training": (
         gap_over_training,
         "Gap between features and codes: Fréchet distance of the two clouds over the variance of the features (0: the "
-        "same cloud; 1: a single point at the features' mean), for all codes (at most 1,024), those in use by a "
-        "training token since the snapshot before, and the others; raw weights, a line a seed.",
+        "same cloud; 1: a single point at the features' mean), for all codes (at most 1,024), all of them and the "
+        "features at unit length (a dot product hardly minds lengths), those in use by a training token since the "
+        "snapshot before, and the others; raw weights, a line a seed. Where codes are drawn long, as from N(0, 1), few "
+        "steps of Adam cannot bring them back: the gap is then that of the initialisation.",
     ),
     "logits_over_training": (
         logits_over_training,

@@ -62,6 +62,7 @@ CODE_NORM = Panel("Norm of codes", "mean over all codes", logged("code_norm"), l
 FEATURE_NORM = Panel("Norm of features", "mean over tokens", logged("feature_norm"), log=True)
 QUANTIZATION_ERROR = Panel("Quantization error", "error / variance of z", logged("quantization_error"), log=True)
 GAP = Panel("Gap", OF_VARIANCE, logged("gap"), absent="No gap is logged: features do not vary.", log=True)
+GAP_ANGULAR = Panel("Angular gap", "of unit vectors", logged("gap_angular"), absent=GAP.absent, log=True)
 GAP_USED = Panel(
     "Gap, codes in use", OF_VARIANCE, logged("gap_used"), absent="No gap of codes in use is logged.", log=True
 )

@@ -18,6 +18,7 @@ from experiments.report.figures.panels import (
     CODE_NORM,
     FEATURE_NORM,
     GAP,
+    GAP_ANGULAR,
     GAP_DEAD,
     GAP_USED,
     LOGIT_FAKE,
@@ -80,7 +81,9 @@ def logits_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -
 
 def gap_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
     """At the moments of the snapshots."""
-    return _curves(study, ablation, [GAP._replace(title="Gap, all codes"), GAP_USED, GAP_DEAD], lines=_gaps)
+    return _curves(
+        study, ablation, [GAP._replace(title="Gap, all codes"), GAP_ANGULAR, GAP_USED, GAP_DEAD], lines=_gaps
+    )
 
 
 def _gaps(cell: Cell) -> list[Line]:
@@ -89,7 +92,7 @@ def _gaps(cell: Cell) -> list[Line]:
     lines = []
     for step in cell.run.snapshot_steps():
         snapshot = cell.run.read_snapshot(step)
-        shown = [name for name in GAPS if name in snapshot and (step or name == "gap")]
+        shown = [name for name in GAPS if name in snapshot and (step or name in GAPS[:2])]
         lines.append({"step": step} | dict.fromkeys(GAPS, math.nan) | {name: snapshot[name].item() for name in shown})
     return lines
 

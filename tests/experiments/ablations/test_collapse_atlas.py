@@ -30,13 +30,13 @@ OUTSIDE = name("outside", "fast", 256)
 
 
 def alive(arm: Arm) -> bool:
-    """A world in which VQ is dead, the strongest VQ lives, IBQ needs 64 dimensions, and what is outside dies beyond 64
+    """A world in which VQ is dead, VQ from features lives, IBQ needs 64 dimensions, and what is outside dies beyond 64
     at the full rate."""
     method, D = arm.levels["method"], int(arm.levels["D"])
     if method == "IBQ outside its recipe":
         long = math.sqrt(D) * LENGTHS[arm.levels["initial length"]] > 10
         return arm.levels["rate"] != "×3" or not long or arm.levels["remedy"] != NONE
-    return method == "VQ, strongest" or (method == "IBQ" and D >= 64)
+    return method == "VQ, features" or (method == "IBQ" and D >= 64)
 
 
 def pretend(cell: Cell, state: bool | None) -> None:
@@ -157,7 +157,7 @@ def test_points_that_equal_arms_of_other_ablations_share_their_runs() -> None:
     mine = {cell.arm.name: cell.run.path for cell in [*study.cells, *study.waiting]}
     assert mine["ibq_usual_64"] == runs["vq_vs_ibq/ibq_published"]
     assert mine["vq_usual_64"] == runs["vq_vs_ibq/vq_published"]
-    assert mine["vq_strong_usual_64"] == runs["vq_vs_ibq/vq_fair"]
+    assert mine["vq_features_usual_64"] == runs["vq_vs_ibq/vq_features"]
     assert mine["ibq_usual_256"] == runs["code_dimension/ibq_256"]
     assert mine["ibq_usual_64_fourfold"] == runs["codebook_size/ibq_fourfold"]
     assert mine["ibq_single_slow_64"] == runs["double_quant_loss/single_slow"]
@@ -175,7 +175,7 @@ def test_cells_go_where_the_border_is(world: tuple[Study, pd.DataFrame]) -> None
         "ibq_usual_16",
         "vq_slow_256",
         "vq_fast_64",
-        "vq_strong_slow_64",
+        "vq_features_slow_64",
         "ibq_uniform_fast_16",
     }
     absent = collapse_map.left_out(ABLATION, table)
@@ -188,7 +188,7 @@ def test_the_border_runs_between_cells_that_differ_and_hatching_covers_what_was_
 ) -> None:
     _, table = world
     maps = dict(zip(METHODS, [axis for axis in map_.axes if axis.get_subplotspec() is not None][::4], strict=True))
-    assert borders(maps["VQ"]) == borders(maps["VQ, strongest"]) == set()
+    assert borders(maps["VQ"]) == borders(maps["VQ, features"]) == set()
     at_16 = {
         ((1.5, y - 0.5), (1.5, y + 0.5)) for y in (0, 2)
     }  # D = 32 is dead at the slow rate and was inferred at the fast one
@@ -254,7 +254,7 @@ def test_the_finding_says_where_each_method_lives_and_what_mends_it(world: tuple
     said = " ".join(findings(ABLATION, table))
     assert f"{len(study.agreeing)} cells between agreeing neighbours were left out." in said
     assert "VQ: has collapsed at every point of rate and D that was trained (" in said
-    assert "VQ, strongest: lives at every point" in said
+    assert "VQ, features: lives at every point" in said
     assert "IBQ outside its recipe: has collapsed at D = 128 (×3 2.0%), D = 256 (×3 2.0%); lives at D = 16" in said
     assert (
         "outside its recipe: of what was tried at D = 256, these bring it back: codes as long as at D = 32 (50.0%); "

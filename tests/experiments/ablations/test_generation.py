@@ -53,7 +53,7 @@ def test_arms_have_the_same_k_and_differ_in_what_they_are_named_for(preset: str)
         ("ibq_tokens", "ibq_deep", "model.depth"),
     ):
         assert changed(of[one], of[other]) == {field}
-    for name in ("vq_tokens", "vq_strong_tokens", "lfq_tokens"):
+    for name in ("vq_tokens", "vq_features_tokens", "lfq_tokens"):
         assert all(field.startswith("tokenizer.quantizer.") for field in changed(of["ibq_tokens"], of[name])), name
 
 
@@ -64,7 +64,7 @@ def test_tokenizers_are_those_of_notebooks_01_and_05_trained_three_times_as_long
     }
     for name, reference in (
         ("vq_tokens", "vq_vs_ibq/vq_published"),
-        ("vq_strong_tokens", "vq_vs_ibq/vq_fair"),
+        ("vq_features_tokens", "vq_vs_ibq/vq_features"),
         ("ibq_tokens", "vq_vs_ibq/ibq_published"),
         ("lfq_tokens", "lfq_comparison/lfq_base"),
     ):
@@ -201,7 +201,7 @@ def test_findings_say_where_guidance_is_best_and_what_bits_do_not_say() -> None:
 
 def test_findings_flag_a_best_guidance_that_is_the_largest() -> None:
     said = " ".join(findings(ABLATION, rows.load(known(best=GUIDANCES[-1], pending=("vq_tokens",)))))
-    assert "At the largest that was tried, so perhaps not the best: vq_strong_tokens, " in said
+    assert "At the largest that was tried, so perhaps not the best: vq_features_tokens, " in said
     assert "Here the fewest bits per image (325) and the lowest FID[fashion-cnn] are of one arm, ibq_deep." in said
     assert "1 transformer waits for its tokenizer." in said
 

@@ -73,7 +73,7 @@ def test_arms_of_one_config_share_a_run() -> None:
             "model_size/ibq_base",
         ),
         ("vq_vs_ibq/vq_published", "codebook_size/vq_base", "code_dimension/vq_64", "model_size/vq_base"),
-        ("vq_vs_ibq/vq_fair", "codebook_size/vq_strong_base", "model_size/vq_strong_base"),
+        ("vq_vs_ibq/vq_features", "codebook_size/vq_features_base", "model_size/vq_features_base"),
         ("vq_vs_ibq/ibq_no_entropy", "code_dimension/ibq_no_entropy_64", "lfq_comparison/ibq_no_entropy"),
         ("codebook_size/ibq_fourfold", "lfq_comparison/ibq_fourfold"),
         ("double_quant_loss/double_slow", "lfq_comparison/ibq_slow"),
@@ -85,7 +85,7 @@ def test_arms_beyond_the_presets_largest_codebook_are_left_out_unless_the_user_w
     study = Study("quick", ("codebook_size",))
     assert {cell.config.quantizer.codebook_size for cell in study.cells} == {64, 256, 1024, 4096}
     assert "ibq_sixteenfold" not in set(plan_table(study, ABLATIONS["codebook_size"])["arm"])
-    names = ", ".join(f"codebook_size/{method}_sixteenfold" for method in ("vq", "vq_strong", "ibq"))
+    names = ", ".join(f"codebook_size/{method}_sixteenfold" for method in ("vq", "vq_features", "ibq"))
     assert expected_cost(study).endswith(f"; left out, having more than 4,096 codes: {names}")
     assert "left out" not in expected_cost(Study("quick", ("vq_vs_ibq",)))
     larger = Study("quick", ("vq_vs_ibq",), overrides={"quantizer.codebook_size": 16384})

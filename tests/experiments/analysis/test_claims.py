@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -103,4 +105,7 @@ def test_claims_that_nothing_tests_say_where_they_stand_and_what_they_need() -> 
 def test_the_count_is_in_words() -> None:
     of = [Claim("a", "", word) for word in (*WORDS, "undecided", "undecided")]
     assert claims.count(of) == "six claims: one confirmed, one consistent, three undecided, one refuted"
+    known = [replace(of[0], exploratory="written afterwards"), of[0]]
+    assert claims.count(known).endswith("none refuted; one of them exploratory")
+    assert claims.table(known)["verdict"].tolist() == ["confirmed (exploratory: written afterwards)", "confirmed"]
     assert claims.count(of[:1]) == "one claim: one confirmed, none consistent, none undecided, none refuted"

@@ -34,9 +34,9 @@ def test_commands_work(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("trained")
 def test_plan_counts_what_is_left() -> None:
-    assert "13 runs, 13 finished; 0 steps left" in runner.invoke(app, ["plan", "vq_vs_ibq", "--preset", "smoke"]).output
+    assert "14 runs, 14 finished; 0 steps left" in runner.invoke(app, ["plan", "vq_vs_ibq", "--preset", "smoke"]).output
     assert (
-        "13 runs, 0 finished; 65 steps left"
+        "14 runs, 0 finished; 70 steps left"
         in runner.invoke(app, ["plan", "vq_vs_ibq", "--preset", "smoke", "--set", "steps=5"]).output
     )
 

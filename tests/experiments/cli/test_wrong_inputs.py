@@ -116,9 +116,7 @@ def test_notebook_parameters(given: dict, words: list[str]) -> None:
         "seeds": None,
         "overrides": {},
         "slots": None,
-        "In": [],
         "_i": "",
-        "get_ipython": None,
         "json": json,
     }
     notebook.check(injected)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.imagenet256 import RECIPES
+from experiments.imagenet256 import RECIPES, transformers
 from experiments.imagenet256.tokenizers import TOKENIZERS, imagenet256_vqgan_16384
+from experiments.imagenet256.transformer_plan import plan
 from experiments.imagenet256.transformers import TRANSFORMERS
 from ibq.errors import ConfigError
 from ibq.models.transformer import Transformer
@@ -30,6 +31,7 @@ SHARED = {
     "optim.lr": pytest.approx(3e-4),
     "optim.betas": [0.9, 0.95],
     "optim.weight_decay": 0.05,
+    "optim.decayed": "all",
     "optim.clip_norm": 1.0,
     "optim.ema_decay": None,
     "batch_size": 768,
@@ -80,6 +82,7 @@ def test_a_recipe_has_the_papers_numbers(name: str) -> None:
     config = TRANSFORMERS[name]()
     flat = flatten(config.to_json_dict())
     wanted = SHARED | {"model.depth": depth, "model.subtoken_bits": bits}
+    wanted |= {"optim.final_weight_decay": 0.08 if depth == 30 else None}
     assert {field: flat[field] for field in wanted} == wanted
     assert config.tokenizer == TOKENIZERS[tokenizer]()
     assert (config.data.kind, config.tokens, config.grid, config.tokens_per_image) == ("imagefolder", "fresh", 16, 256)
@@ -109,6 +112,16 @@ def test_a_heading_says_claim_cost_expected_number_and_command(name: str) -> Non
     assert (
         parts["Command"]
         == f"torchrun --nproc-per-node 8 -m experiments train {name} --tokenizer TOKENIZER --data IMAGENET"
+    )
+
+
+def test_a_recipe_says_that_its_precision_is_ours_and_can_be_that_of_the_released_runs() -> None:
+    assert "bfloat16 is ours" in str(transformers.__doc__)
+    config = TRANSFORMERS["imagenet256_transformer_b"]().with_fields(precision="fp16")
+    lines = dict(plan(config, 8))
+    assert lines["a step"].endswith("on each of 8 GPUs, fp16")
+    assert lines["memory"] == dict(plan(TRANSFORMERS["imagenet256_transformer_b"](), 8))["memory"].replace(
+        "in bf16", "in fp16"
     )
 
 

@@ -63,9 +63,9 @@ def test_every_figure_is_drawn_within_its_edges(name: str) -> None:
 
 @pytest.mark.parametrize("name", ABLATION.figures)
 def test_every_figure_of_points_and_samples_names_what_is_missing(name: str) -> None:
-    figure = draw(name, known(lost=("vq_strong_tokens",), pending=("ibq_deep", "lfq_halves")))
+    figure = draw(name, known(lost=("vq_features_tokens",), pending=("ibq_deep", "lfq_halves")))
     assert_within(figure)
-    said = "No result: B vq_strong_tokens (nan), C ibq_deep (waiting), D lfq_halves (waiting)"
+    said = "No result: B vq_features_tokens (nan), C ibq_deep (waiting), D lfq_halves (waiting)"
     assert (said in foot(figure)) == (name != "loss_over_training")  # whose legend has those that are there
     figures.plt.close(figure)
 
@@ -133,7 +133,7 @@ def test_bits_stand_against_the_tokenizers_error_and_against_what_is_generated()
 
 @pytest.mark.parametrize("times", [1.0, 0.1, 3.0])
 @pytest.mark.parametrize(
-    "without", [(), ("vq_tokens",), ("vq_tokens", "lfq_tokens", "lfq_halves", "ibq_shallow", "vq_strong_tokens")]
+    "without", [(), ("vq_tokens",), ("vq_tokens", "lfq_tokens", "lfq_halves", "ibq_shallow", "vq_features_tokens")]
 )
 def test_an_axis_of_distances_has_ticks_where_most_points_lie(without: tuple[str, ...], times: float) -> None:
     change(study(), without, lambda row: {FID: times * row[FID]})

@@ -182,7 +182,7 @@ def test_a_study_without_rows_renders_and_says_what_is_missing(tmp_path: Path, m
     study = Study("smoke", tuple(ABLATIONS))
     first_page = pages.write(study)
     texts = {page.stem: page.read_text() for page in pages_of(first_page)}
-    assert re.search(r"<b>pending</b>, 13 runs: vq_published seed 0; ", texts["vq_vs_ibq"])
+    assert re.search(r"<b>pending</b>, 14 runs: vq_published seed 0; ", texts["vq_vs_ibq"])
     assert (
         "<b>waiting</b> (waits for the search of simvq, 0 of 3 runs finished), 1 run: simvq seed 0"
         in texts["quantizers"]
@@ -214,11 +214,11 @@ def test_rows_of_several_commits_or_devices_are_flagged(
     frame.loc[alone, ["commit", "device"]] = ["bbbbbbbbbbbb+", "another CPU"]
     one = frame[frame["ablation"] == "vq_vs_ibq"]
     assert provenance.warnings(one, by="arm") == [
-        "These rows span 2 commits, so that differences may be of the code or the machine: aaaaaaaaaaaa (12 runs); "
+        "These rows span 2 commits, so that differences may be of the code or the machine: aaaaaaaaaaaa (13 runs); "
         "bbbbbbbbbbbb+ (1 run: "
         "vq_features).",
         f"These rows span 2 devices, so that differences may be of the code or the machine: {one['device'].iloc[0]} "
-        f"(12 runs); "
+        f"(13 runs); "
         "another CPU (1 run: vq_features).",
         "1 run trained from a tree with uncommitted changes (bbbbbbbbbbbb+).",
     ]
@@ -350,7 +350,7 @@ def test_findings_name_every_claim_and_missing_runs(trained: tuple) -> None:
         assert any(sentence.startswith(contrast.claim) for sentence in sentences)
     assert not any("confirmed" in sentence.lower() for sentence in sentences)  # one seed
     frame.loc[0, "status"] = "failed"
-    assert findings(ABLATION, frame)[0].startswith("1 of 13 runs have no result (1 failed)")
+    assert findings(ABLATION, frame)[0].startswith("1 of 14 runs have no result (1 failed)")
 
 
 def test_findings_admit_that_more_codes_can_mean_more_error() -> None:
@@ -404,7 +404,7 @@ def test_an_ablation_joins_the_report_by_a_run_of_its_own_and_with_what_is_finis
     wider = pages.widened(study)
     assert [ablation.name for ablation in wider.ablations] == ["vq_vs_ibq", "codebook_size"]
     joined = {cell.arm.name for cell in wider.cells if cell.ablation.name == "codebook_size"}
-    assert joined == {"vq_quarter", "vq_base", "vq_strong_base", "ibq_base"}
+    assert joined == {"vq_quarter", "vq_base", "vq_features_base", "ibq_base"}
     assert set(rows.load(wider)["status"]) == {"ok"}
 
 

@@ -92,8 +92,12 @@ def test_the_gap_equals_the_frechet_distance_of_scipy() -> None:
     codes_KD = torch.randn(40, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     used_K = torch.arange(40) < 4  # fewer than D: their covariance is singular
     gaps = code_gap(features_ND, codes_KD, used_K)
-    for name, part_KD in (("gap", codes_KD), ("gap_used", codes_KD[used_K]), ("gap_dead", codes_KD[~used_K])):
+    parts = {"gap": codes_KD, "gap_used": codes_KD[used_K], "gap_dead": codes_KD[~used_K], "gap_angular": codes_KD}
+    assert gaps.keys() == parts.keys()
+    for name, part_KD in parts.items():
         one, other = features_ND.double().numpy(), part_KD.double().numpy()
+        if name == "gap_angular":
+            one, other = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (one, other))
         S1, S2 = np.cov(one.T, bias=True), np.cov(other.T, bias=True)
         root = scipy.linalg.sqrtm(S1 @ S2 + 1e-15 * np.eye(6)).real
         expected = np.square(one.mean(0) - other.mean(0)).sum() + np.trace(S1 + S2 - 2 * root)
@@ -103,9 +107,14 @@ def test_the_gap_equals_the_frechet_distance_of_scipy() -> None:
 def test_the_gap_at_its_limits() -> None:
     features_ND = torch.randn(300, 5) + 2
     everything = torch.ones(300, dtype=torch.bool)
-    assert code_gap(features_ND, features_ND, everything) == pytest.approx({"gap": 0, "gap_used": 0}, abs=1e-9)
+    nothing = {"gap": 0, "gap_used": 0, "gap_angular": 0}
+    assert code_gap(features_ND, features_ND, everything) == pytest.approx(nothing, abs=1e-9)
+    longer = code_gap(features_ND, 10 * features_ND, everything)
+    assert longer["gap_angular"] == pytest.approx(0, abs=1e-9)  # lengths do not count
+    assert longer["gap"] > 10
     at_the_mean = features_ND.double().mean(0, keepdim=True)
-    assert code_gap(features_ND, at_the_mean, torch.tensor([False])) == pytest.approx({"gap": 1, "gap_dead": 1})
+    gaps = code_gap(features_ND, at_the_mean, torch.tensor([False]))
+    assert {name: gaps[name] for name in ("gap", "gap_dead")} == pytest.approx({"gap": 1, "gap_dead": 1})
     assert code_gap(10 * features_ND, 10 * features_ND.flip(0) + 1, everything)["gap"] == pytest.approx(
         code_gap(features_ND, features_ND + 0.1, everything)["gap"]
     )  # no unit
@@ -119,4 +128,4 @@ def test_a_gap_that_would_not_be_a_number_is_absent() -> None:
         broken_ND, broken_KD = features_ND.clone(), codes_KD.clone()
         broken_ND[7, 1] = broken_KD[5, 2] = value
         assert code_gap(broken_ND, codes_KD, used_K) == code_gap(features_ND, broken_KD, used_K) == {}
-    assert code_gap(features_ND, codes_KD, None).keys() == {"gap"}
+    assert code_gap(features_ND, codes_KD, None).keys() == {"gap", "gap_angular"}

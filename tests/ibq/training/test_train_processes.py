@@ -68,7 +68,7 @@ LEARNING_RATE = 1e-5
 Adam may make much of that."""
 OF_ONE_PROCESS = {
     *("feature_norm", "quantization_error", "logit_spread", "max_probability", "assignment_entropy", "entropy_pull"),
-    *("gap", "gap_used", "gap_dead"),
+    *("gap", "gap_angular", "gap_used", "gap_dead"),
     *TIMED,
 }
 """Columns of the history that are of rank 0's images alone."""

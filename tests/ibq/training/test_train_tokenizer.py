@@ -169,7 +169,7 @@ def test_snapshots_hold_what_figures_need(finished: Any) -> None:
     assert run.read_row()["protocol.gap"].startswith(
         "raw weights; at most 2048 features of the first test images, 1024 codes; in use: "
     )
-    assert [name for name in GAPS if name in run.read_snapshot(0)] == ["gap"]  # nothing is counted yet
+    assert [name for name in GAPS if name in run.read_snapshot(0)] == ["gap", "gap_angular"]  # nothing is counted yet
     torch.testing.assert_close(snapshot["code_norms"][snapshot["code_indices"]], snapshot["codes"].norm(dim=1))
     assert not torch.equal(run.read_snapshot(0)["codes"], snapshot["codes"])
 

@@ -44,14 +44,16 @@ from ibq.losses import NextTokenLoss
 from ibq.models.transformer import Transformer
 from ibq.run_directory import RunDirectory
 from ibq.training.checkpoint import load_checkpoint
+from ibq.training.optimizer import TrainedNetwork
 from ibq.training.runtime import LogEvent, Runtime, StopRequested
 from ibq.training.transformer import train_transformer
-from ibq.training.transformer_state import decaying_adamw
+from ibq.training.transformer_state import adamw
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "averaged, two micro-batches": {"optim.ema_decay": 0.7, "accumulate": 2},
     "sub-tokens in bf16": {"model.subtoken_bits": (2, 3), "precision": "bf16"},
+    "fp16, decay that rises": {"precision": "fp16", "optim.decayed": "matrices", "optim.final_weight_decay": 0.08},
 }
 every_arm = pytest.mark.parametrize("arm", ARMS)
 GOLDEN = Path(__file__).with_name("golden_transformer_curve.json")
@@ -187,11 +189,26 @@ def test_activations_that_are_computed_again_train_the_same(finished: Any, tmp_p
     torch.testing.assert_close(load_file(tmp_path / "model.safetensors"), load_file(run.model), rtol=1e-5, atol=1e-6)
 
 
-def test_a_bfloat16_run_is_the_same_but_for_rounding(finished: Any, tmp_path: Path) -> None:
-    train(transformer_config(precision="bf16"), tmp_path)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_in_half_precision_is_the_same_but_for_rounding(finished: Any, tmp_path: Path, precision: str) -> None:
+    train(transformer_config(precision=precision), tmp_path)
     lines, expected = RunDirectory(tmp_path).read_history(), finished("plain")[0].read_history()
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=5e-3)
     assert lines[-1]["loss"] != expected[-1]["loss"]
+    assert [line.get("fp16_scale") for line in lines] == [65536.0 if precision == "fp16" else None] * len(lines)
+
+
+def test_the_scale_of_fp16_losses_is_resumed(tmp_path: Path) -> None:
+    config = transformer_config(precision="fp16")
+    with pytest.raises(StopRequested):
+        train(config, tmp_path, should_stop=stop_at(4))
+    meta = tmp_path / "checkpoint" / "meta.json"
+    found = json.loads(meta.read_text())
+    assert found["scalers"]["model"]["scale"] == 65536
+    found["scalers"]["model"]["scale"] = 1024.0
+    meta.write_text(json.dumps(found))
+    train(config, tmp_path)
+    assert [line["fp16_scale"] for line in RunDirectory(tmp_path).read_history()] == [65536.0, 65536.0, 1024.0, 1024.0]
 
 
 def test_the_peak_of_memory_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,15 +221,60 @@ def test_the_peak_of_memory_is_that_of_training(tmp_path: Path, monkeypatch: pyt
     assert 0 < RunDirectory(tmp_path).read_row()["peak_memory_gib"] < 2**10
 
 
-def test_weight_decay_is_for_matrices_alone() -> None:
-    config = transformer_config(**{"model.subtoken_bits": (2, 3)})
+def decayed_of(config: TransformerTrainConfig) -> tuple[set[str], set[str]]:
+    """Names of the parameters in the group with weight decay, and of the others."""
     network = Transformer(config.transformer_config)
     names = {parameter: name for name, parameter in network.named_parameters()}
-    decaying, others = decaying_adamw(config, network).param_groups
-    assert (decaying["weight_decay"], others["weight_decay"], decaying["betas"]) == (0.05, 0.0, (0.9, 0.95))
-    assert {names[parameter].rsplit(".", 1)[-1] for parameter in decaying["params"]} == {"weight"}
-    assert all("norm" in names[parameter] or names[parameter].endswith("bias") for parameter in others["params"])
-    assert len(decaying["params"]) + len(others["params"]) == len(names)
+    optimizer = adamw(config, network)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0][: len(optimizer.param_groups)]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    decayed, *others = ({names[parameter] for parameter in group["params"]} for group in optimizer.param_groups)
+    assert decayed.union(*others) == set(names.values())
+    return decayed, set().union(*others)
+
+
+def test_weight_decay_is_for_all_parameters_as_in_the_released_loop() -> None:
+    decayed, others = decayed_of(transformer_config())
+    assert others == set()
+    assert {name.rsplit(".", 1)[-1] for name in decayed} == {"weight", "bias"}
+
+
+def test_weight_decay_can_be_for_matrices_alone() -> None:
+    decayed, others = decayed_of(transformer_config(**{"model.subtoken_bits": (2, 3), "optim.decayed": "matrices"}))
+    assert {name.rsplit(".", 1)[-1] for name in decayed} == {"weight"}
+    assert all("norm" in name or name.endswith("bias") for name in others)
+
+
+@pytest.mark.parametrize("decayed", ["all", "matrices"])
+def test_training_decays_as_adamw_is_defined(tmp_path: Path, decayed: str) -> None:
+    """Loshchilov and Hutter's update in float64, with the decay of each step, against the weights of a run."""
+    fields = {"optim.decayed": decayed, "optim.weight_decay": 0.5, "optim.final_weight_decay": 5.0}
+    config = transformer_config(**WITHOUT_DROPOUT | fields | {"optim.lr": 0.02, "steps": 3, "optim.clip_norm": None})
+    gradients: list[dict[str, torch.Tensor]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = TrainedNetwork.step
+
+        def recorded(trained: TrainedNetwork) -> None:
+            named = trained.network.named_parameters()
+            gradients.append({name: p.grad.double() for name, p in named if p.grad is not None})
+            step(trained)
+
+        patch.setattr(TrainedNetwork, "step", recorded)
+        train(config, tmp_path)
+    torch.manual_seed(config.seed)
+    start = NextTokenLoss(Transformer(config.transformer_config))
+    trained = {f"transformer.{name}": weight for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    largest = 0.0
+    for name, weight in start.named_parameters():
+        w, m, v = weight.detach().double(), torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for t in range(3):
+            decay = 5.0 + (0.5 - 5.0) * (0.5 + 0.5 * math.cos(math.pi * t / 2))
+            g, lr = gradients[t][name], config.lr_at(t)
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            w = w * (1 - lr * decay * (decayed == "all" or w.ndim > 1))
+            w = w - lr * (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
+        largest = max(largest, (w - trained[name]).abs().max().item())
+    assert largest < 1e-6
 
 
 def test_the_averaged_weights_are_an_exponential_moving_average(tmp_path: Path) -> None:
@@ -377,7 +439,8 @@ def test_fresh_squares_are_encoded_step_by_step(tmp_path: Path, monkeypatch: pyt
 
 def golden_config() -> TransformerTrainConfig:
     return transformer_config(
-        **{"steps": 20, "optim.warmup": 0.1, "optim.ema_decay": 0.9, "model.depth": 2, "accumulate": 2}
+        **{"steps": 20, "optim.warmup": 0.1, "optim.ema_decay": 0.9, "model.depth": 2, "accumulate": 2},
+        **{"optim.decayed": "matrices"},
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from transformer_runs import transformer_config
 
-from ibq.config import AdamWConfig
 from ibq.errors import ConfigError
+from ibq.training.config import AdamWConfig
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,28 @@ def test_the_rate_rises_rests_and_falls() -> None:
 )
 def test_a_run_of_one_step_has_a_rate(warmup: float, plateau: float, share: float) -> None:
     assert AdamWConfig(lr=1.0, warmup=warmup, plateau=plateau).rate(0, 1) == pytest.approx(share)
+
+
+def released_decay(wd: float, wd_end: float, cur_it: int, max_it: int) -> float:
+    """Weight decay of the released loop (TencentARC/SEED-Voken, `lr_wd_annealing`), which every group gets."""
+    return wd_end + (wd - wd_end) * (0.5 + 0.5 * math.cos(math.pi * cur_it / (max_it - 1)))
+
+
+@pytest.mark.parametrize(("end", "steps"), [(0.08, 750_600), (0.08, 7), (0.0, 100)])
+def test_weight_decay_goes_along_a_cosine_as_released(end: float, steps: int) -> None:
+    optim = AdamWConfig(weight_decay=0.05, final_weight_decay=end)
+    for step in {0, 1, steps // 3, steps // 2, steps - 2, steps - 1}:
+        assert abs(optim.decay(step, steps) - released_decay(0.05, end, step, steps)) < 1e-16
+    assert optim.decay(steps - 1, steps) == pytest.approx(end, abs=1e-16)
+
+
+def test_weight_decay_stays_where_no_end_is_given_and_a_run_of_one_step_has_one() -> None:
+    assert {AdamWConfig().decay(step, 50) for step in range(50)} == {0.05}
+    assert AdamWConfig(final_weight_decay=0.08).decay(0, 1) == pytest.approx(0.05)
+
+
+def test_what_weight_decay_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.final_weight_decay"):
+        transformer_config(**{"optim.final_weight_decay": -0.1})
+    with pytest.raises(ConfigError, match=r"optim\.decayed"):
+        transformer_config(**{"optim.decayed": "biases"})
