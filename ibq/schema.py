@@ -16,6 +16,11 @@ Resize = Literal["antialiased", "released"]
 size; or the released code's bilinear kernel without antialiasing (`ibq.data.resizing`), neither turned nor reduced."""
 
 
+COUNTABLE_CODES = 2**24
+"""Largest codebook that is built whole, counted code by code, and drawn; a larger one only exists where it follows from
+the config, code by code."""
+
+
 class Frozen(BaseModel):
     """Base of all configs: immutable, unknown fields are errors, numbers are finite, defaults are validated."""
 

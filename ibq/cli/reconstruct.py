@@ -43,7 +43,7 @@ from ibq.errors import ConfigError, require_packages
 from ibq.evaluation.pictures import PIXEL_PROTOCOL
 from ibq.metrics.distances import to_uint8
 from ibq.metrics.quality import pixel_errors
-from ibq.metrics.usage import usage_metrics
+from ibq.metrics.usage import counts_of, uncountable, usage_metrics
 from ibq.run_directory import append_line, read_lines, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -143,14 +143,12 @@ class Output:
         return [self.records[name] for name in self._pictures.names if name in self.records]
 
     def counts(self, codebook_size: int) -> torch.Tensor:
-        """Counts (K,) of the codes in all indices together."""
-        counts_K = torch.zeros(codebook_size, dtype=torch.int64)
+        """Counts (K,) of the codes in all indices together, as `counts_of`."""
+        counts_K = counts_of(torch.zeros(0, dtype=torch.int64), codebook_size)
         for record in self.shown():
             path = self.file("indices", record["name"])
             try:
-                counts_K += torch.bincount(
-                    load_tensors(path.read_bytes())["indices_BHW"].flatten(), minlength=codebook_size
-                )
+                counts_K += counts_of(load_tensors(path.read_bytes())["indices_BHW"], codebook_size)
             except (SafetensorError, KeyError):
                 raise ConfigError(f"{quoted(path)} is damaged; delete it and run the command again") from None
         return counts_K
@@ -184,7 +182,7 @@ def write_pages(output: Output, model: Model, pictures: PictureFolder) -> Path:
     """Write the pages of all finished pictures, PICTURES_A_PAGE each, and remove pages of earlier runs beyond; returns
     the first's path."""
     records, K = output.shown(), model.tokenizer.config.quantizer.codebook_size
-    facts = model.facts(pictures.framing) | _totals(records, usage_metrics(output.counts(K)))
+    facts = model.facts(pictures.framing) | _totals(records, output.counts(K), uncountable(K))
     pages = [records[start : start + PICTURES_A_PAGE] for start in range(0, len(records), PICTURES_A_PAGE)]
     names = [_page_name(number) for number in range(len(pages))]
     template = _environment().get_template("reconstructions.html")
@@ -214,15 +212,17 @@ def _page_name(number: int) -> str:
     return "index.html" if number == 0 else f"index-{number + 1}.html"
 
 
-def _totals(records: list[Record], usage: dict[str, float]) -> dict[str, str]:
-    n, tokens = len(records), int(usage["tokens"])
+def _totals(records: list[Record], counts_K: torch.Tensor, uncounted: str | None) -> dict[str, str]:
+    n, tokens = len(records), sum(record["tokens"] for record in records)
+    usage = {} if uncounted else usage_metrics(counts_K)
     pixels = sum(record["width"] * record["height"] for record in records)
     psnr, l1 = (math.fsum(record[name] for record in records) / n for name in ("psnr_db", "l1"))
     return {
         "pictures": f"{n:,}, {pixels:,} pixels, {tokens:,} tokens",
         "PSNR": f"{psnr:.2f} dB, mean over pictures; {PIXEL_PROTOCOL}",
         "L1": f"{l1:.4f}, mean over pictures; the same",
-        "codes": f"{usage['usage']:.1%} used, perplexity {usage['perplexity']:,.1f}; as many uniform tokens would use "
+        "codes": uncounted
+        or f"{usage['usage']:.1%} used, perplexity {usage['perplexity']:,.1f}; as many uniform tokens would use "
         f"{usage['uniform_usage']:.1%}",
     }
 

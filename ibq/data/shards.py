@@ -51,8 +51,13 @@ class Parts:
     codebook_size: int
     doing: str
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """int32, or int64 where K needs it."""
+        return torch.int32 if self.codebook_size <= 2**31 else torch.int64
+
     def collect(self, make: Make, at_once: int, beat: Callable[[], bool]) -> torch.Tensor:
-        """All tokens, int32 (N, T) on the CPU, of which those that no file holds are made; a collective.
+        """All tokens, `dtype` (N, T) on the CPU, of which those that no file holds are made; a collective.
 
         Each process reads or makes every world-th part and gets the others from the processes that have them, so that
         they need not see the same files.
@@ -67,7 +72,7 @@ class Parts:
             StopRequested: what is finished lies in its files.
             DataError, NonFiniteInputError, NonFiniteError: `make` raised it on this or another process.
         """
-        tokens_NT = torch.empty(self.count, self.tokens, dtype=torch.int32)
+        tokens_NT = torch.empty(self.count, self.tokens, dtype=self.dtype)
         parts = torch.arange(self.count).split(self.size)
         progress = _Progress(self.doing, self.count)
         for first in range(0, len(parts), world_size()):
@@ -93,14 +98,14 @@ class Parts:
         if path is not None:
             with contextlib.suppress(OSError, SafetensorError):  # the latter is how safetensors reports a full disk
                 write_tensors(path, {"tokens_PT": tokens_PT, "sha256": self._digest(number, tokens_PT)})
-        return tokens_PT.int()
+        return tokens_PT.to(self.dtype)
 
     def _made(self, numbers_P: torch.Tensor, make: Make, at_once: int, beat: Callable[[], bool]) -> torch.Tensor:
         made = []
         for numbers_B in numbers_P.split(at_once):
             if beat():
                 raise StopRequested(f"asked to stop while {self.doing}; finished parts are kept")
-            made.append(make(numbers_B).to("cpu", torch.int16 if self.codebook_size <= 2**15 else torch.int32))
+            made.append(make(numbers_B).to("cpu", torch.int16 if self.codebook_size <= 2**15 else self.dtype))
         return torch.cat(made)
 
     def _read(self, path: Path, number: int, images: int) -> torch.Tensor | None:
@@ -111,7 +116,7 @@ class Parts:
         except (OSError, SafetensorError, KeyError):
             return None
         fits = tokens_PT.shape == (images, self.tokens) and torch.equal(digest, self._digest(number, tokens_PT))
-        return tokens_PT.int() if fits else None
+        return tokens_PT.to(self.dtype) if fits else None
 
     def _digest(self, number: int, tokens_PT: torch.Tensor) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.key} {number}".encode())

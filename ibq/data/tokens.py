@@ -44,7 +44,7 @@ class Tokens:
     """The images of a split as tokens.
 
     Args:
-        tokens_NT: int32 in [0, K), each image's row by row, on the CPU.
+        tokens_NT: int32, or int64 where K needs it, in [0, K), each image's row by row, on the CPU.
         labels_N: int64 class of every image.
     """
 

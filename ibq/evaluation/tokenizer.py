@@ -26,7 +26,7 @@ from ibq.metrics.codebook import QuantizationError
 from ibq.metrics.distances import EXTRACTED_AT_ONCE, NAMES, Distances, PairedDistances, References, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
 from ibq.metrics.quality import ImageQuality
-from ibq.metrics.usage import usage_metrics
+from ibq.metrics.usage import counts_of, uncountable, usage_metrics
 from ibq.models.tokenizer import Reconstruction, Tokenizer
 from ibq.ops.precision import full_float32
 
@@ -108,15 +108,16 @@ class TokenizerMetrics:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._to_code_space = tokenizer.quantize.to_code_space
         self.quality, self._error = ImageQuality(), QuantizationError()
-        K, device = tokenizer.config.quantizer.codebook_size, next(tokenizer.parameters()).device
-        self.counts_K = torch.zeros(K, dtype=torch.int64, device=device)
+        self.codebook_size = tokenizer.config.quantizer.codebook_size
+        no_tokens = torch.zeros(0, dtype=torch.int64, device=next(tokenizer.parameters()).device)
+        self.counts_K = counts_of(no_tokens, self.codebook_size)
 
     @torch.no_grad()
     def update(self, originals_BCHW: torch.Tensor, output: Reconstruction) -> None:
         """Add a batch: what the tokenizer was shown, in [-1, 1], and what it returned."""
         self.quality.update(originals_BCHW, output.images)
         self._error.update(self._to_code_space(output.features), output.quantized.z_q)
-        self.counts_K += torch.bincount(output.quantized.indices.flatten(), minlength=len(self.counts_K))
+        self.counts_K += counts_of(output.quantized.indices, self.codebook_size)
 
     def reduce(self) -> None:
         """Take in what the other processes have measured; a collective, once, after the last update."""
@@ -125,15 +126,16 @@ class TokenizerMetrics:
         self._error.reduce()
 
     def compute(self) -> dict[str, float]:
-        """usage_metrics, the means of the quality, and quantization_error."""
-        return usage_metrics(self.counts_K) | self.quality.compute() | {"quantization_error": self._error.compute()}
+        """usage_metrics unless the codebook is `uncountable`, the means of the quality, and quantization_error."""
+        usage = {} if uncountable(self.codebook_size) else usage_metrics(self.counts_K)
+        return usage | self.quality.compute() | {"quantization_error": self._error.compute()}
 
 
 def evaluate(
     tokenizer: Tokenizer, images: ImageSource, n_images: int, batch_size: int, weights: str
 ) -> tuple[dict[str, float], dict[str, Any], dict[str, torch.Tensor]]:
-    """Reconstruct the first `n_images` of a split in float32; with several processes a collective, each computing a
-    share of the batches.
+    """Reconstruct the first `n_images` of a split in float32, or what the tokenizer was cast to; with several processes
+    a collective, each computing a share of the batches.
 
     Args:
         tokenizer: on the device to compute on.
@@ -146,8 +148,8 @@ def evaluate(
     Returns:
         metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z, both in the space of the
         codes, and for Fashion-MNIST the distances in the features of fashion-cnn); protocol, which also says why
-        distances are absent; and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8 of the
-        first batch; rank 0 alone has these two).
+        distances or usage are absent; and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8
+        of the first batch; rank 0 alone has these two).
 
     Raises:
         NonFiniteInputError: features of this or another process have NaN or infinite values.
@@ -178,9 +180,11 @@ def evaluate(
     gathered.reduce()
     perceptual, perceptual_protocol = measured(distances, absent)
     metrics = gathered.compute() | perceptual
-    protocol = protocol_of(images, n_images, weights) | perceptual_protocol
+    protocol = protocol_of(images, n_images, weights, tokenizer.quantize.dtype) | perceptual_protocol
     if absent:
         protocol["distances[fashion-cnn]"] = f"absent: {absent[0]}"
+    if reason := uncountable(tokenizer.config.quantizer.codebook_size):
+        protocol["usage"] = f"absent: {reason}"
     return metrics, protocol, {"counts_K": gathered.counts_K} | shown
 
 
@@ -241,7 +245,7 @@ class PerceptualEvaluation:
         metrics, protocol = measured(metric, absent)
         if absent or not metrics:
             raise UnfitError(f"{self.name} is {f'absent: {absent[0]}' if absent else next(iter(protocol.values()))}")
-        return metrics, protocol_of(images, n_images, weights) | protocol
+        return metrics, protocol_of(images, n_images, weights, tokenizer.quantize.dtype) | protocol
 
     def distances(self, references: Share) -> Distances:
         """Ready to be fed with images of any origin; arguments and errors as on the call, of a network whose features
@@ -308,12 +312,13 @@ def _require_fashion_mnist(images: ImageSource) -> None:
         raise UnfitError(f"fashion-cnn knows Fashion-MNIST, not {images.name}")
 
 
-def protocol_of(images: ImageSource, n_images: int, weights: str) -> dict[str, Any]:
+def protocol_of(images: ImageSource, n_images: int, weights: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What numbers of a network belong to; dtype is that of its weights."""
     protocol = {
         "split": images.split,
         "n_images": n_images,
         "weights": weights,
-        "precision": "fp32",
+        "precision": {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype)),
         "images": "float in [-1, 1], clamped",
     }
     protocol |= {"resize": RESIZING[images.resize]} if images.resize else {}

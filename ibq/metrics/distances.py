@@ -55,7 +55,7 @@ EXTRACTED_AT_ONCE, DISTANCE_ROWS = 64, 1000
 def to_uint8(images_BCHW: torch.Tensor, *, cut: bool = False) -> torch.Tensor:
     """Images in [-1, 1], clamped to it, as a PNG holds them: -1 becomes 0 and 1 becomes 255; cut instead of rounded, as
     the released samples are, half a grey level darker in the mean."""
-    levels_BCHW = (images_BCHW.clamp(-1, 1) + 1) * 127.5
+    levels_BCHW = (images_BCHW.float().clamp(-1, 1) + 1) * 127.5
     return (levels_BCHW if cut else levels_BCHW.round()).to(torch.uint8)
 
 

@@ -56,7 +56,9 @@ class LPIPS:
         if reason := too_small(originals_BCHW):
             raise DataError(reason)
         for pair in zip(
-            originals_BCHW.split(PAIRS_AT_ONCE), reconstructions_BCHW.clamp(-1, 1).split(PAIRS_AT_ONCE), strict=True
+            originals_BCHW.float().split(PAIRS_AT_ONCE),
+            reconstructions_BCHW.float().clamp(-1, 1).split(PAIRS_AT_ONCE),
+            strict=True,
         ):
             rgb_pair = (images_BCHW.float().expand(-1, 3, -1, -1).to(self.device) for images_BCHW in pair)
             with full_float32(self.device, convolutions=True):

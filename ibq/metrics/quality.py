@@ -89,7 +89,7 @@ def ssim(originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> to
     y_BCHW = reconstructions_BCHW.float().clamp(-1, 1)
     # in float32, where its window sums are ten times faster than in float64
     ssim_B = structural_similarity_index_measure(
-        (y_BCHW + 1) / 2, (originals_BCHW + 1) / 2, data_range=1.0, reduction="none"
+        (y_BCHW + 1) / 2, (originals_BCHW.float() + 1) / 2, data_range=1.0, reduction="none"
     )
     assert isinstance(ssim_B, torch.Tensor)
     return ssim_B.double()

@@ -10,6 +10,22 @@ import math
 
 import torch
 
+from ibq.schema import COUNTABLE_CODES
+
+
+def uncountable(codebook_size: int) -> str | None:
+    """Reason why a codebook has no counts and so no usage, None where it has."""
+    if codebook_size <= COUNTABLE_CODES:
+        return None
+    return f"{codebook_size:,} codes are too many to be counted one by one, {COUNTABLE_CODES:,} are the most"
+
+
+def counts_of(indices: torch.Tensor, codebook_size: int) -> torch.Tensor:
+    """Counts (K,) of indices of any shape; (0,) where K is too large to count."""
+    if uncountable(codebook_size):
+        return torch.zeros(0, dtype=torch.int64, device=indices.device)
+    return torch.bincount(indices.flatten(), minlength=codebook_size)
+
 
 def usage_metrics(counts_K: torch.Tensor) -> dict[str, float]:
     """Usage, entropy and perplexity of a set of tokens.

@@ -18,6 +18,7 @@ from torch import nn
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.models.autoencoder import Decoder, Encoder
+from ibq.ops.arguments import integers
 from ibq.quantizers import Quantized, build_quantizer
 from ibq.run_directory import write_json, write_tensors
 
@@ -46,15 +47,21 @@ class Tokenizer(nn.Module):
         self.quantize = build_quantizer(config.quantizer)
 
     @property
+    def grid(self) -> int:
+        """Tokens a side of an image of the config's resolution."""
+        return self.config.data.resolution // self.config.model.downsampling
+
+    @property
     def last_layer(self) -> torch.Tensor:
         """The weight of the decoder's last convolution, where the adaptive weight compares gradients."""
         return self.decoder.conv_out.weight
 
     def features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Continuous features (B, D, H/f, W/f) of images (B, C, H, W) in [-1, 1].
+        """Continuous features (B, D, H/f, W/f) of images (B, C, H, W) in [-1, 1], of any floating type; the weights'
+        type is computed in.
 
         Raises:
-            ValueError: the images' channels or size do not fit the architecture.
+            ValueError: the images' channels or size do not fit the architecture, or they are not floating.
         """
         channels, f = self.config.data.channels, self.config.model.downsampling
         if (
@@ -67,7 +74,9 @@ class Tokenizer(nn.Module):
                 f"images of shape {tuple(images_BCHW.shape)} do not fit; pass (B, {channels}, H, W) with H and W "
                 f"multiples of {f}"
             )
-        z_BDHW: torch.Tensor = self.quant_conv(self.encoder(images_BCHW))
+        if not images_BCHW.is_floating_point():
+            raise ValueError(f"images of dtype {images_BCHW.dtype} are not floating; pass floats in [-1, 1]")
+        z_BDHW: torch.Tensor = self.quant_conv(self.encoder(images_BCHW.to(self.encoder.conv_in.weight.dtype)))
         return z_BDHW
 
     def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -76,7 +85,17 @@ class Tokenizer(nn.Module):
         return quantized.indices
 
     def decode(self, indices_BHW: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, f*H, f*W), nominally in [-1, 1], of indices (B, H, W)."""
+        """Images (B, C, f*H, f*W), nominally in [-1, 1], of indices (B, H, W) of any integer type.
+
+        Raises:
+            ValueError: indices are not integers, of another shape, or lie outside [0, K).
+        """
+        indices_BHW = integers("indices", indices_BHW, self.config.quantizer.codebook_size)
+        if indices_BHW.dim() != 3:
+            raise ValueError(
+                f"indices of shape {tuple(indices_BHW.shape)} are not those of images; pass (B, H, W), which is "
+                f"(B, {self.grid}, {self.grid}) for images of the config's size"
+            )
         return self._decode_codes(self.quantize.indices_to_codes(indices_BHW))
 
     def forward(self, images_BCHW: torch.Tensor) -> Reconstruction:

@@ -84,6 +84,19 @@ def require_finite(group: str = "", **tensors: torch.Tensor) -> None:
     )
 
 
+def integers(what: str, values: torch.Tensor, size: int) -> torch.Tensor:
+    """Indices of any integer type as int64.
+
+    Raises:
+        ValueError: they are no integers, or no tensor.
+    """
+    if not isinstance(values, torch.Tensor):
+        raise ValueError(f"{what} are a {type(values).__name__}; pass a tensor, as torch.as_tensor makes it")
+    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+        raise ValueError(f"{what} of dtype {values.dtype} are not integers; pass integers in [0, {size})")
+    return values.long()
+
+
 def resolve_group(group: str) -> dist.ProcessGroup:
     return c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
 

@@ -31,6 +31,11 @@ def full_float32(device: torch.device, convolutions: bool = False) -> Iterator[N
                 switch.fp32_precision = precision
 
 
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or its values in float32 where its type is narrower."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def coarse_center(codebook_KD: torch.Tensor) -> torch.Tensor:
     """About the mean code (D,), to be subtracted before distances are taken through dot products: far from the origin
     squares would cancel.

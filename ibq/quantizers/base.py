@@ -16,10 +16,11 @@ from torch import nn
 from ibq.distributed import copy_from_first
 from ibq.errors import ConfigError, one_sentence
 from ibq.ops.arguments import require_finite
-from ibq.ops.precision import full_float32
+from ibq.ops.precision import at_least_float32, full_float32
 from ibq.quantizers.config import FROM_FEATURES, EmbeddingConfig
 from ibq.quantizers.entropy import euclidean_as_dot
-from ibq.quantizers.updates import kmeans
+from ibq.quantizers.shapes import kept_tokens, of_grid, require_indices, tokens_last
+from ibq.quantizers.updates import StepCount, kmeans, recomputing
 from ibq.schema import QuantizerConfig
 
 KMEANS_FEATURES = 4  # per code: the means of fewer features are hardly means
@@ -29,7 +30,8 @@ class Quantized(NamedTuple):
     """Return value of every quantizer.
 
     Attributes:
-        z_q: (B, D, H, W), float32; its value is exactly the selected codes, its gradient is the method's.
+        z_q: (B, D, H, W); its value is exactly the selected codes, its gradient is the method's. float32, or what the
+            module was cast to (`.bfloat16()`, `.half()`), as the next layer of a model that was cast wants it.
         indices: (B, H, W), int64, in [0, K).
         losses: raw scalar terms by name, each differentiable; `config.loss_weights` weighs them.
     """
@@ -74,9 +76,25 @@ class Quantizer(nn.Module):
         self.config = config
         self.group: dist.ProcessGroup | None = None
         self.peers: dist.ProcessGroup | None = None
+        self.step: int | None = None
+        self._last_indices_N: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"group": None, "peers": None}  # a group can be neither copied nor pickled
+        # a group can be neither copied nor pickled, and a copy has had no forward
+        return self.__dict__ | {"group": None, "peers": None, "_last_indices_N": None}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of z_q and of `indices_to_codes`: that of the weights."""
+        return next((parameter.dtype for parameter in self.parameters()), torch.float32)
+
+    def set_step(self, step: int) -> None:
+        """Say that so many optimizer steps are finished, before each of them: schedules then follow the steps, however
+        many forwards one has (micro-batches). Until it is called, each training forward counts as a step."""
+        self.step = step
+        for module in self.modules():
+            if isinstance(module, StepCount):
+                module.set(step)
 
     @property
     def logit_scale(self) -> float | None:
@@ -91,8 +109,18 @@ class Quantizer(nn.Module):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """(K, D): the tensor that codes are gathered from, in the forward pass and in `indices_to_codes` alike."""
+        """(K, D), at least float32: the tensor that codes are gathered from, in the forward pass and in
+        `indices_to_codes` alike."""
         raise NotImplementedError
+
+    def codes_of(self, indices: torch.Tensor) -> torch.Tensor:
+        """Codes of indices of any shape, with D as one more dimension at the end."""
+        return self.codebook[indices]
+
+    @property
+    def leaves_to_next_forward(self) -> bool:
+        """True if a training forward changes what the next one does, so that one can be recomputed only before it."""
+        return self.config.changes_in_forward
 
     def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
         """Of features (N, D) or (B, D, H, W) what codes are compared with: z, or z normalised or bounded; errors are
@@ -106,7 +134,7 @@ class Quantizer(nn.Module):
         -|z - c|^2 in the space of the codes up to a constant a token, unless a method says otherwise: beside |z|^2 the
         differences between the codes of a large codebook would be lost to rounding.
         """
-        query_NE, key_KE = euclidean_as_dot(self.to_code_space(z_ND), self.codebook)
+        query_NE, key_KE = euclidean_as_dot(self.to_code_space(at_least_float32(z_ND)), self.codebook)
         with full_float32(z_ND.device):
             return query_NE @ key_KE.T
 
@@ -114,30 +142,53 @@ class Quantizer(nn.Module):
         """The method itself on flat float32 features; returns z_q (N, D), indices (N,) and the raw loss terms."""
         raise NotImplementedError
 
-    def forward(self, z_BDHW: torch.Tensor) -> Quantized:
-        """Quantize a feature map.
+    def forward(self, z_BDHW: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
+        """Quantize a feature map, a sequence or a video.
 
         Args:
-            z_BDHW: features (B, D, H, W), any float dtype; computed in at least float32, also inside autocast.
+            z_BDHW: features (B, D, H, W), (B, N, D) or (B, D, T, H, W), any float dtype; computed in at least float32,
+                also inside autocast.
+            mask: bool of the shape of the indices, False for padding. Such tokens have no part in losses, entropies,
+                counts and updates; their index is 0, and z_q its code without a gradient.
+
+        Returns:
+            z_q of the shape of z, and indices of that shape without D.
 
         Raises:
-            ValueError: z has not four dimensions, or its channels are not the config's code_dim.
+            ValueError: z has other dimensions, its channels are not the config's code_dim, there is no token, or the
+                mask does not fit.
             NonFiniteInputError: z has NaN or infinite values; in training with a group, z or the codebook of any
                 process has.
+            ConfigError: a forward pass is recomputed, or repeated within a step, that cannot be.
         """
-        if z_BDHW.dim() != 4 or z_BDHW.shape[1] != self.config.code_dim:
-            raise ValueError(
-                f"features of shape {tuple(z_BDHW.shape)} do not fit code_dim={self.config.code_dim}; pass (B, "
-                f"code_dim, H, W)"
-            )
-        B, D, H, W = z_BDHW.shape
+        tokens = tokens_last(z_BDHW, self.config.code_dim)
+        grid, D = tokens.shape[:-1], tokens.shape[-1]
         with torch.autocast(z_BDHW.device.type, enabled=False):
-            z_ND = z_BDHW.permute(0, 2, 3, 1).reshape(-1, D)
-            z_ND = z_ND if z_ND.dtype == torch.float64 else z_ND.float()
+            z_ND = at_least_float32(tokens.reshape(-1, D))
+            kept_N = None if mask is None else kept_tokens(mask, grid)
+            z_ND = z_ND if kept_N is None else z_ND[kept_N]
             if not torch.compiler.is_compiling():  # whose graph would break; there the operator alone checks
                 self._require_finite(z_ND)
             z_q_ND, indices_N, losses = self.quantize(z_ND)
-        return Quantized(z_q_ND.reshape(B, H, W, D).permute(0, 3, 1, 2), indices_N.reshape(B, H, W), losses)
+            if self.training and self.leaves_to_next_forward:
+                self._require_same_forward(indices_N)
+            z_q_ND = z_q_ND.to(self.dtype)
+            if kept_N is not None:
+                indices_N = torch.zeros_like(kept_N, dtype=torch.int64).masked_scatter(kept_N, indices_N)
+                padding_ND = self.codes_of(torch.zeros_like(indices_N)).detach().to(self.dtype)
+                z_q_ND = padding_ND.masked_scatter(kept_N[:, None], z_q_ND)
+        return Quantized(of_grid(z_q_ND, grid), indices_N.reshape(grid), losses)
+
+    def _require_same_forward(self, indices_N: torch.Tensor) -> None:
+        """Refuse the recomputation of another forward than the last: by then codes or schedules have moved on."""
+        if not recomputing():
+            self._last_indices_N = indices_N
+        elif self._last_indices_N is None or not torch.equal(indices_N, self._last_indices_N):
+            raise ConfigError(
+                f"gradient checkpointing recomputes a forward pass of method={self.config.method!r} after another one "
+                f"has changed its codes or schedule; call it once between backward passes, or leave it out of the "
+                f"checkpoint"
+            )
 
     def _require_finite(self, z_ND: torch.Tensor) -> None:
         group = self.group or self.peers
@@ -160,23 +211,15 @@ class Quantizer(nn.Module):
         """
 
     def indices_to_codes(self, indices_BHW: torch.Tensor) -> torch.Tensor:
-        """Codes (B, D, H, W) of integer indices (B, H, W): bit for bit the values of z_q.
+        """Codes (B, D, H, W) of indices (B, H, W) of any integer type: bit for bit the values of z_q. Those of a
+        sequence (B, N) are (B, N, D), of a video (B, T, H, W) are (B, D, T, H, W).
 
         Raises:
-            ValueError: indices are not integers or lie outside [0, K).
+            ValueError: indices are not integers, of another shape, or lie outside [0, K).
         """
-        if indices_BHW.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            raise ValueError(
-                f"indices of dtype {indices_BHW.dtype} are not integers; pass int64 in [0, {self.config.codebook_size})"
-            )
-        if indices_BHW.numel():
-            low, high = int(indices_BHW.min()), int(indices_BHW.max())
-            if low < 0 or high >= self.config.codebook_size:
-                raise ValueError(
-                    f"indices reach from {low} to {high}; they must lie in [0, {self.config.codebook_size})"
-                )
-        with torch.autocast(indices_BHW.device.type, enabled=False):
-            return self.codebook[indices_BHW.long()].permute(0, 3, 1, 2)
+        indices = require_indices(indices_BHW, self.config.codebook_size)
+        with torch.autocast(indices.device.type, enabled=False):
+            return of_grid(self.codes_of(indices), indices.shape).to(self.dtype)
 
 
 class CodebookQuantizer(Quantizer):
@@ -202,7 +245,7 @@ class CodebookQuantizer(Quantizer):
 
     @property
     def codebook(self) -> torch.Tensor:
-        return self.to_code_space(self.embedding)
+        return self.to_code_space(at_least_float32(self.embedding))
 
     def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
         return F.normalize(z, dim=1) if self.config.unit_norm else z
@@ -234,7 +277,7 @@ class CodebookQuantizer(Quantizer):
             raise ValueError(
                 f"features of shape {tuple(features_MD.shape)} cannot initialise {K} codes; pass at least ({K}, {D})"
             )
-        features_MD = self.to_code_space(features_MD)
+        features_MD = self.to_code_space(at_least_float32(features_MD))
         if self.config.codebook_init == "kmeans":
             self.embedding.copy_(kmeans(features_MD, K, generator))
         else:
@@ -263,19 +306,18 @@ class CodebookQuantizer(Quantizer):
         """
         rows = torch.randperm(len(features_MD), generator=generator).to(features_MD.device)
         moved = dead_K.nonzero().flatten()[: len(rows)]
-        anchors_KD = self.embedding.detach().clone()
-        anchors_KD[moved] = self.to_code_space(features_MD.to(self.embedding.dtype))[rows[: len(moved)]]
-        self.embedding.copy_(anchors_KD)
+        features_MD = self.to_code_space(at_least_float32(features_MD))[rows[: len(moved)]]
+        self.embedding[moved] = features_MD.to(self.embedding.dtype)
         return torch.zeros_like(dead_K).index_fill(0, moved, True)
 
-    def forward(self, z_BDHW: torch.Tensor) -> Quantized:
+    def forward(self, z_BDHW: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
         if self.training and self.awaits_features:
             raise ValueError(
                 f"codebook_init={self.config.codebook_init!r} and no features seen yet; call initialize_from with at "
                 f"least "
                 f"{self.config.codebook_size} encoder outputs before training"
             )
-        return super().forward(z_BDHW)
+        return super().forward(z_BDHW, mask)
 
 
 def quantization_terms(z_ND: torch.Tensor, codes_ND: torch.Tensor) -> dict[str, torch.Tensor]:

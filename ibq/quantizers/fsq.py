@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 
 from ibq.quantizers.base import straight_through
-from ibq.quantizers.implied import ImpliedCodebookQuantizer
+from ibq.quantizers.implied import MOST_CODES, ImpliedCodebookQuantizer
 from ibq.schema import QuantizerConfig, bits_of
 
 MARGIN = 1e-3  # the outermost levels are reached within this of tanh's bound
@@ -35,6 +35,8 @@ class FSQConfig(QuantizerConfig):
         product = math.prod(self.levels)
         if not all(3 <= level <= 256 for level in self.levels):
             raise ValueError(f"levels={self.levels} must lie in [3, 256]; for channels of two levels use method 'lfq'")
+        if product > MOST_CODES:
+            raise ValueError(f"levels={self.levels} make more codes than the 2^62 that an index can name; take fewer")
         if self.codebook_size != product:
             raise ValueError(
                 f"codebook_size={self.codebook_size} is not the product {product} of levels={self.levels}; set it to "
@@ -69,16 +71,17 @@ class FiniteScalarQuantizer(ImpliedCodebookQuantizer, config=FSQConfig):
 
     config: FSQConfig
     paper = "FSQ, arXiv 2309.15505"
-    levels: torch.Tensor
 
     def __init__(self, config: FSQConfig) -> None:
-        super().__init__(config, [(torch.arange(level) - level // 2) / (level // 2) for level in config.levels])
-        self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
+        super().__init__(config, config.levels)
+
+    def values(self, digits: torch.Tensor) -> torch.Tensor:
+        return (digits - self.levels // 2).float() / (self.levels // 2)
 
     def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
         """Bounded features in units of the codes."""
         levels = self.levels.view(-1, *[1] * (z.dim() - 2))
-        half = (levels - 1) * (1 + MARGIN) / 2
+        half = (levels - 1).float() * (1 + MARGIN) / 2
         offset = (levels % 2 == 0) * 0.5
         return (torch.tanh(z + torch.atanh(offset / half)) * half - offset) / (levels // 2)
 
@@ -86,4 +89,4 @@ class FiniteScalarQuantizer(ImpliedCodebookQuantizer, config=FSQConfig):
         bounded_ND = self.to_code_space(z_ND)
         half_width_D = self.levels // 2
         indices_N = self.indices_of((bounded_ND.detach() * half_width_D).round() + half_width_D)
-        return straight_through(bounded_ND, self.codebook[indices_N]), indices_N, {}
+        return straight_through(bounded_ND, self.codes_of(indices_N)), indices_N, {}

@@ -17,15 +17,17 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from ibq.ops.precision import at_least_float32
 from ibq.quantizers.base import CodebookQuantizer
 from ibq.quantizers.config import CodebookInit, EmbeddingConfig
+from ibq.quantizers.updates import StepCount
 
 
 class GumbelConfig(EmbeddingConfig):
     """`kl_weight` stands on KL(softmax(l) || uniform), 5e-4 in VQGAN; 0 switches the term off.
 
-    With `final_temperature` T falls from `temperature` to it along half a cosine, over the first `anneal_steps`
-    training forwards; DALL-E goes from 1 to 1/16 within 150,000.
+    With `final_temperature` T falls from `temperature` to it along half a cosine, over the first `anneal_steps` steps
+    (`Quantizer.set_step`); DALL-E goes from 1 to 1/16 within 150,000.
     """
 
     method: Literal["gumbel"] = "gumbel"
@@ -42,7 +44,7 @@ class GumbelConfig(EmbeddingConfig):
 
     @property
     def changes_in_forward(self) -> bool:
-        return self.noise or self.final_temperature is not None
+        return self.noise
 
 
 class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
@@ -54,11 +56,14 @@ class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
 
     config: GumbelConfig
     paper = "Gumbel-softmax, arXiv 1611.01144"
-    forwards: torch.Tensor
 
     def __init__(self, config: GumbelConfig) -> None:
         super().__init__(config)
-        self.register_buffer("forwards", torch.tensor(0))
+        self.schedule = StepCount()
+
+    @property
+    def leaves_to_next_forward(self) -> bool:
+        return self.config.final_temperature is not None and not self.schedule.told
 
     @property
     def temperature(self) -> float | torch.Tensor:
@@ -66,7 +71,7 @@ class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
         first, last = self.config.temperature, self.config.final_temperature
         if last is None:
             return first
-        done = (self.forwards / self.config.anneal_steps).clamp_max(1)
+        done = (self.schedule.now / self.config.anneal_steps).clamp_max(1)
         return last + (first - last) * (1 + torch.cos(math.pi * done)) / 2
 
     @property
@@ -74,7 +79,7 @@ class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
         return 1 / float(self.temperature)
 
     def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
-        return z_ND @ self.codebook.T
+        return at_least_float32(z_ND) @ self.codebook.T
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         codebook_KD = self.codebook
@@ -83,8 +88,8 @@ class GumbelQuantizer(CodebookQuantizer, config=GumbelConfig):
         if self.training and self.config.noise:
             noisy_NK = logits_NK - torch.empty_like(logits_NK).exponential_().log()
         p_NK = (noisy_NK / self.temperature).softmax(1)
-        if self.training:
-            self.forwards += 1
+        if self.training and self.leaves_to_next_forward:
+            self.schedule.after_forward()
         indices_N = noisy_NK.max(1).indices
         codes_ND = codebook_KD[indices_N]
         soft_ND = codes_ND + (p_NK - p_NK.detach()) @ codebook_KD

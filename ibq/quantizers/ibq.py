@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 
 from ibq.ops import index_backprop
-from ibq.ops.precision import full_float32
+from ibq.ops.precision import at_least_float32, full_float32
 from ibq.quantizers.base import CodebookQuantizer, quantization_terms
 from ibq.quantizers.config import CodebookConfig, CodebookInit
 from ibq.quantizers.entropy import entropy_terms
@@ -104,7 +104,7 @@ class IndexBackpropQuantizer(CodebookQuantizer, config=IBQConfig):
 
     def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
         with full_float32(z_ND.device):
-            return self.config.scale * self.to_code_space(z_ND) @ self.codebook.T
+            return self.config.scale * self.to_code_space(at_least_float32(z_ND)) @ self.codebook.T
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         z_ND, codebook_KD = self.to_code_space(z_ND), self.codebook

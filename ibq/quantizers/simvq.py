@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ibq.ops.precision import at_least_float32
 from ibq.quantizers.base import Quantizer, quantization_terms, straight_through
 from ibq.quantizers.config import TermsConfig
-from ibq.quantizers.vq import nearest_with_entropies
+from ibq.quantizers.vq import linear, nearest_with_entropies
 
 
 class SimVQConfig(TermsConfig):
@@ -41,8 +42,7 @@ class SimVectorQuantizer(Quantizer, config=SimVQConfig):
 
     @property
     def codebook(self) -> torch.Tensor:
-        projected_KD: torch.Tensor = self.projection(self.embedding)
-        return projected_KD
+        return linear(self.projection, at_least_float32(self.embedding))
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         codebook_KD = self.codebook

@@ -2,8 +2,9 @@
 
 A training forward first applies what the one before has seen, then quantizes, then looks at its own features. So the
 codebook is constant from one training forward to the next, codes of its indices are its output bit for bit, and what
-awaits application is in the state_dict. With torch.distributed every process holds the same state: counts and sums are
-added up, what is drawn at random comes from rank 0.
+awaits application is in the state_dict. A forward that only recomputes one, in a backward pass, changes nothing. With
+torch.distributed every process holds the same state: counts and sums are added up, what is drawn at random comes from
+rank 0.
 
 Suffixes: N tokens, K codes, k codes of one chunk, D code dimension.
 """
@@ -11,18 +12,52 @@ Suffixes: N tokens, K codes, k codes of one chunk, D code dimension.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import nn
 
 from ibq.distributed import copy_from_first, sum_over_ranks
+from ibq.errors import ConfigError
 from ibq.ops import nearest_code
+from ibq.ops.precision import at_least_float32
 
 SMOOTHING = 1e-5
 CHUNK_ELEMENTS = 2**24
 
 
-class MovingAverage(nn.Module):
+def recomputing() -> bool:
+    """True in a backward pass: a forward pass there only recomputes one that has been (gradient checkpointing)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Accumulator(nn.Module):
+    """State that accumulates: no cast of the module makes its numbers narrower than float32, in which a sum of bfloat16
+    would stop to grow at 256 times its addend."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            cast = self._buffers[name]
+            if buffer is None or cast is None or cast.dtype == buffer.dtype:
+                continue
+            if not buffer.is_floating_point() or cast.dtype.itemsize < 4:
+                self._buffers[name] = buffer.to(cast.device)
+        return self
+
+    def require_wide(self) -> None:
+        """ConfigError: its numbers are narrower than float32, by a way that asks no module (FSDP's buffer_dtype)."""
+        for name, buffer in self.named_buffers():
+            if buffer.is_floating_point() and buffer.dtype.itemsize < 4:
+                raise ConfigError(
+                    f"{name} accumulates and is {buffer.dtype}; keep buffers out of mixed precision (FSDP's "
+                    f"buffer_dtype=torch.float32)"
+                )
+
+
+class MovingAverage(Accumulator):
     """Codes as the moving average of their features (VQ-VAE, arXiv 1711.00937, appendix; VQ-VAE-2, arXiv 1906.00446).
 
     counts = decay counts + (1 - decay) n, sums = decay sums + (1 - decay) (sum of the features of each code), code =
@@ -36,8 +71,9 @@ class MovingAverage(nn.Module):
     def __init__(self, embedding_KD: torch.Tensor, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("counts_K", torch.ones(len(embedding_KD)))
-        self.register_buffer("sums_KD", embedding_KD.detach().clone())
+        codes_KD = at_least_float32(embedding_KD.detach())
+        self.register_buffer("counts_K", torch.ones_like(codes_KD[:, 0]))
+        self.register_buffer("sums_KD", codes_KD.clone())
         self.register_buffer("observed", torch.tensor(False))
 
     @torch.no_grad()
@@ -65,10 +101,10 @@ class MovingAverage(nn.Module):
     def restart(self, weight_K: torch.Tensor, anchors_KD: torch.Tensor) -> None:
         """Codes of weight 1 begin anew at their anchors."""
         self.counts_K.lerp_(torch.ones_like(self.counts_K), weight_K)
-        self.sums_KD.lerp_(anchors_KD, weight_K[:, None])
+        self.sums_KD.lerp_(anchors_KD.to(self.sums_KD.dtype), weight_K[:, None])
 
 
-class Restart(nn.Module):
+class Restart(Accumulator):
     """Moves codes towards anchors, which are features of the last batch: code = (1 - weight) code + weight anchor.
 
     `usage_K` is the running average of each code's share of the tokens, in units of the uniform share 1/K. A subclass
@@ -84,10 +120,11 @@ class Restart(nn.Module):
     def __init__(self, embedding_KD: torch.Tensor, usage_decay: float, first_usage: float) -> None:
         super().__init__()
         self.usage_decay = usage_decay
-        self.register_buffer("usage_K", torch.full((len(embedding_KD),), first_usage))
-        self.register_buffer("weight_K", torch.zeros(len(embedding_KD)))
-        self.register_buffer("anchors_KD", torch.zeros_like(embedding_KD))
-        self.register_buffer("applied_K", torch.zeros(len(embedding_KD)), persistent=False)
+        codes_KD = at_least_float32(embedding_KD.detach())
+        self.register_buffer("usage_K", torch.full_like(codes_KD[:, 0], first_usage))
+        self.register_buffer("weight_K", torch.zeros_like(codes_KD[:, 0]))
+        self.register_buffer("anchors_KD", torch.zeros_like(codes_KD))
+        self.register_buffer("applied_K", torch.zeros_like(codes_KD[:, 0]), persistent=False)
 
     def choose(self, z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (K,) and anchors (K, D)."""
@@ -95,7 +132,7 @@ class Restart(nn.Module):
 
     @torch.no_grad()
     def apply_to(self, embedding_KD: torch.Tensor) -> None:
-        embedding_KD.lerp_(self.anchors_KD, self.weight_K[:, None])
+        move(embedding_KD, self.anchors_KD, self.weight_K)
         self.applied_K.copy_(self.weight_K)
 
     @torch.no_grad()
@@ -155,6 +192,38 @@ class OnlineClustering(Restart):
         return torch.exp(-self.usage_K * 10 / (1 - self.usage_decay) - 1e-3), z_ND[torch.cat(rows)]
 
 
+class StepCount(Accumulator):
+    """Finished optimizer steps, for schedules: as `set` says them or, until it does, one for every training forward."""
+
+    steps: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(0))
+        self.told = False
+        """True once `set` has been called."""
+
+    def set(self, steps: int) -> None:
+        self.steps.fill_(steps)
+        self.told = True
+
+    @property
+    def now(self) -> torch.Tensor:
+        """Finished steps before this forward, or before the one that this forward recomputes."""
+        return self.steps - 1 if self.training and not self.told and recomputing() else self.steps
+
+    def after_forward(self) -> None:
+        if not self.told and not recomputing():
+            self.steps += 1
+
+
+@torch.no_grad()
+def move(codes_KD: torch.Tensor, targets_KD: torch.Tensor, weight_K: torch.Tensor) -> None:
+    """Move codes towards targets by a share each, in place; in at least float32 whatever the codes are."""
+    targets_KD = at_least_float32(targets_KD)
+    codes_KD.copy_(torch.lerp(codes_KD.to(targets_KD.dtype), targets_KD, weight_K[:, None].to(targets_KD.dtype)))
+
+
 @torch.no_grad()
 def kmeans(features_MD: torch.Tensor, K: int, generator: torch.Generator, iterations: int = 10) -> torch.Tensor:
     """Centers (K, D) after some iterations from K distinct features.
@@ -167,6 +236,7 @@ def kmeans(features_MD: torch.Tensor, K: int, generator: torch.Generator, iterat
         generator: CPU generator of the first centers.
         iterations: assignments and means.
     """
+    features_MD = at_least_float32(features_MD)
     rows = torch.randperm(len(features_MD), generator=generator)[:K]
     centers_KD = features_MD[rows.to(features_MD.device)]
     for _ in range(iterations):

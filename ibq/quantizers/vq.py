@@ -19,14 +19,17 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn
 
+from ibq.errors import ConfigError
 from ibq.ops import index_backprop, nearest_code
+from ibq.ops.precision import at_least_float32
 from ibq.quantizers.base import CodebookQuantizer, Quantizer, quantization_terms, rotation, straight_through
 from ibq.quantizers.config import CodebookConfig
 from ibq.quantizers.entropy import entropy_terms, euclidean_as_dot
-from ibq.quantizers.updates import DeadRestart, MovingAverage, OnlineClustering, Restart
+from ibq.quantizers.updates import DeadRestart, MovingAverage, OnlineClustering, Restart, move, recomputing
 
 
 class VQConfig(CodebookConfig):
@@ -111,6 +114,7 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
         super().__init__(config)
         self.projection = linear_from_identity(config.code_dim) if config.reparametrization == "linear" else None
         self.moving_average, self.restart = None, self._restart(config)
+        self._updated_at: int | None = None
         if config.ema_decay is not None:
             self.embedding.requires_grad_(False)
             self.moving_average = MovingAverage(self.embedding, config.ema_decay)
@@ -122,7 +126,8 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
 
     @property
     def codebook(self) -> torch.Tensor:
-        return self.to_code_space(self.embedding if self.projection is None else self.projection(self.embedding))
+        embedding_KD = at_least_float32(self.embedding)
+        return self.to_code_space(embedding_KD if self.projection is None else linear(self.projection, embedding_KD))
 
     @torch.no_grad()
     def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
@@ -138,11 +143,12 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
             return Quantizer.restart_codes(self, dead_K, features_MD, generator)
         moved_K = super().restart_codes(dead_K, features_MD, generator)
         if self.moving_average is not None:
-            self.moving_average.restart(moved_K.to(self.embedding.dtype), self.embedding)
+            self.moving_average.restart(moved_K.to(self.moving_average.counts_K.dtype), self.embedding)
         return moved_K
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        if self.training:
+        moves_codes = self.training and not recomputing()
+        if moves_codes:
             self._apply_updates()
         z_ND, codebook_KD = self.to_code_space(z_ND), self.codebook
         indices_N, entropies = nearest_with_entropies(
@@ -153,13 +159,29 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
         losses = quantization_terms(z_ND, codes_ND) | entropies
         if self.moving_average is not None:
             del losses["codebook"]
-        if self.training:
+        if moves_codes:
             self._observe(z_ND.detach().to(codebook_KD.dtype), indices_N, codebook_KD.detach())
         return z_q_ND, indices_N, losses
 
     @torch.no_grad()
     def _apply_updates(self) -> None:
-        """Codebook updates from the training forward before this one."""
+        """Codebook updates from the training forward before this one.
+
+        Raises:
+            ConfigError: the step that `set_step` has named had its forward already.
+        """
+        if not self.config.changes_in_forward:
+            return
+        if self.step is not None and self.step == self._updated_at:
+            raise ConfigError(
+                f"ema_decay={self.config.ema_decay} and restart={self.config.restart!r} move codes once a step, and "
+                f"step {self.step} had its training forward already; quantize all its features in one call, or take "
+                f"moving averages and restarts away"
+            )
+        self._updated_at = self.step
+        for accumulator in (self.moving_average, self.restart):
+            if accumulator is not None:
+                accumulator.require_wide()
         if self.moving_average is not None:
             self.moving_average.apply_to(self.embedding)
         if self.restart is not None:
@@ -175,13 +197,19 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
         if self.moving_average is not None:
             average.embedding.copy_(self.embedding)
         elif self.restart is not None:
-            average.embedding.lerp_(self.embedding, self.restart.applied_K[:, None])
+            move(average.embedding, self.embedding, self.restart.applied_K)
 
     def _observe(self, z_ND: torch.Tensor, indices_N: torch.Tensor, codebook_KD: torch.Tensor) -> None:
         if self.moving_average is not None:
             self.moving_average.observe(z_ND, indices_N)
         if self.restart is not None:
             self.restart.observe(z_ND, indices_N, codebook_KD)
+
+
+def linear(layer: nn.Linear, codes_KD: torch.Tensor) -> torch.Tensor:
+    """The layer's map of codes, in their type whatever the layer was cast to."""
+    bias_D = None if layer.bias is None else layer.bias.to(codes_KD.dtype)
+    return F.linear(codes_KD, layer.weight.to(codes_KD.dtype), bias_D)
 
 
 def linear_from_identity(D: int) -> nn.Linear:

@@ -14,6 +14,7 @@ from ibq.data import ImageSource
 from ibq.distributed import is_writer, sum_over_ranks, world_size
 from ibq.evaluation.tokenizer import measuring
 from ibq.metrics.codebook import code_gap, gradient_reach, logit_statistics
+from ibq.metrics.usage import counts_of, uncountable
 from ibq.models.tokenizer import Tokenizer
 
 SNAPSHOT_CODES, SNAPSHOT_FEATURES = 1024, 2048
@@ -29,7 +30,7 @@ GAP_PROTOCOL = (
 
 
 class TokenWindow:
-    """Code counts of the training tokens since the last reset.
+    """Code counts of the training tokens since the last reset; none where the codebook is `uncountable`.
 
     Each process counts its own tokens, so that no step waits for another: the truth is the sum over processes, `total`.
     That sum goes into a checkpoint, and `restore` gives it to rank 0 alone, so that it stays the sum whatever number of
@@ -37,10 +38,11 @@ class TokenWindow:
     """
 
     def __init__(self, codebook_size: int, device: torch.device) -> None:
-        self.counts_K = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+        self.codebook_size = codebook_size
+        self.counts_K = counts_of(torch.zeros(0, dtype=torch.int64, device=device), codebook_size)
 
     def add(self, indices: torch.Tensor) -> None:
-        self.counts_K += torch.bincount(indices.flatten(), minlength=len(self.counts_K))
+        self.counts_K += counts_of(indices, self.codebook_size)
 
     def total(self) -> torch.Tensor:
         """The counts of all processes, a new tensor (K,); a collective."""
@@ -114,23 +116,26 @@ def take_snapshot(
     f = tokenizer.config.model.downsampling
     n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))
     with measuring(tokenizer):
-        codebook_KD = tokenizer.quantize.codebook
         z_BDHW = tokenizer.quantize.to_code_space(tokenizer.features(probe.batch(torch.arange(n_images), device)))
         features_ND = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
-        chosen = watched_codes(len(codebook_KD))
-        codes_kD = codebook_KD[chosen.to(device)]
+        chosen = watched_codes(tokenizer.config.quantizer.codebook_size)
+        codes_kD = tokenizer.quantize.codes_of(chosen.to(device))
         gaps = code_gap(features_ND, codes_kD, _used(counts_K, chosen))
+        # of all codes, or of the watched ones where they are too many
+        normed_KD = tokenizer.quantize.codebook if len(counts_K) else codes_kD
         return {
             "codes": codes_kD,
             "code_indices": chosen,
             "features": features_ND,
             "counts": counts_K,
-            "code_norms": codebook_KD.norm(dim=1),
+            "code_norms": normed_KD.norm(dim=1),
         } | {name: torch.tensor(gap, dtype=torch.float64) for name, gap in gaps.items()}
 
 
 def watched_codes(codebook_size: int) -> torch.Tensor:
     """Indices of the codes that snapshots and gaps look at: all, or 1,024 drawn once for each K."""
+    if uncountable(codebook_size):
+        return torch.randint(codebook_size, (SNAPSHOT_CODES,), generator=torch.Generator().manual_seed(0)).unique()
     return torch.randperm(codebook_size, generator=torch.Generator().manual_seed(0))[:SNAPSHOT_CODES].sort().values
 
 
@@ -147,25 +152,29 @@ def geometry(
     first tokens, norms, relative quantization error, and the gap between its first features and the codes. Features and
     error are the step's own, of this process; logits, gap and the norm of the codes are of codes as its update has left
     them. K, D and, where the gradient goes through a softmax, the logits' factor stand beside, so that a line explains
-    itself.
+    itself. Of a codebook that is `uncountable` there are no logits, and the norm is that of the watched codes.
 
     Args:
         counts_K: training tokens of each code since the log step before, which tell codes in use for the gap.
     """
     parameter = dict(tokenizer.named_parameters()).get(CODEBOOK_PARAMETER)
     reach = {} if parameter is None or parameter.grad is None else gradient_reach(parameter.grad)
-    n_tokens = max(LEAST_TOKENS, LOGITS // tokenizer.config.quantizer.codebook_size)
-    z_nD = z_BDHW.float().permute(0, 2, 3, 1).flatten(0, 2)[:n_tokens]
-    logits = logit_statistics(tokenizer.quantize.logits(z_nD))
-    z_BDHW, codebook_KD = tokenizer.quantize.to_code_space(z_BDHW.float()), tokenizer.quantize.codebook
+    quantizer, K, D = tokenizer.quantize, tokenizer.config.quantizer.codebook_size, tokenizer.config.quantizer.code_dim
+    chosen, logits = watched_codes(K).to(z_BDHW.device), {}
+    if uncountable(K):
+        codebook_KD = codes_kD = quantizer.codes_of(chosen)
+    else:
+        n_tokens = max(LEAST_TOKENS, LOGITS // K)
+        logits = logit_statistics(quantizer.logits(z_BDHW.float().permute(0, 2, 3, 1).flatten(0, 2)[:n_tokens]))
+        codebook_KD = quantizer.codebook
+        codes_kD = codebook_KD[chosen]
+    z_BDHW = quantizer.to_code_space(z_BDHW.float())
     variance = z_BDHW.var(dim=(0, 2, 3), correction=0).sum()
     norms = {"feature_norm": z_BDHW.norm(dim=1).mean().item(), "code_norm": codebook_KD.norm(dim=1).mean().item()}
     error = (z_BDHW - z_q_BDHW).square().sum(1).mean() / variance.clamp_min(1e-30)
-    chosen = watched_codes(len(codebook_KD))
     features_nD = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
-    gaps = code_gap(features_nD, codebook_KD[chosen.to(codebook_KD.device)], _used(counts_K, chosen))
-    K, D = codebook_KD.shape
-    scale = {} if tokenizer.quantize.logit_scale is None else {"logit_scale": tokenizer.quantize.logit_scale}
+    gaps = code_gap(features_nD, codes_kD, _used(counts_K, chosen))
+    scale = {} if quantizer.logit_scale is None else {"logit_scale": quantizer.logit_scale}
     return (
         reach
         | logits

@@ -171,6 +171,7 @@ def train_tokenizer(
             lr = config.lr_at(state.step)
             discriminator = state.discriminator
             y_BCHW = torch.empty(0)  # no reconstruction yet
+            tokenizer.quantize.set_step(state.step)
             try:
                 # One forward pass serves both steps. With micro-batches each step takes its own: the graphs of all of
                 # them would not fit.

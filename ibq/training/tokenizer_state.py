@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ibq.config import RESULTS_VERSION, TrainConfig
 from ibq.distributed import initialized, is_writer, mean_over_ranks, world_size
-from ibq.metrics.usage import usage_metrics
+from ibq.metrics.usage import uncountable, usage_metrics
 from ibq.models.autoencoder import Level
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
@@ -127,8 +127,10 @@ class TrainingState:
         counts_K = self.log_window.total()
         self.recent_window.restore(counts_K)
         self.run_window.restore(self.run_window.total() + counts_K)
-        never_used = float((self.run_window.total() == 0).sum())
-        report = {"pixel_mean": self.pixel_window.mean()} | usage_metrics(counts_K) | {"never_used": never_used}
+        report = {"pixel_mean": self.pixel_window.mean()}
+        if not uncountable(self.config.quantizer.codebook_size):
+            never_used = float((self.run_window.total() == 0).sum())
+            report |= usage_metrics(counts_K) | {"never_used": never_used}
         self.log_window.reset()
         self.pixel_window.reset()
         return report, counts_K

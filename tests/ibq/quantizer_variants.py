@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lfq": {"method": "lfq"},
     "lfq boosted": {"method": "lfq", "entropy_boost": 3.0, "entropy_boost_steps": 4},
     "bsq": {"method": "bsq"},
+    "bsq entropy of bits": {"method": "bsq", "codebook_entropy": "bits"},
     "fsq": {"method": "fsq", "levels": (4, 4, 4), "code_dim": 3},
     "simvq": {"method": "simvq", "entropy_weight": 0.05},
     "gumbel": {"method": "gumbel"},

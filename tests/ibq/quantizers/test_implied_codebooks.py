@@ -164,7 +164,7 @@ def test_an_annealed_temperature_is_that_of_the_gradient() -> None:
     annealed, z_ND, g_ND = gumbel_in_float64(noise=False, final_temperature=0.25, anneal_steps=4)
     constant, _, _ = gumbel_in_float64(noise=False, temperature=0.25)
     constant.load_state_dict(annealed.state_dict())
-    annealed.forwards.fill_(4)
+    annealed.schedule.steps.fill_(4)
     gradients = [
         torch.autograd.grad(q.quantize(z_ND)[0], [z_ND, q.embedding], g_ND, retain_graph=True)
         for q in (annealed, constant)

@@ -36,6 +36,7 @@ TERMS = {
     "lfq": {"commitment"} | ENTROPY,
     "lfq boosted": {"commitment", "entropy_boost"} | ENTROPY,
     "bsq": {"commitment"} | ENTROPY,
+    "bsq entropy of bits": {"commitment"} | ENTROPY,
     "fsq": set(),
     "simvq": QUANTIZATION | ENTROPY,
     "gumbel": {"kl"},
@@ -179,7 +180,7 @@ ALL, SELECTED, BEST, NONE, MAP = (
     "no code",
     "all codes, through the map",
 )
-NOTHING_LEARNT = ("vq ema", "lfq", "lfq boosted", "bsq", "fsq")  # by gradient
+NOTHING_LEARNT = ("vq ema", "lfq", "lfq boosted", "bsq", "bsq entropy of bits", "fsq")  # by gradient
 SPECIAL: dict[tuple[str, str], str] = {
     **{(variant, "z_q"): NONE for variant in VARIANTS if variant.startswith("vq")},
     **{(variant, term): NONE for variant in NOTHING_LEARNT for term in ("z_q", *ENTROPY, "entropy_boost")},

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from quantizer_variants import VARIANTS
-from training_runs import RUNTIME, assert_same_run, images_once, read_the_images_once, stop_after  # noqa: F401
+from safetensors.torch import load_file
+from training_runs import GAN, RUNTIME, assert_same_run, images_once, read_the_images_once, stop_after  # noqa: F401
 
 from ibq import load_tokenizer
 from ibq.config import TrainConfig
-from ibq.errors import NonFiniteError
+from ibq.errors import ConfigError, NonFiniteError
 from ibq.run_directory import RunDirectory
 from ibq.training.checkpoint import load_checkpoint
 from ibq.training.runtime import StopRequested
@@ -170,3 +171,57 @@ def test_features_that_leave_the_finite_numbers_end_a_run_with_a_row(
         list(train_tokenizer(config, tmp_path, RUNTIME))
     row = RunDirectory(tmp_path).read_row()
     assert (row["status"], row["reason"]) == ("nan", str(caught.value))
+
+
+# --- Steps, not forwards ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("adversarial", [False, True], ids=["L1", "adversarial"])
+def test_schedules_of_a_run_follow_its_steps_whatever_the_micro_batches(
+    config_of: Any, tmp_path: Path, accumulate: int, adversarial: bool
+) -> None:
+    """LFQ's boost was over in a quarter of its steps."""
+    changes = {"accumulate": accumulate, "batch_size": 8, "quantizer.entropy_boost_steps": 8}
+    config = config_of("lfq boosted").with_fields(**changes | (GAN if adversarial else {}))
+    list(train_tokenizer(config, tmp_path, replace(RUNTIME, log_every=1)))
+    factors = [
+        line["loss_entropy_boost"] / (line["loss_sample_entropy"] - line["loss_codebook_entropy"])
+        for line in RunDirectory(tmp_path).read_history()
+    ]
+    assert factors == pytest.approx([2 * (1 - step / 8) for step in range(6)], rel=1e-3)
+    assert load_file(RunDirectory(tmp_path).model)["quantize.schedule.steps"] == 5
+
+
+def test_a_temperature_that_follows_steps_may_have_micro_batches_and_noise_may_not(config_of: Any) -> None:
+    quiet = config_of("gumbel annealed").with_fields(**{"quantizer.noise": False, "batch_size": 8, "accumulate": 4})
+    assert quiet.accumulate == 4
+    with pytest.raises(ConfigError, match="accumulate=4 would move what method='gumbel' changes or draws"):
+        config_of("gumbel annealed").with_fields(batch_size=8, accumulate=4)
+
+
+# --- Too many codes to count ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["bsq", "fsq"])
+def test_a_codebook_too_large_to_count_trains_and_says_what_is_absent(
+    config_of: Any, tmp_path: Path, method: str
+) -> None:
+    """Windows of counts asked for 512 GiB each."""
+    sizes = {"code_dim": 36} if method == "bsq" else {"code_dim": 12, "levels": (8,) * 12}
+    tree = config_of("bsq").to_json_dict() | {"quantizer": {"method": method, "codebook_size": 2**36} | sizes}
+    with pytest.raises(StopRequested):
+        list(train_tokenizer(TrainConfig.parse(tree), tmp_path, RUNTIME, stop_after(3)))
+    events = list(train_tokenizer(TrainConfig.parse(tree), tmp_path, RUNTIME))
+    assert [event.step for event in events] == [4, 6]
+    run = RunDirectory(tmp_path)
+    row = run.read_row()
+    assert row["status"] == "ok"
+    assert not {"usage", "perplexity", "bits", "dead_codes"} & row.keys()
+    assert row["protocol.usage"] == (
+        "absent: 68,719,476,736 codes are too many to be counted one by one, 16,777,216 are the most"
+    )
+    assert math.isfinite(row["l1"])
+    assert math.isfinite(row["quantization_error"])
+    assert len(run.read_snapshot(6)["codes"]) == 1024
+    assert all("usage" not in line and line["codebook_size"] == 2**36 for line in run.read_history())
