@@ -15,13 +15,15 @@ from ibq.training.runtime import Runtime
 
 
 def imagenet_data() -> dict[str, Any]:
-    """ImageNet at 256×256 as in the paper: shorter side to 256, a random crop, no flip. It lies in the folder that the
+    """ImageNet at 256×256 as released: shorter side to 256 by a bilinear kernel without antialiasing, a random crop, no
+    flip. It lies in the folder that the
     environment variable IBQ_IMAGENET names, else in `imagenet` in the working directory."""
     return {
         "name": f"imagefolder:{os.environ.get('IBQ_IMAGENET') or 'imagenet'}",
         "resolution": 256,
         "crop": "random",
         "flip": False,
+        "resize": "released",
     }
 
 

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 
 from ibq.errors import nearest
 from ibq.models.config import LEAST_PATCHES, AdversarialConfig, AutoencoderConfig, TransformerConfig, TransformerDials
-from ibq.schema import Frozen, QuantizerConfig
+from ibq.schema import Frozen, QuantizerConfig, Resize
 from ibq.training.config import AdamWConfig, OptimConfig
 
 RESULTS_VERSION = 4
@@ -40,9 +40,16 @@ class DataConfig(Frozen):
     folder (docs/method.md section 5)."""
     flip: bool = Field(False, strict=True)
     """Mirror every other training image, drawn at random; needs crop="random" (the released recipe does not flip)."""
+    resize: Resize = "antialiased"
+    """Of a folder's images; the paper's recipes and the released checkpoints have "released"."""
 
     @model_validator(mode="after")
     def _random_crops_are_of_folders(self) -> DataConfig:
+        if self.resize == "released" and self.kind != "imagefolder":
+            raise ValueError(
+                f"resize='released' scales images of a folder, and {self.name} comes in one size; leave it out or name "
+                f"a folder"
+            )
         if self.crop == "random" and self.kind != "imagefolder":
             raise ValueError(
                 f"crop='random' reads images of a folder, and {self.name} comes in one size; set crop='center' or a "

@@ -11,6 +11,9 @@ from ibq.errors import ConfigError, nearest, one_sentence
 
 Backend = Literal["auto", "dense", "chunked", "triton"]
 """Ways to compute the operators of `ibq.ops`."""
+Resize = Literal["antialiased", "released"]
+"""Ways to scale a picture: Pillow's antialiased bicubic filter, upright as EXIF says, large JPEGs decoded at reduced
+size; or the released code's bilinear kernel without antialiasing (`ibq.data.resizing`), neither turned nor reduced."""
 
 
 COUNTABLE_CODES = 2**24

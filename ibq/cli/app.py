@@ -37,6 +37,13 @@ ResizeOption = Annotated[
     int | None,
     typer.Option(min=1, help="scale the shorter side to this, take the centre square; enlarges nothing"),
 ]
+ScalingOption = Annotated[
+    Literal["antialiased", "released"] | None,
+    typer.Option(
+        help="how --resize scales: antialiased bicubic, upright as EXIF says, or bilinear without antialiasing and not "
+        "turned, as the released code; default: as in the tokenizer's training"
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="only the first files of the sorted listing")]
 BatchOption = Annotated[int, typer.Option(min=1, help="pictures at a time; fewer above 256×256 pixels")]
 WeightsOption = Annotated[Literal["ema", "raw"], typer.Option(help="of a released checkpoint: averaged, or as trained")]
@@ -61,6 +68,7 @@ def reconstruct(
     ],
     fit: FitOption = None,
     resize: ResizeOption = None,
+    scaling: ScalingOption = None,
     limit: LimitOption = None,
     batch_size: BatchOption = 16,
     weights: WeightsOption = "ema",
@@ -70,7 +78,7 @@ def reconstruct(
     from ibq.cli.common import PictureOptions
     from ibq.cli.reconstruct import reconstruct
 
-    reconstruct(PictureOptions(model, pictures, fit, resize, limit, batch_size, weights, device), out)
+    reconstruct(PictureOptions(model, pictures, fit, resize, scaling, limit, batch_size, weights, device), out)
 
 
 @app.command()
@@ -88,6 +96,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="also write all of it as JSON")] = None,
     fit: FitOption = None,
     resize: ResizeOption = None,
+    scaling: ScalingOption = None,
     limit: LimitOption = None,
     batch_size: BatchOption = 16,
     weights: WeightsOption = "ema",
@@ -97,7 +106,7 @@ def evaluate(
     from ibq.cli.common import PictureOptions
     from ibq.cli.evaluate import evaluate
 
-    options = PictureOptions(model, pictures, fit, resize, limit, batch_size, weights, device)
+    options = PictureOptions(model, pictures, fit, resize, scaling, limit, batch_size, weights, device)
     evaluate(options, tuple(metric or ()), out)
 
 
@@ -142,6 +151,14 @@ def sample(
     weights: WeightsOption = "ema",
     batch_size: Annotated[int, typer.Option(min=1, help="samples drawn together")] = 32,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the transformer")] = "fp32",
+    depth: Annotated[
+        Literal["rounded", "cut"] | None,
+        typer.Option(
+            "--bytes",
+            help="how images become bytes; default: rounded, or cut, as released, of a tokenizer that was trained on "
+            "pictures scaled as released",
+        ),
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile: pays where many are drawn")] = False,
     device: DeviceOption = "auto",
 ) -> None:

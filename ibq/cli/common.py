@@ -25,6 +25,7 @@ from ibq.evaluation.tokenizer import measuring
 from ibq.models.tokenizer import Reconstruction, Tokenizer, load_tokenizer
 from ibq.pretrained.released import load_released
 from ibq.run_directory import RunDirectory
+from ibq.schema import Resize
 from ibq.training.row import peak_memory_gib
 
 
@@ -36,6 +37,7 @@ class PictureOptions:
     pictures: str
     fit: Fit | None = None
     resize: int | None = None
+    scaling: Resize | None = None
     limit: int | None = None
     batch_size: int = 16
     weights: Literal["ema", "raw"] = "ema"
@@ -99,7 +101,8 @@ def open_model(given: PictureOptions) -> tuple[Model, PictureFolder]:
             f"--weights raw is for released checkpoints; {quoted(given.model)} holds one set of weights ({weights})"
         )
     config = tokenizer.config
-    framing = Framing(config.model.downsampling, config.data.channels, given.fit or "whole", given.resize)
+    scaling = given.scaling or config.data.resize
+    framing = Framing(config.model.downsampling, config.data.channels, given.fit or "whole", given.resize, scaling)
     pictures = PictureFolder(given.pictures, framing, given.limit)
     if framing.channels == 1:
         print("the tokenizer has one channel, so it is shown every picture in grey", file=sys.stderr)

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ibq.data.folder import decoding, first_few, image_files, read_image, square_rgb, upright_rgb
+from ibq.data.folder import decoding, first_few, image_files, opaque_rgb, read_image, square_rgb, upright_rgb
 from ibq.data.images import quoted
+from ibq.data.resizing import RESIZING
 from ibq.errors import ConfigError, DataError
+from ibq.schema import Resize
 
 Fit = Literal["whole", "crop"]
 READ_AT_ONCE = 8
@@ -59,6 +61,7 @@ class Framing:
             divides.
         resize: R: the shorter side is scaled to R and the centre square taken, in place of `fit`; a picture is never
             enlarged.
+        scaling: how it is; "released" also leaves a picture as it lies in the file.
 
     Raises:
         ConfigError: f does not divide R.
@@ -68,6 +71,7 @@ class Framing:
     channels: int
     fit: Fit = "whole"
     resize: int | None = None
+    scaling: Resize = "antialiased"
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize % self.factor:
@@ -81,8 +85,10 @@ class Framing:
     def __str__(self) -> str:
         size = {"whole": "at its own size", "crop": f"centre crop to multiples of {self.factor}"}[self.fit]
         if self.resize is not None:
-            size = f"shorter side scaled to {self.resize} (antialiased bicubic), centre square"
-        return f"{size}, {'RGB' if self.channels == 3 else 'grey'}, upright, transparency on white"
+            size = f"centre square, shorter side scaled to {self.resize}: {RESIZING[self.scaling]}"
+        else:
+            size += {"antialiased": ", upright as EXIF says", "released": ", not turned by EXIF"}[self.scaling]
+        return f"{size}; {'RGB' if self.channels == 3 else 'grey'}, transparency on white"
 
     def apply(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]] | str:
         """The pixels shown as uint8 (C, H, W), or the words that say, after the picture's name, why there are none."""
@@ -93,10 +99,9 @@ class Framing:
                     f"are "
                     f"not enlarged"
                 )
-            image.draft(None, (3 * self.resize, 3 * self.resize))
-            shown = square_rgb(image, self.resize)
+            shown = square_rgb(image, self.resize, resize=self.scaling)
         else:
-            shown = upright_rgb(image)
+            shown = opaque_rgb(image) if self.scaling == "released" else upright_rgb(image)
             width, height = (side // self.factor * self.factor for side in shown.size)
             if min(width, height) == 0:
                 return (

@@ -30,6 +30,7 @@ from ibq.data.images import quoted
 from ibq.distributed import Processes, copy_of_first, device_name, is_writer, process_group, shared_errors
 from ibq.errors import ConfigError, DataError, NonFiniteError
 from ibq.evaluation.tokenizer import measuring
+from ibq.evaluation.transformer import samples_are_cut
 from ibq.metrics.distances import to_uint8
 from ibq.pretrained.released import TrainedTransformer, Weights
 from ibq.pretrained.transformer import load_transformer
@@ -71,6 +72,7 @@ class Options:
     weights: Weights
     batch_size: int
     precision: Literal["fp32", "bf16"]
+    depth: Literal["rounded", "cut"] | None
     compile: bool
     device: str
 
@@ -128,6 +130,11 @@ def _sampling(given: Options) -> Sampling:
     return Sampling(given.temperature, given.top_k, given.top_p, given.min_p, guidance)
 
 
+def _depth(given: Options, trained: TrainedTransformer) -> str:
+    """Bytes of samples: as asked for, else as an evaluation has them."""
+    return given.depth or ("cut" if samples_are_cut(trained.tokenizer) else "rounded")
+
+
 def _blocks(folder: SampleFolder, batch_size: int) -> list[Block]:
     """Those that lack a sample."""
     lacking: dict[int, list[int]] = {}
@@ -145,7 +152,7 @@ class _Maker:
 
     def __init__(self, given: Options, trained: TrainedTransformer, folder: SampleFolder, device: torch.device) -> None:
         transformer, self._tokenizer, _ = trained
-        self._grid, self._folder = transformer.config.grid, folder
+        self._grid, self._folder, self._cut = transformer.config.grid, folder, _depth(given, trained) == "cut"
         self._memory = f"{given.batch_size} samples at a time on {device}; lower --batch-size"
         with enough_memory(self._memory):
             self._tokenizer.to(device)
@@ -173,7 +180,7 @@ class _Maker:
             raise ConfigError(
                 f"an image of samples {block[0]} to {block[-1]} is not finite; the tokenizer's weights are damaged"
             )
-        pixels_BCHW = to_uint8(images_BCHW).cpu()
+        pixels_BCHW = to_uint8(images_BCHW, cut=self._cut).cpu()
         with ThreadPoolExecutor(WRITERS) as pool:  # Pillow lets go of Python's lock; a disk takes its time
             for written in [
                 pool.submit(self._folder.write, number, pixels_BCHW[number - block[0]]) for number in lacking
@@ -215,13 +222,14 @@ def _facts(
         "classes": as_text(folder.classes),
         "sampling": asdict(_sampling(given)),
         "precision": given.precision,
+        "bytes": _depth(given, trained),
     }
     protocol = {
         "transformer": f"depth {transformer.depth}, width {transformer.width}, {transformer.classes:,} classes",
         "tokens": f"{transformer.grid} x {transformer.grid} of {quantizer.method}, K = {quantizer.codebook_size:,}",
         "weights": "averaged (EMA)" if trained.averaged else "as they are, not averaged",
-        "images": f"{width} x {height} pixels, {'RGB' if channels == 3 else 'grey'}, decoded in fp32, clamped, rounded "
-        f"to 8 bits once",
+        "images": f"{width} x {height} pixels, {'RGB' if channels == 3 else 'grey'}, decoded in fp32, clamped, "
+        f"{_depth(given, trained)} to 8 bits once",
         "classes": "sample i has the (i mod n)-th of the n classes in settings.classes, counted from 0",
         "random_numbers": "each sample has a stream of its own, from settings.seed and its number",
     }

@@ -89,8 +89,8 @@ def load_images(config: DataConfig, split: Split) -> ImageSource:
         raise DataError(f"there is no split {split!r}; choose 'train' or 'test'")
     if config.kind == "imagefolder":
         if config.crop == "random":
-            return stream_split(config.folder, config.resolution, split)
-        return load_folder(config.folder, config.resolution, split)
+            return stream_split(config.folder, config.resolution, split, config.resize)
+        return load_folder(config.folder, config.resolution, split, config.resize)
     return LOADERS[config.kind].load(config.resolution, split)
 
 

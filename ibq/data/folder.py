@@ -13,14 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ibq.data.images import Images, Split, one_line, quoted
+from ibq.data.resizing import Pixels, Place, released_square
 from ibq.errors import DataError
+from ibq.schema import Resize
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -37,12 +38,8 @@ DECODING_THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 1024
 _one_at_a_time = threading.Lock()  # warnings are silenced for the whole process while images are decoded
 
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-Place = Callable[[int, int], tuple[float, float]]
-"""From an image's width and height to the left and top of a square as large as its shorter side."""
 
-
-def load_folder(given: str, resolution: int, split: Split) -> Images:
+def load_folder(given: str, resolution: int, split: Split, resize: Resize = "antialiased") -> Images:
     """One split of a folder's images, decoded into memory; `ibq.data.load_images` tells how files become splits and
     classes.
 
@@ -50,6 +47,7 @@ def load_folder(given: str, resolution: int, split: Split) -> Images:
         given: the folder; a leading ~ is the home folder.
         resolution: R, pixels a side.
         split: "train" or "test".
+        resize: how they are scaled.
 
     Returns:
         uint8 (N, 3, R, R) in the order of the sorted paths; the same bytes for the same files, wherever the folder
@@ -60,14 +58,14 @@ def load_folder(given: str, resolution: int, split: Split) -> Images:
             than MAX_BYTES.
     """
     listing = list_split(given, split)
-    images_NCHW, kept, unusable = _decode_all(listing.folder, listing.files, resolution)
+    images_NCHW, kept, unusable = _decode_all(listing.folder, listing.files, resolution, resize)
     skipped = listing.closed + unusable
     if not kept:
         raise DataError(f"no image of {listing.source} can be used for {split}: {first_few(skipped)}")
     if skipped:
         counts = f"{len(skipped):,} skipped and {len(kept):,} kept"
         print(f"imagefolder {split}: {counts} of {listing.source}: {first_few(skipped)}", file=sys.stderr)
-    return Images("imagefolder", split, images_NCHW, listing.labels(kept), listing.source, tuple(skipped))
+    return Images("imagefolder", split, images_NCHW, listing.labels(kept), listing.source, tuple(skipped), resize)
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -203,7 +201,9 @@ def image_files(root: Path) -> tuple[list[str], list[str]]:
 # --- Pixels -----------------------------------------------------------------------------------------------------------
 
 
-def _decode_all(place: Path, files: list[str], resolution: int) -> tuple[torch.Tensor, list[str], list[str]]:
+def _decode_all(
+    place: Path, files: list[str], resolution: int, resize: Resize
+) -> tuple[torch.Tensor, list[str], list[str]]:
     """The usable images as uint8 (N, 3, R, R), their N names, and a sentence for every other file."""
     shape, size = (len(files), 3, resolution, resolution), len(files) * 3 * resolution**2
     what = f"{len(files):,} images of {quoted(place)} at resolution={resolution} take {size / 2**30:,.2f} GiB"
@@ -220,7 +220,7 @@ def _decode_all(place: Path, files: list[str], resolution: int) -> tuple[torch.T
         for start in range(0, len(files), _CHUNK):
             chunk = files[start : start + _CHUNK]
             for name, image_CHW in zip(
-                chunk, pool.map(lambda name: read_square(place / name, resolution), chunk), strict=True
+                chunk, pool.map(lambda name: read_square(place / name, resolution, resize=resize), chunk), strict=True
             ):
                 if isinstance(image_CHW, str):
                     unusable.append(f"{quoted(name)} {image_CHW}")
@@ -244,7 +244,9 @@ def centre(width: int, height: int) -> tuple[float, float]:
     return (width - side) // 2, (height - side) // 2
 
 
-def read_square(path: Path, resolution: int, place: Place = centre, *, enlarge: bool = False) -> Pixels | str:
+def read_square(
+    path: Path, resolution: int, place: Place = centre, *, enlarge: bool = False, resize: Resize = "antialiased"
+) -> Pixels | str:
     """One image file as a square of bytes; `decoding` must be around it.
 
     Args:
@@ -252,6 +254,7 @@ def read_square(path: Path, resolution: int, place: Place = centre, *, enlarge: 
         resolution: R, pixels a side.
         place: where the square is.
         enlarge: scale up what is smaller than R, instead of refusing it.
+        resize: how it is scaled.
 
     Returns:
         The square, uint8 (3, R, R), or the words that say, after the file's name, why it cannot be used.
@@ -261,8 +264,7 @@ def read_square(path: Path, resolution: int, place: Place = centre, *, enlarge: 
         width, height = image.size
         if min(width, height) < resolution and not enlarge:
             return f"is {width}×{height} pixels, smaller than resolution={resolution}"
-        image.draft(None, (3 * resolution, 3 * resolution))
-        return np.asarray(square_rgb(image, resolution, place)).transpose(2, 0, 1)
+        return np.asarray(square_rgb(image, resolution, place, resize)).transpose(2, 0, 1)
 
     return read_image(path, square)
 
@@ -294,17 +296,20 @@ def read_image(path: Path, use: Callable[[Image.Image], Pixels | str]) -> Pixels
         return f"cannot be decoded ({one_line(error)})"
 
 
-def square_rgb(image: Image.Image, resolution: int, place: Place = centre) -> Image.Image:
-    """Any image as an RGB square: the centre square of `upright_rgb` or another, scaled by Pillow's antialiased bicubic
-    filter.
+def square_rgb(
+    image: Image.Image, resolution: int, place: Place = centre, resize: Resize = "antialiased"
+) -> Image.Image:
+    """Any image, not decoded yet, as an RGB square: the centre square of `upright_rgb` or another, scaled by Pillow's
+    antialiased bicubic filter; or, as released, of the image as it lies in the file, by `released_square`.
 
-    An image of resolution×resolution keeps its pixels. (A JPEG of 6 times the resolution or more has been decoded at a
-    half, a quarter or an eighth by then, to no less than 3 times it.)
+    An image of resolution×resolution keeps its pixels. (Where it is antialiased, a JPEG of 6 times the resolution or
+    more is decoded at a half, a quarter or an eighth, to no less than 3 times it.)
 
     Args:
         image: of any size.
         resolution: R, pixels a side.
         place: of the square that is as large as the shorter side.
+        resize: how it is scaled.
 
     Returns:
         An RGB image of R×R pixels.
@@ -312,6 +317,9 @@ def square_rgb(image: Image.Image, resolution: int, place: Place = centre) -> Im
     Raises:
         as `upright_rgb`.
     """
+    if resize == "released":
+        return Image.fromarray(released_square(np.asarray(opaque_rgb(image)), resolution, place))
+    image.draft(None, (3 * resolution, 3 * resolution))
     image = upright_rgb(image)
     side = min(image.size)
     left, top = place(*image.size)
@@ -320,7 +328,13 @@ def square_rgb(image: Image.Image, resolution: int, place: Place = centre) -> Im
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB, upright as its EXIF orientation says.
+    """`opaque_rgb`, upright as the EXIF orientation says."""
+    image.load()
+    return opaque_rgb(_upright(image))
+
+
+def opaque_rgb(image: Image.Image) -> Image.Image:
+    """Any image as RGB.
 
     Transparent parts stand on white; grey, palette and CMYK become RGB; 16-bit grey is scaled from 0 to 65,535 down to
     0 to 255 and rounded. Colour profiles are not applied.
@@ -330,7 +344,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         OSError and others: the file is truncated or damaged.
     """
     image.load()
-    image = _upright(image)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known")
     if image.mode.startswith("I"):  # I;16, I;16B, and I, which also carries 16 bits from some formats

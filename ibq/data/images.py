@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 
 from ibq.errors import DataError
+from ibq.schema import Resize
 
 Split = Literal["train", "test"]
 
@@ -40,6 +41,10 @@ class ImageSource(Protocol):
         identity either."""
 
     @property
+    def resize(self) -> Resize | None:
+        """How they are scaled; None: they come in this size."""
+
+    @property
     def content_hash(self) -> str:
         """SHA-256 (hex): the images' part in a run's identity."""
 
@@ -63,6 +68,7 @@ class Images:
         labels_N: int64 class of every image, or None.
         source: where the images came from, for people; no part of their identity.
         skipped: a sentence for every file that could not be used; no part of their identity either.
+        resize: how they were scaled; None: they come in this size.
 
     Raises:
         DataError: a tensor has another type or shape.
@@ -74,6 +80,7 @@ class Images:
     labels_N: torch.Tensor | None = None
     source: str = "memory"
     skipped: tuple[str, ...] = ()
+    resize: Resize | None = None
 
     def __post_init__(self) -> None:
         images, labels, shape = (self.images_NCHW, self.labels_N, tuple(self.images_NCHW.shape))

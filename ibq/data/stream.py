@@ -33,10 +33,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ibq.data.folder import DECODING_THREADS, Listing, Pixels, decoding, first_few, list_split, read_square
+from ibq.data.folder import DECODING_THREADS, Listing, decoding, first_few, list_split, read_square
 from ibq.data.images import Split, one_line, quoted, to_float
+from ibq.data.resizing import Pixels
 from ibq.distributed import exit_with_parent
 from ibq.errors import DataError
+from ibq.schema import Resize
 
 UNUSABLE_SHARE, UNUSABLE_FILES = 0.01, 10
 """More than this share of the files, and more than this number of them, is not bad luck any more but a damaged or a
@@ -131,11 +133,13 @@ class StreamedImages:
         listing: the files.
         split: "train" or "test".
         resolution: R, pixels a side.
+        resize: how they are scaled.
     """
 
     listing: Listing
     split: Split
     resolution: int
+    resize: Resize = "antialiased"
     name: str = "imagefolder"
 
     @cached_property
@@ -156,10 +160,10 @@ class StreamedImages:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) over the sorted relative paths and sizes in bytes of the split's files, not over what is in
-        them: to read the 150 GB of ImageNet takes an hour, and every start of a run needs this. Files changed at equal
-        size go unnoticed."""
-        digest = hashlib.sha256()
+        """SHA-256 (hex) over how images are scaled and the sorted relative paths and sizes in bytes of the split's
+        files, not over what is in them: to read the 150 GB of ImageNet takes an hour, and every start of a run needs
+        this. Files changed at equal size go unnoticed."""
+        digest = hashlib.sha256(self.resize.encode())
         for file in self.listing.files:
             digest.update(b"%s\0%d\0" % (os.fsencode(file), _size(self.listing.folder / file)))
         return digest.hexdigest()
@@ -193,10 +197,10 @@ class StreamedImages:
         return [Draw(self.listing.files[index], (seed, epoch, index)) for index in indices_B.tolist()]
 
     def _centre_square(self, file: str) -> Pixels | str:
-        return read_square(self.listing.folder / file, self.resolution, enlarge=True)
+        return read_square(self.listing.folder / file, self.resolution, enlarge=True, resize=self.resize)
 
 
-def stream_split(given: str, resolution: int, split: Split) -> StreamedImages:
+def stream_split(given: str, resolution: int, split: Split, resize: Resize = "antialiased") -> StreamedImages:
     """One split of a folder, none of its images opened yet; arguments as for `ibq.data.folder.load_folder`.
 
     Raises:
@@ -205,7 +209,7 @@ def stream_split(given: str, resolution: int, split: Split) -> StreamedImages:
     listing = list_split(given, split)
     if not listing.files:
         raise DataError(f"no image of {listing.source} can be used for {split}: {first_few(listing.closed)}")
-    return StreamedImages(listing, split, resolution)
+    return StreamedImages(listing, split, resolution, resize)
 
 
 def _size(path: Path) -> int:
@@ -227,11 +231,13 @@ class RandomSquares(Dataset[tuple[torch.Tensor, list[tuple[int, str]]]]):
         folder: where the files are.
         resolution: R, pixels a side.
         flip: mirror every other image, drawn at random.
+        resize: how they are scaled.
     """
 
     folder: Path
     resolution: int
     flip: bool
+    resize: Resize = "antialiased"
 
     def __getitem__(self, draws: list[Draw]) -> tuple[torch.Tensor, list[tuple[int, str]]]:
         """The squares, uint8 (B, 3, R, R), and, for those that are missing, their positions among them and why."""
@@ -262,7 +268,7 @@ class RandomSquares(Dataset[tuple[torch.Tensor, list[tuple[int, str]]]]):
             )
             return left, top
 
-        square = read_square(self.folder / file, self.resolution, place, enlarge=True)
+        square = read_square(self.folder / file, self.resolution, place, enlarge=True, resize=self.resize)
         return square if isinstance(square, str) or not (mirrored and self.flip) else square[:, :, ::-1]
 
 
@@ -293,7 +299,7 @@ def random_squares(
             file=sys.stderr,
         )
         workers = 0
-    squares = RandomSquares(images.listing.folder, images.resolution, flip)
+    squares = RandomSquares(images.listing.folder, images.resolution, flip, images.resize)
     drawn: list[list[Draw]] = []  # what is under way, the oldest first
 
     def remembered() -> Iterator[list[Draw]]:

@@ -14,7 +14,7 @@ from ibq.errors import ConfigError, DataError
 from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PerceptualEvaluation, TokenizerMetrics, measured, sparing
 from ibq.metrics.distances import Distances, PairedDistances, too_few
 from ibq.metrics.perceptual import LPIPS
-from ibq.metrics.quality import SSIM_WINDOW
+from ibq.metrics.quality import RELEASED_PSNR, RELEASED_SSIM, SSIM_WINDOW
 from ibq.metrics.usage import uncountable
 from ibq.models.tokenizer import Reconstruction, Tokenizer
 
@@ -108,8 +108,9 @@ class PictureEvaluation:
         protocol["quantization_error"] = (
             f"squared error over the variance of z, in the space of the codes, over {tokens:,} tokens"
         )
+        protocol["psnr_db"] += f" ({RELEASED_PSNR})"
         if "ssim" in metrics:
-            protocol["ssim"] += f"; {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window of sigma 1.5"
+            protocol["ssim"] += f"; {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window of sigma 1.5 ({RELEASED_SSIM})"
         else:
             smaller = self._gathered.quality.without_ssim
             absent["ssim"] = (

@@ -19,6 +19,7 @@ from torch import nn
 
 from ibq.data import ImageSource
 from ibq.data.images import one_line
+from ibq.data.resizing import RESIZING
 from ibq.distributed import copy_of_first, gather_objects, is_writer, rank, shared_errors, sum_over_ranks, world_size
 from ibq.errors import DataError, NonFiniteInputError
 from ibq.metrics.codebook import QuantizationError
@@ -324,4 +325,5 @@ def protocol_of(images: ImageSource, n_images: int, weights: str, dtype: torch.d
         "precision": {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype)),
         "images": "float in [-1, 1], clamped",
     }
+    protocol |= {"resize": RESIZING[images.resize]} if images.resize else {}
     return protocol | ({"unusable_files": len(images.skipped)} if images.skipped else {})

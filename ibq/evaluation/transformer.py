@@ -105,6 +105,7 @@ def evaluate_transformer(
         "samples": runtime.samples,
         "sampling": f"temperature 1, no truncation, seed {config.seed}, class of sample i is i mod {config.classes}",
         "guidances": listed,
+        "bytes": f"samples are {'cut to bytes, as released' if samples_are_cut(tokenizer) else 'rounded to bytes'}",
         "tokenizer_sha256": tokenizer.digest(),
     }
     if not (runtime.samples and runtime.guidances):
@@ -158,6 +159,12 @@ def evaluate_samples(
         if name.startswith("tokens@")
     }
     return _compare(distances, [], distances.extractor.suffix, tokenizer, samples, None, beat)
+
+
+def samples_are_cut(tokenizer: Tokenizer) -> bool:
+    """True where samples are cut to bytes instead of rounded: where the pictures that the tokenizer was trained on are
+    scaled as released."""
+    return tokenizer.config.data.resize == "released"
 
 
 # --- Likelihood -------------------------------------------------------------------------------------------------------
@@ -257,7 +264,8 @@ def _shown(
     shown_N = torch.cat(of_classes)[:SHOWN_IMAGES].sort().values
     with measuring(tokenizer):
         pictures = {
-            f"images@{g:g}": to_uint8(decode(tokenizer, tokens_NT[shown_N])) for g, tokens_NT in samples.items()
+            f"images@{g:g}": to_uint8(decode(tokenizer, tokens_NT[shown_N]), cut=samples_are_cut(tokenizer))
+            for g, tokens_NT in samples.items()
         }
     return {"shown_N": shown_N} | pictures
 
@@ -294,7 +302,7 @@ def _compare(
                     raise StopRequested("asked to stop while measuring samples; they are kept")
                 if not reasons:
                     with sparing(reasons):
-                        distances.update(decode(tokenizer, tokens_NT[numbers_B]))
+                        distances.update(decode(tokenizer, tokens_NT[numbers_B]), cut=samples_are_cut(tokenizer))
         found, said = measured(distances, reasons)
         if reasons:
             protocol[f"distances{suffix}@{g:g}"] = f"absent: {reasons[0]}"

@@ -52,9 +52,11 @@ IS_SPLITS, NEIGHBOURS = 10, 3
 EXTRACTED_AT_ONCE, DISTANCE_ROWS = 64, 1000
 
 
-def to_uint8(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1], clamped to it, as a PNG holds them: -1 becomes 0 and 1 becomes 255."""
-    return ((images_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def to_uint8(images_BCHW: torch.Tensor, *, cut: bool = False) -> torch.Tensor:
+    """Images in [-1, 1], clamped to it, as a PNG holds them: -1 becomes 0 and 1 becomes 255; cut instead of rounded, as
+    the released samples are, half a grey level darker in the mean."""
+    levels_BCHW = (images_BCHW.float().clamp(-1, 1) + 1) * 127.5
+    return (levels_BCHW if cut else levels_BCHW.round()).to(torch.uint8)
 
 
 def too_few(n_images: int) -> str | None:
@@ -95,9 +97,9 @@ class Distances:
         """Predicted classes of the images, after `finish`; after `reduce` those of all processes."""
         return self._rows[1]
 
-    def update(self, images_BCHW: torch.Tensor) -> None:
-        """Add a batch: float in [-1, 1], clamped to it."""
-        self._stream.add(to_uint8(images_BCHW))
+    def update(self, images_BCHW: torch.Tensor, *, cut: bool = False) -> None:
+        """Add a batch: float in [-1, 1]; arguments as of `to_uint8`."""
+        self._stream.add(to_uint8(images_BCHW, cut=cut))
 
     def finish(self) -> None:
         """Extract what is left to extract, after the last update; no collective, since this may fail on one process

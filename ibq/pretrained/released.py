@@ -348,7 +348,12 @@ def _released_recipe(model: dict[str, Any], K: int, D: int) -> dict[str, Any]:
     epochs, milestones, precision = (280, (250,), "bf16") if K == 8192 else (330, (250, 300), "fp16")
     batch_size = 256
     return {
-        "data": {"name": "imagefolder:/imagenet/train", "resolution": RESOLUTION, "crop": "random"},
+        "data": {
+            "name": "imagefolder:/imagenet/train",
+            "resolution": RESOLUTION,
+            "crop": "random",
+            "resize": "released",
+        },
         "model": model,
         "quantizer": {"method": "ibq", "codebook_size": K, "code_dim": D},
         "loss": {"perceptual": "lpips-vgg", "adversarial": {"weight": 0.1}},

@@ -26,6 +26,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.resolution": 64,
     "data.crop": "random",
     "data.flip": True,
+    "data.resize": "released",
     "model.base_channels": 32,
     "model.channel_multipliers": (1, 2),
     "model.res_blocks": 2,
@@ -79,6 +80,7 @@ FOLDER, GAN = {"data.name": "imagefolder:/pictures"}, {"loss.adversarial.weight"
 SURROUNDINGS: dict[str, dict[str, Any]] = {
     "data.crop": FOLDER,
     "data.flip": FOLDER | {"data.crop": "random"},
+    "data.resize": FOLDER,
     "loss.perceptual_weight": {"loss.perceptual": "fashion-cnn"},
     "optim.final_factor": {"optim.schedule": "cosine"},
 } | {path: GAN for path in OTHER_VALUES if path.startswith("loss.adversarial.") and path not in GAN}
@@ -202,6 +204,10 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
         ({"optim.lr": math.nan}, r"optim.lr: .*finite"),
         ({"batch_size": 33, "accumulate": 2}, r"batch_size=33 is not a multiple of accumulate=2; choose a divisor"),
         ({"data.crop": "random"}, r"data: crop='random' reads images of a folder, and fashion-mnist comes in one size"),
+        (
+            {"data.resize": "released"},
+            r"data: resize='released' scales images of a folder, and fashion-mnist comes in one size; leave it out",
+        ),
         (FOLDER | {"data.flip": True}, r"flip=True goes with crop='random', and crop is 'center'"),
         ({"loss.perceptual_weight": 2.0}, r"perceptual_weight=2.0 has no effect with perceptual='none'"),
         (

@@ -6,13 +6,17 @@ budget are equal: before the comparison every method searches its learning rate 
     the steps. Close
 relatives take over the rate of the arm that they change: the controls of IBQ that of IBQ as released, so that one part
     alone differs.
-Cost: 48 runs of the search and 28 of the comparison, 6,600 steps at quick, since arms take half of the preset's steps:
-12 minutes on 2 cores with one seed, UMAP included; --seeds 3 adds 56 runs of the comparison.
+Cost: 51 runs of the search and 29 of the comparison, 6,900 steps at quick, since arms take half of the preset's steps:
+12 minutes on 2 cores with one seed, UMAP included; --seeds 3 adds 58 runs of the comparison.
 Command: python -m experiments run quantizers
 
 Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving
-averages and for the usage that restarts go by, 100 steps for the fall of Gumbel's temperature (half of which a search
-run sees).
+averages and for the usage that restarts go by, 100 steps for the fall of Gumbel's temperature and of BSQ's weight (half
+of which a search run sees).
+
+BSQ stands here twice: in LFQ's recipe (temperature 0.01, entropy over all codes, commitment), and in that of its
+released code (zhaoyue-zephyrus/bsq-vit): temperature 1, the codebook's entropy a bit at a time, no commitment, and a
+weight of 0.1 that falls from three times as much to itself, there over 2,000 steps.
 
 D is the preset's but where a method has its own: 8 for cosine codes (LlamaGen), log2 K for LFQ and BSQ, the number of
 levels for FSQ.
@@ -49,6 +53,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "learnt linear map of frozen codes (SimVQ)": {"method": "simvq", "beta_on": "commitment"},
     "signs, D = log2 K (LFQ)": {"method": "lfq"},
     "signs on the sphere, D = log2 K (BSQ)": {"method": "bsq"},
+    "signs on the sphere, as released (BSQ)": {
+        "method": "bsq",
+        "entropy_temperature": 1.0,
+        "codebook_entropy": "bits",
+        "commitment_weight": 0.0,
+        "entropy_weight": 0.1,
+        "entropy_boost": 3.0,
+        "entropy_boost_steps": 100,
+    },
     "rounded channels (FSQ)": {"method": "fsq"},
     "Gumbel-softmax, straight-through, T from 1 to 1/16 (DALL-E)": {
         "method": "gumbel",
@@ -102,6 +115,7 @@ ARMS = (
     arm("simvq", HELPED, "learnt linear map of frozen codes (SimVQ)"),
     arm("lfq", IMPLIED, "signs, D = log2 K (LFQ)", focal=True),
     arm("bsq", IMPLIED, "signs on the sphere, D = log2 K (BSQ)"),
+    arm("bsq_released", IMPLIED, "signs on the sphere, as released (BSQ)"),
     arm("fsq", IMPLIED, "rounded channels (FSQ)", focal=True),
     arm("gumbel", GUMBEL, "Gumbel-softmax, straight-through, T from 1 to 1/16 (DALL-E)"),
     arm("gumbel_noiseless", GUMBEL, "Gumbel-softmax without noise, T = 1"),

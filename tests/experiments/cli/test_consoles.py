@@ -75,7 +75,11 @@ def test_folders_beside_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     done = as_user("-c", code, HOME=str(tmp_path / "home"), **given)
     folders = eval(done.stdout)
     assert folders[3] == "mine"
-    assert all(Path(folder).name == name.lower() for folder, name in zip(folders, home.VARIABLES, strict=True) if folder != "mine")
+    assert all(
+        Path(folder).name == name.lower()
+        for folder, name in zip(folders, home.VARIABLES, strict=True)
+        if folder != "mine"
+    )
     assert not Path(folders[0]).parent.exists()
     kept = as_user("-c", code, HOME=str(tmp_path), **given)
     assert eval(kept.stdout) == [None, None, None, "mine", None, None]

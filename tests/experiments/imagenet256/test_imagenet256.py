@@ -52,6 +52,7 @@ SHARED = {
     "batch_size": 256,
     "averages": "local",
     "precision": "fp16",
+    "data.resize": "released",
     "quantizer.code_dim": 256,
 }
 IBQ = {

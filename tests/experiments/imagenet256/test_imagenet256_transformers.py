@@ -23,6 +23,7 @@ SHARED = {
     "data.resolution": 256,
     "data.crop": "random",
     "data.flip": False,
+    "data.resize": "released",
     "classes": 1000,
     "model.token_dropout": 0.1,
     "model.attention_dropout": 0.1,

@@ -269,6 +269,22 @@ def test_numbers_equal_a_plain_loop_over_the_pictures(model: Path, folder: Path,
         assert all(entry["protocol"] for entry in numbers["metrics"].values())
 
 
+def test_pictures_are_scaled_as_in_the_tokenizers_training_and_the_numbers_say_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "released.ckpt", tokenizer_state())
+    pictures = tmp_path / "pictures"
+    draw(pictures / "a.png", 70, 40)
+    released, ours, chosen = (
+        evaluated(tmp_path, path, pictures, "--metric", "none", "--resize", 32, *more)
+        for more in ((), ("--scaling", "antialiased"), ("--scaling", "released"))
+    )
+    assert "OpenCV's INTER_LINEAR), not turned by EXIF, as released" in released["facts"]["pictures seen"]
+    assert "32: antialiased bicubic, upright as EXIF says" in ours["facts"]["pictures seen"]
+    assert chosen == released
+    assert released["metrics"]["l1"]["value"] != ours["metrics"]["l1"]["value"]
+    assert "the released code has a 7×7 uniform window on bytes that are cut" in ours["metrics"]["ssim"]["protocol"]
+    assert "the released code's is of bytes that are cut" in ours["metrics"]["psnr_db"]["protocol"]
+
+
 def test_what_cannot_be_measured_is_absent_with_its_reason(
     model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,14 @@ def test_a_released_transformer(tmp_path: Path) -> None:
     expected = plain(path, Sampling(guidance=Guidance(1.5)), 0, [4, 4])
     assert expected.shape == (2, 3, 256, 256)
     assert (written(tmp_path / "out") - expected).abs().max() <= 1
+    run(path, tmp_path / "rounded", "--count", 2, "--classes", "4", "--guidance", 1.5, "--bytes", "rounded")
+    lost = written(tmp_path / "rounded") - written(tmp_path / "out")
+    assert lost.unique().tolist() == [0, 1]
+    assert lost.float().mean() == pytest.approx(0.5, abs=0.1)
+    for folder, how in (("out", "cut"), ("rounded", "rounded")):
+        said = json.loads((tmp_path / folder / "samples.json").read_text())
+        assert said["settings"]["bytes"] == how
+        assert f"clamped, {how} to 8 bits once" in said["protocol"]["images"]
 
 
 def test_subtokens_and_bfloat16(tmp_path: Path) -> None:

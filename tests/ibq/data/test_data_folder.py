@@ -385,7 +385,9 @@ def test_a_folder_has_three_channels_and_its_path_is_no_part_of_a_runs_identity(
     assert moved != config
     assert moved.identity() == config.identity()
     assert moved.run_id("hash") == config.run_id("hash") != config.run_id("other")
-    assert config.identity()["data"] == {"name": "imagefolder", "resolution": 32, "crop": "center", "flip": False}
+    assert config.identity()["data"] == {
+        "name": "imagefolder", "resolution": 32, "crop": "center", "flip": False, "resize": "antialiased"
+    }  # fmt: skip
     assert config.run_id("hash") != config.with_fields(**{"data.name": "photos"}).run_id("hash")
     plain = TrainConfig(quantizer=IBQConfig())
     assert plain.identity() == plain.to_json_dict()

@@ -381,3 +381,14 @@ def test_importing_the_evaluation_imports_none_of_the_slow_packages() -> None:
         "& set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_samples_are_cut_to_bytes_as_released() -> None:
+    """Against the released code's formula, floor(255 (x + 1) / 2); and against rounding."""
+    x_BCHW = torch.rand(2, 3, 50, 50, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    levels = 255 * ((x_BCHW.clamp(-1, 1) + 1) / 2)
+    cut, rounded = to_uint8(x_BCHW, cut=True), to_uint8(x_BCHW)
+    assert torch.equal(cut, levels.floor().to(torch.uint8))
+    assert torch.equal(rounded, levels.round().to(torch.uint8))
+    assert (rounded.int() - cut.int()).unique().tolist() == [0, 1]
+    assert to_uint8(torch.tensor([-1.0, 1.0, 7.0]), cut=True).tolist() == [0, 255, 255]
