@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ibq.cli.pictures import Fit, Framing, Picture, PictureFolder
-from ibq.data.folder import first_few
+from ibq.data.images import first_few
 from ibq.data.images import one_line, quoted, to_float
 from ibq.distributed import is_writer, resolve_device
 from ibq.errors import ConfigError, NonFiniteInputError

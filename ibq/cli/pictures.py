@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ibq.data.folder import decoding, first_few, image_files, read_image, square_rgb, upright_rgb
-from ibq.data.images import quoted
+from ibq.data.folder import decoding, image_files, read_image, square_rgb, upright_rgb
+from ibq.data.images import first_few, quoted
 from ibq.errors import ConfigError, DataError
 
 Fit = Literal["whole", "crop"]

@@ -13,6 +13,7 @@ import torch
 from ibq.errors import DataError
 
 Split = Literal["train", "test"]
+NAMED_ON_STDERR = 3
 
 
 class ImageSource(Protocol):
@@ -134,3 +135,9 @@ def quoted(text: object) -> str:
     """A path as it stands in a message: as it is, or, where it holds line breaks or other signs that do not print, as
     repr writes it."""
     return text if (text := str(text)).isprintable() else repr(text)
+
+
+def first_few(sentences: list[str]) -> str:
+    """The first few of the sentences, and how many more there are."""
+    more = len(sentences) - NAMED_ON_STDERR
+    return "; ".join(sentences[:NAMED_ON_STDERR]) + (f"; and {more:,} more" if more > 0 else "")
