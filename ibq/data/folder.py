@@ -25,8 +25,44 @@ from ibq.errors import DataError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 OTHER_ENDINGS = tuple(
-    ".heic .heif .avif .jxl .jp2 .j2k .jpx .jxr .psd .xcf .tga .svg .ico .icns .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf "
-    ".ppm .pgm .pbm .pnm .pfm .exr .hdr .qoi .dds .mpo .apng .pcx .sgi .eps".split()
+    [
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".jxr",
+        ".psd",
+        ".xcf",
+        ".tga",
+        ".svg",
+        ".ico",
+        ".icns",
+        ".dng",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+        ".orf",
+        ".rw2",
+        ".raf",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".pfm",
+        ".exr",
+        ".hdr",
+        ".qoi",
+        ".dds",
+        ".mpo",
+        ".apng",
+        ".pcx",
+        ".sgi",
+        ".eps",
+    ]
 )
 """Of pictures that are not read, and therefore named and counted."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")

@@ -75,7 +75,11 @@ def test_folders_beside_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     done = as_user("-c", code, HOME=str(tmp_path / "home"), **given)
     folders = eval(done.stdout)
     assert folders[3] == "mine"
-    assert all(Path(folder).name == name.lower() for folder, name in zip(folders, home.VARIABLES, strict=True) if folder != "mine")
+    assert all(
+        Path(folder).name == name.lower()
+        for folder, name in zip(folders, home.VARIABLES, strict=True)
+        if folder != "mine"
+    )
     assert not Path(folders[0]).parent.exists()
     kept = as_user("-c", code, HOME=str(tmp_path), **given)
     assert eval(kept.stdout) == [None, None, None, "mine", None, None]
@@ -101,7 +105,10 @@ def test_data_that_are_not_to_be_had_are_refused_before_anything_is_trained(tmp_
     )
     done = as_user(
         *("-m", "experiments", "run", "vq_vs_ibq", "--preset", "smoke"),
-        **{"HOME": None, "IBQ_DATA": None, "IBQ_CACHE": None, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        HOME=None,
+        IBQ_DATA=None,
+        IBQ_CACHE=None,
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
         IBQ_RUNS=str(tmp_path / "runs"),
         IBQ_REPORTS=str(tmp_path / "reports"),
     )
