@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import stat
 import sys
 import threading
@@ -24,45 +25,9 @@ from ibq.data.images import Images, Split, first_few, one_line, quoted
 from ibq.errors import DataError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-OTHER_ENDINGS = tuple(
-    [
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jxl",
-        ".jp2",
-        ".j2k",
-        ".jpx",
-        ".jxr",
-        ".psd",
-        ".xcf",
-        ".tga",
-        ".svg",
-        ".ico",
-        ".icns",
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".orf",
-        ".rw2",
-        ".raf",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".pfm",
-        ".exr",
-        ".hdr",
-        ".qoi",
-        ".dds",
-        ".mpo",
-        ".apng",
-        ".pcx",
-        ".sgi",
-        ".eps",
-    ]
+OTHER_ENDINGS = re.compile(
+    r"\.(heic|heif|avif|jxl|jp2|j2k|jpx|jxr|psd|xcf|tga|svg|ico|icns|dng|cr2|cr3|nef|arw|orf|rw2|raf|ppm|pgm|pbm|pnm|pfm"
+    r"|exr|hdr|qoi|dds|mpo|apng|pcx|sgi|eps)$"
 )
 """Of pictures that are not read, and therefore named and counted."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -268,7 +233,7 @@ def image_files(root: Path) -> tuple[list[str], list[str]]:
                 waiting.append((Path(entry.path), above | {this}))
             elif entry.name.lower().endswith(ENDINGS):
                 files.append(entry.path.removeprefix(prefix))
-            elif entry.name.lower().endswith(OTHER_ENDINGS):
+            elif OTHER_ENDINGS.search(entry.name.lower()):
                 name = entry.path.removeprefix(prefix)
                 skipped.append(f"{quoted(name)} is of a format that is not read; convert it to PNG")
     if not files and not skipped:

@@ -150,8 +150,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise DataError(
-            f"{quoted(path)} is no Lightning checkpoint: it holds no dictionary of tensors under 'state_dict', and is none "
-            f"itself"
+            f"{quoted(path)} is no Lightning checkpoint: it holds no dictionary of tensors under 'state_dict', and is "
+            f"none itself"
         )
     for name, tensor in state.items():
         if reason := _not_plain(tensor):

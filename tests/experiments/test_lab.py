@@ -7,6 +7,8 @@ import re
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -39,6 +41,17 @@ def test_a_port_that_is_taken_is_passed_over() -> None:
         assert lab.free_port() != port
 
 
+def answer(address: str) -> bytes:
+    """Of a server that listens a moment after it has printed where."""
+    for _ in range(100):
+        try:
+            with urllib.request.urlopen(address, timeout=60) as found:
+                return bytes(found.read())
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    raise AssertionError(f"nothing listens at {address}")
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("has_home", [True, False])
 def test_it_starts_for_whoever_runs_this_and_prints_address_and_tunnel(has_home: bool, tmp_path: Path) -> None:
@@ -46,9 +59,8 @@ def test_it_starts_for_whoever_runs_this_and_prints_address_and_tunnel(has_home:
     if has_home:
         environment["HOME"] = str(tmp_path)
     else:
-        (tmp_path / "sitecustomize.py").write_text(
-            "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
-        )
+        homeless = "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
+        (tmp_path / "sitecustomize.py").write_text(homeless)
     environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
     command = [sys.executable, "-m", "experiments.lab"]
     server = subprocess.Popen(
@@ -66,8 +78,7 @@ def test_it_starts_for_whoever_runs_this_and_prints_address_and_tunnel(has_home:
         port, token = found.groups()
         assert f"ssh -N -L {port}:127.0.0.1:{port} " in said
         assert "Traceback" not in said
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/contents?token={token}", timeout=60) as answer:
-            assert b"00_how_ibq_works.ipynb" in answer.read()
+        assert b"00_how_ibq_works.ipynb" in answer(f"http://127.0.0.1:{port}/api/contents?token={token}")
     finally:
         server.terminate()
         server.communicate(timeout=60)
