@@ -5,7 +5,7 @@
 # make test-notebooks   every notebook at smoke             make test-processes   groups of processes, and commands killed and gone on with
 # make test-latex   what needs pdfLaTeX: every table compiles
 # make faults  kill -9, full disks, 100 rounds; prints what was lost: nothing
-# make lab     JupyterLab on 127.0.0.1      make clean-env      forget the environment
+# make lab     JupyterLab on 127.0.0.1, as root too; says how to reach it from elsewhere      make clean-env      forget the environment
 
 PYTHON ?= python3
 PRESET ?= quick
@@ -49,7 +49,7 @@ faults: $(STAMP)
 	$(BIN)/python tests/faults.py --rounds 100
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir notebooks
+	$(BIN)/python -m experiments.lab
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; call make PYTHON=/path/to/python3.11")'

@@ -35,7 +35,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
         for name in FOLDERS:  # made absolute, since notebooks run in a folder of their own
             if os.environ.get(name):
                 os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
-        for stream in (sys.stdout, sys.stderr):  # a console of ASCII alone gets "?" for ×
+        for stream in (sys.stdout, sys.stderr):  # a console of ASCII alone gets "?" for the rest
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         try:

@@ -17,13 +17,12 @@ import torch
 from tqdm import tqdm
 
 from ibq.cli.pictures import Fit, Framing, Picture, PictureFolder
-from ibq.data.folder import first_few
-from ibq.data.images import one_line, quoted, to_float
+from ibq.data.images import first_few, one_line, quoted, to_float
 from ibq.distributed import is_writer, resolve_device
 from ibq.errors import ConfigError, NonFiniteInputError
 from ibq.evaluation.tokenizer import measuring
 from ibq.models.tokenizer import Reconstruction, Tokenizer, load_tokenizer
-from ibq.pretrained.released import load_released
+from ibq.pretrained.released import RELEASED_SUFFIXES, load_released
 from ibq.run_directory import RunDirectory
 from ibq.schema import Resize
 from ibq.training.row import peak_memory_gib
@@ -125,7 +124,7 @@ def read_tokenizer(given: str | Path, weights: Literal["ema", "raw"] = "ema") ->
         if (copy := path / "tokenizer").is_dir():  # in the folder of a transformer's run
             return load_tokenizer(copy), "as the transformer was trained on"
         return load_tokenizer(path), "averaged (EMA)" if RunDirectory(path).finished else "as saved"
-    if path.is_file() and path.suffix == ".ckpt":
+    if path.is_file() and path.suffix in RELEASED_SUFFIXES:
         released = load_released(path, weights)
         if isinstance(released, Tokenizer):
             tokenizer, averaged, as_they_are = released, weights == "ema", "as trained, not averaged"
@@ -136,7 +135,7 @@ def read_tokenizer(given: str | Path, weights: Literal["ema", "raw"] = "ema") ->
                 "as in the transformer's checkpoint",
             )
         return tokenizer, "averaged (EMA), as released" if averaged else as_they_are
-    wrong = "is neither a folder nor a .ckpt file" if path.exists() else "does not exist"
+    wrong = "is neither a folder nor a .ckpt, .pt or .pth file" if path.exists() else "does not exist"
     raise ConfigError(
         f"{quoted(path)} {wrong}; pass the folder of a finished run or of Tokenizer.save, or a released checkpoint "
         f"file (.ckpt)"

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ibq.data.folder import decoding, first_few, image_files, opaque_rgb, read_image, square_rgb, upright_rgb
-from ibq.data.images import quoted
+from ibq.data.folder import decoding, image_files, opaque_rgb, read_image, square_rgb, upright_rgb
+from ibq.data.images import first_few, quoted
 from ibq.data.resizing import RESIZING
 from ibq.errors import ConfigError, DataError
 from ibq.schema import Resize

@@ -64,12 +64,13 @@ def load_images(config: DataConfig, split: Split) -> ImageSource:
 
     photos: overlapping (train) or adjacent (test) RGB crops of seven photographs.
 
-    imagefolder:PATH: every .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff and .gif (first frame) in the folder and below,
-    hidden ones left out, links followed. Where PATH holds train/ and one of val/, test/ (the first of these), they are
-    the splits; the longer names training, valid, validation and testing do as well, in any case. Otherwise every tenth
-    file of the sorted listing, from the first on, is for testing and the rest for training. Where a split's folder
-    holds only subfolders, they are its classes, numbered by their sorted names in both splits. A file that cannot be
-    used is left out: `Images.skipped` says why, and one line on stderr how many.
+    imagefolder:PATH: every .png, .jpg, .jpeg, .jpe, .jfif, .webp, .bmp, .tif, .tiff and .gif (first frame) in the
+    folder and below, hidden ones left out, links followed; pictures of other formats (.heic, .avif) are skipped.
+    Where PATH holds train/ and one of val/, test/ (the first of these), they are the splits; the longer names
+    training, valid, validation and testing do as well, in any case. Otherwise every tenth file of the sorted listing,
+    from the first on, is for testing and the rest for training. Where a split's folder holds only subfolders, those
+    with a usable picture in either split are its classes, numbered by their sorted names in both. A file that cannot
+    be used is left out: `Images.skipped` says why, and one line on stderr how many.
     How an image becomes a square: `ibq.data.folder.square_rgb`. With crop="random" no image is opened until it is
     wanted: centre squares are decoded on demand and `ibq.data.loader.TrainingBatches` reads random ones; small images
     are scaled up, broken ones replaced.

@@ -3,7 +3,9 @@ be used and why."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import stat
 import sys
 import threading
@@ -18,12 +20,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ibq.data.images import Images, Split, one_line, quoted
+from ibq.data.images import Images, Split, first_few, one_line, quoted
 from ibq.data.resizing import Pixels, Place, released_square
 from ibq.errors import DataError
 from ibq.schema import Resize
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+OTHER_ENDINGS = re.compile(
+    r"\.(heic|heif|avif|jxl|jp2|j2k|jpx|jxr|psd|xcf|tga|svg|ico|icns|dng|cr2|cr3|nef|arw|orf|rw2|raf|ppm|pgm|pbm|pnm|pfm"
+    r"|exr|hdr|qoi|dds|mpo|apng|pcx|sgi|eps)$"
+)
+"""Of pictures that are not read, and therefore named and counted."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """Told by a file's content, whatever its ending; foreign files get at none of Pillow's other readers."""
 SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test", "testing")}
@@ -32,7 +39,6 @@ MAX_PIXELS = 2**27
 decoded."""
 MAX_BYTES = 8 * 2**30
 """Memory that the images of one split may take: 8 GiB."""
-NAMED_ON_STDERR = 3
 DECODING_THREADS = min(8, os.cpu_count() or 1)
 """Pillow lets go of Python's lock while it decodes."""
 _CHUNK = 1024
@@ -57,7 +63,7 @@ def load_folder(given: str, resolution: int, split: Split, resize: Resize = "ant
         DataError: the folder is absent, unreadable, without usable images for this split, or its images would take more
             than MAX_BYTES.
     """
-    listing = list_split(given, split)
+    listing = list_split(given, split, resolution, enlarge=False)
     images_NCHW, kept, unusable = _decode_all(listing.folder, listing.files, resolution, resize)
     skipped = listing.closed + unusable
     if not kept:
@@ -78,7 +84,7 @@ class Listing:
     Args:
         folder: where they are.
         files: their paths relative to it, sorted part by part; at least one, unless there is a closed subfolder.
-        closed: a sentence for every subfolder that cannot be read.
+        closed: a sentence for every subfolder that cannot be read or is no class, and every picture of another format.
         source: the folder, and which part of its files this is, for people.
         classes: number of each class by the name of its subfolder; empty where the folder has none.
     """
@@ -94,8 +100,9 @@ class Listing:
         return torch.tensor([self.classes[name.split(os.sep)[0]] for name in files]) if self.classes else None
 
 
-def list_split(given: str, split: Split) -> Listing:
-    """The files of one split; arguments and errors as for `load_folder`, but for what only opening them can tell."""
+def list_split(given: str, split: Split, resolution: int, *, enlarge: bool) -> Listing:
+    """The files of one split; arguments and errors as for `load_folder` and `read_square`, but for what only opening
+    them can tell. Of each class pictures are opened until one can be used."""
     root = Path(os.path.expanduser(given)).absolute()
     folders = _split_folders(root)
     place = folders.get(split, root)
@@ -109,8 +116,42 @@ def list_split(given: str, split: Split) -> Listing:
             )
         files = files[::10] if split == "test" else [name for position, name in enumerate(files) if position % 10]
         source += f" ({'every tenth file' if split == 'test' else 'nine files in ten'})"
-    names = sorted(set().union(*map(_classes, folders.values() or [root]))) if _classes(place) else []
-    return Listing(place, files, closed, source, {name: number for number, name in enumerate(names)})
+    if not _classes(place):
+        return Listing(place, files, closed, source, {})
+    others = [folder for folder in folders.values() if folder != place]
+    faults = _class_faults(place, others, files, lambda path: read_square(path, resolution, enlarge=enlarge))
+    closed = sorted(closed + [f"{quoted(name)} is no class: {why}" for name, why in faults.items() if why])
+    classes = {name: number for number, name in enumerate(name for name, why in faults.items() if not why)}
+    return Listing(place, [file for file in files if file.split(os.sep)[0] in classes], closed, source, classes)
+
+
+def _class_faults(
+    place: Path, others: list[Path], files: list[str], read: Callable[[Path], Pixels | str]
+) -> dict[str, str]:
+    """Reasons by the sorted names of the splits' subfolders why each is no class; empty where it is one."""
+    files_of: dict[str, list[str]] = {}
+    for file in files:
+        files_of.setdefault(file.split(os.sep)[0], []).append(file)
+
+    def fault(name: str) -> str:
+        why = ""
+        elsewhere = (other / name / file for other in others for file in _files_below(other / name))
+        for path in itertools.chain((place / file for file in files_of.get(name, ())), elsewhere):
+            if not isinstance(found := read(path), str):
+                return ""
+            why = why or f"{quoted(path.name)} {found}, nor can any other picture in it be used"
+        return why or "there is no picture in it"
+
+    names = sorted(set().union(*map(_classes, (place, *others))))
+    with decoding(), ThreadPoolExecutor(DECODING_THREADS) as pool:
+        return dict(zip(names, pool.map(fault, names), strict=True))
+
+
+def _files_below(folder: Path) -> list[str]:
+    try:
+        return image_files(folder)[0]
+    except DataError:  # absent, closed or empty
+        return []
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
@@ -166,7 +207,7 @@ def _classes(folder: Path) -> set[str]:
 
 def image_files(root: Path) -> tuple[list[str], list[str]]:
     """Paths of the image files below `root`, relative to it and sorted part by part, and a sentence for each subfolder
-    that is closed.
+    that is closed and each picture of another format.
 
     Raises:
         DataError: the folder is absent or unreadable, or there is neither a file nor a sentence.
@@ -190,6 +231,9 @@ def image_files(root: Path) -> tuple[list[str], list[str]]:
                 waiting.append((Path(entry.path), above | {this}))
             elif entry.name.lower().endswith(ENDINGS):
                 files.append(entry.path.removeprefix(prefix))
+            elif OTHER_ENDINGS.search(entry.name.lower()):
+                name = entry.path.removeprefix(prefix)
+                skipped.append(f"{quoted(name)} is of a format that is not read; convert it to PNG")
     if not files and not skipped:
         raise DataError(
             f"{quoted(root)} holds no image: nothing in it or below it ends in {_or(ENDINGS)} (hidden files are left "
@@ -367,9 +411,3 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _or(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def first_few(sentences: list[str]) -> str:
-    """The first few of the sentences, and how many more there are."""
-    more = len(sentences) - NAMED_ON_STDERR
-    return "; ".join(sentences[:NAMED_ON_STDERR]) + (f"; and {more:,} more" if more > 0 else "")

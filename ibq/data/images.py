@@ -14,6 +14,7 @@ from ibq.errors import DataError
 from ibq.schema import Resize
 
 Split = Literal["train", "test"]
+NAMED_ON_STDERR = 3
 
 
 class ImageSource(Protocol):
@@ -141,3 +142,9 @@ def quoted(text: object) -> str:
     """A path as it stands in a message: as it is, or, where it holds line breaks or other signs that do not print, as
     repr writes it."""
     return text if (text := str(text)).isprintable() else repr(text)
+
+
+def first_few(sentences: list[str]) -> str:
+    """The first few of the sentences, and how many more there are."""
+    more = len(sentences) - NAMED_ON_STDERR
+    return "; ".join(sentences[:NAMED_ON_STDERR]) + (f"; and {more:,} more" if more > 0 else "")

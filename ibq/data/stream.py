@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ibq.data.folder import DECODING_THREADS, Listing, decoding, first_few, list_split, read_square
-from ibq.data.images import Split, one_line, quoted, to_float
+from ibq.data.folder import DECODING_THREADS, Listing, decoding, list_split, read_square
+from ibq.data.images import Split, first_few, one_line, quoted, to_float
 from ibq.data.resizing import Pixels
 from ibq.distributed import exit_with_parent
 from ibq.errors import DataError
@@ -206,9 +206,14 @@ def stream_split(given: str, resolution: int, split: Split, resize: Resize = "an
     Raises:
         DataError: the folder is absent, unreadable, or without image files for this split.
     """
-    listing = list_split(given, split)
+    listing = list_split(given, split, resolution, enlarge=True)
     if not listing.files:
         raise DataError(f"no image of {listing.source} can be used for {split}: {first_few(listing.closed)}")
+    if listing.closed:
+        print(
+            f"imagefolder {split}: {len(listing.closed):,} skipped of {listing.source}: {first_few(listing.closed)}",
+            file=sys.stderr,
+        )
     return StreamedImages(listing, split, resolution, resize)
 
 

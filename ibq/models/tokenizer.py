@@ -18,6 +18,7 @@ from torch import nn
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.models.autoencoder import Decoder, Encoder
+from ibq.models.weights import misfit, unwrapped
 from ibq.ops.arguments import integers
 from ibq.quantizers import Quantized, build_quantizer
 from ibq.run_directory import write_json, write_tensors
@@ -153,10 +154,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder} is a transformer's run, not a tokenizer's; pass its tokenizer, {folder / 'tokenizer'}"
         )
     tokenizer = Tokenizer(TrainConfig.parse(config))
+    path = folder / "model.safetensors"
     try:
-        tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
-    except (SafetensorError, RuntimeError) as error:
-        raise ConfigError(
-            f"{folder / 'model.safetensors'} does not hold this config's weights: {' '.join(str(error).split())}"
-        ) from None
+        tensors = unwrapped(path, load_file(path))
+    except SafetensorError as error:
+        raise ConfigError(f"{path} does not hold this config's weights: {' '.join(str(error).split())}") from None
+    if why := misfit(tensors, tokenizer):
+        raise ConfigError(f"{path} does not hold this config's weights: {why}; pass the folder as it was saved")
+    tokenizer.load_state_dict(tensors)
     return tokenizer.eval()

@@ -29,6 +29,7 @@ from ibq.errors import ConfigError, DataError, one_sentence
 from ibq.models.config import HEAD_DIM, TransformerConfig
 from ibq.models.tokenizer import Tokenizer, digest_of
 from ibq.models.transformer import Transformer
+from ibq.models.weights import unwrapped
 
 Weights = Literal["ema", "raw"]
 
@@ -50,6 +51,7 @@ class TrainedTransformer(NamedTuple):
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
+RELEASED_SUFFIXES = (".ckpt", ".pt", ".pth")
 RESOLUTION = 256
 NORM_GROUPS = 32
 TRANSFORMER, TOKENIZER, AVERAGES = "transformer.", "first_stage_model.", "model_ema."
@@ -65,7 +67,8 @@ def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | Tra
     section 5), as provenance; the folder and the seed in it are placeholders, because neither is reported.
 
     Args:
-        path: the .ckpt file.
+        path: the .ckpt file; a .pt or .pth file that holds the tensors alone will do, as will the weights of networks
+            wrapped by DDP, FSDP or torch.compile, which a line on stderr says.
         weights: of a tokenizer "ema", the averaged weights, or "raw", the trained ones. A transformer has none but the
             trained ones, and the tokenizer beside it is taken as it stands where it has no averages (the authors' code
             puts them in the place of the trained weights there).
@@ -83,7 +86,7 @@ def load_released(path: str | Path, weights: Weights = "ema") -> Tokenizer | Tra
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights={weights!r} must be 'ema' or 'raw'")
     path = Path(path)
-    tensors = _read_state_dict(path)
+    tensors = _read_tensors(path)
     if any(name.startswith((TRANSFORMER, TOKENIZER)) for name in tensors):
         return _transformer(path, tensors, weights)
     part = _Part(path, tensors)
@@ -123,8 +126,8 @@ def _transformer(path: Path, tensors: dict[str, torch.Tensor], weights: Weights)
 # --- The file ---------------------------------------------------------------------------------------------------------
 
 
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The file's `state_dict`, mapped into memory."""
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The file's `state_dict`, or all of it where it has none, mapped into memory, under the networks' own names."""
     if not path.is_file():
         raise DataError(f"there is no file {quoted(path)}; pass the path of a released checkpoint")
     if not zipfile.is_zipfile(path):
@@ -142,17 +145,21 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         raise DataError(
             f"{quoted(path)} is damaged or no checkpoint of torch.save ({first}); download it again"
         ) from None
-    state = content.get("state_dict") if isinstance(content, dict) else None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise DataError(
-            f"{quoted(path)} is no Lightning checkpoint: it holds no dictionary of tensors under 'state_dict'"
+            f"{quoted(path)} is no Lightning checkpoint: it holds no dictionary of tensors under 'state_dict', and is "
+            f"none itself"
         )
     for name, tensor in state.items():
         if reason := _not_plain(tensor):
             raise DataError(f"{quoted(path)} has {name!r} as {reason}; take the file as it was released")
-    return dict(state)
+    try:
+        return unwrapped(path, state)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
 
 
 def _refused(error: pickle.UnpicklingError) -> str:

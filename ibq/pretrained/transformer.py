@@ -14,7 +14,8 @@ from ibq.errors import ConfigError
 from ibq.models.config import TransformerConfig
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
 from ibq.models.transformer import Transformer
-from ibq.pretrained.released import TrainedTransformer, Weights, load_released
+from ibq.models.weights import misfit, unwrapped
+from ibq.pretrained.released import RELEASED_SUFFIXES, TrainedTransformer, Weights, load_released
 from ibq.run_directory import RunDirectory
 
 
@@ -44,8 +45,8 @@ def load_transformer(
                 f"weights={weights!r} is for released checkpoints; {quoted(path)} holds one set of weights"
             )
         return _of_run(RunDirectory(path), path / "tokenizer" if tokenizer is None else Path(tokenizer))
-    if not (path.is_file() and path.suffix == ".ckpt"):
-        wrong = "is neither a folder nor a .ckpt file" if path.exists() else "does not exist"
+    if not (path.is_file() and path.suffix in RELEASED_SUFFIXES):
+        wrong = "is neither a folder nor a .ckpt, .pt or .pth file" if path.exists() else "does not exist"
         raise ConfigError(
             f"{quoted(path)} {wrong}; pass the folder of a transformer's finished run, or a released checkpoint file "
             f"(.ckpt)"
@@ -102,21 +103,14 @@ def _transformer(path: Path, config: TransformerConfig) -> Transformer:
     if not path.is_file():
         raise ConfigError(f"{quoted(path.parent)} holds no {path.name}; copy the run's folder whole, or pass another")
     try:
-        tensors = load_file(path)
+        tensors = unwrapped(path, load_file(path))
     except SafetensorError as error:
         raise ConfigError(
             f"{quoted(path)} is damaged ({one_line(error)}); copy it again, or pass another run"
         ) from None
     with torch.device("meta"):  # draws no random numbers, and no memory is taken twice
         transformer = Transformer(config)
-    found, wanted = (
-        {name: tuple(t.shape) for name, t in state.items()} for state in (tensors, transformer.state_dict())
-    )
-    if found != wanted:
-        name = next(name for name in [*wanted, *found] if found.get(name) != wanted.get(name))
-        has, wants = (f"has the shape {shapes[name]}" if name in shapes else "is absent" for shapes in (found, wanted))
-        raise ConfigError(
-            f"{quoted(path)} does not fit the run's config.json: {name!r} {has} there and {wants} in the transformer"
-        )
+    if why := misfit(tensors, transformer):
+        raise ConfigError(f"{quoted(path)} does not fit the run's config.json: {why}; copy the run's folder whole")
     transformer.load_state_dict(tensors, assign=True)
     return transformer.eval()

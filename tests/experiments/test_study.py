@@ -116,7 +116,7 @@ def test_overrides_change_runs_and_the_reports_name() -> None:
         [{"optim.lr": 3e-4}, {"optim.lr": "3e-4"}, {"optim.lr": "0.0003"}, {"optim.lr": np.float64(3e-4)}],
         [{"optim.lr": 1}, {"optim.lr": 1.0}, {"optim.lr": "1"}, {"optim.lr": np.int64(1)}],
         [{"optim.betas": [0.5, 0.9]}, {"optim.betas": (0.5, 0.9)}, {"optim.betas": ["0.5", 0.9]}],
-        [{"batch_size": 16, "steps": 500}, {"steps": 500, "batch_size": "16"}],
+        [{"batch_size": 16, "steps": 500}, {"steps": 500, "batch_size": 16}],
     ],
 )
 def test_one_study_has_one_name(same: list[dict]) -> None:

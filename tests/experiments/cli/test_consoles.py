@@ -105,7 +105,10 @@ def test_data_that_are_not_to_be_had_are_refused_before_anything_is_trained(tmp_
     )
     done = as_user(
         *("-m", "experiments", "run", "vq_vs_ibq", "--preset", "smoke"),
-        **{"HOME": None, "IBQ_DATA": None, "IBQ_CACHE": None, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        HOME=None,
+        IBQ_DATA=None,
+        IBQ_CACHE=None,
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
         IBQ_RUNS=str(tmp_path / "runs"),
         IBQ_REPORTS=str(tmp_path / "reports"),
     )

@@ -155,7 +155,7 @@ def test_a_tokenizer_has_to_be_there_whole(pictures: Path, tokenizer: Path, tmp_
     (tmp_path / "transformer" / "config.json").write_text('{"tokenizer": {}}')
     for name, words in {
         "nowhere": "does not exist; pass the folder of a finished run or of Tokenizer.save",
-        "notes.txt": "is neither a folder nor a .ckpt file",
+        "notes.txt": "is neither a folder nor a .ckpt, .pt or .pth file",
         "unfinished": "holds no model.safetensors",
         "transformer": "holds no model.safetensors",
     }.items():

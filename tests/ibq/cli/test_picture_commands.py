@@ -367,7 +367,7 @@ def test_every_wrong_argument_is_one_sentence(
     plain_file = write(tmp_path / "plain.ckpt", networks())
     cases = {
         "absent does not exist; pass the folder of a finished run": ("absent", folder),
-        "b.png is neither a folder nor a .ckpt file": (folder / "b.png", folder),
+        "b.png is neither a folder nor a .ckpt, .pt or .pth file": (folder / "b.png", folder),
         "holds no config.json; pass a folder written by": (folder, folder),
         "absent does not exist": (model, tmp_path / "absent"),
         "holds no image: nothing in it or below it ends in .png": (model, tmp_path / "empty"),

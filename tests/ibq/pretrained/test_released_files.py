@@ -96,7 +96,7 @@ def test_views_of_one_storage_are_plain_tensors(tmp_path: Path) -> None:
     [
         torch.ones(2),
         [torch.ones(2)],
-        {"weight": torch.ones(2)},
+        {"weight": torch.ones(2), "epoch": 3},
         {"state_dict": {"a": 3}},
         {"state_dict": {3: torch.ones(1)}},
     ],
@@ -105,5 +105,5 @@ def test_content_that_is_no_lightning_checkpoint_is_refused(tmp_path: Path, cont
     torch.save(content, tmp_path / "t.ckpt")
     assert (
         sentence(tmp_path / "t.ckpt")
-        == "FILE is no Lightning checkpoint: it holds no dictionary of tensors under 'state_dict'"
+        == "FILE is no Lightning checkpoint: it holds no dictionary of tensors under 'state_dict', and is none itself"
     )

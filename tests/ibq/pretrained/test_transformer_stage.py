@@ -111,7 +111,7 @@ def test_folders_that_hold_no_finished_transformer(run: Path, tmp_path: Path, ti
     Tokenizer(tiny()).save(tmp_path / "tokenizer")
     cases = {
         "absent does not exist; pass the folder of a transformer's finished run": "absent",
-        "notes.txt is neither a folder nor a .ckpt file": "notes.txt",
+        "notes.txt is neither a folder nor a .ckpt, .pt or .pth file": "notes.txt",
         "empty holds no config.json; pass the folder of a run": "empty",
         "tokenizer holds a tokenizer and no transformer; pass the folder of a transformer's run": "tokenizer",
     }
@@ -134,14 +134,14 @@ def test_weights_that_do_not_fit(run: Path) -> None:
     change(run / "config.json", classes=3)
     refused(
         r"'class_emb.embedding_table.weight' has the shape \(11, 64\) there and has the shape \(4, 64\) in the "
-        r"transformer",
+        r"network",
         run,
     )
     change(run / "config.json", classes=10)
     save_file({name: tensor for name, tensor in weights.items() if name != "head.weight"}, path)
-    refused(r"'head.weight' is absent there and has the shape \(16, 64\) in the transformer", run)
+    refused(r"'head.weight' is absent there and has the shape \(16, 64\) in the network", run)
     save_file(weights | {"extra": torch.zeros(1)}, path)
-    refused(r"'extra' has the shape \(1,\) there and is absent in the transformer", run)
+    refused(r"'extra' has the shape \(1,\) there and is absent in the network", run)
     path.write_bytes(path.read_bytes()[:1000])
     refused("model.safetensors is damaged", run)
     path.unlink()
