@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ibq.data.folder import decoding, image_files, opaque_rgb, read_image, square_rgb, upright_rgb
+from ibq.data.decoding import decoding, opaque_rgb, read_image, square_rgb, upright_rgb
+from ibq.data.folder import image_files
 from ibq.data.images import first_few, quoted
 from ibq.data.resizing import RESIZING
 from ibq.errors import ConfigError, DataError

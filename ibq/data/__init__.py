@@ -71,7 +71,7 @@ def load_images(config: DataConfig, split: Split) -> ImageSource:
     from the first on, is for testing and the rest for training. Where a split's folder holds only subfolders, those
     with a usable picture in either split are its classes, numbered by their sorted names in both. A file that cannot
     be used is left out: `Images.skipped` says why, and one line on stderr how many.
-    How an image becomes a square: `ibq.data.folder.square_rgb`. With crop="random" no image is opened until it is
+    How an image becomes a square: `ibq.data.decoding.square_rgb`. With crop="random" no image is opened until it is
     wanted: centre squares are decoded on demand and `ibq.data.loader.TrainingBatches` reads random ones; small images
     are scaled up, broken ones replaced.
 

@@ -144,6 +144,11 @@ def quoted(text: object) -> str:
     return text if (text := str(text)).isprintable() else repr(text)
 
 
+def either(names: tuple[str, ...]) -> str:
+    """Names as a choice in words: "A, B or C"."""
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def first_few(sentences: list[str]) -> str:
     """The first few of the sentences, and how many more there are."""
     more = len(sentences) - NAMED_ON_STDERR

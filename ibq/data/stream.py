@@ -33,7 +33,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ibq.data.folder import DECODING_THREADS, Listing, decoding, list_split, read_square
+from ibq.data.decoding import decoding, read_square
+from ibq.data.folder import DECODING_THREADS, Listing, list_split
 from ibq.data.images import Split, first_few, one_line, quoted, to_float
 from ibq.data.resizing import Pixels
 from ibq.distributed import exit_with_parent

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ibq.config import DataConfig
 from ibq.data import load_images
-from ibq.data.folder import read_square
+from ibq.data.decoding import read_square
 from ibq.data.resizing import released_square
 from ibq.data.stream import Draw, RandomSquares
 
