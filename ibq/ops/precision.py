@@ -50,7 +50,10 @@ def coarse_center(codebook_KD: torch.Tensor) -> torch.Tensor:
     numbers: what is an exact tie stays one.
     """
     greatest = codebook_KD.abs().max().clamp_min(torch.finfo(codebook_KD.dtype).tiny)
-    step = greatest / torch.frexp(greatest).mantissa / 8
+    if torch.compiler.is_exporting():  # ONNX has no frexp
+        step = torch.exp2(torch.log2(greatest).floor() + 1) / 8
+    else:
+        step = greatest / torch.frexp(greatest).mantissa / 8
     return (codebook_KD.mean(0) / step).round() * step
 
 
