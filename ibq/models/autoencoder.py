@@ -47,7 +47,10 @@ class AttentionBlock(nn.Module):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.norm(x_BCHW)
         q_BLC, k_BLC, v_BLC = (layer(h_BCHW).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        out_BLC = F.scaled_dot_product_attention(q_BLC, k_BLC, v_BLC)
+        if torch.compiler.is_exporting():  # ONNX knows attention with a dimension of heads alone
+            out_BLC = F.scaled_dot_product_attention(q_BLC[:, None], k_BLC[:, None], v_BLC[:, None])[:, 0]
+        else:
+            out_BLC = F.scaled_dot_product_attention(q_BLC, k_BLC, v_BLC)
         return x_BCHW + self.proj_out(out_BLC.transpose(1, 2).reshape(x_BCHW.shape))
 
 

@@ -63,8 +63,10 @@ def require_finite(group: str = "", **tensors: torch.Tensor) -> None:
 
     Raises:
         NonFiniteInputError: how many values of which tensor; every process of the group raises, so that none waits for
-            another.
+            another. Under torch.export nothing is refused, as an exported graph cannot branch on values.
     """
+    if torch.compiler.is_exporting():
+        return
     bounds = torch.stack([bound for tensor in tensors.values() for bound in tensor.detach().aminmax()])
     finite = bounds.isfinite().all()
     if group:

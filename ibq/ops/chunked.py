@@ -26,7 +26,9 @@ MEMORY_BYTES = 768 * 2**20
 
 
 def chunks(z_ND: torch.Tensor, codebook_KD: torch.Tensor) -> Iterator[slice]:
-    """The rows of each chunk, from the memory budget."""
+    """The rows of each chunk, from the memory budget; all of them under torch.export, whose graph serves any number."""
+    if torch.compiler.is_exporting():
+        return iter([slice(None)])
     row_bytes = codebook_KD.shape[0] * max(4, codebook_KD.element_size())  # products of bfloat16 are float32
     rows = max(ROWS, BLOCK_BYTES["cpu" if z_ND.device.type == "cpu" else "other"] // row_bytes)
     rows = max(1, min(rows, MEMORY_BYTES // (2 * row_bytes), len(z_ND)))

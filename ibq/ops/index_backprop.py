@@ -77,6 +77,8 @@ def index_backprop(
             f"matmul_dtype={matmul_dtype} does not fit {z_ND.dtype}; use None, or torch.bfloat16 for float32"
         )
     chosen = choose_backend(backend, z_ND.device, matmul_dtype)
+    if torch.compiler.is_exporting():  # a graph for other runtimes has torch's own operators alone
+        chosen = "dense"
     if chosen != "dense":
         return _operator(z_ND, codebook_KD, entropy_temperature, group, matmul_dtype, chosen)
     shared = "" if group is None or entropy_temperature is None else group.group_name

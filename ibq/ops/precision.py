@@ -4,7 +4,8 @@ on."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def full_float32(device: torch.device, convolutions: bool = False) -> Iterator[N
     if convolutions:
         switches.append(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
-    with torch.autocast(device.type, enabled=False):
+    with outside_autocast(device):
         try:
             for switch in switches:
                 switch.fp32_precision = "ieee"
@@ -36,6 +37,11 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast inside; under torch.export nothing, as other runtimes know none and would have to be told of it."""
+    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(device.type, enabled=False)
+
+
 def coarse_center(codebook_KD: torch.Tensor) -> torch.Tensor:
     """About the mean code (D,), to be subtracted before distances are taken through dot products: far from the origin
     squares would cancel.
@@ -43,8 +49,11 @@ def coarse_center(codebook_KD: torch.Tensor) -> torch.Tensor:
     It is rounded to a quarter of the power of two below the greatest value, so that subtracting it is exact on coarse
     numbers: what is an exact tie stays one.
     """
-    greatest = codebook_KD.abs().amax().clamp_min(torch.finfo(codebook_KD.dtype).tiny)
-    step = greatest / torch.frexp(greatest).mantissa / 8
+    greatest = codebook_KD.abs().max().clamp_min(torch.finfo(codebook_KD.dtype).tiny)
+    if torch.compiler.is_exporting():  # ONNX has no frexp
+        step = torch.exp2(torch.log2(greatest).floor() + 1) / 8
+    else:
+        step = greatest / torch.frexp(greatest).mantissa / 8
     return (codebook_KD.mean(0) / step).round() * step
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from ibq.distributed import copy_from_first
 from ibq.errors import ConfigError, one_sentence
 from ibq.ops.arguments import require_finite
-from ibq.ops.precision import at_least_float32, full_float32
+from ibq.ops.precision import at_least_float32, full_float32, outside_autocast
 from ibq.quantizers.config import FROM_FEATURES, EmbeddingConfig
 from ibq.quantizers.entropy import euclidean_as_dot
 from ibq.quantizers.shapes import kept_tokens, of_grid, require_indices, tokens_last
@@ -163,7 +163,7 @@ class Quantizer(nn.Module):
         """
         tokens = tokens_last(z_BDHW, self.config.code_dim)
         grid, D = tokens.shape[:-1], tokens.shape[-1]
-        with torch.autocast(z_BDHW.device.type, enabled=False):
+        with outside_autocast(z_BDHW.device):
             z_ND = at_least_float32(tokens.reshape(-1, D))
             kept_N = None if mask is None else kept_tokens(mask, grid)
             z_ND = z_ND if kept_N is None else z_ND[kept_N]
@@ -218,7 +218,7 @@ class Quantizer(nn.Module):
             ValueError: indices are not integers, of another shape, or lie outside [0, K).
         """
         indices = require_indices(indices_BHW, self.config.codebook_size)
-        with torch.autocast(indices.device.type, enabled=False):
+        with outside_autocast(indices.device):
             return of_grid(self.codes_of(indices), indices.shape).to(self.dtype)
 
 

@@ -62,7 +62,7 @@ def require_indices(indices: torch.Tensor, codebook_size: int) -> torch.Tensor:
     indices = integers("indices", indices, codebook_size)
     if indices.dim() not in (2, 3, 4):
         raise ValueError(f"indices of shape {tuple(indices.shape)} are not those of a grid; pass {GRIDS}")
-    if indices.numel():
+    if indices.numel() and not torch.compiler.is_exporting():  # an exported graph cannot branch on values
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= codebook_size:
             raise ValueError(f"indices reach from {low} to {high}; they must lie in [0, {codebook_size})")
