@@ -225,8 +225,8 @@ def image_files(root: Path) -> tuple[list[str], list[str]]:
                 skipped.append(f"{quoted(name)} is of a format that is not read; convert it to PNG")
     if not files and not skipped:
         raise DataError(
-            f"{quoted(root)} holds no image: nothing in it or below it ends in {either(ENDINGS)} (hidden files are left "
-            f"out)"
+            f"{quoted(root)} holds no image: nothing in it or below it ends in {either(ENDINGS)} (hidden files are "
+            f"left out)"
         )
     return sorted(files, key=lambda name: name.split(os.sep)), sorted(skipped)
 
