@@ -18,7 +18,7 @@ import numpy as np
 from ibq.schema import Resize
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-Integers = np.ndarray[Any, np.dtype[np.int64]]
+Integers = np.ndarray[Any, np.dtype[np.int32]]
 Place = Callable[[int, int], tuple[float, float]]
 """From an image's width and height to the left and top of a square as large as its shorter side."""
 
@@ -48,7 +48,7 @@ def released_square(image_HWC: Pixels, resolution: int, place: Place) -> Pixels:
     above_R, lower_R = _taps(height, scaled_height, top, resolution)
     before_R, right_R = _taps(width, scaled_width, left, resolution)
     outside_R = (before_R < 0) | (before_R >= width - 1)  # as there: one tap for columns, two equal ones for rows
-    right_R = np.where(outside_R, 0, right_R)
+    right_R[outside_R] = 0
     weight_R1 = (ONE - right_R)[:, None]
 
     def columns(rows_R: Integers) -> Integers:
@@ -67,4 +67,4 @@ def _taps(length: int, scaled: int, first: int, count: int) -> tuple[Integers, I
     ONE."""
     positions = ((np.arange(first, first + count) + 0.5) * (1 / (scaled / length)) - 0.5).astype(np.float32)
     floors = np.floor(positions)
-    return floors.astype(np.int64), np.rint((positions - floors) * np.float32(ONE)).astype(np.int64)
+    return floors.astype(np.int32), np.rint((positions - floors) * np.float32(ONE)).astype(np.int32)
