@@ -49,6 +49,7 @@ def test_the_second_ablation_shares_the_runs_of_the_arms_that_are_equal() -> Non
         ("ibq_published", "double", 0),
         ("ibq_single", "single", 0),
         ("ibq_no_entropy", "double_no_entropy", 0),
+        ("ibq_single_commitment", "single_commitment", 0),
     }
     assert len(unique_runs(Study("quick", ("vq_vs_ibq", "double_quant_loss")).cells)) == len(one) + len(two) - len(
         shared

@@ -44,6 +44,7 @@ def test_output_that_is_closed_or_full(own_folders: None) -> None:
     assert done.stderr.startswith("error: No space left on device")
 
 
+@pytest.mark.processes
 def test_a_report_is_utf8_whatever_the_locale(own_folders: None) -> None:
     grid = ["--preset", "smoke", "--set", "steps=1", "--grid", "optim.lr=1e-3", "--base", "vq_vs_ibq/vq_fair"]
     done = as_user(

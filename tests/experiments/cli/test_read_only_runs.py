@@ -16,6 +16,7 @@ from experiments.runner.sweep import train_study
 from experiments.study import Study
 from ibq.run_directory import RunDirectory
 
+pytestmark = pytest.mark.processes
 GRID = ("--preset", "smoke", "--set", "steps=2", "--grid", "optim.lr=1e-3,2e-3,3e-3", "--base", "vq_vs_ibq/vq_fair")
 
 

@@ -182,7 +182,7 @@ def test_a_study_without_rows_renders_and_says_what_is_missing(tmp_path: Path, m
     study = Study("smoke", tuple(ABLATIONS))
     first_page = pages.write(study)
     texts = {page.stem: page.read_text() for page in pages_of(first_page)}
-    assert re.search(r"<b>pending</b>, 14 runs: vq_published seed 0; ", texts["vq_vs_ibq"])
+    assert re.search(r"<b>pending</b>, 16 runs: vq_published seed 0; ", texts["vq_vs_ibq"])
     assert (
         "<b>waiting</b> (waits for the search of simvq, 0 of 3 runs finished), 1 run: simvq seed 0"
         in texts["quantizers"]
@@ -214,11 +214,11 @@ def test_rows_of_several_commits_or_devices_are_flagged(
     frame.loc[alone, ["commit", "device"]] = ["bbbbbbbbbbbb+", "another CPU"]
     one = frame[frame["ablation"] == "vq_vs_ibq"]
     assert provenance.warnings(one, by="arm") == [
-        "These rows span 2 commits, so that differences may be of the code or the machine: aaaaaaaaaaaa (13 runs); "
+        "These rows span 2 commits, so that differences may be of the code or the machine: aaaaaaaaaaaa (15 runs); "
         "bbbbbbbbbbbb+ (1 run: "
         "vq_features).",
         f"These rows span 2 devices, so that differences may be of the code or the machine: {one['device'].iloc[0]} "
-        f"(13 runs); "
+        f"(15 runs); "
         "another CPU (1 run: vq_features).",
         "1 run trained from a tree with uncommitted changes (bbbbbbbbbbbb+).",
     ]
@@ -288,7 +288,8 @@ def test_lost_runs_appear_as_such_and_never_as_a_number(half_failed: Study) -> N
         assert set(arms.loc[arm, list(arms)[list(arms).index("seeds") + 1 :]]) == {state}
         assert arms.loc[arm, "seeds"] == "0"
     assert paper.loc[0, "usage %"] == "failed"
-    own = [claim for claim in claims.claims(half_failed, rows.load(half_failed)) if claim.ablation is ABLATION]
+    judged = zip(claims.claims_of(half_failed, ABLATION, rows.load(half_failed)), ABLATION.contrasts, strict=True)
+    own = [claim for claim, contrast in judged if {contrast.without, contrast.with_} & LOST.keys()]
     assert {(claim.word, claim.seen) for claim in own} == {("undecided", ())}
     assert {claim.reason for claim in own} == {
         "no result of vq_published seed 0 (failed), ibq_published seed 0 (oom)",
@@ -350,7 +351,7 @@ def test_findings_name_every_claim_and_missing_runs(trained: tuple) -> None:
         assert any(sentence.startswith(contrast.claim) for sentence in sentences)
     assert not any("confirmed" in sentence.lower() for sentence in sentences)  # one seed
     frame.loc[0, "status"] = "failed"
-    assert findings(ABLATION, frame)[0].startswith("1 of 14 runs have no result (1 failed)")
+    assert findings(ABLATION, frame)[0].startswith("1 of 16 runs have no result (1 failed)")
 
 
 def test_findings_admit_that_more_codes_can_mean_more_error() -> None:

@@ -125,8 +125,8 @@ def test_hours_are_an_assumption_and_cached_tokens_are_encoded_once(small: Trans
         for flops, peak in ((costs.flops, 989e12), (costs.encoding_flops, 494e12))
     )
     assert said.startswith(
-        "not known: nothing is measured; at 40% of what the maker of an H100 SXM states (989 TFLOP/s in bfloat16, 494 "
-        "in "
+        "not known: nothing is measured; at 40% of what the maker of an H100 SXM states (989 TFLOP/s in bfloat16 "
+        "or float16, 494 in "
     )
     assert said.endswith(
         f"{training + encoding:,.0f} on 8: {training:,.0f} for the transformer and {encoding:,.0f} for encoding"
