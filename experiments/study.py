@@ -16,11 +16,12 @@ from typing import Any
 from experiments.ablations import ABLATIONS, CORE, Ablation, Arm
 from experiments.ablations.changes import (
     CODEBOOK_SIZE,
+    TRANSFORMER,
+    as_held,
     codebook_size,
+    grid_as_held,
     tokenizer_config,
     transformer_config,
-    validated,
-    validated_of_transformer,
 )
 from experiments.ablations.grid import PUBLISHED_PAIR, grid_ablation, references
 from experiments.cells import Cell, Search, Stages, trials
@@ -32,7 +33,6 @@ from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_NAME = 100
-TRANSFORMER = "transformer."
 """Prefix of the path of a changed field of transformers."""
 
 
@@ -92,8 +92,8 @@ class Study:
             )
         if both := [path for path in self.grid if path in self.overrides]:
             raise ConfigError(f"{both[0]} is in --grid and in --set; leave one out")
-        object.__setattr__(self, "overrides", self._validated(self.overrides))
-        object.__setattr__(self, "grid", {path: self._validated_values(path, of) for path, of in self.grid.items()})
+        object.__setattr__(self, "overrides", as_held(self.preset, self.overrides))
+        object.__setattr__(self, "grid", grid_as_held(self.preset, self.overrides, self.grid))
         _ = self.ablations  # a grid that cannot be is refused at once
         if self._of_transformers and not any(has_transformers(ablation) for ablation in self.ablations):
             path, value = next(iter(self._of_transformers.items()))
@@ -103,19 +103,6 @@ class Study:
             raise ConfigError(
                 f"transformer.{path}={value} is of a transformer, and no arm of {named} has one; {remedy}"
             )
-
-    def _validated(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        of_tokenizers = {path: value for path, value in overrides.items() if not path.startswith(TRANSFORMER)}
-        own = {path.removeprefix(TRANSFORMER): overrides[path] for path in overrides if path.startswith(TRANSFORMER)}
-        of_transformers = validated_of_transformer(self.preset, own) if own else {}
-        settled = validated(self.preset, of_tokenizers) if of_tokenizers else {}
-        return settled | {TRANSFORMER + path: value for path, value in of_transformers.items()}
-
-    def _validated_values(self, path: str, values: Sequence[Any]) -> Sequence[Any]:
-        """Values of a grid; what is no list of any is refused by the grid."""
-        if isinstance(values, str) or not isinstance(values, Sequence):
-            return values
-        return [self._validated({**self.overrides, path: value})[path] for value in values]
 
     @property
     def preset(self) -> Preset:

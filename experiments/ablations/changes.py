@@ -5,7 +5,7 @@ A change is a value, a multiple of what preset or user give (`Times`), or a func
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -16,6 +16,8 @@ from ibq.errors import ConfigError
 from ibq.schema import flatten
 
 CODEBOOK_SIZE = "quantizer.codebook_size"
+TRANSFORMER = "transformer."
+"""Beginning of the paths of a transformer's fields."""
 METHOD = "quantizer.method"
 ANY_SIZE = 1024
 """A K that every method can have: FSQ's before the user's own levels are set, whose product need not be a power of
@@ -84,23 +86,50 @@ def tokenizer_config(preset: Preset, changes: Mapping[str, Any], overrides: Mapp
     return config.with_fields(**values) if values else config  # once more: what is set is not scaled
 
 
-def validated(preset: Preset, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user sets as a config holds it, so that "3e-4", 0.0003 and numpy's are one value; as it was given where
-    no method's config takes it, since that is refused in words of its own where the arms are made."""
+def as_held(preset: Preset, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user sets as configs hold it, so that "3e-4", 0.0003 and numpy's are one value; as it was given where no
+    config takes it, since that is refused in words of its own where the arms are made."""
+    own = {path.removeprefix(TRANSFORMER): overrides[path] for path in overrides if path.startswith(TRANSFORMER)}
+    rest = {path: value for path, value in overrides.items() if not path.startswith(TRANSFORMER)}
+    held = _of_tokenizer(preset, rest) if rest else {}
+    of_transformer = _of_transformer(preset, own) if own else {}
+    return held | {TRANSFORMER + path: value for path, value in of_transformer.items()}
+
+
+def grid_as_held(
+    preset: Preset, overrides: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]
+) -> dict[str, Sequence[Any]]:
+    """As `as_held`, of a grid's values, fields of one value together; what is no list of any is refused by the grid."""
+    lists = {path: of for path, of in grid.items() if isinstance(of, Sequence) and not isinstance(of, str)}
+    fixed = {**overrides, **{path: of[0] for path, of in lists.items() if len(of) == 1}}
+    together = as_held(preset, fixed)
+    held = {path: [together[path]] for path, of in lists.items() if len(of) == 1}
+    for path in lists.keys() - held.keys():
+        held[path] = [as_held(preset, {**fixed, path: value})[path] for value in lists[path]]
+    return {path: held.get(path, of) for path, of in grid.items()}
+
+
+_known: dict[tuple[str, str], dict[str, Any]] = {}
+"""Results of `_of_tokenizer`: an export tries the same values on many arms."""
+
+
+def _of_tokenizer(preset: Preset, overrides: Mapping[str, Any]) -> dict[str, Any]:
     from ibq.quantizers import Quantizer  # imports torch, which listing the ablations does without
 
-    for method in sorted(Quantizer.registry, key=lambda name: name != "vq"):
+    key = (preset.name, repr(sorted(overrides.items())))
+    for method in () if key in _known else sorted(Quantizer.registry, key=lambda name: name != "vq"):
         try:
             config = tokenizer_config(preset, {METHOD: method}, overrides)
         except (ConfigError, TypeError):
             continue
         flat = flatten(config.to_json_dict())
-        return {path: value if path == METHOD else flat[path] for path, value in overrides.items()}
-    return dict(overrides)
+        _known[key] = {path: value if path == METHOD else flat[path] for path, value in overrides.items()}
+        break
+    return dict(_known.setdefault(key, dict(overrides)))
 
 
-def validated_of_transformer(preset: Preset, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """As `validated`, of fields of transformers by their own paths."""
+def _of_transformer(preset: Preset, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """By their own paths."""
     of = tokenizer_config(preset, {METHOD: "vq"}, {})
     try:
         flat = flatten(transformer_config(preset, of, {}, overrides).to_json_dict())

@@ -228,7 +228,10 @@ def _saturated(lines: _Lines) -> Finding | None:
     spread, scale, z, c, D = (lines.now(name) for name in names)
     if step is None or np.isnan(spread):
         return None
-    hears = "" if np.isnan(heard[-1] * K[-1]) else f", so that it hears of {heard[-1]:.2g} of {K[-1]:,.0f} codes"
+    said = [] if np.isnan(largest[-1]) else [f"the largest probability of a token is {largest[-1]:.2f}"]
+    if not np.isnan(heard[-1] * K[-1]):
+        said.append(f"{'so that it' if said else 'a token'} hears of {heard[-1]:.2g} of {K[-1]:,.0f} codes")
+    said.append(f"as its logits spread by {spread:.3g}")
     given, remedy = "", "Shorter codes would lower it."
     if not np.isnan(z * c * D):
         given = (
@@ -241,9 +244,7 @@ def _saturated(lines: _Lines) -> Finding | None:
         "saturated",
         step,
         spread,
-        f"Assignments are saturated since step {step}: the largest probability of a token is {largest[-1]:.2f}{hears}, "
-        f"as its logits "
-        f"spread by {spread:.3g}{given}. {remedy}",
+        f"Assignments are saturated since step {step}: {', '.join(said)}{given}. {remedy}",
         f"assignments saturated (logits spread by {spread:.3g})",
     )
 

@@ -14,6 +14,7 @@ from experiments import home
 from experiments.study import Study
 from ibq.data import fashion_mnist
 
+pytestmark = pytest.mark.processes
 STUDY = [sys.executable, "-m", "experiments"]
 
 
@@ -44,7 +45,6 @@ def test_output_that_is_closed_or_full(own_folders: None) -> None:
     assert done.stderr.startswith("error: No space left on device")
 
 
-@pytest.mark.processes
 def test_a_report_is_utf8_whatever_the_locale(own_folders: None) -> None:
     grid = ["--preset", "smoke", "--set", "steps=1", "--grid", "optim.lr=1e-3", "--base", "vq_vs_ibq/vq_fair"]
     done = as_user(
@@ -58,7 +58,6 @@ def test_a_report_is_utf8_whatever_the_locale(own_folders: None) -> None:
 HOMELESS = "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
 
 
-@pytest.mark.processes
 def test_a_study_of_a_user_without_a_home(own_folders: None, tmp_path: Path) -> None:
     """As of a user id that a container does not know: Jupyter, matplotlib and IPython find a place all the same."""
     (tmp_path / "sitecustomize.py").write_text(HOMELESS)

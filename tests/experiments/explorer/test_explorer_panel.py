@@ -147,6 +147,7 @@ def test_a_umap_that_cannot_be_made_is_said(panel: Panel) -> None:
     assert "could not be made" not in panel.message.value
 
 
+@pytest.mark.processes
 def test_a_run_is_changed_while_it_trains(panel: Panel) -> None:
     panel.side.value = "Change"
     assert panel.change.apply.disabled

@@ -188,7 +188,7 @@ COLUMNS = (
         "reach_effective",
     ),
     *("logit_scale", "logit_spread", "max_probability", "assignment_entropy", "entropy_pull"),
-    *("feature_norm", "code_norm", "gap", "gap_angular", "gap_used", "gap_dead"),
+    *("feature_norm", "code_norm", "gap", "gap_used", "gap_dead"),
 )
 
 
