@@ -122,13 +122,13 @@ def test_only_what_the_parameters_cell_or_papermill_assigned_is_a_parameter(cell
 def test_run_all_again_in_one_kernel(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if path.stem in notebooks.INTERACTIVE:
         monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
-    once = nbformat.read(path, as_version=4)
-    once.metadata["papermill"] = {}
+    once = papermill.iorw.load_notebook_node(str(path))
     scale = {} if path.stem == notebooks.MECHANISM else {"preset": "smoke"}
     given = papermill.parameterize.parameterize_notebook(once, scale, kernel_name="python3")
-    twice = nbformat.v4.new_notebook(cells=given.cells + copy.deepcopy(given.cells))
-    for number, cell in enumerate(twice.cells):
-        cell.id = str(number)
+    again = copy.deepcopy(given.cells)
+    for number, cell in enumerate(again):
+        cell.id = f"again-{number}"
+    twice = nbformat.v4.new_notebook(cells=given.cells + again)
     NotebookClient(twice, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
