@@ -65,7 +65,7 @@ def measuring(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def sparing(reasons: list[str]) -> Iterator[None]:
-    """Whatever goes wrong in a metric that can be done without is noted, so that it costs the metric alone and no
+    """Note of whatever goes wrong in a metric that can be done without, so that it costs the metric alone and no
     trained run."""
     try:
         yield
@@ -317,7 +317,7 @@ def _require_fashion_mnist(images: ImageSource) -> None:
 
 
 def protocol_of(images: ImageSource, n_images: int, weights: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """What numbers of a network belong to; dtype is that of its weights."""
+    """Protocol of the numbers of a network; dtype is that of its weights."""
     protocol = {
         "split": images.split,
         "n_images": n_images,

@@ -65,7 +65,7 @@ class Panel:
         self._projecting: Future[dict[str, str]] | None = None
         self._pictures: dict[str, bytes] = {}
         self._said = {"failure": "", "figure": "", "UMAP": ""}
-        """What `message` shows, by what it is about."""
+        """Sentences that `message` shows, by their subject."""
         self.settings = SettingsForm(config, train=self.train)
         self.change, self.load, self.export = ChangeForm(self._cards), LoadForm(self.show_run), ExportForm(self._cards)
         self.side = _toggles(SIDES, "what to do", "ibq-sides")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Error, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page
 from playwright.sync_api import TimeoutError as TooLong
 
 from experiments.explorer.live import LIVE_UMAP
@@ -39,13 +39,6 @@ SLOW_S = 240.0
 """For what takes seconds, on two cores that have other things to do."""
 SETTLED_S = 5.0
 FIRST_POINT_S, ANSWER_S = 5.0, 0.3
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SETTINGS = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 
 PICTURE, DRAWN = "document.querySelector('.ibq-explorer .widget-image')", "document.querySelector('.ibq-drawn')"
@@ -265,20 +258,10 @@ class Visit:
             (Path(folder) / f"{name}.png").write_bytes(compact(self.page.screenshot()))
 
 
-@pytest.fixture
-def chromium() -> Iterator[Any]:
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    assert path, "Chromium is not installed; apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
-        yield browser
-        browser.close()
-
-
 @contextmanager
-def opened(chromium: Any, lab: Lab) -> Iterator[Visit]:
+def opened(browser: Browser, lab: Lab) -> Iterator[Visit]:
     """The notebook in a window of its own, whose closing is that of the tab."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
     try:
         yield Visit(context.new_page(), lab)
     finally:
@@ -286,12 +269,12 @@ def opened(chromium: Any, lab: Lab) -> Iterator[Visit]:
 
 
 def test_a_collapse_is_watched_and_compared_and_nothing_is_left(
-    chromium: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for attempt in (1, 2):  # a browser, a server and a kernel that start at once sometimes miss each other
         lab = Lab(tmp_path / f"attempt {attempt}")
         try:
-            measured = watch_and_compare(chromium, lab)
+            measured = watch_and_compare(browser, lab)
             break
         except (AssertionError, Error) as error:
             if attempt == 2:
@@ -304,9 +287,9 @@ def test_a_collapse_is_watched_and_compared_and_nothing_is_left(
         print(f"\n{measured}")
 
 
-def watch_and_compare(chromium: Any, lab: Lab) -> str:
+def watch_and_compare(browser: Browser, lab: Lab) -> str:
     """The whole story; returns what was measured, in words."""
-    with opened(chromium, lab) as visit:
+    with opened(browser, lab) as visit:
         visit.page.wait_for_function("!document.querySelector('.ibq-explorer').innerText.includes('is being loaded')")
         visit.screenshot("welcome")
         first_point_s = visit.page.evaluate(FIRST_POINT) / 1000
@@ -316,7 +299,7 @@ def watch_and_compare(chromium: Any, lab: Lab) -> str:
         visit.screenshot("at_the_end")
         assert len(lab.processes()) >= 3, "the server of trainers, a trainer and one that draws run meanwhile"
     until(lambda: not lab.processes(), "closing the tab leaves no process", ABSENT_S + SLOW_S)
-    with opened(chromium, lab) as visit:  # the kernel is still there, and so are the runs
+    with opened(browser, lab) as visit:  # the kernel is still there, and so are the runs
         until(lambda: visit.page.locator(".ibq-card").count() == 2, "the runs of before are shown again")
         visit.press("Resume", card=1)
         until(lambda: visit.status(1).startswith("training"), "IBQ trains again")

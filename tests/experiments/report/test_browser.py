@@ -3,8 +3,6 @@ link leads somewhere, nothing complains, nothing leaves the machine, nothing is 
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +10,7 @@ from threading import Thread
 from urllib.parse import urldefrag
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Request, Response, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, Response
 
 from experiments.ablations import ABLATIONS
 from experiments.report import notebooks, pages
@@ -20,13 +18,6 @@ from experiments.study import ROOT
 
 pytestmark = pytest.mark.browser
 SNAPSHOTS = sorted((ROOT / "reports" / "published").glob("*/index.html"))
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SIZES = [{"width": 1280, "height": 900}, {"width": 390, "height": 844}]
 LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
 BROKEN = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => 'broken image: ' + i.src)"
@@ -37,16 +28,6 @@ PAPER = "getComputedStyle(document.body).backgroundColor"
 class Silent(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    assert chromium, "Chromium is not installed; apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@ or fetched."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
 
 from ibq import Tokenizer
 from ibq.cli import reconstruct
@@ -38,36 +37,32 @@ def page_file(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out" / "index.html"
 
 
-def test_the_page_in_a_browser(page_file: Path) -> None:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    assert chromium, "Chromium is not installed; apt-get install chromium"
+def test_the_page_in_a_browser(page_file: Path, browser: Browser) -> None:
     problems: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
-        page.on(
-            "request",
-            lambda r: (
-                None if r.url.startswith((page_file.parent.as_uri(), "data:")) else problems.append(f"leaves: {r.url}")
-            ),
-        )
-        for name, pictures in (("index.html", 3), ("index-2.html", 2)):
-            page.goto((page_file.parent / name).as_uri())
-            papers = set()
-            for size in SIZES:
-                page.set_viewport_size(size)
-                for scheme in ("light", "dark"):
-                    page.emulate_media(color_scheme=scheme)
-                    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-                    papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-            assert len(papers) == 2
-            page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
-            page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-            assert page.evaluate("document.images.length") == 3 * pictures
-            links = page.evaluate("[...document.querySelectorAll('a[href]')].map(link => link.href)")
-            assert all(link.startswith(page_file.parent.as_uri()) for link in links)
-        browser.close()
+    page = browser.new_page()
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
+    page.on(
+        "request",
+        lambda r: (
+            None if r.url.startswith((page_file.parent.as_uri(), "data:")) else problems.append(f"leaves: {r.url}")
+        ),
+    )
+    for name, pictures in (("index.html", 3), ("index-2.html", 2)):
+        page.goto((page_file.parent / name).as_uri())
+        papers = set()
+        for size in SIZES:
+            page.set_viewport_size(size)
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)
+                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+                papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert len(papers) == 2
+        page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+        page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert page.evaluate("document.images.length") == 3 * pictures
+        links = page.evaluate("[...document.querySelectorAll('a[href]')].map(link => link.href)")
+        assert all(link.startswith(page_file.parent.as_uri()) for link in links)
+    page.close()
     assert problems == []

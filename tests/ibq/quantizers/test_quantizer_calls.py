@@ -112,7 +112,7 @@ def test_a_copy_of_the_codebook_goes_on_by_itself() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # those of torch.compile where it breaks its graph
 @pytest.mark.parametrize("variant", ["vq ema", "lfq boosted"])
 def test_a_compiled_quantizer_within_a_checkpoint(variant: str) -> None:
-    """What was traced outside a backward pass also has to know that it is in one."""
+    """A graph traced outside a backward pass also has to know that it is in one."""
     plain = make(variant)
     recomputed = copy.deepcopy(plain)
     compiled = torch.compile(recomputed, backend="aot_eager")

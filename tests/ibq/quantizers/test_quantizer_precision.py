@@ -193,7 +193,7 @@ def reconstruct(model: nn.Sequential, x_BCHW: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # FSDP's own, of an input without a gradient
 def test_codes_that_a_forward_moves_are_not_sharded(mesh: DeviceMesh) -> None:
-    """What a forward had moved was forgotten after it: codes of an evaluation were off by .8."""
+    """Sharded codes would forget what a forward has moved: those of an evaluation were off by .8."""
     for variant in ("vq ema", "vq restart"):
         with pytest.raises(ConfigError, match=r"cannot be sharded; leave the quantizer out, fully_shard\(model"):
             fully_shard(network(variant), mesh=mesh)
