@@ -87,8 +87,8 @@ def tokenizer_config(preset: Preset, changes: Mapping[str, Any], overrides: Mapp
 
 
 def as_held(preset: Preset, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that the user sets, as configs hold them: "3e-4", 0.0003 and numpy's are one value. One that no config takes
-    stays as it was given, since it is refused where the arms are made."""
+    """Values that the user sets, as configs hold them: "3e-4", 0.0003 and numpy's are one value. One that no config
+    takes stays as it was given, since it is refused where the arms are made."""
     own = {path.removeprefix(TRANSFORMER): overrides[path] for path in overrides if path.startswith(TRANSFORMER)}
     rest = {path: value for path, value in overrides.items() if not path.startswith(TRANSFORMER)}
     held = _of_tokenizer(preset, rest) if rest else {}
