@@ -49,7 +49,7 @@ faults: $(STAMP)
 	$(BIN)/python tests/faults.py --rounds 100
 
 lab: $(STAMP)
-	$(BIN)/python -m experiments.lab
+	$(BIN)/python -m experiments.cli.lab
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; call make PYTHON=/path/to/python3.11")'

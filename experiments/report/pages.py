@@ -177,8 +177,10 @@ def _figures(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
 
 
 def _tables(ablation: Ablation, rows: pd.DataFrame, folder: Path) -> list[layout.Item]:
-    of_paper = f"Source: {ablation.paper_source}. Ours compare in direction only; of PSNR {RELEASED_PSNR}, of SSIM "
-    of_paper += f"{RELEASED_SSIM}, ours are of floats, in an {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window."
+    of_paper = (
+        f"Source: {ablation.paper_source}. Compare directions only. PSNR: {RELEASED_PSNR}. SSIM: {RELEASED_SSIM}. Ours are "
+        f"of floats, SSIM in an {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window."
+    )
     notes = {"arms": provenance.protocol(ablation, rows), "paper": of_paper}
     items = []
     for name in ablation.tables:

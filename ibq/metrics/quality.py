@@ -13,8 +13,8 @@ import torch
 
 from ibq.distributed import gather_objects
 
-RELEASED_PSNR = "the released code's is of bytes that are cut"
-RELEASED_SSIM = "the released code has a 7×7 uniform window on bytes that are cut"
+RELEASED_PSNR = "the released code takes bytes, cut and not rounded"
+RELEASED_SSIM = "the released code takes bytes, cut and not rounded, in a 7×7 uniform window"
 """Beside numbers that a reader may compare with those of the released code."""
 SSIM_WINDOW = 11
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import lab
+from experiments.cli import lab
 from experiments.study import ROOT
 
 
@@ -62,7 +62,7 @@ def test_it_starts_for_whoever_runs_this_and_prints_address_and_tunnel(has_home:
         homeless = "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
         (tmp_path / "sitecustomize.py").write_text(homeless)
     environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
-    command = [sys.executable, "-m", "experiments.lab"]
+    command = [sys.executable, "-m", "experiments.cli.lab"]
     server = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
