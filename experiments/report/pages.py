@@ -178,8 +178,8 @@ def _figures(study: Study, ablation: Ablation, rows: pd.DataFrame, folder: Path)
 
 def _tables(ablation: Ablation, rows: pd.DataFrame, folder: Path) -> list[layout.Item]:
     of_paper = (
-        f"Source: {ablation.paper_source}. Compare directions only. PSNR: {RELEASED_PSNR}. SSIM: {RELEASED_SSIM}. Ours are "
-        f"of floats, SSIM in an {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window."
+        f"Source: {ablation.paper_source}. Compare directions only. PSNR: {RELEASED_PSNR}. SSIM: {RELEASED_SSIM}. Ours "
+        f"are of floats, SSIM in an {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window."
     )
     notes = {"arms": provenance.protocol(ablation, rows), "paper": of_paper}
     items = []
