@@ -35,7 +35,7 @@ def misfit(tensors: Mapping[str, torch.Tensor], network: nn.Module) -> str:
     """The first tensor that a network lacks, has not, or has in another shape, and the number of all; empty where every
     one fits."""
     found, wanted = ({name: tuple(t.shape) for name, t in of.items()} for of in (tensors, network.state_dict()))
-    wrong = [name for name in [*wanted, *(found.keys() - wanted)] if found.get(name) != wanted.get(name)]
+    wrong = [name for name in [*wanted, *sorted(found.keys() - wanted)] if found.get(name) != wanted.get(name)]
     if not wrong:
         return ""
     there, here = (f"has the shape {of[wrong[0]]}" if wrong[0] in of else "is absent" for of in (found, wanted))
