@@ -181,13 +181,15 @@ def frozen(module: nn.Module) -> Iterator[None]:
 # --- Weights and the sum ----------------------------------------------------------------------------------------------
 
 
-def loss_weights(config: TrainConfig, *, adversarial: bool = False) -> dict[str, Weight]:
-    """Weight of every raw term of the generator's objective; `adversarial` once the discriminator has started."""
+def loss_weights(config: TrainConfig, *, adversarial: bool = False, quantize: bool = True) -> dict[str, Weight]:
+    """Weight of every raw term of the generator's objective; `adversarial` once the discriminator has started, not
+    `quantize` before the quantizer has."""
     loss = config.loss
     weights: dict[str, Weight] = {"pixel": loss.pixel_weight}
     if loss.perceptual != "none":
         weights[PERCEPTUAL_TERMS[loss.perceptual]] = loss.perceptual_weight
-    return weights | config.quantizer.loss_weights | ({"adversarial": loss.adversarial.weight} if adversarial else {})
+    weights |= config.quantizer.loss_weights if quantize else {}
+    return weights | ({"adversarial": loss.adversarial.weight} if adversarial else {})
 
 
 def discriminator_weights(config: TrainConfig) -> dict[str, Weight]:

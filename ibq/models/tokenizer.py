@@ -26,7 +26,7 @@ from ibq.run_directory import write_json, write_tensors
 
 class Reconstruction(NamedTuple):
     """A forward pass: images (B, C, H, W) as decoded, the features (B, D, h, w) before quantization, and what the
-    quantizer returned."""
+    quantizer returned; without it the features as they are, no indices and no losses."""
 
     images: torch.Tensor
     features: torch.Tensor
@@ -99,9 +99,12 @@ class Tokenizer(nn.Module):
             )
         return self._decode_codes(self.quantize.indices_to_codes(indices_BHW))
 
-    def forward(self, images_BCHW: torch.Tensor) -> Reconstruction:
+    def forward(self, images_BCHW: torch.Tensor, *, quantize: bool = True) -> Reconstruction:
+        """Reconstructions of images; with quantize=False, before late quantization begins, from the features
+        themselves."""
         z_BDHW = self.features(images_BCHW)
-        quantized = self.quantize(z_BDHW)
+        no_indices = torch.empty(0, dtype=torch.int64, device=z_BDHW.device)
+        quantized = self.quantize(z_BDHW) if quantize else Quantized(z_BDHW, no_indices, {})
         return Reconstruction(self._decode_codes(quantized.z_q), z_BDHW, quantized)
 
     def _decode_codes(self, z_q_BDHW: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ibq.distributed import copy_from_first
 from ibq.errors import ConfigError, one_sentence
 from ibq.ops.arguments import require_finite
 from ibq.ops.precision import at_least_float32, full_float32, outside_autocast
-from ibq.quantizers.config import FROM_FEATURES, EmbeddingConfig
+from ibq.quantizers.config import FROM_FEATURES, CodebookInit, EmbeddingConfig
 from ibq.quantizers.entropy import euclidean_as_dot
 from ibq.quantizers.shapes import kept_tokens, of_grid, require_indices, tokens_last
 from ibq.quantizers.updates import StepCount, kmeans, recomputing
@@ -203,6 +203,15 @@ class Quantizer(nn.Module):
         """As `CodebookQuantizer.restart_codes`, for methods without single codes to place."""
         raise ConfigError(f"method={self.config.method!r} has no codes that can be placed one by one; restart none")
 
+    @property
+    def features_to_cluster(self) -> int:
+        """Number of features that `cluster` should get; 0 where no code is learnt."""
+        return 0
+
+    def cluster(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
+        """Set all codes to the k-means of features (M, D), `features_to_cluster` of them, as late quantization begins;
+        nothing where no code is learnt. The CPU generator draws the first centers."""
+
     def sync_average(self, average: Quantizer) -> None:
         """Copy to `average`, whose weights have just been averaged with these, what must not be averaged: nothing by
         default.
@@ -238,9 +247,7 @@ class CodebookQuantizer(Quantizer):
             nn.init.uniform_(self.embedding, -1 / K, 1 / K)
         else:  # codes that await their features hold N(0, 1) until then, so that a state_dict is always finite
             nn.init.normal_(self.embedding)
-        with (
-            torch.no_grad()
-        ):  # rows at unit length where only their direction counts, as in LlamaGen: it sets how fast they turn
+        with torch.no_grad():  # unit length where only directions count, as in LlamaGen: it sets how fast they turn
             self.embedding.copy_(self.to_code_space(config.init_scale * self.embedding))
 
     @property
@@ -258,9 +265,15 @@ class CodebookQuantizer(Quantizer):
     @property
     def features_wanted(self) -> int:
         """Number of features that `initialize_from` should get."""
-        return self.config.codebook_size * (KMEANS_FEATURES if self.config.codebook_init == "kmeans" else 1)
+        return self.features_to_cluster if self.config.codebook_init == "kmeans" else self.config.codebook_size
 
-    @torch.no_grad()
+    @property
+    def features_to_cluster(self) -> int:
+        return self.config.codebook_size * KMEANS_FEATURES
+
+    def cluster(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
+        self.place_codes(features_MD, generator, "kmeans")
+
     def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
         """Set the codes to K distinct rows of features, drawn at random, or to their k-means; of several processes,
         rank 0's count.
@@ -272,13 +285,18 @@ class CodebookQuantizer(Quantizer):
         Raises:
             ValueError: fewer features than codes, or of another dimension.
         """
+        self.place_codes(features_MD, generator, self.config.codebook_init)
+
+    @torch.no_grad()
+    def place_codes(self, features_MD: torch.Tensor, generator: torch.Generator, init: CodebookInit) -> None:
+        """Codes on features, drawn or clustered as `init` says; what counts as state of the old codes begins anew."""
         K, D = self.embedding.shape
         if features_MD.dim() != 2 or features_MD.shape[1] != D or features_MD.shape[0] < K:
             raise ValueError(
                 f"features of shape {tuple(features_MD.shape)} cannot initialise {K} codes; pass at least ({K}, {D})"
             )
         features_MD = self.to_code_space(at_least_float32(features_MD))
-        if self.config.codebook_init == "kmeans":
+        if init == "kmeans":
             self.embedding.copy_(kmeans(features_MD, K, generator))
         else:
             rows = torch.randperm(features_MD.shape[0], generator=generator)[:K]
@@ -314,8 +332,7 @@ class CodebookQuantizer(Quantizer):
         if self.training and self.awaits_features:
             raise ValueError(
                 f"codebook_init={self.config.codebook_init!r} and no features seen yet; call initialize_from with at "
-                f"least "
-                f"{self.config.codebook_size} encoder outputs before training"
+                f"least {self.config.codebook_size} encoder outputs before training"
             )
         return super().forward(z_BDHW, mask)
 

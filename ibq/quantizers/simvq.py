@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ibq.distributed import copy_from_first
 from ibq.ops.precision import at_least_float32
-from ibq.quantizers.base import Quantizer, quantization_terms, straight_through
+from ibq.quantizers.base import KMEANS_FEATURES, Quantizer, quantization_terms, straight_through
 from ibq.quantizers.config import TermsConfig
+from ibq.quantizers.updates import kmeans
 from ibq.quantizers.vq import linear, nearest_with_entropies
 
 
@@ -43,6 +45,18 @@ class SimVectorQuantizer(Quantizer, config=SimVQConfig):
     @property
     def codebook(self) -> torch.Tensor:
         return linear(self.projection, at_least_float32(self.embedding))
+
+    @property
+    def features_to_cluster(self) -> int:
+        return self.config.codebook_size * KMEANS_FEATURES
+
+    @torch.no_grad()
+    def cluster(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
+        """The frozen embedding becomes the centers, and the map the identity."""
+        self.embedding.copy_(kmeans(features_MD, self.config.codebook_size, generator))
+        copy_from_first(self.embedding)
+        nn.init.eye_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         codebook_KD = self.codebook

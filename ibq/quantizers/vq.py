@@ -27,7 +27,7 @@ from ibq.errors import ConfigError
 from ibq.ops import index_backprop, nearest_code
 from ibq.ops.precision import at_least_float32
 from ibq.quantizers.base import CodebookQuantizer, Quantizer, quantization_terms, rotation, straight_through
-from ibq.quantizers.config import CodebookConfig
+from ibq.quantizers.config import CodebookConfig, CodebookInit
 from ibq.quantizers.entropy import entropy_terms, euclidean_as_dot
 from ibq.quantizers.updates import DeadRestart, MovingAverage, OnlineClustering, Restart, move, recomputing
 
@@ -139,9 +139,8 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
             embedding_KD = embedding_KD.clone()  # what a backward pass needs must outlive the next forward's restarts
         return self.to_code_space(embedding_KD if self.projection is None else linear(self.projection, embedding_KD))
 
-    @torch.no_grad()
-    def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
-        super().initialize_from(features_MD, generator)
+    def place_codes(self, features_MD: torch.Tensor, generator: torch.Generator, init: CodebookInit) -> None:
+        super().place_codes(features_MD, generator, init)
         if self.moving_average is not None:
             self.moving_average.start_from(self.embedding)
 

@@ -90,9 +90,14 @@ def flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, prefix
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    prefix: str,
+    idle: str | None = None,
 ) -> None:
-    """Put `flatten_optimizer`'s tensors back; every slot of every parameter must be there.
+    """Put `flatten_optimizer`'s tensors back; every parameter must have its slots there, but those whose names begin
+    with `idle`, which have had no update.
 
     A slot takes the memory layout of its parameter: fused Adam walks both in storage order, so contiguous moments
     beside a channels-last weight would be paired with the wrong elements, in silence. Of a sharded parameter it takes
@@ -103,6 +108,8 @@ def restore_optimizer(
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         start = f"{prefix}.{names[parameter]}."
         slots = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+        if not slots and idle is not None and names[parameter].startswith(idle):
+            continue
         state[i] = {
             slot: torch.empty_like(parameter, dtype=value.dtype).copy_(part_like(value, parameter)).detach()
             if value.shape == parameter.shape

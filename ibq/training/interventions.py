@@ -19,6 +19,7 @@ from ibq.run_directory import RunDirectory, append_line, read_lines
 from ibq.schema import Frozen, flatten
 
 LIVE_FIELDS = (
+    "quantize_from",
     "optim.lr",
     "loss.pixel_weight",
     "loss.perceptual_weight",
@@ -31,8 +32,8 @@ LIVE_FIELDS = (
     "quantizer.double",
     "quantizer.logit_scale",
 )
-"""Settings that a step reads anew: weights and rates. All else (sizes, initialisation, data) is decided before the
-first step."""
+"""Settings that a step reads anew: weights, rates, and 0 for `quantize_from`, which switches the quantizer on. All else
+(sizes, initialisation, data) is decided before the first step."""
 
 
 class Intervention(Frozen):
@@ -56,6 +57,7 @@ def live_fields(config: TrainConfig) -> tuple[str, ...]:
     idle = {
         "loss.perceptual_weight": config.loss.perceptual == "none",
         "loss.adversarial.weight": config.loss.adversarial.weight == 0,
+        "quantize_from": config.quantize_from == 0,
     }
     present = flatten(config.to_json_dict())
     return tuple(path for path in LIVE_FIELDS if path in present and not idle.get(path))
@@ -72,6 +74,10 @@ def amended(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:
     for path in fields:
         if path not in allowed:
             raise ConfigError(f"{path!r} cannot change while this run trains; {nearest(path, allowed)}")
+    if (share := fields.get("quantize_from", 0)) != 0:
+        raise ConfigError(
+            f"quantize_from={share!r} cannot be set while a run trains; 0 switches the quantizer on at the next step"
+        )
     if fields.get("loss.adversarial.weight") == 0:
         raise ConfigError(
             "loss.adversarial.weight=0 would leave the discriminator to train for nothing; give a small weight, e.g. "

@@ -138,13 +138,20 @@ class TrainedNetwork:
         weights = {f"{name}.{key}": value for key, value in self.network.state_dict().items()}
         return weights | flatten_optimizer(self.network, self.optimizer, OPTIMIZERS[name])
 
-    def restore(self, name: str, checkpoint: Checkpoint, *, updated: bool) -> None:
-        """Weights, optimizer state if there was an update, and the scaler's state of a checkpoint."""
+    def restore(self, name: str, checkpoint: Checkpoint, *, updated: bool, idle: str | None = None) -> None:
+        """Weights, optimizer state if there was an update, and the scaler's state of a checkpoint.
+
+        Args:
+            name: of the network in the checkpoint.
+            checkpoint: where they are.
+            updated: False where no parameter has had an update.
+            idle: beginning of the names of parameters that have had none.
+        """
         own = self.network.state_dict()
         weights = part_of(checkpoint.tensors, f"{name}.")
         self.network.load_state_dict({key: part_like(value, own.get(key, value)) for key, value in weights.items()})
         if updated:
-            restore_optimizer(self.network, self.optimizer, checkpoint.tensors, OPTIMIZERS[name])
+            restore_optimizer(self.network, self.optimizer, checkpoint.tensors, OPTIMIZERS[name], idle)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint.meta["scalers"][name])
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def train_tokenizer(
     # ---------------------------------------------------------------- state: fresh, or as the checkpoint
     tokenizer, generator = state.tokenizer, state.generator
     checkpoint, damaged = newest_checkpoint(run, {"data_hash": data})
-    if checkpoint is None:
+    if checkpoint is None and state.quantized_since == 0:
         initialize_codebook(tokenizer, config, train_images, device)
     state.start_average()
     if checkpoint is not None:
@@ -171,14 +172,20 @@ def train_tokenizer(
             lr = config.lr_at(state.step)
             discriminator = state.discriminator
             y_BCHW = torch.empty(0)  # no reconstruction yet
-            tokenizer.quantize.set_step(state.step)
+            if state.quantized_since is None and state.step >= config.quantize_start:
+                wanted = tokenizer.quantize.features_to_cluster
+                state.begin_quantizing(features_from(state.step, wanted, tokenizer, config, train_images, device))
+            if quantizing := state.quantized_since is not None:
+                tokenizer.quantize.set_step(state.step - state.quantized_since)
+            forward = partial(generator.model, quantize=quantizing)
+            reconstruct = partial(_reconstruct, tokenizer, autocast, quantizing)
             try:
                 # One forward pass serves both steps. With micro-batches each step takes its own: the graphs of all of
                 # them would not fit.
                 outputs: list[Reconstruction] = []
                 if config.accumulate == 1:
                     with autocast:
-                        outputs = [generator.model(batch_BCHW)]
+                        outputs = [forward(batch_BCHW)]
 
                 # ------------------------ discriminator step, first
                 if discriminator is not None:
@@ -187,7 +194,7 @@ def train_tokenizer(
                     logit_means = []
                     for i, x_BCHW in enumerate(micro_batches):
                         with discriminator.no_sync(enabled=i < last):
-                            y_BCHW = outputs[i].images.detach() if outputs else reconstruct(tokenizer, x_BCHW, autocast)
+                            y_BCHW = outputs[i].images.detach() if outputs else reconstruct(x_BCHW)
                             with autocast:
                                 real_BHW = discriminator.model(x_BCHW)[:, 0]
                                 fake_BHW = discriminator.model(y_BCHW)[:, 0]
@@ -205,9 +212,9 @@ def train_tokenizer(
                 for i, x_BCHW in enumerate(micro_batches):
                     with generator.no_sync(enabled=i < last):
                         with autocast:
-                            y_BCHW, z_BDHW, quantized = outputs[i] if outputs else generator.model(x_BCHW)
+                            y_BCHW, z_BDHW, quantized = outputs[i] if outputs else forward(x_BCHW)
                         y_BCHW = y_BCHW.float()
-                        weights = loss_weights(config, adversarial=discriminator is not None)
+                        weights = loss_weights(config, adversarial=discriminator is not None, quantize=quantizing)
                         terms = {"pixel": pixel_loss(x_BCHW, y_BCHW, config.loss.pixel)}
                         if perceptual is not None:
                             with autocast:
@@ -248,7 +255,9 @@ def train_tokenizer(
                     real, fake = logit_means_2.tolist()
                     record |= discriminator.report("discriminator_") | {"logit_real": real, "logit_fake": fake}
                 report, counts_K = state.report()
-                record |= report | geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach(), counts_K)
+                record |= report
+                if quantizing:
+                    record |= geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach(), counts_K)
                 record |= pull.report(generator.scaler.get_scale() / config.accumulate)
                 # fp16 skips infinite gradients
                 record = {name: value for name, value in record.items() if math.isfinite(value)}
@@ -291,11 +300,13 @@ def train_tokenizer(
     barrier()  # the run is finished for every process
 
 
-def reconstruct(tokenizer: Tokenizer, x_BCHW: torch.Tensor, autocast: AbstractContextManager[Any]) -> torch.Tensor:
+def _reconstruct(
+    tokenizer: Tokenizer, autocast: AbstractContextManager[Any], quantize: bool, x_BCHW: torch.Tensor
+) -> torch.Tensor:
     """Reconstructions of images, without a graph and without what a training pass changes in the quantizer; a
     collective, so that processes refuse together what is not finite (NonFiniteInputError)."""
     with shared_errors(NonFiniteInputError), autocast, evaluating(tokenizer):
-        y_BCHW: torch.Tensor = tokenizer(x_BCHW).images
+        y_BCHW: torch.Tensor = tokenizer(x_BCHW, quantize=quantize).images
     return y_BCHW
 
 
@@ -311,12 +322,21 @@ def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: Image
     quantizer = tokenizer.quantize
     if not (isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features):
         return
-    features = []
-    with TrainingBatches(images, config, device, first_step=0, workers=0) as batches:
-        for _ in range(math.ceil(quantizer.features_wanted / (config.batch_size * config.tokens_per_image))):
+    features_MD = features_from(0, quantizer.features_wanted, tokenizer, config, images, device)
+    quantizer.initialize_from(features_MD, torch.Generator().manual_seed(config.seed))
+
+
+@torch.no_grad()
+def features_from(
+    step: int, wanted: int, tokenizer: Tokenizer, config: TrainConfig, images: ImageSource, device: torch.device
+) -> torch.Tensor:
+    """Features (M, D) of the batches that follow `step` finished updates, M at least `wanted`."""
+    features = [torch.empty(0, config.quantizer.code_dim, device=device)]
+    with TrainingBatches(images, config, device, first_step=step, workers=0) as batches:
+        for _ in range(math.ceil(wanted / (config.batch_size * config.tokens_per_image))):
             for x_BCHW in batches.next().split(_images_at_once(config)):
                 features.append(features_of(tokenizer, x_BCHW))
-    quantizer.initialize_from(torch.cat(features), torch.Generator().manual_seed(config.seed))
+    return torch.cat(features)
 
 
 def _non_finite_images(x_BCHW: torch.Tensor, y_BCHW: torch.Tensor) -> str:

@@ -55,6 +55,9 @@ class TrainingState:
         )
         self.recent_window, self.run_window = TokenWindow(K, device), TokenWindow(K, device)
         self.step, self.seconds = 0, 0.0
+        self.quantized_since = 0 if config.quantize_start == 0 else None
+        """Finished updates when the quantizer began; None before that."""
+        self._idle: list[nn.Parameter] = []
 
     def _with_adam(self, network: nn.Module) -> TrainedNetwork:
         config, optim = self.config, self.config.optim
@@ -103,6 +106,19 @@ class TrainingState:
         self.logit_averages_2.lerp_(means_2, 1 - self.config.loss.adversarial.lecam_decay)
         return means_2
 
+    def begin_quantizing(self, features_MD: torch.Tensor) -> None:
+        """Codes become the k-means of features (M, D), and the averaged ones with them; schedules begin now."""
+        quantizer = self.tokenizer.quantize
+        if quantizer.features_to_cluster:
+            generator = torch.Generator().manual_seed(self.config.seed)
+            quantizer.cluster(features_MD, generator)
+            self.averaged_tokenizer.quantize.load_state_dict(quantizer.state_dict())
+        self.quantized_since = self.step
+        for parameter in self._idle:
+            parameter.requires_grad_(True)
+        if initialized():  # DDP takes in the parameters that require a gradient as it is made
+            self.generator.wrap_in_ddp()
+
     @property
     def windows(self) -> dict[str, TokenWindow | LossWindow]:
         """By their names in a checkpoint: what is counted since the last log step, snapshot and log step; what the log
@@ -128,7 +144,7 @@ class TrainingState:
         self.recent_window.restore(counts_K)
         self.run_window.restore(self.run_window.total() + counts_K)
         report = {"pixel_mean": self.pixel_window.mean()}
-        if not uncountable(self.config.quantizer.codebook_size):
+        if self.quantized_since is not None and not uncountable(self.config.quantizer.codebook_size):
             never_used = float((self.run_window.total() == 0).sum())
             report |= usage_metrics(counts_K) | {"never_used": never_used}
         self.log_window.reset()
@@ -181,6 +197,10 @@ class TrainingState:
         """
         if not initialized():
             return
+        if self.quantized_since is None:  # DDP waits for the gradient of every parameter that requires one
+            self._idle = [p for p in self.tokenizer.quantize.parameters() if p.requires_grad]
+        for parameter in self._idle:
+            parameter.requires_grad_(False)
         for trained in self.trained.values():
             trained.wrap_in_ddp()
         self.tokenizer.quantize.peers = dist.group.WORLD
@@ -203,6 +223,7 @@ class TrainingState:
             tensors["lecam.averages"] = self.logit_averages_2
         tensors |= random_states(self.device)
         meta = {"step": self.step, "seconds": self.seconds, "data_hash": data_hash}
+        meta |= {"quantized_since": self.quantized_since}
         meta |= {"scalers": {name: trained.scaler.state_dict() for name, trained in self.trained.items()}}
         meta |= {"processes": world_size(), "commit": source_commit(), "results_version": RESULTS_VERSION}
         if is_writer():
@@ -212,13 +233,15 @@ class TrainingState:
         """ConfigError: the checkpoint is of another version of the code, or lacks something."""
         tensors, meta = checkpoint.tensors, checkpoint.meta
         require_version(meta, "results_version", RESULTS_VERSION)
+        since = meta["quantized_since"]
         begins_at = {"model": 0, "discriminator": self.config.adversarial_start}
+        idle = "quantize." if since is None or since == meta["step"] else None
         for name, trained in self.trained.items():
-            trained.restore(name, checkpoint, updated=meta["step"] > begins_at[name])
+            trained.restore(name, checkpoint, updated=meta["step"] > begins_at[name], idle=idle)
         self.average.load_state_dict(part_of(tensors, "average."))
         for name, window in self.windows.items():
             window.restore(tensors[f"window.{name}"])
         if "discriminator" in self.trained:
             self.logit_averages_2 = tensors["lecam.averages"].to(self.device)
         restore_random_states(tensors, self.device)
-        self.step, self.seconds = meta["step"], meta["seconds"]
+        self.step, self.seconds, self.quantized_since = meta["step"], meta["seconds"], since

@@ -70,6 +70,7 @@ OTHER_VALUES: dict[str, Any] = {
     "optim.clip_norm": 1.0,
     "optim.ema_decay": 0.9,
     "steps": 301,
+    "quantize_from": 0.5,
     "batch_size": 33,
     "accumulate": 2,
     "averages": "local",

@@ -18,10 +18,12 @@ from ibq.training.runtime import Runtime
 from ibq.training.tokenizer import train_tokenizer
 
 GOLDEN = Path(__file__).with_name("golden_curves.json")
+RUNS: dict[str, dict[str, float]] = {"curves": {}, "late": {"quantize_from": 0.5}}
+"""By their names in the file: changes of the config."""
 
 
-def config() -> TrainConfig:
-    return TrainConfig.parse(
+def config(**dotted: float) -> TrainConfig:
+    config = TrainConfig.parse(
         {
             "model": {"base_channels": 4, "channel_multipliers": (1, 2, 2), "z_channels": 8, "norm_groups": 2},
             "quantizer": {"method": "ibq", "codebook_size": 8, "code_dim": 8, "entropy_temperature": 0.5},
@@ -41,24 +43,26 @@ def config() -> TrainConfig:
             "batch_size": 2,
         }
     )
+    return config.with_fields(**dotted)
 
 
-def curves(folder: Path) -> list[dict[str, float]]:
+def curves(folder: Path, **dotted: float) -> list[dict[str, float]]:
     """Every step's loss terms, raw and weighted, totals and gradient norms of both networks."""
     runtime = Runtime(device="cpu", log_every=1, snapshots=0, eval_images=4)
-    events = train_tokenizer(config(), folder, runtime)
+    events = train_tokenizer(config(**dotted), folder, runtime)
     return [
         {name: value for name, value in event.record.items() if "loss" in name or "weighted" in name or "norm" in name}
         for event in events
     ]
 
 
-def test_the_curves_are_the_golden_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_the_curves_are_the_golden_ones(tmp_path: Path, run: str) -> None:
     golden = json.loads(GOLDEN.read_text())
     assert golden["results_version"] == RESULTS_VERSION
-    actual = curves(tmp_path)
-    assert len(actual) == len(golden["curves"]) == 20
-    for step, (mine, theirs) in enumerate(zip(actual, golden["curves"], strict=True), start=1):
+    actual = curves(tmp_path, **RUNS[run])
+    assert len(actual) == len(golden[run]) == 20
+    for step, (mine, theirs) in enumerate(zip(actual, golden[run], strict=True), start=1):
         assert mine.keys() == theirs.keys(), f"step {step}"
         for name, value in mine.items():
             assert value == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), f"{name} at step {step}"
@@ -75,6 +79,5 @@ def test_the_curves_are_the_golden_ones(tmp_path: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        GOLDEN.write_text(
-            json.dumps({"results_version": RESULTS_VERSION, "curves": curves(Path(folder))}, indent=1) + "\n"
-        )
+        golden = {run: curves(Path(folder, run), **dotted) for run, dotted in RUNS.items()}
+        GOLDEN.write_text(json.dumps({"results_version": RESULTS_VERSION} | golden, indent=1) + "\n")

@@ -178,6 +178,7 @@ def test_a_change_before_one_that_is_yet_to_be_repeated(tiny: Any, tmp_path: Pat
 
 def test_live_fields_are_those_that_mean_something(tiny: Any) -> None:
     assert set(live_fields(tiny())) == set(LIVE_FIELDS) - {
+        "quantize_from",
         "loss.perceptual_weight",
         "loss.adversarial.weight",
         "quantizer.commitment_weight",

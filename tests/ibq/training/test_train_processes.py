@@ -51,6 +51,7 @@ EQUAL: dict[str, dict[str, Any]] = {
     "adaptive": {"loss.adversarial.adaptive": True},
     "two micro-batches": {"accumulate": 2, "loss.adversarial.adaptive": True, "optim.clip_norm": 0.5},
     "starts late": {"loss.adversarial.start": 0.5},
+    "quantizes late": {"quantize_from": 0.5, "quantizer": {"method": "vq", "beta_on": "commitment"}},
     "vq": {"quantizer": VQ},
     "lfq": {"quantizer": LFQ},
 }
