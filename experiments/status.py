@@ -139,5 +139,6 @@ def result_of(row: dict[str, Any]) -> str:
         if "fid[fashion-cnn]" in row:
             result += f", FID[fashion-cnn] {row['fid[fashion-cnn]']:.3g} at guidance {row['guidance']:g}"
     else:
-        result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, L1 {row['l1']:.4f}"
+        perplexity = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, " if "perplexity" in row else ""
+        result = f"{perplexity}L1 {row['l1']:.4f}"
     return f"{result}, {row['train_seconds']:.0f} s{diagnoses.phrase(row)}"

@@ -153,10 +153,9 @@ class TrainConfig(_RunConfig):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     steps: int = Field(300, strict=True, ge=1)
-    quantize_from: float = Field(0.0, ge=0, lt=1)
-    """Late quantization (arXiv 2605.06870, 2603.17052): share of the run in which the decoder gets the features
-    themselves and the quantizer has neither tokens nor losses. Codes that are learnt then begin as the k-means of
-    features."""
+    quantize_from: float = Field(0.0, ge=0, lt=1, description="late quantization: share of the run without a quantizer")
+    """Until then the decoder gets the features themselves, and the quantizer has neither tokens nor losses. Codes that
+    are learnt then begin as the k-means of features (arXiv 2605.06870, 2603.17052)."""
     batch_size: int = Field(32, strict=True, ge=1, description="images a step, over all processes")
     accumulate: int = Field(1, strict=True, ge=1)
     """Micro-batches that a step's images are cut into, one after the other, to save memory. Means over tokens or images

@@ -46,8 +46,8 @@ INTERVENTIONS: list[Intervention] = {interventions}
 def main() -> None:
     runtime = Runtime(log_every={log_every})  # a restart of dead codes goes by the tokens since the last log step
     for event in train_tokenizer(recipe(), Path(__file__).with_suffix(""), runtime, intervene=scheduled(INTERVENTIONS)):
-        loss, usage = event.record["loss"], event.record["usage"]
-        print(f"step {{event.step}} of {{event.steps}}: loss {{loss:.4f}}, usage {{usage:.3f}}", flush=True)
+        usage = f", usage {{event.record['usage']:.3f}}" if "usage" in event.record else ""
+        print(f"step {{event.step}} of {{event.steps}}: loss {{event.record['loss']:.4f}}{{usage}}", flush=True)
 
 
 if __name__ == "__main__":

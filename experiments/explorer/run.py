@@ -84,6 +84,11 @@ class ExplorerRun:
         return int(recent[-1]["step"]) if recent else 0
 
     @property
+    def quantizes(self) -> bool:
+        """True once the quantizer is on, or is to be switched on at the next step."""
+        return self.step >= self.amended_config.quantize_start
+
+    @property
     def state(self) -> State:
         """ "new", "starting" until the first point is there, "training", "paused" between two steps, "stopping" until
         its process has ended, "stopped" resumably, "finished" with a row, "failed", of which `reason` says why, or

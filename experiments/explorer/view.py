@@ -24,6 +24,7 @@ from ibq.schema import flatten
 from ibq.training.interventions import Intervention
 
 LETTERS = "ABCD"
+QUANTIZE = "quantize_from"
 SHORT_NAMES = {
     "optim.lr": "learning rate",
     "loss.pixel_weight": "pixel weight",
@@ -96,8 +97,10 @@ def describe(config: TrainConfig) -> str:
 
 
 def in_words(intervention: Intervention) -> str:
-    """Changes in a phrase, e.g. "learning rate 0.0001, restart of dead codes"."""
-    words = [f"{SHORT_NAMES[path]} {_value(value)}" for path, value in intervention.fields.items()]
+    """Changes in a phrase, e.g. "quantizer on, learning rate 0.0001, restart of dead codes"."""
+    changes = {path: value for path, value in intervention.fields.items() if path != QUANTIZE}
+    words = ["quantizer on"] if QUANTIZE in intervention.fields else []
+    words += [f"{SHORT_NAMES[path]} {_value(value)}" for path, value in changes.items()]
     return ", ".join(words + (["restart of dead codes"] if intervention.restart_dead else []))
 
 

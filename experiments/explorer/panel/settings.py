@@ -17,6 +17,7 @@ from ibq.quantizers.base import parse_quantizer_config
 LABELS = {
     "optim.lr": "learning rate",
     "steps": "steps",
+    "quantize_from": "quantize from",
     "batch_size": "images a step",
     "seed": "seed",
     "loss.pixel_weight": "pixel weight",
@@ -130,7 +131,7 @@ class SettingsForm:
         self._check()
 
     def _arrange(self) -> None:
-        rate, *training = [self.others[path] for path in ("optim.lr", "steps", "batch_size", "seed")]
+        rate, *training = [self.others[path] for path in ("optim.lr", "steps", "batch_size", "seed", "quantize_from")]
         losses = [widget for path, widget in self.others.items() if path.startswith("loss.")]
         self._fields.children = (
             heading("Run"),

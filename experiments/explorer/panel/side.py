@@ -12,7 +12,7 @@ from experiments.explorer.panel.card import CHANGEABLE, RunCard
 from experiments.explorer.panel.fields import STYLE, WIDE, field_at, field_widget, value_of
 from experiments.explorer.panel.parts import heading, note, problem
 from experiments.explorer.run import explore_folder
-from experiments.explorer.view import SHORT_NAMES, describe, in_words
+from experiments.explorer.view import QUANTIZE, SHORT_NAMES, describe, in_words
 from experiments.study import Study
 from ibq.errors import ConfigError
 from ibq.training.interventions import Intervention, live_fields
@@ -52,13 +52,15 @@ class ChangeForm:
         self.restart = _wide_button(
             "Restart dead codes", "Put codes without a token on features of the next batch", "refresh"
         )
+        self.quantize = _wide_button("Quantize from here", "Switch the quantizer of a late run on", "th")
         self.message = widgets.HTML()
         self._form = widgets.VBox()
         self._form.add_class("ibq-form")
-        self.widget = widgets.VBox([self.run, self._form, self.message, self.apply, self.restart])
+        self.widget = widgets.VBox([self.run, self._form, self.message, self.apply, self.restart, self.quantize])
         self.run.observe(lambda _: self._show(), "value")
         self.apply.on_click(lambda _: self._apply())
         self.restart.on_click(lambda _: self._intervene({}, restart_dead=True))
+        self.quantize.on_click(lambda _: self._intervene({QUANTIZE: 0.0}))
         self._show()
         self.refresh()
 
@@ -73,6 +75,7 @@ class ChangeForm:
             _offer(self.run, offered)
             self._show()
         card = self._chosen()
+        self.quantize.disabled = card is None or card.run.quantizes
         if card and self._shown != (card.run.name, len(card.run.interventions)):
             self._show()
 
@@ -82,6 +85,7 @@ class ChangeForm:
     def _show(self) -> None:
         card = self._chosen()
         self.apply.disabled = self.restart.disabled = card is None
+        self.quantize.disabled = card is None or card.run.quantizes
         if card is None:
             self._shown, self.fields = None, {}
             self._form.children = (widgets.HTML(note("No run trains or is paused, so there is nothing to change.")),)
@@ -89,7 +93,9 @@ class ChangeForm:
         self._shown = (card.run.name, len(card.run.interventions))
         config = card.run.amended_config
         self.fields = {
-            path: field_widget(path, *field_at(config, path), SHORT_NAMES[path]) for path in live_fields(config)
+            path: field_widget(path, *field_at(config, path), SHORT_NAMES[path])
+            for path in live_fields(config)
+            if path != QUANTIZE
         }
         self._form.children = tuple(self.fields.values())
 

@@ -148,6 +148,25 @@ def test_a_umap_that_cannot_be_made_is_said(panel: Panel) -> None:
 
 
 @pytest.mark.processes
+def test_the_quantizer_is_switched_on_while_a_run_trains(panel: Panel) -> None:
+    panel.side.value = "Change"
+    panel.settings.others["quantize_from"].value = "0.9"
+    panel.settings.button.click()
+    (card,) = panel.cards
+    until(panel, lambda: card.state == "training", "a run that trains")
+    assert "perplexity" not in card.run.directory.read_history()[-1]
+    assert not panel.change.quantize.disabled
+    panel.change.quantize.click()
+    assert "from its next step: quantizer on" in panel.change.message.value
+    panel.change.refresh()
+    assert panel.change.quantize.disabled
+    until(panel, lambda: "perplexity" in card.run.directory.read_history()[-1], "tokens are counted")
+    (change,) = card.run.interventions
+    assert change.fields == {"quantize_from": 0.0}
+    assert change.step < 0.9 * card.run.steps
+
+
+@pytest.mark.processes
 def test_a_run_is_changed_while_it_trains(panel: Panel) -> None:
     panel.side.value = "Change"
     assert panel.change.apply.disabled
