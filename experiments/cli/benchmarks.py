@@ -15,6 +15,7 @@ BENCHMARKS = {
     "tokenizer-training": ("--codes", "--method", "--batch", "--accumulate", "--dtype", "--small"),
     "overfit": ("--small",),
     "sampling": ("--batch", "--small"),
+    "quantizer-step": ("--codes", "--small"),
 }
 """The options that each benchmark has beside --device and --publish."""
 
@@ -40,9 +41,9 @@ def bench(
     small: Annotated[bool, typer.Option("--small", help="a tiny network, to try the benchmark itself")] = False,
     publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
 ) -> None:
-    """Measure: an operator against its rivals, training at the paper's size, whether the objective can overfit, or
-    sampling."""
-    from experiments.benchmarks import index_backprop, overfit, sampling, tokenizer_training
+    """Measure: an operator against its rivals, training at the paper's size, whether the objective can overfit,
+    sampling, or the step of every quantizer."""
+    from experiments.benchmarks import index_backprop, overfit, quantizer_step, sampling, tokenizer_training
     from experiments.report import tables
 
     given = {"--tokens": tokens, "--codes": codes, "--dim": dim, "--batch": batch, "--dtype": dtype, "--small": small}
@@ -61,6 +62,9 @@ def bench(
     elif name == "sampling":
         rows = sampling.run(device, batch, small, say)
         table, folder = sampling.table(rows), sampling.write(rows, publish)
+    elif name == "quantizer-step":
+        rows = quantizer_step.run(device, _sizes(codes), small, say)
+        table, folder = quantizer_step.table(rows), quantizer_step.write(rows, publish)
     else:
         rows = overfit.run(device, small, say)
         table, folder = overfit.table(rows), overfit.write(rows, publish)
