@@ -152,8 +152,11 @@ class RunCard:
         step = last.get("step", 0)
         words = [f'<span class="ibq-state">{escape(self._asked or self.state)}</span>']
         if last:
-            words.append(f'<span class="ibq-usage">usage {100 * last["usage"]:.1f}% at step {step} of {steps}</span>')
-            words.append(f"perplexity {last['perplexity']:,.1f}")
+            usage = f"usage {100 * last['usage']:.1f}% at " if "usage" in last else ""
+            words.append(f'<span class="ibq-usage">{usage}step {step} of {steps}</span>')
+            words += [f"perplexity {last['perplexity']:,.1f}"] if "perplexity" in last else []
+            if "dimension_used" in last and "code_dim" in last:
+                words.append(f"{last['dimension_used']:.1f} of {last['code_dim']:,.0f} dimensions")
         else:
             words.append(f"no point yet, {steps} steps to go" if self.state != "loaded" else "it has no history")
         if self.state in ("training", "paused") and (left := status.seconds_left(self.recent, steps)) is not None:
