@@ -14,7 +14,7 @@ class Tab(NamedTuple):
 TABS = {
     "overview": Tab(
         "Overview",
-        "Dashed in the first two: what uniform sampling of as many tokens gives. Effective dimension: how many of the D "
+        "Dashed in the first two: what uniform sampling of as many tokens gives. Effective dimension: how many of D "
         "dimensions are spanned (exponential of the entropy of the covariance's eigenvalues; d_99: the fewest that "
         "hold 99% of the variance). Reconstruction error: on training batches. Gap: Fréchet distance between codes and "
         "features over the variance of the features (1: a single point).",

@@ -24,6 +24,8 @@ FORMS = {
     "dimension99": "least number of a covariance's eigenvalues that hold 99% of their sum",
 }
 """What the numbers are, by the beginnings of their names."""
+DIMENSIONS = tuple(f"{form}_{cloud}" for form in FORMS for cloud in ("features", "codes", "used"))
+"""Names of the numbers."""
 IN_WORDS = f"{FORMS['dimension']} (d_99: {FORMS['dimension99']})"
 HELD = 0.99
 """Share of the variance that d_99 asks for."""
