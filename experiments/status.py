@@ -139,6 +139,8 @@ def result_of(row: dict[str, Any]) -> str:
         if "fid[fashion-cnn]" in row:
             result += f", FID[fashion-cnn] {row['fid[fashion-cnn]']:.3g} at guidance {row['guidance']:g}"
     else:
-        perplexity = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, " if "perplexity" in row else ""
-        result = f"{perplexity}L1 {row['l1']:.4f}"
+        result = f"perplexity {row['perplexity']:.0f} of {row['codebook_size']}, " if "perplexity" in row else ""
+        if "dimension_used" in row:
+            result += f"{row['dimension_used']:.1f} of {row['code_dim']} dimensions, "
+        result += f"L1 {row['l1']:.4f}"
     return f"{result}, {row['train_seconds']:.0f} s{diagnoses.phrase(row)}"

@@ -15,7 +15,20 @@ from ibq.config import TrainConfig
 if TYPE_CHECKING:
     from ibq.run_directory import RunDirectory  # imports torch, which listing the ablations does without
 
-COLUMNS = ("perplexity", "usage", "dead_codes", "bits", "l1", "psnr_db", "ssim", "quantization_error", "train_seconds")
+EFFECTIVE_DIMENSIONS = ("dimension_used", "dimension_features")
+"""Beside usage in every table: how many dimensions the codes in use span, and how many the features offer."""
+COLUMNS = (
+    "perplexity",
+    "usage",
+    *EFFECTIVE_DIMENSIONS,
+    "dead_codes",
+    "bits",
+    "l1",
+    "psnr_db",
+    "ssim",
+    "quantization_error",
+    "train_seconds",
+)
 NO_LIMIT = 1_000_000
 """More arms than any ablation has."""
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.ablations import vq_vs_ibq
-from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
+from experiments.ablations.base import EFFECTIVE_DIMENSIONS, Ablation, Arm, Axis, Contrast, Factor, PaperRow
 from experiments.ablations.changes import of_quantizer
 
 DIMENSIONS = (8, 32, 64, 256)
@@ -136,6 +136,7 @@ ABLATION = Ablation(
     figures=(
         "scaling",
         "usage_over_training",
+        "dimension_over_training",
         "rate_distortion",
         "logits_over_training",
         "gap_over_training",
@@ -145,6 +146,7 @@ ABLATION = Ablation(
     columns=(
         "perplexity",
         "usage",
+        *EFFECTIVE_DIMENSIONS,
         "bits",
         "l1",
         "psnr_db",

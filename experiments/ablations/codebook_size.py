@@ -17,7 +17,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from experiments.ablations import vq_vs_ibq
-from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
+from experiments.ablations.base import EFFECTIVE_DIMENSIONS, Ablation, Arm, Axis, Contrast, Factor, PaperRow
 from experiments.ablations.changes import CODEBOOK_SIZE, Times
 
 SIZES = {
@@ -129,6 +129,7 @@ ABLATION = Ablation(
     figures=(
         "scaling",
         "usage_over_training",
+        "dimension_over_training",
         "rate_distortion",
         "logits_over_training",
         "gap_over_training",
@@ -139,6 +140,7 @@ ABLATION = Ablation(
         "codebook_size",
         "perplexity",
         "usage",
+        *EFFECTIVE_DIMENSIONS,
         "bits",
         "l1",
         "psnr_db",

@@ -102,6 +102,7 @@ ABLATION = Ablation(
     fill="entropy",
     figures=(
         "usage_over_training",
+        "dimension_over_training",
         "main_effects",
         "rate_distortion",
         "geometry",

@@ -188,6 +188,7 @@ ABLATION = Ablation(
         "bits_per_image",
         "uniform_bits_per_image",
         "tokenizer_perplexity",
+        "tokenizer_dimension_used",
         "tokenizer_l1",
         "tokenizer_fid",
         "guidance",

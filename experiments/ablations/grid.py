@@ -220,7 +220,7 @@ def _equations(point: Mapping[str, str]) -> list[str]:
 def _figures(arms: int) -> tuple[str, ...]:
     """The map always, points and curves while they can be told apart."""
     points = ["rate_distortion"] if arms <= MOST_POINTS else []
-    curves = ["usage_over_training", "reconstructions"] if arms <= MOST_CURVES else []
+    curves = ["usage_over_training", "dimension_over_training", "reconstructions"] if arms <= MOST_CURVES else []
     return ("heat_map", *curves[:1], *points, *curves[1:])
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.ablations import codebook_size as sizes
-from experiments.ablations.base import Ablation, Arm, Contrast, Factor, PaperRow
+from experiments.ablations.base import EFFECTIVE_DIMENSIONS, Ablation, Arm, Contrast, Factor, PaperRow
 from experiments.ablations.changes import Times
 from ibq.schema import bits_of
 
@@ -130,6 +130,7 @@ ABLATION = Ablation(
     figures=(
         "scaling",
         "usage_over_training",
+        "dimension_over_training",
         "main_effects",
         "rate_distortion",
         "logits_over_training",
@@ -141,6 +142,7 @@ ABLATION = Ablation(
         "code_dim",
         "perplexity",
         "usage",
+        *EFFECTIVE_DIMENSIONS,
         "bits",
         "l1",
         "psnr_db",

@@ -10,7 +10,7 @@ Command: python -m experiments run model_size
 from __future__ import annotations
 
 from experiments.ablations import codebook_size as sizes
-from experiments.ablations.base import Ablation, Arm, Axis, Contrast, Factor, PaperRow
+from experiments.ablations.base import EFFECTIVE_DIMENSIONS, Ablation, Arm, Axis, Contrast, Factor, PaperRow
 from experiments.ablations.changes import Times
 
 DEPTHS = {"base": ("×1", 1), "twofold": ("×2", 2), "fourfold": ("×4", 4)}
@@ -70,9 +70,28 @@ ABLATION = Ablation(
     ),
     axis=Axis("ResBlocks", "config.model.res_blocks", "ResBlocks a level"),
     marker="ResBlocks",
-    figures=("scaling", "usage_over_training", "rate_distortion", "logits_over_training", "reconstructions"),
+    figures=(
+        "scaling",
+        "usage_over_training",
+        "dimension_over_training",
+        "rate_distortion",
+        "logits_over_training",
+        "reconstructions",
+    ),
     tables=("arms", "verdicts", "paper"),
-    columns=("parameters", "perplexity", "usage", "bits", "l1", "psnr_db", "ssim", "fid", "step_ms", "peak_memory"),
+    columns=(
+        "parameters",
+        "perplexity",
+        "usage",
+        *EFFECTIVE_DIMENSIONS,
+        "bits",
+        "l1",
+        "psnr_db",
+        "ssim",
+        "fid",
+        "step_ms",
+        "peak_memory",
+    ),
     paper_source="Table 2 (ImageNet 256x256, 50k validation images); of Table 6 no number is known here",
     paper_rows=(
         PaperRow("before the deeper model", {}, "ibq_base"),

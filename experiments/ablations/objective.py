@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.ablations import vq_vs_ibq
-from experiments.ablations.base import Ablation, Arm, Contrast, Factor
+from experiments.ablations.base import EFFECTIVE_DIMENSIONS, Ablation, Arm, Contrast, Factor
 
 NONE = "–"
 """The level of a factor that an arm without discriminator does not have."""
@@ -209,9 +209,15 @@ ABLATION = Ablation(
             -0.003,
         ),
     ),
-    figures=("usage_over_training", "discriminator_over_training", "rate_distortion", "reconstructions"),
+    figures=(
+        "usage_over_training",
+        "dimension_over_training",
+        "discriminator_over_training",
+        "rate_distortion",
+        "reconstructions",
+    ),
     tables=("arms", "verdicts"),
-    columns=("l1", "psnr_db", "ssim", "fid", "usage", "perplexity", "bits"),
+    columns=("l1", "psnr_db", "ssim", "fid", "usage", *EFFECTIVE_DIMENSIONS, "perplexity", "bits"),
     paper_source="no ablation of these terms is reported",
     paper_rows=(),
     core=False,

@@ -209,6 +209,7 @@ ABLATION = Ablation(
     fill="entropy",
     figures=(
         "usage_over_training",
+        "dimension_over_training",
         "main_effects",
         "rate_distortion",
         "code_frequency",

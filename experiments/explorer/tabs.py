@@ -14,9 +14,10 @@ class Tab(NamedTuple):
 TABS = {
     "overview": Tab(
         "Overview",
-        "Dashed: what uniform sampling of as many tokens gives. Reconstruction error: on training batches. Gap: "
-        "Fréchet distance between "
-        "codes and features over the variance of the features (1: a single point).",
+        "Dashed in the first two: what uniform sampling of as many tokens gives. Effective dimension: how many of D "
+        "dimensions are spanned (exponential of the entropy of the covariance's eigenvalues; d_99: the fewest that "
+        "hold 99% of the variance). Reconstruction error: on training batches. Gap: Fréchet distance between codes and "
+        "features over the variance of the features (1: a single point).",
     ),
     "losses": Tab(
         "Losses",
@@ -29,9 +30,8 @@ TABS = {
     ),
     "geometry": Tab(
         "Geometry",
-        "Mean norms; squared distance of a feature to its code over the variance of features; the gap for all codes, "
-        "for those in use, "
-        "and for the others.",
+        "Mean norms; effective dimension of all codes and of the features; squared distance of a feature to its code "
+        "over the variance of features; the gap for all codes, for those in use, and for the others.",
     ),
     "assignment": Tab(
         "Assignment",

@@ -122,6 +122,8 @@ def _of_tokenizers(finished: pd.DataFrame) -> list[str]:
             f"Protocol: the first {int(n_images):,} images of the {split} split, {int(tokens):,} tokens, {weights} "
             f"weights; as many tokens drawn uniformly would use {', '.join(uniform)}."
         )
+    if "protocol.dimension" in finished:
+        sentences += [f"Effective dimension: {words}." for words in finished["protocol.dimension"].dropna().unique()]
     return sentences
 
 

@@ -41,6 +41,7 @@ from ibq.cli.pictures import PictureFolder, png
 from ibq.data.images import quoted
 from ibq.errors import ConfigError, require_packages
 from ibq.evaluation.pictures import PIXEL_PROTOCOL
+from ibq.metrics.dimension import effective_dimension, used_codes
 from ibq.metrics.distances import to_uint8
 from ibq.metrics.quality import pixel_errors
 from ibq.metrics.usage import counts_of, uncountable, usage_metrics
@@ -182,7 +183,7 @@ def write_pages(output: Output, model: Model, pictures: PictureFolder) -> Path:
     """Write the pages of all finished pictures, PICTURES_A_PAGE each, and remove pages of earlier runs beyond; returns
     the first's path."""
     records, K = output.shown(), model.tokenizer.config.quantizer.codebook_size
-    facts = model.facts(pictures.framing) | _totals(records, output.counts(K), uncountable(K))
+    facts = model.facts(pictures.framing) | _totals(records, output.counts(K), model)
     pages = [records[start : start + PICTURES_A_PAGE] for start in range(0, len(records), PICTURES_A_PAGE)]
     names = [_page_name(number) for number in range(len(pages))]
     template = _environment().get_template("reconstructions.html")
@@ -212,19 +213,30 @@ def _page_name(number: int) -> str:
     return "index.html" if number == 0 else f"index-{number + 1}.html"
 
 
-def _totals(records: list[Record], counts_K: torch.Tensor, uncounted: str | None) -> dict[str, str]:
+def _totals(records: list[Record], counts_K: torch.Tensor, model: Model) -> dict[str, str]:
     n, tokens = len(records), sum(record["tokens"] for record in records)
-    usage = {} if uncounted else usage_metrics(counts_K)
     pixels = sum(record["width"] * record["height"] for record in records)
     psnr, l1 = (math.fsum(record[name] for record in records) / n for name in ("psnr_db", "l1"))
     return {
         "pictures": f"{n:,}, {pixels:,} pixels, {tokens:,} tokens",
         "PSNR": f"{psnr:.2f} dB, mean over pictures; {PIXEL_PROTOCOL}",
         "L1": f"{l1:.4f}, mean over pictures; the same",
-        "codes": uncounted
-        or f"{usage['usage']:.1%} used, perplexity {usage['perplexity']:,.1f}; as many uniform tokens would use "
-        f"{usage['uniform_usage']:.1%}",
+        "codes": _codes(counts_K, model),
     }
+
+
+@torch.no_grad()
+def _codes(counts_K: torch.Tensor, model: Model) -> str:
+    """Usage of all pictures, and how many dimensions the codes in use span."""
+    quantizer = model.tokenizer.quantize
+    K, D = quantizer.config.codebook_size, quantizer.config.code_dim
+    if reason := uncountable(K):
+        return reason
+    usage, used = usage_metrics(counts_K), effective_dimension(used_codes(quantizer.codebook.cpu(), counts_K.cpu()))
+    return (
+        f"{usage['usage']:.1%} used, perplexity {usage['perplexity']:,.1f}; as many uniform tokens would use "
+        f"{usage['uniform_usage']:.1%}" + (f"; effective dimension {used[0]:.1f} of {D}" if used else "")
+    )
 
 
 def _as_shown(output: Output, record: Record) -> Record:

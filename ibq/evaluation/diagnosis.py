@@ -10,6 +10,7 @@ of are those of the study at quick: 171 tokenizers on Fashion-MNIST, 64 to 4,096
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Cause = Literal["collapsed", "entropy", "norms", "saturated", "gap", "never_used"]
+Cause = Literal["collapsed", "dimension", "entropy", "norms", "saturated", "gap", "never_used"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
-"""The state first, then what brings it about, from what acts on all else to what is left when nothing else is seen."""
+"""The states first, then what brings them about, from what acts on all else to what is left when nothing else is
+seen."""
 
 COLLAPSED = 1 / 4
 """Perplexity over what as many uniform tokens would give: two bits a token are lost. 81 runs end below it and do not
@@ -28,7 +30,8 @@ rise; 84 end above .42, none of which would have been named at an earlier line; 
 and are not named."""
 COLLAPSED_EARLY, EARLY, SETTLED = 1 / 16, 20, 100
 """A healthy codebook needs time: IBQ as released begins at .06 to .2 and passes 1/4 within 80 steps. Before SETTLED
-steps only a loss of four bits counts, before EARLY ones nothing does."""
+steps only a loss of four bits counts, before EARLY ones nothing does. A run that quantizes late is as old as its
+quantizer."""
 WINDOW = 3
 """Lines whose median stands for a moment: one window of tokens more or less is noise."""
 ENTROPY_PULL = 100.0
@@ -49,6 +52,12 @@ become one point are sure of their code."""
 LEFT_BEHIND, WIDENED = 1.5, 2.0
 """Dead codes are left behind if their gap is LEFT_BEHIND times that of codes in use: 1.0 to 1.3 in healthy runs, where
 both lie alike, and 2 to 20 in collapsed VQ. A gap has grown if it is WIDENED times what it was at its smallest."""
+FLAT, NARROWER = 1 / 16, 1 / 2
+"""Codes in use are flat if 99% of their variance lies in FLAT of the dimensions that they could span, as 4 of 64; or in
+NARROWER of those that their features have. Healthy runs have 26 to 63 of 64, LFQ and FSQ all of theirs, and never less
+than their features. Codebooks of 256 dimensions that quantized early span 3 to 5, later 17 to 19 (arXiv 2605.06870)."""
+ENOUGH = 2
+"""Codes in effect for each dimension of the features, before the two are compared: fewer span less by their number."""
 NEVER_USED = 1 / 4
 """Share of the codes that no token ever chose, beyond those that uniform sampling would have left out so far."""
 
@@ -62,9 +71,9 @@ class Finding:
     Attributes:
         cause: one of CAUSES.
         step: since when.
-        value: its number: perplexity over that of uniform tokens (collapsed), pull (entropy), growth (norms), spread of
-            the logits (saturated), gap of the dead codes over that of those in use, or growth of the gap (gap), codes
-            (never_used).
+        value: its number: perplexity over that of uniform tokens (collapsed), d_99 of the codes in use (dimension),
+            pull (entropy), growth (norms), spread of the logits (saturated), gap of the dead codes over that of those
+            in use, or growth of the gap (gap), codes (never_used).
         sentence: it in words, with its number.
         phrase: it in a few words, for `summary`.
     """
@@ -84,17 +93,18 @@ def diagnose(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
             here); any columns may be absent, and values that are not finite numbers count as absent.
 
     Returns:
-        If the codebook has collapsed, that first. Then its causes, in the order of CAUSES, so that the first is the one
-        to mend first; but assignments that were saturated only after the collapse come last. Entropy penalty and norms
-        are judged in any case, the others only where they explain a collapse.
+        If the codebook has collapsed, that first; then whether the codes in use span few dimensions. Then the causes,
+        in the order of CAUSES, so that the first is the one to mend first; but assignments that were saturated only
+        after the collapse come last. Dimension, entropy penalty and norms are judged in any case, the others only where
+        they explain a collapse.
     """
     lines = _Lines(history)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # NaN passes no threshold
         collapse = _collapsed(lines)
-        found = [collapse, _entropy(lines), _norms(lines)]
+        found = [collapse, _dimension(lines), _entropy(lines), _norms(lines)]
         if collapse:
             saturated, others = _saturated(lines), [_gap(lines), _never_used(lines)]
-            followed = saturated is not None and saturated.step > FOLLOWS * collapse.step
+            followed = saturated is not None and lines.age(saturated.step) > FOLLOWS * lines.age(collapse.step)
             found += [*others, saturated] if followed else [saturated, *others]
     return [finding for finding in found if finding]
 
@@ -108,10 +118,13 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 class _Lines:
-    """Lines of a history as columns of numbers, NaN where a line has none."""
+    """Lines of a history as columns of numbers, NaN where a line has none; of a run that quantizes late, those since it
+    does, which are the first with a perplexity and all after it."""
 
     def __init__(self, history: Sequence[Mapping[str, Any]]) -> None:
-        self._lines = [line for line in history if "step" in line]
+        lines = [line for line in history if "step" in line]
+        began = next((n for n, line in enumerate(lines) if math.isfinite(_number(line, "perplexity"))), 0)
+        self._lines, self._began = lines[began:], int(lines[began - 1]["step"]) if began else 0
         self._columns: dict[str, NDArray[np.float64]] = {}
 
     def __len__(self) -> int:
@@ -119,8 +132,7 @@ class _Lines:
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         if name not in self._columns:
-            values = (line.get(name) for line in self._lines)
-            column = np.fromiter((v if isinstance(v, (int, float)) else np.nan for v in values), np.float64, len(self))
+            column = np.fromiter((_number(line, name) for line in self._lines), np.float64, len(self))
             self._columns[name] = np.where(np.isfinite(column), column, np.nan)
         return self._columns[name]
 
@@ -130,8 +142,13 @@ class _Lines:
 
     @cached_property
     def middle(self) -> int:
-        """The line of half the last step, or the one before."""
-        return max(0, int(np.searchsorted(self.steps, self.steps[-1] / 2, side="right")) - 1)
+        """The line of half the last age, or the one before."""
+        half = (self._began + self.steps[-1]) / 2
+        return max(0, int(np.searchsorted(self.steps, half, side="right")) - 1)
+
+    def age(self, step: int | None = None) -> int:
+        """Steps with a quantizer until a step, by default the last one."""
+        return (self.steps[-1] if step is None else step) - self._began
 
     def now(self, name: str) -> float:
         return float(self[name][-1]) if len(self) else np.nan
@@ -144,6 +161,11 @@ class _Lines:
         return self.steps[breaks[-1] + 1 if len(breaks) else 0]
 
 
+def _number(line: Mapping[str, Any], name: str) -> float:
+    value = line.get(name)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
 def _smooth(column: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of every line the median of it and those before, WINDOW of them."""
     padded = np.concatenate([np.full(WINDOW - 1, column[0] if len(column) else np.nan), column])
@@ -153,10 +175,10 @@ def _smooth(column: NDArray[np.float64]) -> NDArray[np.float64]:
 def _collapsed(lines: _Lines) -> Finding | None:
     """Few codes are in use, and it is not getting better: at its pace the run would not be alive when it is twice as
     old."""
-    if len(lines) < WINDOW or lines.steps[-1] < EARLY:
+    if len(lines) < WINDOW or lines.age() < EARLY:
         return None
     share = lines["perplexity"] / lines["uniform_perplexity"]
-    smooth, limit = _smooth(share), COLLAPSED if lines.steps[-1] >= SETTLED else COLLAPSED_EARLY
+    smooth, limit = _smooth(share), COLLAPSED if lines.age() >= SETTLED else COLLAPSED_EARLY
     now = float(smooth[-1])
     if not now < limit or now * (now / smooth[lines.middle]) >= limit:
         return None
@@ -178,6 +200,33 @@ def _collapsed(lines: _Lines) -> Finding | None:
         f"uniform tokens "
         f"would give {lines.now('uniform_perplexity'):,.0f}{dead}.",
         f"collapsed since step {step}",
+    )
+
+
+def _dimension(lines: _Lines) -> Finding | None:
+    """Codes in use lie in few dimensions of the D: usage does not show it. Few codes cannot span more, and are not
+    named for it."""
+    if len(lines) < WINDOW or lines.age() < EARLY:
+        return None
+    used, features = _smooth(lines["dimension99_used"]), _smooth(lines["dimension99_features"])
+    perplexity, D = _smooth(lines["perplexity"]), lines["code_dim"]
+    flat = used <= FLAT * np.minimum(D, perplexity - 1)
+    step = lines.since(flat | ((used <= NARROWER * features) & (perplexity > ENOUGH * features)))
+    if step is None or np.isnan(D[-1]):
+        return None
+    span, usage, could = used[-1], lines.now("usage"), min(D[-1], perplexity[-1] - 1)
+    lead = "Codes in use span" if np.isnan(usage) else f"{usage:.0%} of the codes are in use, but they span"
+    beside = "" if np.isnan(features[-1]) else f"; the features have {features[-1]:.0f}"
+    remedy = "Codes that are learnt should begin as features, by k-means."
+    if not span <= NARROWER * features[-1]:
+        remedy = "More codes give no more: quantize later in the run, or give the encoder more channels."
+    return Finding(
+        "dimension",
+        step,
+        float(span),
+        f"{lead} {span:.0f} of {D[-1]:.0f} dimensions since step {step} (99% of their variance), where a perplexity of "
+        f"{perplexity[-1]:.3g} could span {could:.0f}{beside}. {remedy}",
+        f"used codes span {span:.0f} of {D[-1]:.0f} dimensions",
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ibq.errors import ConfigError, DataError
 from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PerceptualEvaluation, TokenizerMetrics, measured, sparing
+from ibq.metrics.dimension import FORMS
 from ibq.metrics.distances import Distances, PairedDistances, too_few
 from ibq.metrics.perceptual import LPIPS
 from ibq.metrics.quality import RELEASED_PSNR, RELEASED_SSIM, SSIM_WINDOW
@@ -108,6 +109,9 @@ class PictureEvaluation:
         protocol["quantization_error"] = (
             f"squared error over the variance of z, in the space of the codes, over {tokens:,} tokens"
         )
+        for name in (name for name in metrics if name.startswith("dimension")):
+            form = FORMS[name.partition("_")[0]]
+            protocol[name] = f"{form}, in the space of the codes, over {tokens:,} tokens"
         protocol["psnr_db"] += f" ({RELEASED_PSNR})"
         if "ssim" in metrics:
             protocol["ssim"] += f"; {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window of sigma 1.5 ({RELEASED_SSIM})"

@@ -23,6 +23,7 @@ from ibq.data.resizing import RESIZING
 from ibq.distributed import copy_of_first, gather_objects, is_writer, rank, shared_errors, sum_over_ranks, world_size
 from ibq.errors import DataError, NonFiniteInputError
 from ibq.metrics.codebook import QuantizationError
+from ibq.metrics.dimension import IN_WORDS, Moments, dimension_metrics
 from ibq.metrics.distances import EXTRACTED_AT_ONCE, NAMES, Distances, PairedDistances, References, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
 from ibq.metrics.quality import ImageQuality
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 SHOWN_IMAGES = 8
 LPIPS_BACKBONES: dict[str, Backbone] = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
+DIMENSION_PROTOCOL = (
+    f"{IN_WORDS}; of the features of these images in the space of the codes, of all codes, and of the codes in use, "
+    "each weighted by its tokens in these images"
+)
 PERCEPTUAL = ("fashion-cnn", "inception", *LPIPS_BACKBONES)
 """Metrics that need a trained network, by the name of the network."""
 
@@ -99,18 +104,18 @@ class Share:
 
 
 class TokenizerMetrics:
-    """Usage, quality and quantization error of a tokenizer, gathered batch by batch.
+    """Usage, effective dimension, quality and quantization error of a tokenizer, gathered batch by batch.
 
     Args:
         tokenizer: whose forward passes these are, on the device to count on.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._to_code_space = tokenizer.quantize.to_code_space
+        self._tokenizer, device = tokenizer, next(tokenizer.parameters()).device
         self.quality, self._error = ImageQuality(), QuantizationError()
         self.codebook_size = tokenizer.config.quantizer.codebook_size
-        no_tokens = torch.zeros(0, dtype=torch.int64, device=next(tokenizer.parameters()).device)
-        self.counts_K = counts_of(no_tokens, self.codebook_size)
+        self.counts_K = counts_of(torch.zeros(0, dtype=torch.int64, device=device), self.codebook_size)
+        self._features = Moments(tokenizer.config.quantizer.code_dim, device)
 
     @property
     def tokens(self) -> int:
@@ -120,7 +125,9 @@ class TokenizerMetrics:
     def update(self, originals_BCHW: torch.Tensor, output: Reconstruction) -> None:
         """Add a batch: what the tokenizer was shown, in [-1, 1], and what it returned."""
         self.quality.update(originals_BCHW, output.images)
-        self._error.update(self._to_code_space(output.features), output.quantized.z_q)
+        z_BDHW = self._tokenizer.quantize.to_code_space(output.features)
+        self._error.update(z_BDHW, output.quantized.z_q)
+        self._features.update(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
         self.counts_K += counts_of(output.quantized.indices, self.codebook_size)
 
     def reduce(self) -> None:
@@ -128,11 +135,19 @@ class TokenizerMetrics:
         sum_over_ranks(self.counts_K)
         self.quality.reduce()
         self._error.reduce()
+        self._features.reduce()
 
     def compute(self) -> dict[str, float]:
-        """usage_metrics unless the codebook is `uncountable`, the means of the quality, and quantization_error."""
+        """usage_metrics and the dimension of codes unless the codebook is `uncountable`, that of the features, the
+        means of the quality, and quantization_error."""
         usage = {} if uncountable(self.codebook_size) else usage_metrics(self.counts_K)
-        return usage | self.quality.compute() | {"quantization_error": self._error.compute()}
+        return usage | self.dimensions() | self.quality.compute() | {"quantization_error": self._error.compute()}
+
+    def dimensions(self) -> dict[str, float]:
+        """`dimension_metrics`, of all codes and all codes in use."""
+        with measuring(self._tokenizer):
+            codebook_KD = None if uncountable(self.codebook_size) else self._tokenizer.quantize.codebook
+            return dimension_metrics(self._features, codebook_KD, self.counts_K)
 
 
 def evaluate(
@@ -150,10 +165,10 @@ def evaluate(
         weights: which weights these are ("ema" or "raw"), for the protocol.
 
     Returns:
-        metrics (usage_metrics, ImageQuality, quantization_error relative to the variance of z, both in the space of the
-        codes, and for Fashion-MNIST the distances in the features of fashion-cnn); protocol, which also says why
-        distances or usage are absent; and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8, the first 8
-        of the first batch; rank 0 alone has these two).
+        metrics (usage_metrics, dimension_metrics, ImageQuality, quantization_error relative to the variance of z, both
+        in the space of the codes, and for Fashion-MNIST the distances in the features of fashion-cnn); protocol, which
+        also says why distances or usage are absent; and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8,
+        the first 8 of the first batch; rank 0 alone has these two).
 
     Raises:
         NonFiniteInputError: features of this or another process have NaN or infinite values.
@@ -185,6 +200,7 @@ def evaluate(
     perceptual, perceptual_protocol = measured(distances, absent)
     metrics = gathered.compute() | perceptual
     protocol = protocol_of(images, n_images, weights, tokenizer.quantize.dtype) | perceptual_protocol
+    protocol["dimension"] = DIMENSION_PROTOCOL
     if absent:
         protocol["distances[fashion-cnn]"] = f"absent: {absent[0]}"
     if reason := uncountable(tokenizer.config.quantizer.codebook_size):

@@ -1,8 +1,9 @@
 """Metrics of runs: one table, METRICS, of what each is called, its unit, digits, direction and bounds.
 
 Reports, figures, effects, claims and `evaluate --metric` read this table. A new metric is an entry here and the
-function that computes it, in a module of its own: `usage`, `quality`, `distances` (FID and its kin), `perceptual`
-(LPIPS), `codebook` (geometry). The table imports none of them, so that a command line which only lists is quick.
+function that computes it, in a module of its own: `usage`, `dimension`, `quality`, `distances` (FID and its kin),
+`perceptual` (LPIPS), `codebook` (geometry). The table imports none of them, so that a command line which only lists is
+quick.
 """
 
 from __future__ import annotations
@@ -91,6 +92,13 @@ def _distances(ending: str, column: str, label: str, network: str) -> dict[str, 
     }
 
 
+_CLOUDS: tuple[tuple[str, str, Literal["higher"] | None], ...] = (
+    ("features", "of features", None),
+    ("codes", "of all codes", None),
+    ("used", "of used codes", "higher"),
+)
+"""Whose effective dimension is measured. That of codes which nobody chooses is that of their initialisation."""
+
 METRICS: dict[str, Metric] = {
     # usage of the codebook (ibq.metrics.usage); bits are the rate: more codes in use, not better images
     "perplexity": Metric("perplexity", "perplexity", 0, better="higher", least=1),
@@ -102,6 +110,12 @@ METRICS: dict[str, Metric] = {
     "uniform_usage": _share("uniform_usage", "usage by uniform tokens", 1),
     "uniform_perplexity": Metric("uniform_perplexity", "perplexity of uniform tokens", 0),
     "tokens": Metric("tokens", "tokens counted", 0),
+    # effective dimension (ibq.metrics.dimension), beside usage: codes that are all in use may span few dimensions
+    **{
+        f"{form}_{cloud}": Metric(f"{form}_{cloud}", f"{label} {of}", digits, better=better, change_digits=1, least=0)
+        for form, label, digits in (("dimension", "effective dim.", 1), ("dimension99", "d_99", 0))
+        for cloud, of, better in _CLOUDS
+    },
     # reconstructions (ibq.metrics.quality)
     "l1": Metric("l1", "L1", 4, better="lower", change_digits=4, headline=True),
     "mse": Metric("mse", "MSE", 4, better="lower", change_digits=4, least=0),
@@ -147,7 +161,7 @@ METRICS |= {
         network="",
         headline=False,
     )
-    for name in ("perplexity", "l1", "fid")
+    for name in ("perplexity", "dimension_used", "l1", "fid")
 }
 
 _MEASURED_ON = {

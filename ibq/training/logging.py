@@ -14,12 +14,16 @@ from ibq.data import ImageSource
 from ibq.distributed import is_writer, sum_over_ranks, world_size
 from ibq.evaluation.tokenizer import measuring
 from ibq.metrics.codebook import code_gap, gradient_reach, logit_statistics
+from ibq.metrics.dimension import Moments, dimension_metrics
 from ibq.metrics.usage import counts_of, uncountable
 from ibq.models.tokenizer import Tokenizer
 
 SNAPSHOT_CODES, SNAPSHOT_FEATURES = 1024, 2048
 LEAST_TOKENS, LOGITS = 64, 2**21
 """Of a batch the log looks at the logits of so many tokens: 2,048 at 1,024 codes, 64 at 2^18."""
+DIMENSION_CODES = 4096
+"""Codes of each kind whose effective dimension is looked at: enough for D = 256, and their covariance costs what the
+gap does."""
 CODEBOOK_PARAMETER = "quantize.embedding"
 GAPS = ("gap", "gap_angular", "gap_used", "gap_dead")
 GAP_PROTOCOL = (
@@ -111,7 +115,8 @@ def take_snapshot(
         codes (at most 1,024 of K, with code_indices), features (at most 2,048 tokens) in the space of the codes,
         counts, code_norms; and
         gap, gap_angular, gap_used, gap_dead: `code_gap` of these features and codes, each absent where there are no
-        such codes or it would not be finite; before anything is counted, the first two alone.
+        such codes or it would not be finite; before anything is counted, the first two alone. `dimension_metrics` of
+        the features and of at most 4,096 codes stand beside.
     """
     f = tokenizer.config.model.downsampling
     n_images = max(1, min(len(probe), SNAPSHOT_FEATURES // (tokenizer.config.data.resolution // f) ** 2))
@@ -121,15 +126,17 @@ def take_snapshot(
         chosen = watched_codes(tokenizer.config.quantizer.codebook_size)
         codes_kD = tokenizer.quantize.codes_of(chosen.to(device))
         gaps = code_gap(features_ND, codes_kD, _used(counts_K, chosen))
+        codebook_KD = tokenizer.quantize.codebook if len(counts_K) else None
+        numbers = gaps | _dimensions(features_ND, codebook_KD, counts_K)
         # of all codes, or of the watched ones where they are too many
-        normed_KD = tokenizer.quantize.codebook if len(counts_K) else codes_kD
+        normed_KD = codes_kD if codebook_KD is None else codebook_KD
         return {
             "codes": codes_kD,
             "code_indices": chosen,
             "features": features_ND,
             "counts": counts_K,
             "code_norms": normed_KD.norm(dim=1),
-        } | {name: torch.tensor(gap, dtype=torch.float64) for name, gap in gaps.items()}
+        } | {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
 
 
 def watched_codes(codebook_size: int) -> torch.Tensor:
@@ -144,18 +151,29 @@ def _used(counts_K: torch.Tensor, chosen_k: torch.Tensor) -> torch.Tensor | None
     return counts_K[chosen_k.to(counts_K.device)] > 0 if counts_K.any() else None
 
 
+def _dimensions(
+    features_ND: torch.Tensor, codebook_KD: torch.Tensor | None, counts_K: torch.Tensor
+) -> dict[str, float]:
+    """`dimension_metrics` of at most DIMENSION_CODES codes; before any token is counted none is in use."""
+    features = Moments(features_ND.shape[1], features_ND.device)
+    features.update(features_ND)
+    return dimension_metrics(features, codebook_KD, counts_K, DIMENSION_CODES)
+
+
 @torch.no_grad()
 def geometry(
     tokenizer: Tokenizer, z_BDHW: torch.Tensor, z_q_BDHW: torch.Tensor, counts_K: torch.Tensor
 ) -> dict[str, float]:
     """Of the last step: gradient reach (where codes have a gradient), and, in the space of the codes, logits of its
-    first tokens, norms, relative quantization error, and the gap between its first features and the codes. Features and
-    error are the step's own, of this process; logits, gap and the norm of the codes are of codes as its update has left
-    them. K, D and, where the gradient goes through a softmax, the logits' factor stand beside, so that a line explains
-    itself. Of a codebook that is `uncountable` there are no logits, and the norm is that of the watched codes.
+    first tokens, norms, relative quantization error, the gap between its first features and the codes, and the
+    effective dimension of both. Features and error are the step's own, of this process; logits, gap, dimensions and
+    norm of the codes are of codes as its update has left them. K, D and, where the gradient goes through a softmax, the
+    logits' factor stand beside, so that a line explains itself. Of a codebook that is `uncountable` there are no logits
+    and no dimensions of codes, and the norm is that of the watched codes.
 
     Args:
-        counts_K: training tokens of each code since the log step before, which tell codes in use for the gap.
+        counts_K: training tokens of each code since the log step before, which tell codes in use for the gap and the
+            dimension.
     """
     parameter = dict(tokenizer.named_parameters()).get(CODEBOOK_PARAMETER)
     reach = {} if parameter is None or parameter.grad is None else gradient_reach(parameter.grad)
@@ -174,6 +192,7 @@ def geometry(
     error = (z_BDHW - z_q_BDHW).square().sum(1).mean() / variance.clamp_min(1e-30)
     features_nD = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
     gaps = code_gap(features_nD, codes_kD, _used(counts_K, chosen))
+    dimensions = _dimensions(features_nD, None if uncountable(K) else codebook_KD, counts_K)
     scale = {} if quantizer.logit_scale is None else {"logit_scale": quantizer.logit_scale}
     return (
         reach
@@ -181,6 +200,7 @@ def geometry(
         | norms
         | {"quantization_error": error.item()}
         | gaps
+        | dimensions
         | {"codebook_size": K, "code_dim": D}
         | scale
     )

@@ -26,7 +26,7 @@ Command: python -m experiments run collapse_atlas
 
 from __future__ import annotations
 
-from experiments.ablations.base import Ablation, Contrast, Factor, PaperRow
+from experiments.ablations.base import EFFECTIVE_DIMENSIONS, Ablation, Contrast, Factor, PaperRow
 from experiments.ablations.collapse_atlas.arms import (
     AXES,
     CONDITIONAL,
@@ -232,9 +232,28 @@ ABLATION = Ablation(
         ),
     ),
     adaptive=Bisection(COLLAPSE, most=60),
-    figures=("collapse_map", "collapse_axes", "saturation", "usage_over_training", "logits_over_training"),
+    figures=(
+        "collapse_map",
+        "collapse_axes",
+        "saturation",
+        "usage_over_training",
+        "dimension_over_training",
+        "logits_over_training",
+    ),
     tables=("remedies", "arms", "verdicts", "paper"),
-    columns=("share", "usage", "perplexity", "bits", "l1", "fid", "logit_spread", "max_probability", "gap", "step_ms"),
+    columns=(
+        "share",
+        "usage",
+        *EFFECTIVE_DIMENSIONS,
+        "perplexity",
+        "bits",
+        "l1",
+        "fid",
+        "logit_spread",
+        "max_probability",
+        "gap",
+        "step_ms",
+    ),
     paper_source="Table 1 (ImageNet 256x256, 50k validation images)",
     paper_rows=(
         PaperRow("VQGAN, K = 16,384, D = 256", {"rFID": 4.98, "usage %": 5.9}, "vq_fast_256"),

@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.ablations import vq_vs_ibq
-from experiments.ablations.base import Ablation, Arm, Contrast, Factor, PaperRow
+from experiments.ablations.base import EFFECTIVE_DIMENSIONS, Ablation, Arm, Contrast, Factor, PaperRow
 from experiments.ablations.changes import Times, of_quantizer
 from experiments.ablations.quantizers.tuning import Tuning
 
@@ -178,13 +178,23 @@ ABLATION = Ablation(
         ),
     ),
     adaptive=Tuning("optim.lr", factors=(0.3, 1.0, 3.0), step_share=SEARCH_SHARE),
-    figures=("usage_over_training", "usage_of_each", "search", "rate_distortion", "reconstructions", "code_map"),
+    figures=(
+        "usage_over_training",
+        "usage_of_each",
+        "dimension_over_training",
+        "dimension_of_each",
+        "search",
+        "rate_distortion",
+        "reconstructions",
+        "code_map",
+    ),
     tables=("verdicts", "search", "parts", "arms", "paper"),
     columns=(
         "code_dim",
         "learning_rate",
         "perplexity",
         "usage",
+        *EFFECTIVE_DIMENSIONS,
         "bits",
         "psnr_db",
         "ssim",

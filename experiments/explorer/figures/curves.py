@@ -18,17 +18,20 @@ from experiments.report.figures.theme import MARKERS
 
 DECADE = 10
 WAITING = "Nothing yet: the first log step is still to come."
+DIMENSION = panels.DIMENSION_USED._replace(
+    title="Effective dimension", label="used codes solid, features dashed", second=panels.DIMENSION_FEATURES.curve
+)
 NORMS = panels.CODE_NORM._replace(title="Norms", label="codes solid, features dashed", second=panels.FEATURE_NORM.curve)
 
 
 def draw_overview(figure: Figure, views: Sequence[View]) -> None:
-    shown = [panels.USAGE, panels.PERPLEXITY, panels.PIXEL_ERROR, panels.GAP, panels.REACH, NORMS]
-    _draw(figure, views, shown)
+    codes = [panels.USAGE, panels.PERPLEXITY, DIMENSION, panels.DIMENSION99_USED]
+    _draw(figure, views, [*codes, panels.PIXEL_ERROR, panels.GAP, panels.REACH, NORMS])
 
 
 def draw_geometry(figure: Figure, views: Sequence[View]) -> None:
-    norms = [panels.CODE_NORM, panels.FEATURE_NORM]
-    _draw(figure, views, [*norms, panels.QUANTIZATION_ERROR, panels.GAP, panels.GAP_USED, panels.GAP_DEAD])
+    means = [panels.CODE_NORM, panels.FEATURE_NORM, panels.DIMENSION_CODES, panels.DIMENSION_FEATURES]
+    _draw(figure, views, [*means, panels.QUANTIZATION_ERROR, panels.GAP, panels.GAP_USED, panels.GAP_DEAD])
 
 
 def draw_assignment(figure: Figure, views: Sequence[View]) -> None:

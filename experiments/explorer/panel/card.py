@@ -155,6 +155,8 @@ class RunCard:
             usage = f"usage {100 * last['usage']:.1f}%" if "usage" in last else "no tokens counted"
             words.append(f'<span class="ibq-usage">{usage} at step {step} of {steps}</span>')
             words += [f"perplexity {last['perplexity']:,.1f}"] if "perplexity" in last else []
+            if "dimension_used" in last and "code_dim" in last:
+                words.append(f"{last['dimension_used']:.1f} of {last['code_dim']:,.0f} dimensions")
         else:
             words.append(f"no point yet, {steps} steps to go" if self.state != "loaded" else "it has no history")
         if self.state in ("training", "paused") and (left := status.seconds_left(self.recent, steps)) is not None:

@@ -20,6 +20,8 @@ from experiments.report.figures.generation import bits_and_distortion, depth_sca
 from experiments.report.figures.heat_map import heat_map
 from experiments.report.figures.theme import COLORS, LINE_COLORS, theme
 from experiments.report.figures.training import (
+    dimension_of_each,
+    dimension_over_training,
     discriminator_over_training,
     gap_over_training,
     geometry,
@@ -31,6 +33,7 @@ from experiments.report.figures.training import (
 )
 from experiments.rows import of_arms
 from experiments.study import Study
+from ibq.metrics.dimension import IN_WORDS
 
 __all__ = ["COLORS", "FIGURES", "LINE_COLORS", "caption", "compact", "draw", "plt", "save", "theme"]
 
@@ -49,6 +52,16 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
         usage_of_each,
         "Perplexity and codes used over training, a panel an arm, seed 0, counted on the training tokens between two "
         "log steps.",
+    ),
+    "dimension_over_training": (
+        dimension_over_training,
+        f"Effective dimension over training: {IN_WORDS}. Used: by a training token between two log steps, weighted "
+        "by their tokens; all codes: all alike; features: of a step. At most D; a line a seed.",
+    ),
+    "dimension_of_each": (
+        dimension_of_each,
+        "Effective dimension of the codes in use and of the features over training, a panel an arm, seed 0: "
+        f"{IN_WORDS}.",
     ),
     "main_effects": (
         main_effects,

@@ -40,7 +40,7 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
     return figure
 
 
-SCALING = ("usage", "share", "l1", "fid")
+SCALING = ("usage", "share", "dimension_used", "l1", "fid")
 """Metrics that a figure of scaling shows."""
 
 

@@ -1,4 +1,4 @@
-"""Figures over training: usage, geometry, gradient reach."""
+"""Figures over training: usage, effective dimension, geometry, gradient reach."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from experiments.report.figures.panels import (
     ABOVE_EPS,
     ADVERSARIAL,
     CODE_NORM,
+    DIMENSION99_USED,
+    DIMENSION_CODES,
+    DIMENSION_FEATURES,
+    DIMENSION_USED,
     FEATURE_NORM,
     GAP,
     GAP_ANGULAR,
@@ -37,6 +41,8 @@ from experiments.report.figures.theme import COLORS, OTHER, arm_colors, arm_labe
 from experiments.study import Study
 from ibq.metrics import METRICS
 from ibq.training.logging import GAPS
+
+DRAWN_OF_EACH = ["step", "dimension_used", "dimension_features"]
 
 
 def usage_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
@@ -66,6 +72,37 @@ def usage_of_each(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figur
         Line2D([], [], color=COLORS[0], lw=1.4, label=METRICS["share"].axis),
         Line2D([], [], color=COLORS[1], lw=1.2, ls=":", label="codes used, %"),
         Line2D([], [], color="0.88", lw=0.8, label="perplexity of the other arms"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def dimension_over_training(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    return _curves(study, ablation, [DIMENSION_USED, DIMENSION99_USED, DIMENSION_CODES, DIMENSION_FEATURES])
+
+
+def dimension_of_each(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """A panel an arm, seed 0: effective dimension of features and of codes in use over training; all other arms grey
+    behind. Runs whose log has neither have no panel."""
+    cells = [cell for cell in finished_cells(study, ablation) if cell.seed == 0]
+    histories = [(cell, pd.DataFrame(cell.run.read_history(), columns=DRAWN_OF_EACH)) for cell in cells]
+    shown = [(cell, history) for cell, history in histories if history["dimension_features"].notna().any()]
+    if not shown:
+        return None
+    most = max(history[DRAWN_OF_EACH[1:]].max(axis=None) for _, history in shown)
+    figure, axes = panel_grid(len(shown), 5, 1.75)
+    for axis, (cell, history) in zip(axes, shown, strict=True):
+        for _, other in shown:
+            axis.plot(other["step"], other["dimension_used"], color="0.88", lw=0.6)
+        axis.plot(history["step"], history["dimension_features"], color=COLORS[1], lw=1.2, ls=":")
+        axis.plot(history["step"], history["dimension_used"], color=COLORS[0], lw=1.4)
+        axis.set(title=arm_label(ablation, cell.arm), ylim=(0, 1.03 * most), xticks=[0, cell.config.steps])
+        axis.title.set_fontsize(7.5)
+        axis.tick_params(labelsize=7)
+    handles = [
+        Line2D([], [], color=COLORS[0], lw=1.4, label=METRICS["dimension_used"].axis),
+        Line2D([], [], color=COLORS[1], lw=1.2, ls=":", label=METRICS["dimension_features"].axis),
+        Line2D([], [], color="0.88", lw=0.8, label="used codes of the other arms"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -74,6 +74,8 @@ def test_sweep_and_status_name_the_cause(copied: Study) -> None:
     row = {"status": "ok", "perplexity": 12.0, "codebook_size": 1024, "l1": 0.12, "train_seconds": 38.0}
     assert result_of(row | {"diagnosis": seen}) == f"perplexity 12 of 1024, L1 0.1200, 38 s; {seen}"
     assert result_of(row | {"diagnosis": NOTHING_SEEN}) == result_of(row) == "perplexity 12 of 1024, L1 0.1200, 38 s"
+    spans = row | {"dimension_used": 3.14, "code_dim": 64}
+    assert result_of(spans) == "perplexity 12 of 1024, 3.1 of 64 dimensions, L1 0.1200, 38 s"
     assert (
         result_of({"status": "nan", "reason": "step 7: lost", "train_seconds": 3.0, "diagnosis": seen})
         == f"step 7: lost; {seen}"

@@ -14,6 +14,7 @@ from experiments.runner.runs import EVALUATIONS
 from experiments.study import ROOT
 from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PERCEPTUAL
 from ibq.metrics import METRICS, NETWORKS, metric_of
+from ibq.metrics.dimension import DIMENSIONS
 from ibq.metrics.distances import NAMES
 from ibq.metrics.quality import ImageQuality
 from ibq.metrics.usage import usage_metrics
@@ -38,7 +39,7 @@ def without_entry(frame: pd.DataFrame) -> list[str]:
 def test_every_number_that_a_metrics_function_gives_has_an_entry() -> None:
     quality = ImageQuality()
     quality.update(*torch.zeros(2, 1, 1, 16, 16))
-    given = [*usage_metrics(torch.ones(4)), *quality.compute()]
+    given = [*usage_metrics(torch.ones(4)), *DIMENSIONS, *quality.compute()]
     given += [f"{name}[fashion-cnn]" for name in (*NAMES, "label_agreement")] + [f"inception.{name}" for name in NAMES]
     given += [f"lpips[{backbone}]" for backbone in LPIPS_BACKBONES.values()]
     given += ["fid[fashion-cnn]@2.5", "tokenizer.fid[fashion-cnn]", "full_test.usage", "first.logit_spread"]

@@ -7,6 +7,7 @@ from experiments import rows
 from experiments.ablations import ABLATIONS
 from experiments.analysis import metrics
 from experiments.report import latex, tables
+from ibq.metrics import METRICS
 
 
 def test_latex_is_booktabs_and_nothing_escapes() -> None:
@@ -40,6 +41,8 @@ def test_arms_table_has_every_arm_and_the_rows_numbers(trained: tuple) -> None:
     first = frame[frame["arm"] == "vq_published"].iloc[0]
     assert table.loc[0, "L1"] == f"{first['l1']:.4f}"
     assert table.loc[0, "usage %"] == f"{100 * first['usage']:.1f}"
+    for name in ("dimension_used", "dimension_features"):
+        assert table.loc[0, METRICS[name].heading] == f"{first[name]:.1f}"
 
 
 def test_paper_rows_are_the_papers_and_what_it_does_not_report_is_said(trained: tuple) -> None:

@@ -27,6 +27,7 @@ from ibq import Tokenizer, load_released, load_tokenizer
 from ibq.cli import reconstruct
 from ibq.cli.app import app
 from ibq.metrics.codebook import QuantizationError
+from ibq.metrics.dimension import Moments, dimension_metrics
 from ibq.metrics.quality import ImageQuality
 from ibq.metrics.usage import usage_metrics
 from ibq.run_directory import read_lines
@@ -251,15 +252,19 @@ def evaluated(tmp_path: Path, *arguments: object) -> dict[str, Any]:
 def test_numbers_equal_a_plain_loop_over_the_pictures(model: Path, folder: Path, tmp_path: Path) -> None:
     run("reconstruct", model, folder, tmp_path / "out")
     tokenizer, counts_K = load_tokenizer(model), torch.zeros(16, dtype=torch.int64)
-    quality, error = ImageQuality(), QuantizationError()
+    quality, error, features = ImageQuality(), QuantizationError(), []
     with torch.no_grad():
         for file in sorted((tmp_path / "out" / "originals").rglob("*.png")):
             x_BCHW = as_seen(file)
             y_BCHW, z_BDHW, quantized = tokenizer(x_BCHW)
             quality.update(x_BCHW, y_BCHW)
             error.update(z_BDHW, quantized.z_q)
+            features.append(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
             counts_K += torch.bincount(quantized.indices.flatten(), minlength=16)
-    expected = usage_metrics(counts_K) | quality.compute() | {"quantization_error": error.compute()}
+    cloud = Moments(tokenizer.config.quantizer.code_dim, torch.device("cpu"))
+    cloud.update(torch.cat(features))
+    expected = usage_metrics(counts_K) | dimension_metrics(cloud, tokenizer.quantize.codebook, counts_K)
+    expected |= quality.compute() | {"quantization_error": error.compute()}
     for batch_size in (1, 3):
         numbers = evaluated(tmp_path, model, folder, "--metric", "none", "--batch-size", batch_size)
         assert numbers["pictures"] == 5

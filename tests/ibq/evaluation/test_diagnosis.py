@@ -43,7 +43,14 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "lfq": {"quantizer": {"method": "lfq", "codebook_size": 128, "code_dim": 7}, "steps": 100},
 }
 NAIVE = {"method": "vq", "codebook_size": 256, "code_dim": 32}
+FLAT = {
+    "quantizer": FROM_FEATURES | {"code_dim": 64, "entropy_weight": 0.05},
+    "model": MODEL | {"z_channels": 3},
+    "steps": 60,
+}
+"""The encoder ends in three channels, so that features, and codes that begin as features, lie in three dimensions."""
 FAILURES: dict[str, dict[str, Any]] = {
+    "vq of three dimensions": FLAT,
     "vq from U(-1/K, 1/K)": {"quantizer": NAIVE, "steps": 60, "lr": 3e-3},
     "vq from N(0, 1)": {"quantizer": NAIVE | {"codebook_init": "normal"}, "steps": 60},
     "no commitment, fast": {"quantizer": FROM_FEATURES | {"beta": 0.0}, "steps": 80, "lr": 1e-2},
@@ -57,7 +64,7 @@ FAILURES: dict[str, dict[str, Any]] = {
 
 def config_of(run: dict[str, Any]) -> TrainConfig:
     tree = {
-        "model": MODEL,
+        "model": run.get("model", MODEL),
         "quantizer": run["quantizer"],
         "steps": run["steps"],
         "batch_size": 8,
@@ -93,6 +100,7 @@ def test_silent_on_healthy_runs_from_the_first_line_to_the_last(history_of: Any,
 @pytest.mark.parametrize(
     ("name", "causes"),
     [
+        ("vq of three dimensions", ["dimension"]),
         ("vq from U(-1/K, 1/K)", ["collapsed", "gap", "never_used"]),
         ("vq from N(0, 1)", ["collapsed", "gap", "never_used"]),
         ("no commitment, fast", ["collapsed", "norms"]),
@@ -162,6 +170,60 @@ def test_a_collapse_is_named_when_it_has_come_and_not_before(history_of: Any) ->
         assert not diagnose([line for line in history_of(name) if line["step"] < EARLY])
 
 
+def test_codes_that_are_in_use_but_lie_in_few_dimensions_are_named_though_nothing_has_collapsed(
+    history_of: Any,
+) -> None:
+    history = history_of("vq of three dimensions")
+    last, (dimension,) = history[-1], diagnose(history)
+    assert last["perplexity_share"] > 0.6
+    assert dimension.value == last["dimension99_used"] == last["dimension99_features"] == 3
+    assert dimension.step == history[0]["step"]
+    assert dimension.sentence.startswith(
+        f"{last['usage']:.0%} of the codes are in use, but they span 3 of 64 dimensions since step 10 (99% of "
+    )
+    assert (
+        "could span 64; the features have 3. More codes give no more: quantize later in the run" in dimension.sentence
+    )
+    assert summary([dimension]) == "used codes span 3 of 64 dimensions"
+
+
+def test_codes_that_are_kept_from_dimensions_which_their_features_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update_average = TrainingState.update_average
+
+    def flatten_codes(state: TrainingState) -> None:
+        update_average(state)
+        state.tokenizer.quantize.get_parameter("embedding").data[:, 2:] = 0
+
+    monkeypatch.setattr(trainer.TrainingState, "update_average", flatten_codes)
+    free = {"quantizer": FROM_FEATURES | {"entropy_weight": 0.05, "beta": 0.0}, "steps": 60}
+    list(train_tokenizer(config_of(free), tmp_path, RUNTIME))
+    history = RunDirectory(tmp_path).read_history()
+    dimension = next(finding for finding in diagnose(history) if finding.cause == "dimension")
+    assert dimension.value == 2
+    assert history[-1]["dimension99_features"] >= 4
+    assert "Codes that are learnt should begin as features" in dimension.sentence
+
+
+def test_how_few_dimensions_are_few() -> None:
+    def lines(used: float, features: float = math.nan, perplexity: float = 800.0, D: float = 64.0) -> History:
+        line = {"dimension99_used": used, "dimension99_features": features, "perplexity": perplexity, "code_dim": D}
+        return [line | {"step": step, "uniform_perplexity": 1000.0} for step in range(10, 60, 10)]
+
+    assert [finding.cause for finding in diagnose(lines(4))] == ["dimension"]
+    assert not diagnose(lines(5))
+    assert [finding.cause for finding in diagnose(lines(16, D=256))] == ["dimension"]
+    assert not diagnose(lines(17, D=256)), "as codebooks that quantize late have"
+    assert not diagnose(lines(1, D=10)), "LFQ"
+    assert not diagnose(lines(4, perplexity=65, D=256)), "so few codes could not span much more"
+    assert not diagnose(lines(10, features=19))
+    assert [finding.cause for finding in diagnose(lines(10, features=20))] == ["dimension"]
+    assert not diagnose(lines(10, features=20, perplexity=40))
+    assert not diagnose(lines(3)[:1])
+    assert not diagnose(lines(3)[:2])
+
+
 # --- What must not matter ---------------------------------------------------------------------------------------------
 
 
@@ -188,7 +250,8 @@ COLUMNS = (
         "reach_effective",
     ),
     *("logit_scale", "logit_spread", "max_probability", "assignment_entropy", "entropy_pull"),
-    *("feature_norm", "code_norm", "gap", "gap_used", "gap_dead"),
+    *("feature_norm", "code_norm", "gap", "gap_used", "gap_dead", "usage"),
+    *("dimension99_used", "dimension99_features"),
 )
 
 
@@ -231,6 +294,21 @@ def test_rising_usage_is_no_collapse_and_a_flat_one_is() -> None:
     assert not diagnose(lines([700.0] * 19 + [5.0])), "one window is noise"
     fallen = diagnose(lines([700.0] * 10 + [100.0] * 10))
     assert [(finding.cause, finding.step, finding.value) for finding in fallen] == [("collapsed", 110, 0.1)]
+
+
+@pytest.mark.parametrize("name", [*HEALTHY, *FAILURES])
+def test_a_run_that_quantizes_late_is_judged_from_there_as_if_it_had_begun_there(history_of: Any, name: str) -> None:
+    """Before, there is no perplexity, and features may grow as they like."""
+    history, late = history_of(name), 400
+    before = [
+        {"step": step, "loss": 1.0, "feature_norm": 1e-3 * step, "code_dim": 8} for step in range(10, late + 1, 10)
+    ]
+    since = [line | {"step": line["step"] + late} for line in history]
+    for n in range(len(history) + 1):
+        found, expected = diagnose([*before, *since[:n]]), diagnose(history[:n])
+        assert [(each.cause, each.step - late, each.value) for each in found] == [
+            (each.cause, each.step, each.value) for each in expected
+        ]
 
 
 def test_a_hundred_thousand_lines_are_not_compared_pair_by_pair(history_of: Any) -> None:

@@ -70,6 +70,7 @@ Adam may make much of that."""
 OF_ONE_PROCESS = {
     *("feature_norm", "quantization_error", "logit_spread", "max_probability", "assignment_entropy", "entropy_pull"),
     *("gap", "gap_angular", "gap_used", "gap_dead"),
+    *("dimension_features", "dimension99_features"),
     *TIMED,
 }
 """Columns of the history that are of rank 0's images alone."""

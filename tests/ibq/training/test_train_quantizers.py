@@ -20,6 +20,7 @@ from training_runs import GAN, RUNTIME, assert_same_run, images_once, read_the_i
 from ibq import load_tokenizer
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError, NonFiniteError
+from ibq.metrics.dimension import DIMENSIONS
 from ibq.run_directory import RunDirectory
 from ibq.training.checkpoint import load_checkpoint
 from ibq.training.runtime import StopRequested
@@ -223,5 +224,7 @@ def test_a_codebook_too_large_to_count_trains_and_says_what_is_absent(
     )
     assert math.isfinite(row["l1"])
     assert math.isfinite(row["quantization_error"])
+    for measured in (row, run.read_history()[-1], run.read_snapshot(6)):
+        assert {name for name in DIMENSIONS if name in measured} == {"dimension_features", "dimension99_features"}
     assert len(run.read_snapshot(6)["codes"]) == 1024
     assert all("usage" not in line and line["codebook_size"] == 2**36 for line in run.read_history())

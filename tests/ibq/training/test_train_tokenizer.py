@@ -26,6 +26,7 @@ from ibq.errors import ConfigError, NonFiniteError
 from ibq.evaluation.tokenizer import evaluate
 from ibq.losses import loss_weights
 from ibq.metrics.codebook import code_gap
+from ibq.metrics.dimension import DIMENSIONS, Moments, dimension_metrics
 from ibq.run_directory import RunDirectory
 from ibq.training.checkpoint import load_checkpoint
 from ibq.training.logging import GAPS
@@ -155,7 +156,7 @@ def test_the_mean_pixel_loss_is_of_every_batch_since_the_last_line(tiny: Any, fi
 def test_snapshots_hold_what_figures_need(finished: Any) -> None:
     run, _ = finished("ibq")
     snapshot = run.read_snapshot(8)
-    assert {name: tuple(tensor.shape) for name, tensor in snapshot.items() if name not in GAPS} == {
+    assert {name: tuple(tensor.shape) for name, tensor in snapshot.items() if name not in (*GAPS, *DIMENSIONS)} == {
         "codes": (16, 8),
         "code_indices": (16,),
         "features": (2048, 8),
@@ -170,6 +171,14 @@ def test_snapshots_hold_what_figures_need(finished: Any) -> None:
         "raw weights; at most 2048 features of the first test images, 1024 codes; in use: "
     )
     assert [name for name in GAPS if name in run.read_snapshot(0)] == ["gap", "gap_angular"]  # nothing is counted yet
+    features = Moments(8, snapshot["features"].device)
+    features.update(snapshot["features"])
+    dimensions = dimension_metrics(features, snapshot["codes"], snapshot["counts"])  # all codes are watched ones
+    assert {name: snapshot[name].item() for name in DIMENSIONS} == pytest.approx(dimensions)
+    assert not {"dimension_used", "dimension99_used"} & run.read_snapshot(0).keys()
+    assert set(DIMENSIONS) <= run.read_row().keys()
+    assert all(set(DIMENSIONS) <= line.keys() for line in run.read_history())
+    assert "each weighted by its tokens in these images" in run.read_row()["protocol.dimension"]
     torch.testing.assert_close(snapshot["code_norms"][snapshot["code_indices"]], snapshot["codes"].norm(dim=1))
     assert not torch.equal(run.read_snapshot(0)["codes"], snapshot["codes"])
 
