@@ -51,6 +51,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "learnt linear map of learnt codes, features init": VQ
     | {"reparametrization": "linear", "codebook_init": "features"},
     "learnt linear map of frozen codes (SimVQ)": {"method": "simvq", "beta_on": "commitment"},
+    "error vector with a gradient to the code (DiVeQ)": {"method": "diveq", "replace_every": 25},
+    "points between codes in training (SF-DiVeQ), k-means init": {
+        "method": "diveq",
+        "curve": True,
+        "replace_every": None,
+        "codebook_init": "kmeans",
+    },
+    "codes drawn to the features' Gaussian (Wasserstein VQ)": {"method": "wasserstein"},
     "signs, D = log2 K (LFQ)": {"method": "lfq"},
     "signs on the sphere, D = log2 K (BSQ)": {"method": "bsq"},
     "signs on the sphere, as released (BSQ)": {
@@ -113,6 +121,9 @@ ARMS = (
     arm("vq_rotation", HELPED, "rotation trick, features init"),
     arm("vq_linear", HELPED, "learnt linear map of learnt codes, features init"),
     arm("simvq", HELPED, "learnt linear map of frozen codes (SimVQ)"),
+    arm("diveq", HELPED, "error vector with a gradient to the code (DiVeQ)"),
+    arm("diveq_curve", HELPED, "points between codes in training (SF-DiVeQ), k-means init"),
+    arm("wasserstein", HELPED, "codes drawn to the features' Gaussian (Wasserstein VQ)"),
     arm("lfq", IMPLIED, "signs, D = log2 K (LFQ)", focal=True),
     arm("bsq", IMPLIED, "signs on the sphere, D = log2 K (BSQ)"),
     arm("bsq_released", IMPLIED, "signs on the sphere, as released (BSQ)"),
