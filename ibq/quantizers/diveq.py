@@ -3,8 +3,8 @@ of the reconstruction reaches codes without a loss term.
 
     z_q = z + |c - z| sg[u],  u = (v + c - z) / |v + c - z|,  v ~ N(0, noise_variance I)
 
-What it changes against VQ: the component of the gradient along u goes to the selected code, and what z keeps of it is
-without its component along c - z. Unused codes are put beside used ones every so many steps.
+What it changes against VQ: z and the selected code share the gradient g of z_q. With e = (c - z) / |c - z| the code
+gets e (u g), and z the rest, g - e (u g). Unused codes are put beside used ones every so many steps.
 
 SF-DiVeQ, the field `curve`: in training z is quantized to the nearest of K - 1 points, one on each segment between
 neighbouring codes, (1 - l) c_i + l c_{i+1} with l ~ U(0, 1). A code that is never the nearest one learns through its
@@ -14,9 +14,11 @@ Deviations from the released code (AaltoML/DiVeQ):
     value of z_q    there the noisy formula's; here the code's, or the curve's point: noise is in the gradient alone
     noise_variance  there used as a standard deviation: its 1e-3 is a variance of 1e-6
     replacement     there noise of standard deviation 1e-9, which rounding takes away from float32 codes above about
-                    0.03, so that a code and its copy stay equal; here of variance 1e-9, as the paper has it
+                    0.03, so that a code and its copy stay equal; here of variance 1e-9
     curve           there evaluation projects z onto the curve, which no index can name; here it takes the nearest code.
-                    There quantization begins after 1,000 steps, with means of features as codes; codebook_init="kmeans"
+                    There quantization begins after 1,000 steps, with means of features as codes; here `quantize_from`
+                    of a run and codebook_init="kmeans" do that. There "detach" takes the direction of the first end
+                    for both; here each end has its own
 Suffixes: N tokens, D code dimension, K codes, S segments of the curve.
 """
 
@@ -32,7 +34,7 @@ from ibq.distributed import copy_from_first, sum_over_ranks
 from ibq.ops import nearest_code
 from ibq.ops.precision import at_least_float32
 from ibq.quantizers.base import CodebookQuantizer, Quantizer, straight_through
-from ibq.quantizers.config import EmbeddingConfig
+from ibq.quantizers.config import CodebookInit, EmbeddingConfig
 from ibq.quantizers.updates import Accumulator, StepCount, move, recomputing, refuse_sharding
 
 REPLACEMENT_VARIANCE = 1e-9
@@ -104,9 +106,8 @@ class DiVeQQuantizer(CodebookQuantizer, config=DiVeQConfig):
     def trains_between_codes(self) -> bool:
         return self.config.curve
 
-    @torch.no_grad()
-    def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
-        super().initialize_from(features_MD, generator)
+    def place_codes(self, features_MD: torch.Tensor, generator: torch.Generator, init: CodebookInit) -> None:
+        super().place_codes(features_MD, generator, init)
         if self.replacement is not None:
             self.replacement.start_anew()
 
@@ -219,7 +220,7 @@ class Replacement(Accumulator):
 
     @torch.no_grad()
     def observe(self, indices_N: torch.Tensor, step: torch.Tensor) -> None:
-        counts_K = torch.bincount(indices_N, minlength=len(self.used_K)).to(self.used_K.dtype)
-        sum_over_ranks(counts_K)
-        self.used_K += counts_K > 0
+        processes_K = torch.zeros_like(self.used_K).index_fill_(0, indices_N, 1)
+        sum_over_ranks(processes_K)
+        self.used_K += processes_K > 0
         self.since.copy_(torch.where(self.since < 0, step, self.since))

@@ -186,16 +186,14 @@ def test_averaged_weights_follow_replaced_codes_at_once() -> None:
     assert not torch.equal(average.embedding[3], average.embedding[2])
 
 
-@pytest.mark.parametrize("how", ["initialize_from", "restart_codes"])
+@pytest.mark.parametrize("how", ["initialize_from", "cluster", "restart_codes"])
 def test_codes_that_were_placed_are_counted_anew(how: str) -> None:
     quantizer = make(replace_every=2)
     for _ in range(2):
         quantizer(on_codes(quantizer, 2))
-    features_MD = torch.randn(K, D)
-    if how == "initialize_from":
-        quantizer.initialize_from(features_MD, torch.Generator().manual_seed(0))
-    else:
-        quantizer.restart_codes(torch.arange(K) < 5, features_MD, torch.Generator().manual_seed(0))
+    place = getattr(quantizer, how)
+    dead = [torch.arange(K) < 5] if how == "restart_codes" else []
+    place(*dead, torch.randn(4 * K, D), torch.Generator().manual_seed(0))
     placed_KD = quantizer.embedding.detach().clone()
     for _ in range(2):
         quantizer(on_codes(quantizer, 4))
