@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ibq.pretrained.transformer import load_transformer as load_transformer
     from ibq.quantizers import BinarySphericalQuantizer as BinarySphericalQuantizer
     from ibq.quantizers import BSQConfig as BSQConfig
+    from ibq.quantizers import DiVeQConfig as DiVeQConfig
+    from ibq.quantizers import DiVeQQuantizer as DiVeQQuantizer
     from ibq.quantizers import FiniteScalarQuantizer as FiniteScalarQuantizer
     from ibq.quantizers import FSQConfig as FSQConfig
     from ibq.quantizers import GumbelConfig as GumbelConfig
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from ibq.quantizers import SimVQConfig as SimVQConfig
     from ibq.quantizers import VectorQuantizer as VectorQuantizer
     from ibq.quantizers import VQConfig as VQConfig
+    from ibq.quantizers import WassersteinConfig as WassersteinConfig
+    from ibq.quantizers import WassersteinQuantizer as WassersteinQuantizer
     from ibq.quantizers import build_quantizer as build_quantizer
 
 __version__ = "0.1.0"
@@ -36,6 +40,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "BSQConfig": "ibq.quantizers",
     "BinarySphericalQuantizer": "ibq.quantizers",
+    "DiVeQConfig": "ibq.quantizers",
+    "DiVeQQuantizer": "ibq.quantizers",
     "FSQConfig": "ibq.quantizers",
     "FiniteScalarQuantizer": "ibq.quantizers",
     "GumbelConfig": "ibq.quantizers",
@@ -51,6 +57,8 @@ _MODULES = {
     "TrainedTransformer": "ibq.pretrained.released",
     "VQConfig": "ibq.quantizers",
     "VectorQuantizer": "ibq.quantizers",
+    "WassersteinConfig": "ibq.quantizers",
+    "WassersteinQuantizer": "ibq.quantizers",
     "build_quantizer": "ibq.quantizers",
     "index_backprop": "ibq.ops",
     "load_released": "ibq.pretrained.released",
@@ -61,6 +69,8 @@ _MODULES = {
 __all__ = [
     "BSQConfig",
     "BinarySphericalQuantizer",
+    "DiVeQConfig",
+    "DiVeQQuantizer",
     "FSQConfig",
     "FiniteScalarQuantizer",
     "GumbelConfig",
@@ -76,6 +86,8 @@ __all__ = [
     "TrainedTransformer",
     "VQConfig",
     "VectorQuantizer",
+    "WassersteinConfig",
+    "WassersteinQuantizer",
     "build_quantizer",
     "index_backprop",
     "load_released",

@@ -222,11 +222,11 @@ def is_writer() -> bool:
 # --- Collectives ------------------------------------------------------------------------------------------------------
 
 
-def sum_over_ranks(*tensors: torch.Tensor) -> None:
-    """Replace each tensor by its sum over all processes, in place."""
+def sum_over_ranks(*tensors: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Replace each tensor by its sum over all processes, or those of a group, in place."""
     if initialized():
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=group)
 
 
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

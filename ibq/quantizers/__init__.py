@@ -2,17 +2,21 @@
 
 from ibq.quantizers.base import Quantized, Quantizer, build_quantizer, parse_quantizer_config
 from ibq.quantizers.bsq import BinarySphericalQuantizer, BSQConfig
+from ibq.quantizers.diveq import DiVeQConfig, DiVeQQuantizer
 from ibq.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
 from ibq.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from ibq.quantizers.ibq import IBQConfig, IndexBackpropQuantizer
 from ibq.quantizers.lfq import LFQConfig, LookupFreeQuantizer
 from ibq.quantizers.simvq import SimVectorQuantizer, SimVQConfig
 from ibq.quantizers.vq import VectorQuantizer, VQConfig
+from ibq.quantizers.wasserstein import WassersteinConfig, WassersteinQuantizer
 from ibq.schema import QuantizerConfig
 
 __all__ = [
     "BSQConfig",
     "BinarySphericalQuantizer",
+    "DiVeQConfig",
+    "DiVeQQuantizer",
     "FSQConfig",
     "FiniteScalarQuantizer",
     "GumbelConfig",
@@ -28,6 +32,8 @@ __all__ = [
     "SimVectorQuantizer",
     "VQConfig",
     "VectorQuantizer",
+    "WassersteinConfig",
+    "WassersteinQuantizer",
     "build_quantizer",
     "parse_quantizer_config",
 ]

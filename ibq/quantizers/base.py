@@ -30,8 +30,9 @@ class Quantized(NamedTuple):
     """Return value of every quantizer.
 
     Attributes:
-        z_q: (B, D, H, W); its value is exactly the selected codes, its gradient is the method's. float32, or what the
-            module was cast to (`.bfloat16()`, `.half()`), as the next layer of a model that was cast wants it.
+        z_q: (B, D, H, W); its value is exactly the selected codes (but `trains_between_codes`), its gradient is the
+            method's. float32, or what the module was cast to (`.bfloat16()`, `.half()`), as the next layer of a model
+            that was cast wants it.
         indices: (B, H, W), int64, in [0, K).
         losses: raw scalar terms by name, each differentiable; `config.loss_weights` weighs them.
     """
@@ -121,6 +122,12 @@ class Quantizer(nn.Module):
     def leaves_to_next_forward(self) -> bool:
         """True if a training forward changes what the next one does, so that one can be recomputed only before it."""
         return self.config.changes_in_forward
+
+    @property
+    def trains_between_codes(self) -> bool:
+        """True if the values of z_q in training are points between codes, beside the indices; in evaluation they are
+        codes, of every method."""
+        return False
 
     def to_code_space(self, z: torch.Tensor) -> torch.Tensor:
         """Of features (N, D) or (B, D, H, W) what codes are compared with: z, or z normalised or bounded; errors are

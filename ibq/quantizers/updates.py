@@ -57,6 +57,16 @@ class Accumulator(nn.Module):
                 )
 
 
+def refuse_sharding(embedding: object) -> None:
+    """ConfigError: an embedding is sharded whose codes a forward moves; FSDP2 would gather codes for a forward, and
+    forget what that has moved."""
+    if hasattr(embedding, "full_tensor"):
+        raise ConfigError(
+            "codes that moving averages or restarts move cannot be sharded; leave the quantizer out, "
+            "fully_shard(model, ignored_params=set(quantizer.parameters()))"
+        )
+
+
 class MovingAverage(Accumulator):
     """Codes as the moving average of their features (VQ-VAE, arXiv 1711.00937, appendix; VQ-VAE-2, arXiv 1906.00446).
 

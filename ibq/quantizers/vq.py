@@ -29,7 +29,15 @@ from ibq.ops.precision import at_least_float32
 from ibq.quantizers.base import CodebookQuantizer, Quantizer, quantization_terms, rotation, straight_through
 from ibq.quantizers.config import CodebookConfig, CodebookInit
 from ibq.quantizers.entropy import entropy_terms, euclidean_as_dot
-from ibq.quantizers.updates import DeadRestart, MovingAverage, OnlineClustering, Restart, move, recomputing
+from ibq.quantizers.updates import (
+    DeadRestart,
+    MovingAverage,
+    OnlineClustering,
+    Restart,
+    move,
+    recomputing,
+    refuse_sharding,
+)
 
 
 class VQConfig(CodebookConfig):
@@ -120,11 +128,8 @@ class VectorQuantizer(CodebookQuantizer, config=VQConfig):
             self.moving_average = MovingAverage(self.embedding, config.ema_decay)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "embedding" and hasattr(value, "full_tensor") and self.config.changes_in_forward:
-            raise ConfigError(  # FSDP2 would gather codes for a forward, and forget what that has moved
-                "codes that moving averages or restarts move cannot be sharded; leave the quantizer out, "
-                "fully_shard(model, ignored_params=set(quantizer.parameters()))"
-            )
+        if name == "embedding" and self.config.changes_in_forward:
+            refuse_sharding(value)
         super().__setattr__(name, value)
 
     def _restart(self, config: VQConfig) -> Restart | None:

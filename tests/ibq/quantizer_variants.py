@@ -45,6 +45,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "vq kmeans rotation": {"method": "vq", "codebook_init": "kmeans", "gradient": "rotation", "entropy_weight": 0.05},
     "vq online cosine": {"method": "vq", "restart": "online", "distance": "cosine"},
+    "diveq": {"method": "diveq", "noise_variance": 1e-2, "replace_every": 2},
+    "diveq detach": {"method": "diveq", "noise_variance": 0.0, "replace_every": None},
+    "diveq curve": {"method": "diveq", "curve": True, "replace_every": None},
+    "wasserstein": {"method": "wasserstein"},
     "ibq": {"method": "ibq"},
     "ibq without entropy and double": {"method": "ibq", "entropy_weight": 0.0, "double": False},
     "ibq soft path to features": {"method": "ibq", "soft_path": "features"},
@@ -83,6 +87,12 @@ def assert_refused(config: Any, *mentions: str) -> None:
     assert "\n" not in message
     assert "pydantic" not in message
     assert all(mention in message for mention in mentions), message
+
+
+def assert_codes(quantizer: Quantizer, quantized: Quantized) -> None:
+    """z_q holds the codes of the indices bit for bit, but where training is between codes."""
+    between = quantizer.training and quantizer.trains_between_codes
+    assert torch.equal(quantizer.indices_to_codes(quantized.indices), quantized.z_q) != between
 
 
 def features_for(quantizer: Quantizer) -> torch.Tensor:

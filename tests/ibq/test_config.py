@@ -231,7 +231,8 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
         ({"batch_size": "many"}, r"batch_size: .*integer.*'many'"),
         (
             {"quantizer.method": "vqq"},
-            r"quantizer: method='vqq' is not a quantizer; choose one of bsq, fsq, gumbel, ibq, lfq, simvq, vq",
+            r"quantizer: method='vqq' is not a quantizer; choose one of bsq, diveq, fsq, gumbel, ibq, lfq, simvq, vq, "
+            r"wasserstein",
         ),
         ({"quantizer.method": "vq"}, r"quantizer.double: "),
         ({"quantizer.codebook_size": 0}, r"quantizer.codebook_size: .*given 0"),

@@ -29,6 +29,8 @@ def test_the_public_names_are_frozen() -> None:
     assert set(ibq.__all__) == {
         "BSQConfig",
         "BinarySphericalQuantizer",
+        "DiVeQConfig",
+        "DiVeQQuantizer",
         "FSQConfig",
         "FiniteScalarQuantizer",
         "TrainedTransformer",
@@ -44,6 +46,8 @@ def test_the_public_names_are_frozen() -> None:
         "Tokenizer",
         "VQConfig",
         "VectorQuantizer",
+        "WassersteinConfig",
+        "WassersteinQuantizer",
         "build_quantizer",
         "index_backprop",
         "load_transformer",

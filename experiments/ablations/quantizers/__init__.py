@@ -11,8 +11,8 @@ Cost: 51 runs of the search and 29 of the comparison, 6,900 steps at quick, sinc
 Command: python -m experiments run quantizers
 
 Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving
-averages and for the usage that restarts go by, 100 steps for the fall of Gumbel's temperature and of BSQ's weight (half
-of which a search run sees).
+averages and for the usage that restarts go by, 25 steps from one replacement of DiVeQ to the next, 100 steps for the
+fall of Gumbel's temperature and of BSQ's weight (half of which a search run sees).
 
 BSQ stands here twice: in LFQ's recipe (temperature 0.01, entropy over all codes, commitment), and in that of its
 released code (zhaoyue-zephyrus/bsq-vit): temperature 1, the codebook's entropy a bit at a time, no commitment, and a
@@ -51,6 +51,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "learnt linear map of learnt codes, features init": VQ
     | {"reparametrization": "linear", "codebook_init": "features"},
     "learnt linear map of frozen codes (SimVQ)": {"method": "simvq", "beta_on": "commitment"},
+    "error vector with a gradient to the code (DiVeQ)": {"method": "diveq", "replace_every": 25},
+    "points between codes in training (SF-DiVeQ), k-means init": {
+        "method": "diveq",
+        "curve": True,
+        "replace_every": None,
+        "codebook_init": "kmeans",
+    },
+    "codes drawn to the features' Gaussian (Wasserstein VQ)": {"method": "wasserstein"},
     "signs, D = log2 K (LFQ)": {"method": "lfq"},
     "signs on the sphere, D = log2 K (BSQ)": {"method": "bsq"},
     "signs on the sphere, as released (BSQ)": {
@@ -113,6 +121,9 @@ ARMS = (
     arm("vq_rotation", HELPED, "rotation trick, features init"),
     arm("vq_linear", HELPED, "learnt linear map of learnt codes, features init"),
     arm("simvq", HELPED, "learnt linear map of frozen codes (SimVQ)"),
+    arm("diveq", HELPED, "error vector with a gradient to the code (DiVeQ)"),
+    arm("diveq_curve", HELPED, "points between codes in training (SF-DiVeQ), k-means init"),
+    arm("wasserstein", HELPED, "codes drawn to the features' Gaussian (Wasserstein VQ)"),
     arm("lfq", IMPLIED, "signs, D = log2 K (LFQ)", focal=True),
     arm("bsq", IMPLIED, "signs on the sphere, D = log2 K (BSQ)"),
     arm("bsq_released", IMPLIED, "signs on the sphere, as released (BSQ)"),

@@ -56,7 +56,7 @@ def sentence(*command: str) -> str:
         ("quantizer.beta_on=everything", ["beta_on", "'everything'", "'commitment'"]),
         ("quantizer.codebook_init=random", ["codebook_init", "'random'", "'features'"]),
         ("quantizer.entropy_temperature=0", ["entropy_temperature", "0"]),
-        ("quantizer.method=vqq", ["'vqq'", "bsq, fsq, gumbel, ibq, lfq, simvq, vq"]),
+        ("quantizer.method=vqq", ["'vqq'", "bsq, diveq, fsq, gumbel, ibq, lfq, simvq, vq, wasserstein"]),
         ("optim.lr=Infinity", ["lr", "inf"]),
         ("optim.lr=fast", ["lr", "'fast'"]),
         ("optim.betas=[0.5,1.5]", ["betas=(0.5, 1.5)", "[0, 1)"]),

@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "vq": {"code_dim": 8},
     "simvq": {"code_dim": 8},
     "gumbel": {"code_dim": 8},
+    "diveq": {"code_dim": 8},
+    "wasserstein": {"code_dim": 8},
     "lfq": {"code_dim": 6},
     "bsq": {"code_dim": 6},
     "fsq": {"code_dim": 2, "levels": (8, 8)},

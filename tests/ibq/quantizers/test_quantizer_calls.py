@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ibq.errors import ConfigError
 from ibq.quantizers import Quantizer
 
-MOVING = ["vq ema", "vq restart", "vq ema restart", "vq online", "lfq boosted", "gumbel annealed"]
+MOVING = ["vq ema", "vq restart", "vq ema restart", "vq online", "lfq boosted", "gumbel annealed", "diveq"]
 
 
 def loss_of(quantizer: Quantizer) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from quantizer_variants import VARIANTS, K, every_variant, features_for, make, total_loss, train_step
+from quantizer_variants import VARIANTS, K, assert_codes, every_variant, features_for, make, total_loss, train_step
 
 from ibq import Quantized, build_quantizer
 from ibq.errors import NonFiniteInputError
@@ -32,6 +32,10 @@ TERMS = {
     "vq cosine ema restart": {"commitment"},
     "vq kmeans rotation": QUANTIZATION | ENTROPY,
     "vq online cosine": QUANTIZATION,
+    "diveq": set(),
+    "diveq detach": set(),
+    "diveq curve": set(),
+    "wasserstein": QUANTIZATION | {"wasserstein"},
     "ibq without entropy and double": QUANTIZATION,
     "lfq": {"commitment"} | ENTROPY,
     "lfq boosted": {"commitment", "entropy_boost"} | ENTROPY,
@@ -72,8 +76,8 @@ def assert_keeps_the_contract(quantizer: Quantizer, quantized: Quantized) -> Non
     assert (indices.shape, indices.dtype) == ((2, 3, 4), torch.int64)
     assert 0 <= indices.min() <= indices.max() < K
     assert quantizer.codebook.shape == (K, quantizer.config.code_dim)
-    assert torch.equal(z_q, quantizer.codebook[indices].permute(0, 3, 1, 2))
-    assert torch.equal(z_q, quantizer.indices_to_codes(indices))
+    assert torch.equal(quantizer.indices_to_codes(indices), quantizer.codebook[indices].permute(0, 3, 1, 2))
+    assert_codes(quantizer, quantized)
     assert losses.keys() == quantizer.config.loss_weights.keys()
     for term in losses.values():
         assert term.shape == ()
@@ -135,7 +139,7 @@ def test_quantization_is_float32_inside_bf16_autocast(variant: str, inputs: torc
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(5)
         inside = twin(z_BDHW)
-        assert torch.equal(inside.z_q, twin.indices_to_codes(inside.indices))
+        assert_codes(twin, inside)
     assert inside.z_q.dtype == torch.float32
     assert torch.equal(inside.z_q, outside.z_q)
     assert torch.equal(inside.indices, outside.indices)
@@ -173,9 +177,10 @@ def test_the_config_rebuilds_the_quantizer_from_its_json(variant: str) -> None:
 
 # --- What each term reaches -------------------------------------------------------------------------------------------
 
-ALL, SELECTED, BEST, NONE, MAP = (
+ALL, SELECTED, ENDS, BEST, NONE, MAP = (
     "all codes",
     "selected codes",
+    "both ends of selected segments",
     "codes among some token's best",
     "no code",
     "all codes, through the map",
@@ -187,6 +192,9 @@ SPECIAL: dict[tuple[str, str], str] = {
     ("vq linear", "codebook"): MAP,
     ("vq linear", "sample_entropy"): MAP,
     ("vq linear", "codebook_entropy"): MAP,
+    **{(variant, "z_q"): SELECTED for variant in VARIANTS if variant.startswith("diveq")},
+    ("diveq curve", "z_q"): ENDS,
+    ("wasserstein", "z_q"): NONE,
     ("simvq", "z_q"): NONE,
     ("simvq", "codebook"): MAP,
     ("simvq", "sample_entropy"): MAP,
@@ -236,7 +244,7 @@ def test_each_term_reaches_what_it_should(variant: str, term: str, reach: str) -
     loss.backward()
 
     dz = torch.zeros_like(z_BDHW) if z_BDHW.grad is None else z_BDHW.grad
-    if term == "codebook" or (variant, term) == ("ibq soft path to codes", "double"):
+    if term in ("codebook", "wasserstein") or (variant, term) == ("ibq soft path to codes", "double"):
         assert dz.abs().max() < 1e-6, (
             "no gradient for features"
         )  # the copy's gradient of z_q and that of z cancel in the double term
@@ -247,9 +255,13 @@ def test_each_term_reaches_what_it_should(variant: str, term: str, reach: str) -
     logits_NK = z_BDHW.detach().permute(0, 2, 3, 1).flatten(0, 2) @ quantizer.codebook.detach().T
     best = set(logits_NK.topk(3).indices.flatten().tolist())
     assert len(selected) < len(best) < K or variant in ("lfq", "lfq boosted", "bsq", "fsq")
-    assert (
-        codes_reached(quantizer) == {ALL: set(range(K)), SELECTED: selected, BEST: best, NONE: set(), MAP: MAP}[reach]
-    )
+    reached = codes_reached(quantizer)
+    if reach == ENDS:  # the indices name one of them
+        assert selected < reached
+        assert all(reached & {code - 1, code + 1} for code in selected)
+        assert len(reached) <= 2 * 24
+        return
+    assert reached == {ALL: set(range(K)), SELECTED: selected, BEST: best, NONE: set(), MAP: MAP}[reach]
     if variant == "vq linear" and reach == MAP:  # beside the map the embedding learns too
         assert rows_reached(quantizer.embedding.grad) == (selected if term == "codebook" else set(range(K)))
 

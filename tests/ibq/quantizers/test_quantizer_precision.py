@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from quantizer_variants import VARIANTS, every_variant, features_for, make, total_loss, train_step
+from quantizer_variants import VARIANTS, assert_codes, every_variant, features_for, make, total_loss, train_step
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -82,7 +82,7 @@ def test_double_makes_accumulators_wider() -> None:
     assert quantizer.codebook.dtype == torch.float64
 
 
-@pytest.mark.parametrize("variant", ["vq ema", "vq restart"])
+@pytest.mark.parametrize("variant", ["vq ema", "vq restart", "diveq"])
 def test_accumulators_that_were_narrowed_behind_the_modules_back_are_one_sentence(variant: str) -> None:
     """As FSDP's MixedPrecision(buffer_dtype=torch.bfloat16) and load_state_dict(assign=True) do it."""
     quantizer = make(variant)
@@ -111,9 +111,8 @@ def test_a_cast_quantizer_trains_and_gives_the_next_layer_its_type(
         z_BDHW = features_for(quantizer).detach().to(dtype).requires_grad_()
         quantized = quantizer(z_BDHW)
         assert quantized.z_q.dtype == dtype == quantizer.dtype
-        codes_BDHW = quantizer.indices_to_codes(quantized.indices)
-        assert codes_BDHW.dtype == dtype
-        assert torch.equal(codes_BDHW, quantized.z_q)
+        assert quantizer.indices_to_codes(quantized.indices).dtype == dtype
+        assert_codes(quantizer, quantized)
         assert all(term.dtype == torch.float32 and term.isfinite() for term in quantized.losses.values())
         total_loss(quantizer, quantized).backward()
         assert z_BDHW.grad.dtype == dtype
@@ -130,11 +129,14 @@ def test_features_of_another_type_than_the_module_give_what_the_module_wants(var
         quantizer = make(variant).to(cast)
         quantized = quantizer(features_for(quantizer).to(inputs))
         assert quantized.z_q.dtype == cast
-        assert torch.equal(quantizer.indices_to_codes(quantized.indices), quantized.z_q)
+        assert_codes(quantizer, quantized)
 
 
 @narrow
-@pytest.mark.parametrize("variant", ["ibq", "vq ema", "vq cosine", "lfq", "bsq", "fsq", "simvq", "gumbel"])
+@pytest.mark.parametrize(
+    "variant",
+    ["ibq", "vq ema", "vq cosine", "lfq", "bsq", "fsq", "simvq", "gumbel", "diveq", "diveq curve", "wasserstein"],
+)
 def test_a_whole_tokenizer_in_half_precision(variant: str, dtype: torch.dtype) -> None:
     quantizer = make(variant).config
     model = {"base_channels": 8, "norm_groups": 4, "z_channels": 8, "channel_multipliers": (1, 1), "res_blocks": 1}
@@ -194,7 +196,7 @@ def reconstruct(model: nn.Sequential, x_BCHW: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # FSDP's own, of an input without a gradient
 def test_codes_that_a_forward_moves_are_not_sharded(mesh: DeviceMesh) -> None:
     """Sharded codes would forget what a forward has moved: those of an evaluation were off by .8."""
-    for variant in ("vq ema", "vq restart"):
+    for variant in ("vq ema", "vq restart", "diveq"):
         with pytest.raises(ConfigError, match=r"cannot be sharded; leave the quantizer out, fully_shard\(model"):
             fully_shard(network(variant), mesh=mesh)
     model, plain = network("vq ema"), network("vq ema")

@@ -23,12 +23,14 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.quantizers import Quantized
 
 STEPS, BATCH, INPUTS = 3, 4, 5
-RANDOM = ("restart", "online", "gumbel")
+RANDOM = ("restart", "online", "gumbel", "diveq")
 """Variants that draw from the features or the noise of one process; one process and two necessarily differ."""
 REPEATABLE = [
-    variant for variant in VARIANTS if variant == "gumbel without noise" or not any(word in variant for word in RANDOM)
+    variant
+    for variant in VARIANTS
+    if variant in ("gumbel without noise", "diveq detach") or not any(word in variant for word in RANDOM)
 ]
-REFUSING = ["ibq", "ibq without entropy and double", "vq", "vq linear", "simvq"]
+REFUSING = ["ibq", "ibq without entropy and double", "vq", "vq linear", "simvq", "diveq detach", "wasserstein"]
 
 
 class Toy(nn.Module):
@@ -73,6 +75,7 @@ def train_one_of_two(processes: Processes, folder: Path) -> None:
         toy.quantizer.group = None if variant == "local" else dist.group.WORLD
         saved = train(toy, DistributedDataParallel(toy), slice(half * processes.rank, half * (processes.rank + 1)))
         torch.save(saved, folder / f"{variant}-{processes.rank}.pt")
+    torch.save(distances(processes.rank), folder / f"distances-{processes.rank}.pt")
     refusals = {}
     for variant in REFUSING:
         for what in ("features", "codebook"):
@@ -89,6 +92,17 @@ def train_one_of_two(processes: Processes, folder: Path) -> None:
     if processes.rank == 0:  # no collective: or this would wait for what the other process does next
         toy(inputs(0))
     torch.save(refusals, folder / f"refusals-{processes.rank}.pt")
+
+
+def distances(rank: int) -> dict[str, float]:
+    """Wasserstein distances of codes to features, of which this process has two or three images of five."""
+    torch.manual_seed(0)
+    quantizer, z_BDHW = make("wasserstein"), torch.randn(5, 6, 3, 3) + torch.arange(5).reshape(5, 1, 1, 1)
+    own_BDHW = (z_BDHW[:2], z_BDHW[2:])[rank]
+    found = {"joined": quantizer(z_BDHW), "own": quantizer(own_BDHW)}
+    quantizer.group = dist.group.WORLD
+    found |= {"shared": quantizer(own_BDHW), "evaluated": quantizer.eval()(own_BDHW)}
+    return {name: quantized.losses["wasserstein"].item() for name, quantized in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +129,13 @@ def test_a_local_mean_assignment_trains_something_else(two_processes: Path) -> N
     assert (shared - local).abs().max() > 1e-6
 
 
+def test_processes_with_unequal_numbers_of_tokens_share_the_moments_of_their_features(two_processes: Path) -> None:
+    first, second = (torch.load(two_processes / f"distances-{rank}.pt") for rank in range(2))
+    assert first["shared"] == second["shared"] == pytest.approx(first["joined"], rel=1e-6)
+    for each in (first, second):
+        assert each["evaluated"] == each["own"] != pytest.approx(each["joined"], rel=1e-2)
+
+
 @pytest.mark.parametrize("what", ["features", "codebook"])
 @pytest.mark.parametrize("variant", REFUSING)
 def test_what_is_not_finite_on_one_process_is_refused_by_both(two_processes: Path, variant: str, what: str) -> None:
@@ -133,7 +154,7 @@ def test_every_parameter_that_trains_has_a_gradient_in_every_step(variant: str) 
         assert [name for name, p in quantizer.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("method", ["vq", "ibq", "simvq", "gumbel"])
+@pytest.mark.parametrize("method", ["vq", "ibq", "simvq", "gumbel", "diveq", "wasserstein"])
 def test_every_parameter_of_a_tokenizer_has_a_gradient(method: str, tiny: Any) -> None:
     tokenizer = Tokenizer(tiny(method))
     y_BCHW, _, quantized = tokenizer(torch.rand(2, 1, 32, 32))

@@ -223,7 +223,7 @@ def test_a_restart_without_single_codes_is_refused_before_it_is_recorded(tiny: A
     with pytest.raises(ConfigError, match="method='simvq' has no codes that can be placed one by one"):
         trained(tiny("simvq"), tmp_path, [Intervention(step=1, restart_dead=True)])
     assert not RunDirectory(tmp_path).interventions.exists()
-    for method in ("vq", "ibq", "gumbel"):
+    for method in ("vq", "ibq", "gumbel", "diveq", "wasserstein"):
         assert after(tiny(method), Intervention(restart_dead=True)) == tiny(method)
 
 

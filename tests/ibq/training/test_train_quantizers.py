@@ -44,6 +44,9 @@ TRAINED = (
     "simvq",
     "gumbel",
     "gumbel annealed",
+    "diveq",
+    "diveq curve",
+    "wasserstein",
 )
 CODES_WITHOUT_GRADIENT = ("vq ema restart", "vq cosine ema restart", "lfq boosted", "bsq", "fsq", "simvq")
 
