@@ -34,6 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "fsq": {"codebook_size": 1000, "code_dim": 4, "levels": [8, 5, 5, 5]},
     "simvq": {"entropy_weight": 0.1 + 0.2},
     "gumbel": {"final_temperature": 1 / 16, "anneal_steps": 7},
+    "vqbridge": {"patch": 4, "width": 12, "registers": 0},
+    "optvq": {"reparametrization": "none", "iterations": 3},
+    "nsvq": {"spread": "codes", "width": 1 / 3},
 }
 ODD: dict[str, dict[str, Any]] = {
     "as the preset has it": {},

@@ -134,7 +134,9 @@ def test_features_of_another_type_than_the_module_give_what_the_module_wants(var
 
 
 @narrow
-@pytest.mark.parametrize("variant", ["ibq", "vq ema", "vq cosine", "lfq", "bsq", "fsq", "simvq", "gumbel"])
+@pytest.mark.parametrize(
+    "variant", ["ibq", "vq ema", "vq cosine", "lfq", "bsq", "fsq", "simvq", "gumbel", "vqbridge", "optvq", "nsvq"]
+)
 def test_a_whole_tokenizer_in_half_precision(variant: str, dtype: torch.dtype) -> None:
     quantizer = make(variant).config
     model = {"base_channels": 8, "norm_groups": 4, "z_channels": 8, "channel_multipliers": (1, 1), "res_blocks": 1}

@@ -28,7 +28,7 @@ RANDOM = ("restart", "online", "gumbel")
 REPEATABLE = [
     variant for variant in VARIANTS if variant == "gumbel without noise" or not any(word in variant for word in RANDOM)
 ]
-REFUSING = ["ibq", "ibq without entropy and double", "vq", "vq linear", "simvq"]
+REFUSING = ["ibq", "ibq without entropy and double", "vq", "vq linear", "simvq", "vqbridge", "optvq", "nsvq"]
 
 
 class Toy(nn.Module):
@@ -133,7 +133,7 @@ def test_every_parameter_that_trains_has_a_gradient_in_every_step(variant: str) 
         assert [name for name, p in quantizer.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("method", ["vq", "ibq", "simvq", "gumbel"])
+@pytest.mark.parametrize("method", ["vq", "ibq", "simvq", "gumbel", "vqbridge", "optvq", "nsvq"])
 def test_every_parameter_of_a_tokenizer_has_a_gradient(method: str, tiny: Any) -> None:
     tokenizer = Tokenizer(tiny(method))
     y_BCHW, _, quantized = tokenizer(torch.rand(2, 1, 32, 32))

@@ -41,6 +41,9 @@ TRAINED = (
     "bsq",
     "fsq",
     "simvq",
+    "vqbridge kmeans",
+    "optvq",
+    "nsvq",
     "gumbel",
     "gumbel annealed",
 )
