@@ -24,10 +24,16 @@ if TYPE_CHECKING:
     from ibq.quantizers import IndexBackpropQuantizer as IndexBackpropQuantizer
     from ibq.quantizers import LFQConfig as LFQConfig
     from ibq.quantizers import LookupFreeQuantizer as LookupFreeQuantizer
+    from ibq.quantizers import NonStationaryQuantizer as NonStationaryQuantizer
+    from ibq.quantizers import NSVQConfig as NSVQConfig
+    from ibq.quantizers import OptimalTransportQuantizer as OptimalTransportQuantizer
+    from ibq.quantizers import OptVQConfig as OptVQConfig
     from ibq.quantizers import Quantized as Quantized
     from ibq.quantizers import SimVectorQuantizer as SimVectorQuantizer
     from ibq.quantizers import SimVQConfig as SimVQConfig
     from ibq.quantizers import VectorQuantizer as VectorQuantizer
+    from ibq.quantizers import VQBridgeConfig as VQBridgeConfig
+    from ibq.quantizers import VQBridgeQuantizer as VQBridgeQuantizer
     from ibq.quantizers import VQConfig as VQConfig
     from ibq.quantizers import WassersteinConfig as WassersteinConfig
     from ibq.quantizers import WassersteinQuantizer as WassersteinQuantizer
@@ -50,11 +56,17 @@ _MODULES = {
     "IndexBackpropQuantizer": "ibq.quantizers",
     "LFQConfig": "ibq.quantizers",
     "LookupFreeQuantizer": "ibq.quantizers",
+    "NSVQConfig": "ibq.quantizers",
+    "NonStationaryQuantizer": "ibq.quantizers",
+    "OptVQConfig": "ibq.quantizers",
+    "OptimalTransportQuantizer": "ibq.quantizers",
     "Quantized": "ibq.quantizers",
     "SimVQConfig": "ibq.quantizers",
     "SimVectorQuantizer": "ibq.quantizers",
     "Tokenizer": "ibq.models.tokenizer",
     "TrainedTransformer": "ibq.pretrained.released",
+    "VQBridgeConfig": "ibq.quantizers",
+    "VQBridgeQuantizer": "ibq.quantizers",
     "VQConfig": "ibq.quantizers",
     "VectorQuantizer": "ibq.quantizers",
     "WassersteinConfig": "ibq.quantizers",
@@ -79,11 +91,17 @@ __all__ = [
     "IndexBackpropQuantizer",
     "LFQConfig",
     "LookupFreeQuantizer",
+    "NSVQConfig",
+    "NonStationaryQuantizer",
+    "OptVQConfig",
+    "OptimalTransportQuantizer",
     "Quantized",
     "SimVQConfig",
     "SimVectorQuantizer",
     "Tokenizer",
     "TrainedTransformer",
+    "VQBridgeConfig",
+    "VQBridgeQuantizer",
     "VQConfig",
     "VectorQuantizer",
     "WassersteinConfig",

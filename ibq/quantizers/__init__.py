@@ -7,8 +7,11 @@ from ibq.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
 from ibq.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from ibq.quantizers.ibq import IBQConfig, IndexBackpropQuantizer
 from ibq.quantizers.lfq import LFQConfig, LookupFreeQuantizer
+from ibq.quantizers.nsvq import NonStationaryQuantizer, NSVQConfig
+from ibq.quantizers.optvq import OptimalTransportQuantizer, OptVQConfig
 from ibq.quantizers.simvq import SimVectorQuantizer, SimVQConfig
 from ibq.quantizers.vq import VectorQuantizer, VQConfig
+from ibq.quantizers.vqbridge import VQBridgeConfig, VQBridgeQuantizer
 from ibq.quantizers.wasserstein import WassersteinConfig, WassersteinQuantizer
 from ibq.schema import QuantizerConfig
 
@@ -25,11 +28,17 @@ __all__ = [
     "IndexBackpropQuantizer",
     "LFQConfig",
     "LookupFreeQuantizer",
+    "NSVQConfig",
+    "NonStationaryQuantizer",
+    "OptVQConfig",
+    "OptimalTransportQuantizer",
     "Quantized",
     "Quantizer",
     "QuantizerConfig",
     "SimVQConfig",
     "SimVectorQuantizer",
+    "VQBridgeConfig",
+    "VQBridgeQuantizer",
     "VQConfig",
     "VectorQuantizer",
     "WassersteinConfig",

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from ibq import IBQConfig, VQConfig
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
+from ibq.quantizers import Quantizer
 from ibq.schema import flatten, set_fields
 from ibq.training.runtime import Runtime
 
@@ -233,6 +234,7 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
             {"quantizer.method": "vqq"},
             r"quantizer: method='vqq' is not a quantizer; choose one of bsq, diveq, fsq, gumbel, ibq, lfq, simvq, vq, "
             r"wasserstein",
+            r"quantizer: method='vqq' is not a quantizer; choose one of " + ", ".join(sorted(Quantizer.registry)),
         ),
         ({"quantizer.method": "vq"}, r"quantizer.double: "),
         ({"quantizer.codebook_size": 0}, r"quantizer.codebook_size: .*given 0"),

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_tensor import LargestTensor
 
 from ibq import losses
 from ibq.losses import NextTokenLoss, cross_entropy
@@ -112,22 +111,6 @@ def test_what_is_not_finite_stays_visible(monkeypatch: pytest.MonkeyPatch) -> No
     assert cross_entropy(hidden_NW, weight_KW, torch.zeros(2, dtype=torch.int64)).isnan()
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and not func.is_view]
-        self.numbers = max([self.numbers, *(tensor.numel() for tensor in made)])
-        return out
-
-
 def test_at_two_to_the_eighteenth_codes_the_logits_of_all_tokens_are_never_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -135,17 +118,17 @@ def test_at_two_to_the_eighteenth_codes_the_logits_of_all_tokens_are_never_made(
     K, W, N = 2**18, 4, 128
     hidden_NW, weight_KW = torch.randn(N, W, requires_grad=True), torch.randn(K, W, requires_grad=True)
     targets_N = torch.randint(K, (N,))
-    with Largest() as largest:
+    with LargestTensor() as largest:
         loss = cross_entropy(hidden_NW, weight_KW, targets_N)
         loss.backward()
     assert largest.numbers == losses.LARGEST_LOGITS == K * W == N * K // 32
     few_NW = hidden_NW[:8].detach()
-    with torch.no_grad(), Largest() as of_few:
+    with torch.no_grad(), LargestTensor() as of_few:
         loss = cross_entropy(few_NW, weight_KW, targets_N[:8])
     assert of_few.numbers == 8 * losses.MOST_CODES, "of few tokens neither"
     torch.testing.assert_close(loss, F.cross_entropy(few_NW @ weight_KW.T, targets_N[:8]))
     weight_kW, targets_N = weight_KW[: losses.MOST_CODES], targets_N % losses.MOST_CODES
-    with torch.no_grad(), Largest() as dense_form:
+    with torch.no_grad(), LargestTensor() as dense_form:
         cross_entropy(hidden_NW[:64], weight_kW, targets_N[:64])
     assert dense_form.numbers == 64 * losses.MOST_CODES, "the witness sees logits where they are few"
     assert weight_KW.grad is not None

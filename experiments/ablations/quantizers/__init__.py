@@ -13,6 +13,8 @@ Command: python -m experiments run quantizers
 Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving
 averages and for the usage that restarts go by, 25 steps from one replacement of DiVeQ to the next, 100 steps for the
 fall of Gumbel's temperature and of BSQ's weight (half of which a search run sees).
+averages and for the usage that restarts go by, 100 steps for the fall of Gumbel's temperature and of BSQ's weight (half
+of which a search run sees), 15 for each halving of NS-VQ's kernel.
 
 BSQ stands here twice: in LFQ's recipe (temperature 0.01, entropy over all codes, commitment), and in that of its
 released code (zhaoyue-zephyrus/bsq-vit): temperature 1, the codebook's entropy a bit at a time, no commitment, and a
@@ -59,6 +61,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "codebook_init": "kmeans",
     },
     "codes drawn to the features' Gaussian (Wasserstein VQ)": {"method": "wasserstein"},
+    "codes through a small ViT (FVQ / VQBridge)": {"method": "vqbridge", "beta_on": "commitment"},
+    "optimal transport of a batch, linear map, k-means init (OptVQ)": {
+        "method": "optvq",
+        "codebook_init": "kmeans",
+        "beta_on": "commitment",
+    },
+    "codes follow by a kernel of distance (NS-VQ)": {"method": "nsvq", "halving_steps": 15, "beta_on": "commitment"},
     "signs, D = log2 K (LFQ)": {"method": "lfq"},
     "signs on the sphere, D = log2 K (BSQ)": {"method": "bsq"},
     "signs on the sphere, as released (BSQ)": {
@@ -124,6 +133,9 @@ ARMS = (
     arm("diveq", HELPED, "error vector with a gradient to the code (DiVeQ)"),
     arm("diveq_curve", HELPED, "points between codes in training (SF-DiVeQ), k-means init"),
     arm("wasserstein", HELPED, "codes drawn to the features' Gaussian (Wasserstein VQ)"),
+    arm("vqbridge", HELPED, "codes through a small ViT (FVQ / VQBridge)"),
+    arm("optvq", HELPED, "optimal transport of a batch, linear map, k-means init (OptVQ)"),
+    arm("nsvq", HELPED, "codes follow by a kernel of distance (NS-VQ)"),
     arm("lfq", IMPLIED, "signs, D = log2 K (LFQ)", focal=True),
     arm("bsq", IMPLIED, "signs on the sphere, D = log2 K (BSQ)"),
     arm("bsq_released", IMPLIED, "signs on the sphere, as released (BSQ)"),

@@ -19,6 +19,7 @@ from experiments.cli import app
 from experiments.study import Study
 from ibq import load_tokenizer
 from ibq.errors import ConfigError
+from ibq.quantizers import Quantizer
 
 runner = CliRunner()
 
@@ -57,6 +58,7 @@ def sentence(*command: str) -> str:
         ("quantizer.codebook_init=random", ["codebook_init", "'random'", "'features'"]),
         ("quantizer.entropy_temperature=0", ["entropy_temperature", "0"]),
         ("quantizer.method=vqq", ["'vqq'", "bsq, diveq, fsq, gumbel, ibq, lfq, simvq, vq, wasserstein"]),
+        ("quantizer.method=vqq", ["'vqq'", ", ".join(sorted(Quantizer.registry))]),
         ("optim.lr=Infinity", ["lr", "inf"]),
         ("optim.lr=fast", ["lr", "'fast'"]),
         ("optim.betas=[0.5,1.5]", ["betas=(0.5, 1.5)", "[0, 1)"]),

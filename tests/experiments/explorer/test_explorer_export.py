@@ -36,6 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "gumbel": {"final_temperature": 1 / 16, "anneal_steps": 7},
     "diveq": {"curve": True, "replace_every": None},
     "wasserstein": {"beta": 0.1 + 0.2},
+    "vqbridge": {"patch": 4, "width": 12, "registers": 0},
+    "optvq": {"reparametrization": "none", "iterations": 3},
+    "nsvq": {"spread": "codes", "width": 1 / 3},
 }
 ODD: dict[str, dict[str, Any]] = {
     "as the preset has it": {},

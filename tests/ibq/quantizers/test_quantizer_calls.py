@@ -15,6 +15,8 @@ from ibq.errors import ConfigError
 from ibq.quantizers import Quantizer
 
 MOVING = ["vq ema", "vq restart", "vq ema restart", "vq online", "lfq boosted", "gumbel annealed", "diveq"]
+SCHEDULED = ["lfq boosted", "gumbel annealed", "nsvq"]
+MOVING = ["vq ema", "vq restart", "vq ema restart", "vq online", *SCHEDULED]
 
 
 def loss_of(quantizer: Quantizer) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -57,7 +59,7 @@ def test_recomputing_an_earlier_forward_than_the_last_is_one_sentence(variant: s
         torch.stack(losses).sum().backward()
 
 
-@pytest.mark.parametrize("variant", ["lfq boosted", "gumbel annealed"])
+@pytest.mark.parametrize("variant", SCHEDULED)
 def test_schedules_that_know_the_step_can_be_recomputed_in_any_order(variant: str) -> None:
     plain = make(variant, **({"noise": False} if "gumbel" in variant else {}))
     recomputed = copy.deepcopy(plain)
@@ -87,7 +89,7 @@ def test_a_second_training_forward_within_a_step_that_was_named_is_one_sentence(
     quantizer.eval()(features_for(quantizer))
 
 
-@pytest.mark.parametrize("variant", ["lfq boosted", "gumbel annealed"])
+@pytest.mark.parametrize("variant", SCHEDULED)
 def test_schedules_count_steps_whatever_the_number_of_forwards(variant: str) -> None:
     once, often = make(variant), make(variant)
     for step in range(6):

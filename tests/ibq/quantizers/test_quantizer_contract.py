@@ -43,6 +43,12 @@ TERMS = {
     "bsq entropy of bits": {"commitment"} | ENTROPY,
     "fsq": set(),
     "simvq": QUANTIZATION | ENTROPY,
+    "vqbridge": QUANTIZATION | ENTROPY,
+    "vqbridge kmeans": QUANTIZATION,
+    "optvq": QUANTIZATION | ENTROPY,
+    "optvq without map": QUANTIZATION,
+    "nsvq": QUANTIZATION,
+    "nsvq codes": QUANTIZATION | ENTROPY,
     "gumbel": {"kl"},
     "gumbel annealed": {"kl"},
     "gumbel without noise": set(),
@@ -186,8 +192,9 @@ ALL, SELECTED, ENDS, BEST, NONE, MAP = (
     "all codes, through the map",
 )
 NOTHING_LEARNT = ("vq ema", "lfq", "lfq boosted", "bsq", "bsq entropy of bits", "fsq")  # by gradient
+MAPPED = ("vq linear", "simvq", "vqbridge", "vqbridge kmeans", "optvq")
 SPECIAL: dict[tuple[str, str], str] = {
-    **{(variant, "z_q"): NONE for variant in VARIANTS if variant.startswith("vq")},
+    **{(variant, "z_q"): NONE for variant in VARIANTS if variant.startswith(("vq", "optvq", "nsvq"))},
     **{(variant, term): NONE for variant in NOTHING_LEARNT for term in ("z_q", *ENTROPY, "entropy_boost")},
     ("vq linear", "codebook"): MAP,
     ("vq linear", "sample_entropy"): MAP,
@@ -195,10 +202,10 @@ SPECIAL: dict[tuple[str, str], str] = {
     **{(variant, "z_q"): SELECTED for variant in VARIANTS if variant.startswith("diveq")},
     ("diveq curve", "z_q"): ENDS,
     ("wasserstein", "z_q"): NONE,
+    **{(variant, term): MAP for variant in MAPPED for term in ("codebook", *ENTROPY)},
     ("simvq", "z_q"): NONE,
-    ("simvq", "codebook"): MAP,
-    ("simvq", "sample_entropy"): MAP,
-    ("simvq", "codebook_entropy"): MAP,
+    ("nsvq", "codebook"): ALL,
+    ("nsvq codes", "codebook"): ALL,
     ("ibq soft path to features", "z_q"): SELECTED,
     ("ibq soft path to features", "double"): SELECTED,
     ("ibq top 3", "z_q"): BEST,
@@ -227,8 +234,9 @@ def near_codes(variant: str) -> tuple[Quantizer, torch.Tensor]:
 def codes_reached(quantizer: Quantizer) -> set[int] | str:
     """The codes that the gradients at hand move, or MAP where they turn the map that makes all codes."""
     gradients = {name: parameter.grad for name, parameter in quantizer.named_parameters() if parameter.grad is not None}
-    if (turned := gradients.get("projection.weight")) is not None and turned.any():
-        return MAP
+    for layer in ("projection.weight", "bridge.up.weight"):
+        if layer in gradients and gradients[layer].any():
+            return MAP
     return rows_reached(gradients["embedding"]) if "embedding" in gradients else set()
 
 
@@ -262,7 +270,7 @@ def test_each_term_reaches_what_it_should(variant: str, term: str, reach: str) -
         assert len(reached) <= 2 * 24
         return
     assert reached == {ALL: set(range(K)), SELECTED: selected, BEST: best, NONE: set(), MAP: MAP}[reach]
-    if variant == "vq linear" and reach == MAP:  # beside the map the embedding learns too
+    if variant != "simvq" and reach == MAP:  # beside the map the embedding learns too
         assert rows_reached(quantizer.embedding.grad) == (selected if term == "codebook" else set(range(K)))
 
 

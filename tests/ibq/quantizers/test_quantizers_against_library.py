@@ -3,6 +3,7 @@ and why."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -159,3 +160,37 @@ def test_simvq() -> None:
     assert_same_gradient(z_BDHW, quantized.z_q.square().sum(), codes_BND.square().sum())
     (dw,) = torch.autograd.grad(total, [mine.projection.weight])
     torch.testing.assert_close(dw, torch.autograd.grad(loss, [theirs.code_transform.weight])[0])
+
+
+def test_vqbridge() -> None:
+    """Theirs takes any module as bridge, here ours; its one loss is ours as in VQ."""
+    mine = make(method="vqbridge", codebook_init="normal", beta=1.0, patch=8, width=16)
+    for parameter in mine.bridge.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    bridge = copy.deepcopy(mine.bridge)
+    theirs = VectorQuantize(D, K, vq_bridge=AllHeads(bridge), rotation_trick=False, commitment_weight=1.0)
+    theirs._codebook.embed.data.copy_(mine.embedding[None])
+    z_BDHW = torch.randn(GRID, requires_grad=True)
+    codes_BND, indices_BN, loss = theirs(tokens(z_BDHW))
+    quantized = mine(z_BDHW)
+    assert_same_codes(quantized, codes_BND, indices_BN)
+    total = weighted_sum(quantized.losses, mine.config.loss_weights)
+    torch.testing.assert_close(total / 2, loss.squeeze())
+    assert_same_gradient(z_BDHW, total, loss)
+    assert_same_gradient(z_BDHW, quantized.z_q.square().sum(), codes_BND.square().sum())
+    learnt = [mine.embedding, *mine.bridge.parameters()], [theirs._codebook.embed, *bridge.parameters()]
+    for mine_x, theirs_x in zip(
+        torch.autograd.grad(total, learnt[0]), torch.autograd.grad(loss, learnt[1]), strict=True
+    ):
+        torch.testing.assert_close(mine_x, theirs_x.view_as(mine_x), rtol=1e-4, atol=1e-6)
+
+
+class AllHeads(nn.Module):
+    """A bridge (K, D) as theirs want it, (heads, K, D) with one head."""
+
+    def __init__(self, bridge: nn.Module) -> None:
+        super().__init__()
+        self.bridge = bridge
+
+    def forward(self, codes_1KD: torch.Tensor) -> torch.Tensor:
+        return self.bridge(codes_1KD[0])[None]

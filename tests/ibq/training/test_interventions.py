@@ -212,6 +212,8 @@ def test_a_method_without_single_codes_restarts_none() -> None:
         ("lfq", {"code_dim": 4}),
         ("simvq", {"code_dim": 4}),
         ("vq", {"code_dim": 4, "reparametrization": "linear"}),
+        ("vqbridge", {"code_dim": 4}),
+        ("optvq", {"code_dim": 4}),
     ):
         quantizer = build_quantizer({"method": method, "codebook_size": 16, **fields})
         with pytest.raises(ConfigError, match=f"method='{method}' has no codes that can be placed one by one"):
