@@ -54,10 +54,14 @@ class Plugin:
     @property
     def sha256(self) -> str:
         """Of the source (hex)."""
-        return hashlib.sha256(self.source).hexdigest()
+        return sha256_of(self.source)
 
     def __str__(self) -> str:
         return f"{self.path.name} {self.sha256[:8]}"
+
+
+def sha256_of(source: bytes) -> str:
+    return hashlib.sha256(source).hexdigest()
 
 
 _loaded: dict[str, Plugin] = {}
@@ -134,7 +138,7 @@ def _named() -> list[Path]:
 
 
 def _run(path: Path, source: bytes) -> Plugin:
-    name = f"ibq_plugin_{hashlib.sha256(source).hexdigest()[:16]}"
+    name = f"ibq_plugin_{sha256_of(source)[:16]}"
     if name in _loaded:
         return _loaded[name]
     module = types.ModuleType(name)

@@ -3,7 +3,6 @@ finished."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -17,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ibq.config import RunConfig, parse_run_config
-from ibq.errors import ConfigError
-from ibq.plugins import VARIABLE, is_method, plugin_of
+from ibq.errors import ConfigError, OtherSourceError
+from ibq.plugins import VARIABLE, is_method, plugin_of, sha256_of
 
 PLUGIN = "plugin.py"
 TAIL_BYTES = 65_536
@@ -61,6 +60,7 @@ class RunDirectory:
     """
 
     config = _Member("config.json")
+    plugin = _Member(PLUGIN)
     history = _Member("history.jsonl")
     snapshots = _Member("snapshots")
     tokenizer = _Member("tokenizer")
@@ -239,7 +239,7 @@ def require_source(folder: Path, config: Any) -> None:
         config: as JSON; a transformer's has that of its tokenizer, whose folder is `tokenizer`.
 
     Raises:
-        ConfigError: one sentence that names the method, and the file to give by --plugin or IBQ_PLUGINS.
+        OtherSourceError: one sentence that names the method, and the file to give by --plugin or IBQ_PLUGINS.
     """
     config = config if isinstance(config, dict) else {}
     if "tokenizer" in config:
@@ -251,16 +251,16 @@ def require_source(folder: Path, config: Any) -> None:
     kept = copy.read_bytes() if copy.is_file() else None
     if not is_method(method):
         file = copy if kept else "FILE"
-        raise ConfigError(
+        raise OtherSourceError(
             f"{folder} has a quantizer of method {method!r}, which is not built in; name its plugin by --plugin {file} "
             f"or {VARIABLE}={file}"
         )
     plugin = plugin_of(method)
     if kept and (plugin is None or plugin.source != kept):
         here = f"{plugin.path} has (sha256 {plugin.sha256[:8]})" if plugin else "is built in"
-        raise ConfigError(
+        raise OtherSourceError(
             f"{folder} was trained with another source of method {method!r} (sha256 "
-            f"{hashlib.sha256(kept).hexdigest()[:8]}) than {here}; name its own, --plugin {copy} or {VARIABLE}={copy}"
+            f"{sha256_of(kept)[:8]}) than {here}; name its own, --plugin {copy} or {VARIABLE}={copy}"
         )
 
 

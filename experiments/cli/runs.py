@@ -46,9 +46,8 @@ def rerun(run_id: RunArgument, device: DeviceOption = "auto", plugin: PluginOpti
 
 @app.command()
 @one_sentence_errors
-def compare(one: RunArgument, other: RunArgument, plugin: PluginOption = None) -> None:
+def compare(one: RunArgument, other: RunArgument) -> None:
     """Config fields and results in which two runs differ."""
-    use_plugins(plugin)
     from experiments.runner import runs
 
     pair = [runs.find_run(name) for name in (one, other)]
