@@ -29,6 +29,7 @@ from experiments.recipes import Preset, get_preset
 from ibq.config import RunConfig, TrainConfig
 from ibq.data import data_hash_of
 from ibq.errors import ConfigError, nearest
+from ibq.plugins import loaded
 from ibq.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +136,7 @@ class Study:
 
     @property
     def name(self) -> str:
-        """Name of the report's folder: the preset, the changed fields where there are any, and the grid."""
+        """Name of the report's folder: the preset, the changed fields where there are any, the grid, and plugins."""
         changes = "".join(
             f"+{path}={value if isinstance(value, str) else json.dumps(value)}"
             for path, value in sorted(self.overrides.items())
@@ -147,6 +148,7 @@ class Study:
             )
             bases = references(self.bases)
             changes += f"+{base.name}={','.join(bases)}" if bases != PUBLISHED_PAIR else ""
+        changes += "".join(f"+plugin={plugin.name}" for plugin in loaded())
         return file_name(self.preset_name + changes)
 
     @property

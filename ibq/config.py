@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 
 from ibq.errors import nearest
 from ibq.models.config import LEAST_PATCHES, AdversarialConfig, AutoencoderConfig, TransformerConfig, TransformerDials
+from ibq.plugins import plugin_of
 from ibq.schema import Frozen, QuantizerConfig, Resize
 from ibq.training.config import AdamWConfig, OptimConfig
 
@@ -210,6 +211,11 @@ class TrainConfig(_RunConfig):
                 f"loss.perceptual='lpips-vgg' reads 32 pixels a side or more, not resolution={self.data.resolution}"
             )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """As of every run, and the hash of the plugin's source where the quantizer is a plugin's."""
+        plugin = plugin_of(self.quantizer.method)
+        return super().identity() | ({"plugin_sha256": plugin.sha256} if plugin else {})
 
     @property
     def tokens_per_image(self) -> int:

@@ -17,6 +17,10 @@ class ConfigError(ValueError):
     """A parameter, field or config that cannot be used as given."""
 
 
+class OtherSourceError(ConfigError):
+    """A run of a method that is not here, or is here from another source."""
+
+
 def require_packages(*modules: str) -> None:
     """Refuse to begin what needs packages of the extra `metrics` where one is missing.
 

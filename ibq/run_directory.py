@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ibq.config import RunConfig, parse_run_config
-from ibq.errors import ConfigError
+from ibq.errors import ConfigError, OtherSourceError
+from ibq.plugins import VARIABLE, is_method, plugin_of, sha256_of
 
+PLUGIN = "plugin.py"
 TAIL_BYTES = 65_536
 """Size of the end of a history in which its last lines are looked for."""
 
@@ -42,6 +44,7 @@ class RunDirectory:
     """Paths and files of one run.
 
     config.json       the TrainConfig or TransformerTrainConfig
+    plugin.py         of a tokenizer whose quantizer is a plugin's: its source
     history.jsonl     a line per log step
     snapshots/        of a tokenizer: tensors at up to 8 points of training
     tokenizer/        of a transformer: its tokenizer, as `Tokenizer.save` writes one, and the row of that one's run
@@ -57,6 +60,7 @@ class RunDirectory:
     """
 
     config = _Member("config.json")
+    plugin = _Member(PLUGIN)
     history = _Member("history.jsonl")
     snapshots = _Member("snapshots")
     tokenizer = _Member("tokenizer")
@@ -96,15 +100,23 @@ class RunDirectory:
         """The config of the run.
 
         Raises:
-            ConfigError: config.json is absent, is not JSON, or is not a valid config.
+            ConfigError: config.json is absent, is not JSON, is not a valid config, or is of a method that is not here.
         """
         try:
-            return parse_run_config(json.loads(self.config.read_text()))
+            tree = json.loads(self.config.read_text())
         except FileNotFoundError:
             raise ConfigError(f"{self.path} holds no config.json; pass the folder of a run") from None
         except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{self.config} cannot be read ({reason}); forget the run and train it again") from None
+            raise self._unreadable(error) from None
+        require_source(self.path, tree)
+        try:
+            return parse_run_config(tree)
+        except ValueError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: ValueError) -> ConfigError:
+        reason = " ".join(str(error).split())
+        return ConfigError(f"{self.config} cannot be read ({reason}); forget the run and train it again")
 
     def read_history(self) -> list[dict[str, Any]]:
         return read_lines(self.history)
@@ -208,6 +220,48 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# --- Plugins ----------------------------------------------------------------------------------------------------------
+
+
+def save_source(method: str, folder: Path) -> None:
+    """Leave the source of a method from a plugin in a folder; of a built-in one, nothing."""
+    if plugin := plugin_of(method):
+        write_bytes(folder / PLUGIN, plugin.source)
+
+
+def require_source(folder: Path, config: Any) -> None:
+    """Refuse the config of a folder if its method is not here, or is here from another source than `save_source` left.
+
+    Args:
+        folder: of a run or of `Tokenizer.save`.
+        config: as JSON; a transformer's has that of its tokenizer, whose folder is `tokenizer`.
+
+    Raises:
+        OtherSourceError: one sentence that names the method, and the file to give by --plugin or IBQ_PLUGINS.
+    """
+    config = config if isinstance(config, dict) else {}
+    if "tokenizer" in config:
+        folder, config = folder / "tokenizer", config["tokenizer"]
+    method = config["quantizer"].get("method") if isinstance(config.get("quantizer"), dict) else None
+    if not isinstance(method, str):
+        return  # the config's own errors say more
+    copy = folder / PLUGIN
+    kept = copy.read_bytes() if copy.is_file() else None
+    if not is_method(method):
+        file = copy if kept else "FILE"
+        raise OtherSourceError(
+            f"{folder} has a quantizer of method {method!r}, which is not built in; name its plugin by --plugin {file} "
+            f"or {VARIABLE}={file}"
+        )
+    plugin = plugin_of(method)
+    if kept and (plugin is None or plugin.source != kept):
+        here = f"{plugin.path} has (sha256 {plugin.sha256[:8]})" if plugin else "is built in"
+        raise OtherSourceError(
+            f"{folder} was trained with another source of method {method!r} (sha256 "
+            f"{sha256_of(kept)[:8]}) than {here}; name its own, --plugin {copy} or {VARIABLE}={copy}"
+        )
 
 
 @cache

@@ -23,6 +23,8 @@ from experiments.ablations.base import (
     PaperRow,
     Trial,
 )
+from experiments.ablations.quantizers.yours import with_plugins
+from ibq.plugins import load_plugins, loaded, wanted
 
 _IN_ORDER = (
     vq_vs_ibq,
@@ -37,6 +39,22 @@ _IN_ORDER = (
     collapse_atlas,
 )
 ABLATIONS: dict[str, Ablation] = {module.ABLATION.name: module.ABLATION for module in _IN_ORDER}
+
+
+def include_plugins() -> None:
+    """Give the comparison of quantizers the arms of all plugins, which are loaded if they have not been.
+
+    Raises:
+        ConfigError: a plugin cannot be loaded, or an arm's name is taken.
+    """
+    load_plugins()
+    ablation = with_plugins(quantizers.ABLATION, loaded(), quantizers.STEP_SHARE)
+    if ablation != ABLATIONS[ablation.name]:
+        ABLATIONS[ablation.name] = ablation
+
+
+if wanted():
+    include_plugins()
 CORE = tuple(ablation.name for ablation in ABLATIONS.values() if ablation.core)
 ALL = tuple(ablation.name for ablation in ABLATIONS.values() if not ablation.on_request)
 
@@ -52,4 +70,5 @@ __all__ = [
     "Factor",
     "PaperRow",
     "Trial",
+    "include_plugins",
 ]

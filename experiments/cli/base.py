@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ibq import plugins
+from ibq.cli.settings import changes, equation, value_of
 from ibq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +45,22 @@ BaseOption = Annotated[
         "--base", help="arm that the grid starts from, e.g. vq_vs_ibq/vq_fair; repeatable; none: the published pair"
     ),
 ]
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin", metavar="FILE.py", help="quantizer of your own, an arm of quantizers; repeatable; also IBQ_PLUGINS"
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
+
+
+def use_plugins(files: list[str] | None) -> None:
+    """Load plugins, here and in every process started from here."""
+    if files:
+        plugins.use(files)
+        from experiments.ablations import include_plugins
+
+        include_plugins()
 
 
 def study_of(
@@ -53,8 +70,10 @@ def study_of(
     set_: list[str] | None,
     grid: list[str] | None,
     base: list[str] | None,
+    plugin: list[str] | None,
 ) -> Study:
     """The study that a command line names."""
+    use_plugins(plugin)
     from experiments.ablations import ALL
     from experiments.imagenet256 import RECIPES
     from experiments.study import Study
@@ -64,32 +83,13 @@ def study_of(
             f"{recipes[0]!r} is a recipe, not an ablation; use train: python -m experiments train {recipes[0]}"
         )
     values: dict[str, list[Any]] = {}
-    for path, text in (_equation("--grid", line) for line in grid or []):
+    for path, text in (equation("--grid", line) for line in grid or []):
         if path in values:
             raise ConfigError(f"--grid has {path} twice; give all its values in one, e.g. --grid {path}=VALUE,VALUE")
         values[path] = _values(text)
     return Study(
         preset, ALL if names == ["all"] else tuple(names or ()), seeds, changes(set_), values, tuple(base or ())
     )
-
-
-def changes(set_: list[str] | None) -> dict[str, Any]:
-    """Values by dotted path, as --set names them."""
-    return {path: value_of(text) for path, text in (_equation("--set", change) for change in set_ or [])}
-
-
-def _equation(option: str, given: str) -> tuple[str, str]:
-    path, equals, text = given.partition("=")
-    if not equals:
-        raise ConfigError(f"{option} {given!r} is not of the form field=value, e.g. {option} optim.lr=3e-4")
-    return path, text
-
-
-def value_of(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _values(text: str) -> list[Any]:

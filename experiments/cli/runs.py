@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.cli.base import DeviceOption, app, console, say
+from experiments.cli.base import DeviceOption, PluginOption, app, console, say, use_plugins
 from ibq.cli.boundary import one_sentence_errors
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's id as status shows it, or its beginning")]
@@ -28,8 +28,9 @@ def forget(run_id: RunArgument) -> None:
 
 @app.command()
 @one_sentence_errors
-def rerun(run_id: RunArgument, device: DeviceOption = "auto") -> None:
+def rerun(run_id: RunArgument, device: DeviceOption = "auto", plugin: PluginOption = None) -> None:
     """Train a run again, and say what changed."""
+    use_plugins(plugin)
     from experiments.runner import runs
 
     run = runs.find_run(run_id)

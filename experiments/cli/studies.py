@@ -17,16 +17,18 @@ from experiments.cli.base import (
     DeviceOption,
     GridOption,
     Names,
+    PluginOption,
     PresetOption,
     SeedsOption,
     SetOption,
     app,
-    changes,
     console,
     say,
     study_of,
+    use_plugins,
 )
 from ibq.cli.boundary import one_sentence_errors
+from ibq.cli.settings import changes
 from ibq.errors import ConfigError, nearest, require_writable
 from ibq.metrics import NETWORKS
 
@@ -58,8 +60,10 @@ def list_ablations(
     quantizers: Annotated[
         bool, typer.Option("--quantizers", help="the quantizers instead, with their options and papers")
     ] = False,
+    plugin: PluginOption = None,
 ) -> None:
     """The ablations, recipes and presets there are."""
+    use_plugins(plugin)
     from experiments.ablations import ABLATIONS
     from experiments.imagenet256 import RECIPES
     from experiments.recipes import PRESETS
@@ -96,10 +100,12 @@ def plan(
     set_: SetOption = None,
     grid: GridOption = None,
     base: BaseOption = None,
+    plugin: PluginOption = None,
     slots: SlotsOption = None,
     gpus: Annotated[int, typer.Option(min=1, help="of a recipe: processes, each with a GPU")] = 8,
 ) -> None:
     """Arms, steps and expected minutes, or what a recipe would cost; trains nothing."""
+    use_plugins(plugin)
     from experiments.ablations import ABLATIONS
     from experiments.imagenet256 import RECIPES
 
@@ -108,15 +114,15 @@ def plan(
             raise ConfigError(
                 f"{others[0]!r} is no recipe, as {recipes[0]!r} is; plan ablations and recipes one after the other"
             )
-        _refuse_idle(context, "a recipe", ("preset", "seeds", "grid", "base", "slots"), "--set and --gpus")
+        _refuse_idle(context, "a recipe", ("preset", "seeds", "grid", "base", "plugin", "slots"), "--set and --gpus")
         print("\n\n".join(_plan_of_recipe(name, changes(set_), gpus) for name in recipes))
         return
     if unknown := [name for name in names or [] if name not in ABLATIONS and name != "all"]:
         raise ConfigError(
             f"ablation or recipe {unknown[0]!r} does not exist; {nearest(unknown[0], [*ABLATIONS, *RECIPES])}"
         )
-    _refuse_idle(context, "an ablation", ("gpus",), "--preset, --seeds, --set, --grid, --base and --slots")
-    _plan_study(study_of(names, preset, seeds, set_, grid, base), slots)
+    _refuse_idle(context, "an ablation", ("gpus",), "--preset, --seeds, --set, --grid, --base, --plugin and --slots")
+    _plan_study(study_of(names, preset, seeds, set_, grid, base, plugin), slots)
 
 
 def _refuse_idle(context: typer.Context, what: str, options: tuple[str, ...], others: str) -> None:
@@ -163,6 +169,7 @@ def run(
     set_: SetOption = None,
     grid: GridOption = None,
     base: BaseOption = None,
+    plugin: PluginOption = None,
     slots: SlotsOption = None,
     time_budget: Annotated[float | None, typer.Option(help="minutes; then stop, resumably")] = None,
     fail_fast: Annotated[bool, typer.Option(help="stop everything at the first failed run")] = False,
@@ -177,7 +184,7 @@ def run(
     from experiments.runner.sweep import train_study
     from experiments.study import advance
 
-    study = study_of(names, preset, seeds, set_, grid, base)
+    study = study_of(names, preset, seeds, set_, grid, base, plugin)
     require_writable(study.report_folder, pages.OWN_FOLDER)  # before hours of training, not after
     started = time.monotonic()
     budget_s = None if time_budget is None else 60 * time_budget
@@ -215,11 +222,12 @@ def status(
     set_: SetOption = None,
     grid: GridOption = None,
     base: BaseOption = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Every arm: finished, running with step and speed, failed with its reason, or pending."""
     from experiments.rows import status_lines
 
-    lines = status_lines(study_of(names, preset, seeds, set_, grid, base))
+    lines = status_lines(study_of(names, preset, seeds, set_, grid, base, plugin))
     widths = {key: max(len(str(line[key])) for line in lines) for key in lines[0]}
     for line in lines:  # plain text: a table of thousands of rows takes longer to lay out than to read
         print("  ".join(str(line[key]).ljust(width) for key, width in widths.items()).rstrip())
@@ -234,12 +242,13 @@ def report(
     set_: SetOption = None,
     grid: GridOption = None,
     base: BaseOption = None,
+    plugin: PluginOption = None,
     publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
 ) -> None:
     """Tables, figures and the page, from the rows there are."""
     from experiments.report import pages as report_module
 
-    study = report_module.widened(study_of(names, preset, seeds, set_, grid, base))
+    study = report_module.widened(study_of(names, preset, seeds, set_, grid, base, plugin))
     print(f"report: {report_module.write(study)}")
     if publish:
         print(f"published: {report_module.publish(study)}")
@@ -254,12 +263,13 @@ def evaluate(
     set_: SetOption = None,
     grid: GridOption = None,
     base: BaseOption = None,
+    plugin: PluginOption = None,
     metric: MetricOption = "full_test",
 ) -> None:
     """Add an evaluation to finished runs, without training."""
     from experiments.runner import runs
 
-    study = study_of(names, preset, seeds, set_, grid, base)
+    study = study_of(names, preset, seeds, set_, grid, base, plugin)
     print(f"{runs.evaluate_finished(study, metric, say)} runs evaluated with {metric}; the rows have its columns")
 
 

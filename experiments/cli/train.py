@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from experiments.cli.base import DeviceOption, SetOption, app, changes, say
+from experiments.cli.base import DeviceOption, PluginOption, SetOption, app, say, use_plugins
 from ibq.cli.boundary import one_sentence_errors
+from ibq.cli.settings import changes
 from ibq.errors import ConfigError
 
 
@@ -42,9 +43,11 @@ def train(
     sharding: Annotated[
         Literal["ddp", "fsdp"], typer.Option(help="of a transformer: what each GPU holds, all or a part of every layer")
     ] = "ddp",
+    plugin: PluginOption = None,
 ) -> None:
     """Train one recipe in the foreground; again: it goes on. Several GPUs: torchrun --nproc-per-node N -m experiments
     train RECIPE."""
+    use_plugins(plugin)
     from experiments.imagenet256 import recipe_of
     from experiments.imagenet256.on_tokenizer import on_tokenizer, say_of_another
     from experiments.recipes import get_preset

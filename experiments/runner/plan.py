@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pandas as pd
 
@@ -13,6 +14,7 @@ from experiments.cells import STAGES, Cell, Stage, trials, unique_runs
 from experiments.runner.sweep import default_slots
 from experiments.runner.throughput import StepCost, step_cost, work
 from experiments.study import Study, possible
+from ibq.plugins import loaded
 
 
 def plan_table(study: Study, ablation: Ablation) -> pd.DataFrame:
@@ -102,4 +104,7 @@ def command(study: Study, *names: str) -> str:
         words += ["--grid", f"{field}={','.join(map(text, values))}"]
     for base in study.bases:
         words += ["--base", base]
+    for plugin in loaded():
+        file = plugin.path.relative_to(Path.cwd()) if plugin.path.is_relative_to(Path.cwd()) else plugin.path
+        words += [] if plugin.installed else ["--plugin", str(file)]
     return shlex.join(words)

@@ -22,11 +22,12 @@ from experiments.study import Study, runs_folder
 from ibq.config import RunConfig, TrainConfig
 from ibq.data import load_images
 from ibq.distributed import resolve_device
-from ibq.errors import ConfigError, DataError, nearest, require_writable
+from ibq.errors import ConfigError, DataError, OtherSourceError, nearest, require_writable
 from ibq.evaluation.tokenizer import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
 from ibq.evaluation.transformer import evaluate_samples
 from ibq.metrics import NETWORKS
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
+from ibq.plugins import sha256_of
 from ibq.run_directory import RunDirectory, write_json
 from ibq.schema import flatten
 from ibq.training.runtime import Runtime
@@ -150,13 +151,22 @@ def compare(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]
     """Config fields and row entries in which two runs differ, as (name, value of one, value of the other)."""
     sides = []
     for run in (one, other):
-        facts = flatten(run.read_config().to_json_dict())
+        facts = _facts(run)
         row = run.read_row() if run.finished else {"status": "unfinished"}
         sides.append(facts | {name: value for name, value in row.items() if not name.startswith("config.")})
     names = list(dict.fromkeys([*sides[0], *sides[1]]))
     return [
         (name, sides[0].get(name), sides[1].get(name)) for name in names if sides[0].get(name) != sides[1].get(name)
     ]
+
+
+def _facts(run: RunDirectory) -> dict[str, Any]:
+    """Config fields, and the hash of a plugin's source; as they stand in the file where that source is not loaded."""
+    try:
+        tree = run.read_config().to_json_dict()
+    except OtherSourceError:  # of two runs one may be of the plugin as it was
+        tree = json.loads(run.config.read_text())
+    return flatten(tree) | ({"plugin_sha256": sha256_of(run.plugin.read_bytes())} if run.plugin.is_file() else {})
 
 
 def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = print) -> int:

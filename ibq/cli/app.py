@@ -1,6 +1,6 @@
 """Command line of the method: `ibq COMMAND`, or `python -m ibq COMMAND`.
 
-reconstruct | evaluate | sample | data
+reconstruct | evaluate | sample | data | check
 """
 
 from __future__ import annotations
@@ -180,6 +180,25 @@ def data(
     from ibq.cli.data import describe
 
     describe(name, resolution)
+
+
+@app.command()
+@one_sentence_errors
+def check(
+    quantizers: Annotated[
+        list[str],
+        typer.Argument(metavar="QUANTIZER...", help="file of one's own (FILE.py), or the name of a method"),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="field=value of the quantizer's config, e.g. code_dim=8; repeatable"),
+    ] = None,
+) -> None:
+    """Try quantizers by every rule of their contract, and say in words what breaks it; exit code 1 if anything does."""
+    from ibq.cli.check import check
+
+    if not check(quantizers, set_):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from ibq.models.autoencoder import Decoder, Encoder
 from ibq.models.weights import misfit, unwrapped
 from ibq.ops.arguments import integers
 from ibq.quantizers import Quantized, build_quantizer
-from ibq.run_directory import write_json, write_tensors
+from ibq.run_directory import require_source, save_source, write_json, write_tensors
 
 
 class Reconstruction(NamedTuple):
@@ -118,8 +118,10 @@ class Tokenizer(nn.Module):
         return digest_of(self, shape)
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, made if absent; each replaced in one step."""
+        """Write `config.json` and `model.safetensors`, and a plugin's source where the quantizer is of one, into a
+        folder, made if absent; each replaced in one step."""
         write_json(Path(folder) / "config.json", self.config.to_json_dict())
+        save_source(self.config.quantizer.method, Path(folder))
         write_tensors(Path(folder) / "model.safetensors", self.state_dict())
 
 
@@ -137,8 +139,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     mode on the CPU.
 
     Raises:
-        ConfigError: the folder lacks a file or is a transformer's, its config is not valid, or the weights do not fit
-            the config.
+        ConfigError: the folder lacks a file or is a transformer's, its config is not valid, its quantizer is of a
+            plugin that is not here, or the weights do not fit the config.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -156,6 +158,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ConfigError(
             f"{folder} is a transformer's run, not a tokenizer's; pass its tokenizer, {folder / 'tokenizer'}"
         )
+    require_source(folder, config)
     tokenizer = Tokenizer(TrainConfig.parse(config))
     path = folder / "model.safetensors"
     try:

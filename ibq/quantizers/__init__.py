@@ -1,7 +1,8 @@
 """Quantizers: one file a method, one contract (`base.py`). Importing this package registers them all."""
 
-from ibq.quantizers.base import Quantized, Quantizer, build_quantizer, parse_quantizer_config
+from ibq.quantizers.base import Quantized, Quantizer
 from ibq.quantizers.bsq import BinarySphericalQuantizer, BSQConfig
+from ibq.quantizers.build import build_quantizer, parse_quantizer_config
 from ibq.quantizers.diveq import DiVeQConfig, DiVeQQuantizer
 from ibq.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
 from ibq.quantizers.gumbel import GumbelConfig, GumbelQuantizer

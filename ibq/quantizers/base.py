@@ -10,11 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import nn
 
 from ibq.distributed import copy_from_first
-from ibq.errors import ConfigError, one_sentence
+from ibq.errors import ConfigError
 from ibq.ops.arguments import require_finite
 from ibq.ops.precision import at_least_float32, full_float32, outside_autocast
 from ibq.quantizers.config import FROM_FEATURES, CodebookInit, EmbeddingConfig
@@ -44,7 +43,7 @@ class Quantized(NamedTuple):
 
 class Quantizer(nn.Module):
     """Base of every quantizer. A subclass names its config class: ``class Mine(Quantizer, config=MineConfig)``; that
-    registers it.
+    registers it, or is a ConfigError where the config names no method or another module's.
 
     A subclass implements `codebook` and `quantize`, `to_code_space` if it compares codes with something else than z
     itself, and `logits` if it does not choose the nearest code; the base keeps shapes, float32 and the index look-up
@@ -70,7 +69,16 @@ class Quantizer(nn.Module):
         super().__init_subclass__(**kwargs)
         if config is not None:
             cls.config_class = config
-            Quantizer.registry[config.model_fields["method"].default] = cls
+            method, name = config.model_fields["method"].default, f"{cls.__module__}.{cls.__qualname__}"
+            if not isinstance(method, str):
+                raise ConfigError(
+                    f"{config.__name__} of {name} names no method; write method: Literal['mine'] = 'mine'"
+                )
+            taken = Quantizer.registry.get(method)
+            if taken and taken.__module__ != cls.__module__:  # the same module: a notebook's cell that is run again
+                of = f"{taken.__module__}.{taken.__qualname__}"
+                raise ConfigError(f"method {method!r} of {name} is the name of {of}; choose another")
+            Quantizer.registry[method] = cls
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -351,35 +359,6 @@ def quantization_terms(z_ND: torch.Tensor, codes_ND: torch.Tensor) -> dict[str, 
         "commitment": (z_ND - codes_ND.detach()).square().mean(),
         "codebook": (z_ND.detach() - codes_ND).square().mean(),
     }
-
-
-def parse_quantizer_config(value: Any) -> QuantizerConfig:
-    """A QuantizerConfig from itself or from a dict with a `method` key.
-
-    Raises:
-        ValueError: the method is unknown (all known ones are named) or a field is.
-    """
-    if isinstance(value, QuantizerConfig):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"a quantizer config must be a dict or a QuantizerConfig, not {type(value).__name__}")
-    method = value.get("method")
-    if not isinstance(method, str) or method not in Quantizer.registry:
-        raise ValueError(f"method={method!r} is not a quantizer; choose one of {', '.join(sorted(Quantizer.registry))}")
-    return Quantizer.registry[method].config_class.model_validate(value)
-
-
-def build_quantizer(config: QuantizerConfig | dict[str, Any]) -> Quantizer:
-    """The quantizer that a config (or its dict form, with the key `method`) describes.
-
-    Raises:
-        ValueError: unknown method, unknown field or a value out of range, in one sentence.
-    """
-    try:
-        parsed = parse_quantizer_config(config)
-    except ValidationError as error:
-        raise ConfigError(one_sentence(error)) from None
-    return Quantizer.registry[parsed.method](parsed)
 
 
 def straight_through(z_ND: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:

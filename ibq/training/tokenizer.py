@@ -37,7 +37,7 @@ from ibq.losses import (
 )
 from ibq.models.tokenizer import Reconstruction, Tokenizer
 from ibq.quantizers.base import CodebookQuantizer
-from ibq.run_directory import RunDirectory, append_line, write_json, write_tensors
+from ibq.run_directory import RunDirectory, append_line, save_source, write_json, write_tensors
 from ibq.training.claim import agreed, already_finished, newest_checkpoint, tidy
 from ibq.training.control import Control
 from ibq.training.interventions import Asked, Journal
@@ -101,6 +101,7 @@ def train_tokenizer(
     data = agreed(run, "data", data_hash(train_images, test_images))
     if writer:
         write_json(run.config, config.to_json_dict())
+        save_source(config.quantizer.method, run.path)
 
     # ---------------------------------------------------------------- state: fresh, or as the checkpoint
     tokenizer, generator = state.tokenizer, state.generator

@@ -11,8 +11,7 @@ from experiments.explorer.panel.fields import STYLE, WIDE, field_at, field_widge
 from experiments.explorer.panel.parts import heading, problem
 from ibq.config import DATA_SETS, TrainConfig
 from ibq.errors import ConfigError
-from ibq.quantizers import Quantizer, QuantizerConfig
-from ibq.quantizers.base import parse_quantizer_config
+from ibq.quantizers import Quantizer, QuantizerConfig, parse_quantizer_config
 
 LABELS = {
     "optim.lr": "learning rate",
