@@ -11,6 +11,7 @@ from experiments.ablations import (
     model_size,
     objective,
     quantizers,
+    second_collapse,
     vq_vs_ibq,
 )
 from experiments.ablations.base import (
@@ -37,6 +38,7 @@ _IN_ORDER = (
     objective,
     generation,
     collapse_atlas,
+    second_collapse,
 )
 ABLATIONS: dict[str, Ablation] = {module.ABLATION.name: module.ABLATION for module in _IN_ORDER}
 

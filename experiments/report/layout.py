@@ -32,7 +32,9 @@ SECTIONS = (
     Section("Bits and quality", ("bits_and_distortion",)),
     Section("Over size", ("scaling", "depth_scaling")),
     Section("Usage over training", ("usage_over_training", "usage_of_each")),
-    Section("Effective dimension over training", ("dimension_over_training", "dimension_of_each")),
+    Section(
+        "Effective dimension over training", ("usage_against_dimension", "dimension_over_training", "dimension_of_each")
+    ),
     Section("Loss over training", ("loss_over_training",)),
     Section("The search before it", ("search",)),
     Section("Necessary and sufficient", ("parts",)),

@@ -34,6 +34,7 @@ from experiments.ablations.changes import Times, of_quantizer
 from experiments.ablations.quantizers.tuning import Tuning
 
 STEP_SHARE, SEARCH_SHARE = 1 / 2, 1 / 3
+TUNING = Tuning("optim.lr", factors=(0.3, 1.0, 3.0), step_share=SEARCH_SHARE)
 VQ = vq_vs_ibq.fields("VQ", "uniform", "off", "commitment")
 IBQ = vq_vs_ibq.fields("IBQ", "normal", "on", "codebook", "on")
 FAIR_IBQ = vq_vs_ibq.fields("IBQ", "kmeans", "on", "commitment")
@@ -200,7 +201,7 @@ ABLATION = Ablation(
             -0.003,
         ),
     ),
-    adaptive=Tuning("optim.lr", factors=(0.3, 1.0, 3.0), step_share=SEARCH_SHARE),
+    adaptive=TUNING,
     figures=(
         "usage_over_training",
         "usage_of_each",

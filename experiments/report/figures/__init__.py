@@ -15,7 +15,13 @@ from PIL import Image
 from experiments.ablations import Ablation
 from experiments.report.figures.codebooks import code_frequency, code_map, map_over_training, reconstructions
 from experiments.report.figures.collapse import collapse_axes, collapse_map, saturation
-from experiments.report.figures.comparisons import main_effects, rate_distortion, scaling, search
+from experiments.report.figures.comparisons import (
+    main_effects,
+    rate_distortion,
+    scaling,
+    search,
+    usage_against_dimension,
+)
 from experiments.report.figures.generation import bits_and_distortion, depth_scaling, guidance_sweep, samples
 from experiments.report.figures.heat_map import heat_map
 from experiments.report.figures.theme import COLORS, LINE_COLORS, theme
@@ -67,6 +73,11 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
         main_effects,
         "Main effects. A point is a pair of arms that differ in the named factor alone, at one seed (letters: the "
         "arms); bars are means over pairs.",
+    ),
+    "usage_against_dimension": (
+        usage_against_dimension,
+        "Usage against effective dimension: perplexity and d_99 of the codes in use, means over seeds, bars from the "
+        "least to the largest; dotted lines join arms that differ in the filling alone.",
     ),
     "rate_distortion": (
         rate_distortion,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -12,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from experiments.ablations import Ablation, Axis
 from experiments.analysis import metrics
 from experiments.analysis.effects import RATE_AND_DISTORTION, effects
+from experiments.report.figures.labels import Labels
 from experiments.report.figures.points import Points
 from experiments.report.figures.theme import BOTH, axis_label, method_colors, panel_grid
 from experiments.report.tables import chosen_value, searches
@@ -38,6 +42,50 @@ def rate_distortion(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Fig
     )
     figure.legend(handles=points.handles(), loc="outside right upper", frameon=False)
     return figure
+
+
+def usage_against_dimension(study: Study, ablation: Ablation, rows: pd.DataFrame) -> Figure | None:
+    """Every arm, means over seeds with a bar from the least to the largest: perplexity against d_99 of the codes in
+    use. A line joins arms that differ in the factor of the filling alone."""
+    finished = rows[(rows["status"] == "ok") & rows["arm"].isin([arm.name for arm in ablation.arms])]
+    if not {"perplexity", "dimension99_used"} <= set(finished.columns):
+        return None
+    finished = finished.dropna(subset=["perplexity", "dimension99_used"])
+    if finished.empty:
+        return None
+    seeds = {name: mine[["perplexity", "dimension99_used"]].astype(float) for name, mine in finished.groupby("arm")}
+    means = {str(name): tuple(mine.mean()) for name, mine in seeds.items()}
+    figure, axis = plt.subplots(figsize=(7.2, 4.2))
+    axis.set_xscale("log")
+    points = Points(ablation, finished)
+    for name, mine in seeds.items():
+        x, y = means[str(name)]
+        color = points.style(str(name))["color"]
+        axis.hlines(y, *mine["perplexity"].agg(["min", "max"]), color=color, lw=0.8)
+        axis.vlines(x, *mine["dimension99_used"].agg(["min", "max"]), color=color, lw=0.8)
+        axis.plot([x], [y], ls="", ms=5.8, zorder=3, **points.style(str(name)))
+    for one, other in _refilled(ablation, list(means)):
+        ends = zip(means[one], means[other], strict=True)
+        axis.plot(*ends, color=points.style(one)["color"], lw=0.8, ls=":", zorder=2)
+    axis.set_ylim(0, None)
+    labels = Labels(axis, 7.5)
+    for name, (x, y) in means.items():
+        labels.put(ablation.letter(name), x, y)
+    axis.set(xlabel=f"{METRICS['perplexity'].axis} (log scale)", ylabel=METRICS["dimension99_used"].axis)
+    figure.legend(handles=points.handles(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def _refilled(ablation: Ablation, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of arms that differ in the factor of the filling alone, in the order of its levels."""
+    if not ablation.fill:
+        return []
+    sets: dict[tuple[str, ...], list[str]] = {}
+    for arm in ablation.arms:
+        if arm.name in names:
+            others = tuple(level for factor, level in arm.levels.items() if factor != ablation.fill)
+            sets.setdefault(others, []).append(arm.name)
+    return [(one, other) for arms in sets.values() for one, other in pairwise(arms)]
 
 
 SCALING = ("usage", "share", "dimension_used", "l1", "fid")
