@@ -18,9 +18,7 @@ from experiments.report.figures.theme import MARKERS
 
 DECADE = 10
 WAITING = "Nothing yet: the first log step is still to come."
-DIMENSION = panels.DIMENSION_USED._replace(
-    title="Effective dimension", label="used codes solid, features dashed", second=panels.DIMENSION_FEATURES.curve
-)
+DIMENSION = panels.DIMENSION_USED._replace(label="codes solid, features dashed", second=panels.DIMENSION_FEATURES.curve)
 NORMS = panels.CODE_NORM._replace(title="Norms", label="codes solid, features dashed", second=panels.FEATURE_NORM.curve)
 
 

@@ -52,18 +52,18 @@ def share_of_codes(name: str) -> Curve:
 
 NO_GRADIENT = "No gradient reaches a codebook here: its codes are fixed, or set without one."
 OF_VARIANCE = "distance / variance of z"
-DIMENSIONS = "dimensions, of D"
-NO_DIMENSION = "No dimension of codes is logged: they are too many to be counted."
+EFFECTIVE = "effective dimension, of D"
+NO_DIMENSION = "No dimension of codes is logged."
 
 USAGE = Panel("Codes used", "codes used, %", logged("usage", 100), logged("uniform_usage", 100), most=104)
 PERPLEXITY = Panel(
     "Perplexity", METRICS["share"].axis, share_of_codes("perplexity"), share_of_codes("uniform_perplexity"), most=104
 )
-DIMENSION_USED = Panel("Effective dimension, used codes", DIMENSIONS, logged("dimension_used"), absent=NO_DIMENSION)
-DIMENSION99_USED = Panel("d_99, used codes", DIMENSIONS, logged("dimension99_used"), absent=NO_DIMENSION)
-DIMENSION_CODES = Panel("Effective dimension, all codes", DIMENSIONS, logged("dimension_codes"), absent=NO_DIMENSION)
+DIMENSION_USED = Panel("Dimension, used codes", EFFECTIVE, logged("dimension_used"), absent=NO_DIMENSION)
+DIMENSION99_USED = Panel("d_99, used codes", "dimensions, of D", logged("dimension99_used"), absent=NO_DIMENSION)
+DIMENSION_CODES = Panel("Dimension, all codes", EFFECTIVE, logged("dimension_codes"), absent=NO_DIMENSION)
 DIMENSION_FEATURES = Panel(
-    "Effective dimension, features", DIMENSIONS, logged("dimension_features"), absent="No dimension is logged."
+    "Dimension, features", EFFECTIVE, logged("dimension_features"), absent="No dimension is logged."
 )
 PIXEL_ERROR = Panel("Reconstruction error", "pixel term, mean", logged("pixel_mean"))
 CODE_NORM = Panel("Norm of codes", "mean over all codes", logged("code_norm"), log=True)

@@ -100,9 +100,9 @@ def dimension_of_each(study: Study, ablation: Ablation, rows: pd.DataFrame) -> F
         axis.title.set_fontsize(7.5)
         axis.tick_params(labelsize=7)
     handles = [
-        Line2D([], [], color=COLORS[0], lw=1.4, label=METRICS["dimension_used"].axis),
-        Line2D([], [], color=COLORS[1], lw=1.2, ls=":", label=METRICS["dimension_features"].axis),
-        Line2D([], [], color="0.88", lw=0.8, label="used codes of the other arms"),
+        Line2D([], [], color=COLORS[0], lw=1.4, label="codes in use"),
+        Line2D([], [], color=COLORS[1], lw=1.2, ls=":", label="features"),
+        Line2D([], [], color="0.88", lw=0.8, label="codes of the other arms"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure

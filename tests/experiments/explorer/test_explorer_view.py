@@ -151,6 +151,18 @@ def test_every_figure_of_none_one_and_four_runs(
         assert all(axis.lines or axis.collections or axis.images or axis.texts for axis in figure.axes)
 
 
+def test_effective_dimension_stands_beside_usage(run: RunDirectory) -> None:
+    axes = draw("overview", [read_view(run)], SIZE).axes
+    assert [axis.get_title(loc="left") for axis in axes[:4]] == [
+        *("Codes used", "Perplexity"),
+        *("Dimension, used codes", "d_99, used codes"),
+    ]
+    used, features = (line.get_ydata() for line in axes[2].lines[:2])
+    history = run.read_history()
+    assert list(used) == [line["dimension_used"] for line in history]
+    assert list(features) == [line["dimension_features"] for line in history]
+
+
 def test_interventions_are_marked_and_explained(run: RunDirectory) -> None:
     figure = draw("overview", [read_view(run, 1)], SIZE)
     axis = figure.axes[0]
