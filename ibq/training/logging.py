@@ -206,6 +206,15 @@ def geometry(
     )
 
 
+@torch.no_grad()
+def feature_dimensions(tokenizer: Tokenizer, z_BDHW: torch.Tensor) -> dict[str, float]:
+    """Effective dimension of the last step's first features, as `geometry` has it: what there is to say before the
+    quantizer begins."""
+    z_BDHW = tokenizer.quantize.to_code_space(z_BDHW.float())
+    features_nD = z_BDHW.permute(0, 2, 3, 1).flatten(0, 2)[:SNAPSHOT_FEATURES]
+    return _dimensions(features_nD, None, torch.zeros(0))
+
+
 class EntropyPull:
     """Gradient of the entropy penalty at the features, against all other terms together, in one backward pass.
 

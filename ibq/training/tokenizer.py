@@ -41,7 +41,15 @@ from ibq.run_directory import RunDirectory, append_line, save_source, write_json
 from ibq.training.claim import agreed, already_finished, newest_checkpoint, tidy
 from ibq.training.control import Control
 from ibq.training.interventions import Asked, Journal
-from ibq.training.logging import GAP_PROTOCOL, GAPS, EntropyPull, Throughput, geometry, take_snapshot
+from ibq.training.logging import (
+    GAP_PROTOCOL,
+    GAPS,
+    EntropyPull,
+    Throughput,
+    feature_dimensions,
+    geometry,
+    take_snapshot,
+)
 from ibq.training.optimizer import AUTOCAST
 from ibq.training.row import cause, peak_memory_gib, row_of, write_lost
 from ibq.training.runtime import LogEvent, Runtime, StopRequested
@@ -259,6 +267,8 @@ def train_tokenizer(
                 record |= report
                 if quantizing:
                     record |= geometry(tokenizer, z_BDHW.detach(), quantized.z_q.detach(), counts_K)
+                else:
+                    record |= feature_dimensions(tokenizer, z_BDHW.detach())
                 record |= pull.report(generator.scaler.get_scale() / config.accumulate)
                 # fp16 skips infinite gradients
                 record = {name: value for name, value in record.items() if math.isfinite(value)}

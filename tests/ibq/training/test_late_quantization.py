@@ -13,6 +13,7 @@ from training_runs import GAN, RUNTIME, assert_same_run, images_once, read_the_i
 
 from ibq.config import TrainConfig
 from ibq.errors import ConfigError
+from ibq.metrics.dimension import DIMENSIONS
 from ibq.quantizers.updates import kmeans
 from ibq.run_directory import RunDirectory
 from ibq.training.checkpoint import load_checkpoint
@@ -53,6 +54,9 @@ def test_the_quantizer_is_idle_before_its_step(tiny: Any, tmp_path: Path) -> Non
     before, after = RunDirectory(tmp_path).read_history()[:4], RunDirectory(tmp_path).read_history()[4:]
     assert all(line["loss"] == pytest.approx(line["loss_pixel"]) and "perplexity" not in line for line in before)
     assert all("loss_commitment" in line and line["tokens"] == 4 * 64 for line in after)
+    of_features = {"dimension_features", "dimension99_features"}
+    assert all({name for name in DIMENSIONS if name in line} == of_features for line in before)
+    assert all(set(DIMENSIONS) <= line.keys() for line in after)
 
 
 def test_the_decoder_gets_the_features_themselves(tiny: Any) -> None:
