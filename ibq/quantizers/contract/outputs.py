@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ibq.quantizers.base import Quantized, Quantizer
-from ibq.quantizers.contract.trial import GRID, TOKENS, features_for, flat, gap, listed, make, total_loss
+from ibq.quantizers.contract.trial import GRID, TOKENS, features_for, flat, gap, is_code, listed, make, total_loss
 from ibq.schema import COUNTABLE_CODES, QuantizerConfig
 
 FORWARDS = 3
@@ -52,9 +52,10 @@ def shapes_and_types(config: QuantizerConfig) -> Iterator[str]:
 
 def round_trip(config: QuantizerConfig) -> Iterator[str]:
     """z_q is the code of its index, bit for bit"""
-    for mode, quantizer, (z_q, indices, _) in _forwards(config):
+    for mode, quantizer, quantized in _forwards(config):
+        z_q, indices, _ = quantized
         codes = quantizer.indices_to_codes(indices)
-        if not torch.equal(z_q, codes):
+        if not is_code(quantizer, quantized):
             yield (
                 f"in {mode} z_q is not indices_to_codes(indices) bit for bit: they differ in {gap(z_q, codes)}; return "
                 f"straight_through(z_ND, codes_ND), or codes_ND.detach() + (x_ND - x_ND.detach()) for another gradient"

@@ -63,6 +63,12 @@ def train_step(quantizer: Quantizer, seed: int) -> Quantized:
     return quantized
 
 
+def is_code(quantizer: Quantizer, quantized: Quantized) -> bool:
+    """True if z_q is the codes of its indices, bit for bit, or training is between codes."""
+    between = quantizer.training and quantizer.trains_between_codes
+    return between or torch.equal(quantized.z_q, quantizer.indices_to_codes(quantized.indices))
+
+
 def state_of(quantizer: Quantizer) -> dict[str, torch.Tensor]:
     """A copy of the state_dict."""
     return {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
