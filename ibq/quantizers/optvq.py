@@ -29,7 +29,7 @@ from ibq.ops.arguments import require_finite
 from ibq.ops.chunked import MEMORY_BYTES, chunks
 from ibq.ops.precision import at_least_float32, coarse_center, full_float32
 from ibq.quantizers.base import CodebookQuantizer, Quantizer, quantization_terms, straight_through
-from ibq.quantizers.config import CodebookConfig
+from ibq.quantizers.config import CodebookConfig, CodebookInit
 from ibq.quantizers.vq import linear, linear_from_identity, nearest_with_entropies
 
 SUM_EPS, STD_EPS = 1e-8, 1e-6
@@ -71,12 +71,12 @@ class OptimalTransportQuantizer(CodebookQuantizer, config=OptVQConfig):
         return embedding_KD if self.projection is None else linear(self.projection, embedding_KD)
 
     @torch.no_grad()
-    def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
-        """As `CodebookQuantizer.initialize_from`; the map becomes the identity again, so that the codes are what they
-        were set to."""
+    def place_codes(self, features_MD: torch.Tensor, generator: torch.Generator, init: CodebookInit) -> None:
+        """As `CodebookQuantizer.place_codes`; the map becomes the identity again, so that the codes are what they were
+        set to."""
+        super().place_codes(features_MD, generator, init)
         if self.projection is not None:
             nn.init.eye_(self.projection.weight)
-        super().initialize_from(features_MD, generator)
 
     def restart_codes(
         self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator

@@ -25,7 +25,7 @@ from torch import nn
 
 from ibq.ops.precision import at_least_float32
 from ibq.quantizers.base import CodebookQuantizer, Quantizer, quantization_terms, straight_through
-from ibq.quantizers.config import CodebookConfig
+from ibq.quantizers.config import CodebookConfig, CodebookInit
 from ibq.quantizers.vq import VectorQuantizer, VQConfig, linear, nearest_with_entropies
 
 MLP_RATIO = 2
@@ -84,11 +84,11 @@ class VQBridgeQuantizer(CodebookQuantizer, config=VQBridgeConfig):
         return codes_KD
 
     @torch.no_grad()
-    def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
-        """As `CodebookQuantizer.initialize_from`; the bridge becomes the identity again, so that the codes are what
-        they were set to."""
+    def place_codes(self, features_MD: torch.Tensor, generator: torch.Generator, init: CodebookInit) -> None:
+        """As `CodebookQuantizer.place_codes`; the bridge becomes the identity again, so that the codes are what they
+        were set to."""
+        super().place_codes(features_MD, generator, init)
         self.bridge.become_identity()
-        super().initialize_from(features_MD, generator)
 
     def restart_codes(
         self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator

@@ -232,8 +232,6 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
         ({"batch_size": "many"}, r"batch_size: .*integer.*'many'"),
         (
             {"quantizer.method": "vqq"},
-            r"quantizer: method='vqq' is not a quantizer; choose one of bsq, diveq, fsq, gumbel, ibq, lfq, simvq, vq, "
-            r"wasserstein",
             r"quantizer: method='vqq' is not a quantizer; choose one of " + ", ".join(sorted(Quantizer.registry)),
         ),
         ({"quantizer.method": "vq"}, r"quantizer.double: "),

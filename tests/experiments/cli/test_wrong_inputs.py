@@ -57,7 +57,6 @@ def sentence(*command: str) -> str:
         ("quantizer.beta_on=everything", ["beta_on", "'everything'", "'commitment'"]),
         ("quantizer.codebook_init=random", ["codebook_init", "'random'", "'features'"]),
         ("quantizer.entropy_temperature=0", ["entropy_temperature", "0"]),
-        ("quantizer.method=vqq", ["'vqq'", "bsq, diveq, fsq, gumbel, ibq, lfq, simvq, vq, wasserstein"]),
         ("quantizer.method=vqq", ["'vqq'", ", ".join(sorted(Quantizer.registry))]),
         ("optim.lr=Infinity", ["lr", "inf"]),
         ("optim.lr=fast", ["lr", "'fast'"]),

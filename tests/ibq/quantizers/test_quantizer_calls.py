@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from ibq.errors import ConfigError
 from ibq.quantizers import Quantizer
 
-MOVING = ["vq ema", "vq restart", "vq ema restart", "vq online", "lfq boosted", "gumbel annealed", "diveq"]
 SCHEDULED = ["lfq boosted", "gumbel annealed", "nsvq"]
-MOVING = ["vq ema", "vq restart", "vq ema restart", "vq online", *SCHEDULED]
+MOVING = ["vq ema", "vq restart", "vq ema restart", "vq online", "diveq", *SCHEDULED]
 
 
 def loss_of(quantizer: Quantizer) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -135,9 +135,22 @@ def test_features_of_another_type_than_the_module_give_what_the_module_wants(var
 @narrow
 @pytest.mark.parametrize(
     "variant",
-    ["ibq", "vq ema", "vq cosine", "lfq", "bsq", "fsq", "simvq", "gumbel", "diveq", "diveq curve", "wasserstein"],
-    "variant",
-    ["ibq", "vq ema", "vq cosine", "lfq", "bsq", "fsq", "simvq", "gumbel", "vqbridge", "optvq", "nsvq"],
+    [
+        "ibq",
+        "vq ema",
+        "vq cosine",
+        "lfq",
+        "bsq",
+        "fsq",
+        "simvq",
+        "gumbel",
+        "diveq",
+        "diveq curve",
+        "wasserstein",
+        "vqbridge",
+        "optvq",
+        "nsvq",
+    ],
 )
 def test_a_whole_tokenizer_in_half_precision(variant: str, dtype: torch.dtype) -> None:
     quantizer = make(variant).config
