@@ -26,6 +26,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ibq without entropy and double": {"method": "ibq", "entropy_weight": 0.0, "double": False},
     "ibq without double": {"method": "ibq", "double": False},
 }
+METHODS = ", ".join(sorted(Quantizer.registry))
 every_arm = pytest.mark.parametrize("arm", ARMS)
 
 
