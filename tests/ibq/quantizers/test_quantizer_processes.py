@@ -11,12 +11,12 @@ import torch.distributed as dist
 from quantizer_variants import VARIANTS, K, every_variant, features_for, make, total_loss
 
 from ibq import build_quantizer
-from ibq.quantizers.base import CodebookQuantizer
+from ibq.quantizers import Quantizer
 
 STEPS, TOKENS = 3, 2 * 3 * 4
 
 
-def initialise_from_own_features(quantizer: CodebookQuantizer, rank: int) -> None:
+def initialise_from_own_features(quantizer: Quantizer, rank: int) -> None:
     own = torch.randn(
         quantizer.features_wanted, quantizer.config.code_dim, generator=torch.Generator().manual_seed(rank)
     )
@@ -29,7 +29,7 @@ def train_one_of_two(rank: int, folder: str) -> None:
     for variant, fields in VARIANTS.items():
         torch.manual_seed(0)
         quantizer = build_quantizer({"codebook_size": K, "code_dim": 6} | fields)
-        if isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features:
+        if quantizer.awaits_features:
             initialise_from_own_features(quantizer, rank)
         first = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
         torch.manual_seed(10 + rank)
