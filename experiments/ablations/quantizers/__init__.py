@@ -6,15 +6,14 @@ budget are equal: before the comparison every method searches its learning rate 
     the steps. Close
 relatives take over the rate of the arm that they change: the controls of IBQ that of IBQ as released, so that one part
     alone differs.
-Cost: 66 runs of the search and 34 of the comparison, 8,400 steps at quick, since arms take half of the preset's steps:
-12 minutes on 2 cores with one seed, UMAP included; --seeds 3 adds 68 runs of the comparison.
+Cost: 84 runs of the search and 40 of the comparison, 10,200 steps at quick, since arms take half of the preset's steps:
+18 minutes on 2 cores with one seed, UMAP included; --seeds 3 adds 80 runs of the comparison.
 Command: python -m experiments run quantizers
 
 Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving
 averages and for the usage that restarts go by, 25 steps from one replacement of DiVeQ to the next, 100 steps for the
-fall of Gumbel's temperature and of BSQ's weight (half of which a search run sees).
-averages and for the usage that restarts go by, 100 steps for the fall of Gumbel's temperature and of BSQ's weight (half
-of which a search run sees), 15 for each halving of NS-VQ's kernel.
+fall of Gumbel's temperature and of BSQ's weight (half of which a search run sees), 15 for each halving of NS-VQ's
+kernel.
 
 BSQ stands here twice: in LFQ's recipe (temperature 0.01, entropy over all codes, commitment), and in that of its
 released code (zhaoyue-zephyrus/bsq-vit): temperature 1, the codebook's entropy a bit at a time, no commitment, and a

@@ -22,7 +22,17 @@ from ibq.training.tokenizer import features_from, train_tokenizer
 from ibq.training.tokenizer_state import TrainingState
 
 EVERY_STEP = Runtime(device="cpu", log_every=1, snapshots=0, eval_images=8)
-TRAINED = ("vq", "vq cosine ema restart", "vq linear", "ibq", "lfq boosted", "simvq", "gumbel annealed", "diveq")
+TRAINED = (
+    "vq",
+    "vq cosine ema restart",
+    "vq linear",
+    "ibq",
+    "lfq boosted",
+    "simvq",
+    "gumbel annealed",
+    "diveq",
+    "grouped ibq",
+)
 STOPPED = [*((variant, 4) for variant in TRAINED), ("vq cosine ema restart", 2), ("vq cosine ema restart", 5)]
 """The quantizer begins after step 4: stopped before it, at it and behind it."""
 
