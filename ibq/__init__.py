@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ibq.quantizers import DiVeQQuantizer as DiVeQQuantizer
     from ibq.quantizers import FiniteScalarQuantizer as FiniteScalarQuantizer
     from ibq.quantizers import FSQConfig as FSQConfig
+    from ibq.quantizers import GroupedConfig as GroupedConfig
+    from ibq.quantizers import GroupedQuantizer as GroupedQuantizer
     from ibq.quantizers import GumbelConfig as GumbelConfig
     from ibq.quantizers import GumbelQuantizer as GumbelQuantizer
     from ibq.quantizers import IBQConfig as IBQConfig
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from ibq.quantizers import Quantized as Quantized
     from ibq.quantizers import SimVectorQuantizer as SimVectorQuantizer
     from ibq.quantizers import SimVQConfig as SimVQConfig
+    from ibq.quantizers import SphericalConfig as SphericalConfig
+    from ibq.quantizers import SphericalQuantizer as SphericalQuantizer
     from ibq.quantizers import VectorQuantizer as VectorQuantizer
     from ibq.quantizers import VQBridgeConfig as VQBridgeConfig
     from ibq.quantizers import VQBridgeQuantizer as VQBridgeQuantizer
@@ -50,6 +54,8 @@ _MODULES = {
     "DiVeQQuantizer": "ibq.quantizers",
     "FSQConfig": "ibq.quantizers",
     "FiniteScalarQuantizer": "ibq.quantizers",
+    "GroupedConfig": "ibq.quantizers",
+    "GroupedQuantizer": "ibq.quantizers",
     "GumbelConfig": "ibq.quantizers",
     "GumbelQuantizer": "ibq.quantizers",
     "IBQConfig": "ibq.quantizers",
@@ -63,6 +69,8 @@ _MODULES = {
     "Quantized": "ibq.quantizers",
     "SimVQConfig": "ibq.quantizers",
     "SimVectorQuantizer": "ibq.quantizers",
+    "SphericalConfig": "ibq.quantizers",
+    "SphericalQuantizer": "ibq.quantizers",
     "Tokenizer": "ibq.models.tokenizer",
     "TrainedTransformer": "ibq.pretrained.released",
     "VQBridgeConfig": "ibq.quantizers",
@@ -85,6 +93,8 @@ __all__ = [
     "DiVeQQuantizer",
     "FSQConfig",
     "FiniteScalarQuantizer",
+    "GroupedConfig",
+    "GroupedQuantizer",
     "GumbelConfig",
     "GumbelQuantizer",
     "IBQConfig",
@@ -98,6 +108,8 @@ __all__ = [
     "Quantized",
     "SimVQConfig",
     "SimVectorQuantizer",
+    "SphericalConfig",
+    "SphericalQuantizer",
     "Tokenizer",
     "TrainedTransformer",
     "VQBridgeConfig",

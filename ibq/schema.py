@@ -98,6 +98,12 @@ class QuantizerConfig(Frozen):
         return False
 
     @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Number of values of each part of a code, where an index is a number with a digit a part, part 0 the least
+        significant; empty where codes have no parts."""
+        return ()
+
+    @property
     def places_codes(self) -> bool:
         """True if codes can be put on features one by one (`restart_codes`)."""
         return False

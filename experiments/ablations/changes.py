@@ -72,8 +72,9 @@ def tokenizer_config(preset: Preset, changes: Mapping[str, Any], overrides: Mapp
     values = {path: value for path, value in values.items() if path not in (*times, CODEBOOK_SIZE)}
     if values.get(GAN_WEIGHT, overrides.get(GAN_WEIGHT)):
         values = {path: value for path, value in preset.discriminator.items() if path not in overrides} | values
-    own = {path.removeprefix("quantizer."): value for path, value in values.items() if path.startswith("quantizer.")}
-    values = {path: value for path, value in values.items() if not path.startswith("quantizer.")}
+    names = {path: path.removeprefix("quantizer.") for path in values if path.startswith("quantizer.")}
+    own = {name: values[path] for path, name in names.items() if "." not in name}
+    values = {path: value for path, value in values.items() if names.get(path) not in own}
     if "levels" in own:  # set together with what they have to fit
         values |= of_quantizer({name: own.pop(name) for name in ("levels", "code_dim") if name in own})
         values |= {CODEBOOK_SIZE: K} if CODEBOOK_SIZE in changes else {}

@@ -193,15 +193,18 @@ def _check_field(field: str, bases: Sequence[Base]) -> None:
     )
     from ibq.quantizers import Quantizer  # imports torch, which listing the ablations does without
 
-    own = {
-        method: {f"quantizer.{name}" for name in of.config_class.model_fields}
-        for method, of in Quantizer.registry.items()
-    }
-    if field not in shared.union(*own.values()):
-        known = shared.union(*(own[base.method] for base in bases)) - {"seed", "quantizer.method"}
+    def own(method: str, prefix: str = "quantizer.") -> set[str]:
+        return {prefix + name for name in Quantizer.registry[method].config_class.model_fields}
+
+    own_of = {base.reference: own(base.method) for base in bases}
+    for base in bases:
+        if inner := base.arm.changes.get("quantizer.inner"):
+            own_of[base.reference] |= own(inner["method"], "quantizer.inner.")
+    if field not in shared.union(*map(own, Quantizer.registry), *own_of.values()):
+        known = shared.union(*own_of.values()) - {"seed", "quantizer.method"}
         raise ConfigError(f"the grid's field {field!r} does not exist; {nearest(field, known)}")
     for base in bases:
-        if field not in shared | own[base.method]:
+        if field not in shared | own_of[base.reference]:
             raise ConfigError(
                 f"base {base.reference}, whose method is {base.method!r}, has no field {field!r}; leave out one of the "
                 f"two"

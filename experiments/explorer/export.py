@@ -100,8 +100,8 @@ def _study(config: TrainConfig, preset: str, base: str) -> Study | None:
     wanted = flatten(config.to_json_dict())
     grid = {"steps": [config.steps]}
     while True:
-        study = Study(preset, seeds=config.seed + 1, grid=grid, bases=(base,))
         try:
+            study = Study(preset, seeds=config.seed + 1, grid=grid, bases=(base,))
             made = study.config_of(study.ablations[0], study.ablations[0].arms[0])
         except ConfigError:
             return None

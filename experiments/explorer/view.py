@@ -96,11 +96,16 @@ def describe(config: TrainConfig) -> str:
     return f"{quantizer.method.upper()} K={quantizer.codebook_size:,} D={quantizer.code_dim} lr={config.optim.lr:g}"
 
 
+def short_name(path: str) -> str:
+    """What a field that can change while a run trains is called."""
+    return SHORT_NAMES[path.replace(".inner.", ".")]
+
+
 def in_words(intervention: Intervention) -> str:
     """Changes in a phrase, e.g. "quantizer on, learning rate 0.0001, restart of dead codes"."""
     changes = {path: value for path, value in intervention.fields.items() if path != QUANTIZE}
     words = ["quantizer on"] if QUANTIZE in intervention.fields else []
-    words += [f"{SHORT_NAMES[path]} {_value(value)}" for path, value in changes.items()]
+    words += [f"{short_name(path)} {_value(value)}" for path, value in changes.items()]
     return ", ".join(words + (["restart of dead codes"] if intervention.restart_dead else []))
 
 

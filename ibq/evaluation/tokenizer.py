@@ -27,7 +27,7 @@ from ibq.metrics.dimension import IN_WORDS, Moments, dimension_metrics
 from ibq.metrics.distances import EXTRACTED_AT_ONCE, NAMES, Distances, PairedDistances, References, to_uint8, too_few
 from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
 from ibq.metrics.quality import ImageQuality
-from ibq.metrics.usage import counts_of, uncountable, usage_metrics
+from ibq.metrics.usage import counts_of, part_counts_of, part_usage_metrics, uncountable, usage_metrics
 from ibq.models.tokenizer import Reconstruction, Tokenizer
 from ibq.ops.precision import full_float32
 
@@ -114,7 +114,10 @@ class TokenizerMetrics:
         self._tokenizer, device = tokenizer, next(tokenizer.parameters()).device
         self.quality, self._error = ImageQuality(), QuantizationError()
         self.codebook_size = tokenizer.config.quantizer.codebook_size
-        self.counts_K = counts_of(torch.zeros(0, dtype=torch.int64, device=device), self.codebook_size)
+        no_tokens = torch.zeros(0, dtype=torch.int64, device=device)
+        self.counts_K = counts_of(no_tokens, self.codebook_size)
+        self.part_sizes = tokenizer.config.quantizer.part_sizes
+        self.part_counts_S = part_counts_of(no_tokens, self.part_sizes)
         self._features = Moments(tokenizer.config.quantizer.code_dim, device)
 
     @property
@@ -129,18 +132,20 @@ class TokenizerMetrics:
         self._error.update(z_BDHW, output.quantized.z_q)
         self._features.update(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
         self.counts_K += counts_of(output.quantized.indices, self.codebook_size)
+        self.part_counts_S += part_counts_of(output.quantized.indices, self.part_sizes)
 
     def reduce(self) -> None:
         """Take in what the other processes have measured; a collective, once, after the last update."""
-        sum_over_ranks(self.counts_K)
+        sum_over_ranks(self.counts_K, self.part_counts_S)
         self.quality.reduce()
         self._error.reduce()
         self._features.reduce()
 
     def compute(self) -> dict[str, float]:
-        """usage_metrics and the dimension of codes unless the codebook is `uncountable`, that of the features, the
-        means of the quality, and quantization_error."""
+        """usage_metrics and the dimension of codes unless the codebook is `uncountable`, usage of parts, the dimension
+        of the features, the means of the quality, and quantization_error."""
         usage = {} if uncountable(self.codebook_size) else usage_metrics(self.counts_K)
+        usage |= part_usage_metrics(self.part_counts_S, self.part_sizes)
         return usage | self.dimensions() | self.quality.compute() | {"quantization_error": self._error.compute()}
 
     def dimensions(self) -> dict[str, float]:
@@ -165,7 +170,8 @@ def evaluate(
         weights: which weights these are ("ema" or "raw"), for the protocol.
 
     Returns:
-        metrics (usage_metrics, dimension_metrics, ImageQuality, quantization_error relative to the variance of z, both
+        metrics (usage_metrics, part_usage_metrics, dimension_metrics, ImageQuality, quantization_error relative to the
+        variance of z, both
         in the space of the codes, and for Fashion-MNIST the distances in the features of fashion-cnn); protocol, which
         also says why distances or usage are absent; and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8,
         the first 8 of the first batch; rank 0 alone has these two).

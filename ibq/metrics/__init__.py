@@ -107,6 +107,8 @@ METRICS: dict[str, Metric] = {
     "share": replace(_share("perplexity_share", "perplexity / K", 1, "higher"), headline=True),
     "bits": Metric("bits", "bits per token", 2, least=0, headline=True),
     "top1pct_mass": _share("top1pct_mass", "tokens on the most frequent 1% of codes", 1, "lower"),
+    "part_usage": _share("part_usage", "usage of a part's codes", 1, "higher"),
+    "part_perplexity": Metric("part_perplexity", "perplexity of a part", 1, better="higher", least=1),
     "uniform_usage": _share("uniform_usage", "usage by uniform tokens", 1),
     "uniform_perplexity": Metric("uniform_perplexity", "perplexity of uniform tokens", 0),
     "tokens": Metric("tokens", "tokens counted", 0),

@@ -1,15 +1,19 @@
 """Codebook usage from code counts, next to what uniform sampling of the same number of tokens would give.
 
 Usage alone depends on the tokens counted: 2,048 uniform tokens touch only 86% of 1,024 codes. Every number here is
-therefore a function of a count vector whose sum stands beside it. Sums are float64. Suffix K: codes.
+therefore a function of a count vector whose sum stands beside it. Where codes have parts, those of each part can be
+counted whatever their number makes. Sums are float64. Suffixes: K codes, k codes of a part, S those of all parts, one
+part after the other.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
+from ibq.quantizers.parts import place_values
 from ibq.schema import COUNTABLE_CODES
 
 
@@ -25,6 +29,32 @@ def counts_of(indices: torch.Tensor, codebook_size: int) -> torch.Tensor:
     if uncountable(codebook_size):
         return torch.zeros(0, dtype=torch.int64, device=indices.device)
     return torch.bincount(indices.flatten(), minlength=codebook_size)
+
+
+def part_counts_of(indices: torch.Tensor, part_sizes: Sequence[int]) -> torch.Tensor:
+    """Counts (S,) of the parts' codes in indices of any shape (`QuantizerConfig.part_sizes`); (0,) without parts."""
+    if not part_sizes:
+        return torch.zeros(0, dtype=torch.int64, device=indices.device)
+    sizes_P, places_P = (torch.tensor(each, device=indices.device) for each in (part_sizes, place_values(part_sizes)))
+    digits_NP = indices.flatten()[:, None] // places_P % sizes_P
+    first_P = sizes_P.cumsum(0) - sizes_P
+    return torch.bincount((first_P + digits_NP).flatten(), minlength=sum(part_sizes))
+
+
+def part_usage_metrics(counts_S: torch.Tensor, part_sizes: Sequence[int]) -> dict[str, float]:
+    """Usage of the parts' codebooks: `part_usage`, the share of a part's codes with a token, and `part_perplexity`, in
+    codes of a part; means over parts. Nothing without parts.
+
+    Args:
+        counts_S: as `part_counts_of`, of at least one token.
+        part_sizes: number of codes of each part.
+    """
+    if not part_sizes:
+        return {}
+    of_parts = [usage_metrics(counts_k) for counts_k in counts_S.split(list(part_sizes))]
+    return {
+        f"part_{name}": sum(of_part[name] for of_part in of_parts) / len(of_parts) for name in ("usage", "perplexity")
+    }
 
 
 def usage_metrics(counts_K: torch.Tensor) -> dict[str, float]:

@@ -5,12 +5,14 @@ from ibq.quantizers.bsq import BinarySphericalQuantizer, BSQConfig
 from ibq.quantizers.build import build_quantizer, parse_quantizer_config
 from ibq.quantizers.diveq import DiVeQConfig, DiVeQQuantizer
 from ibq.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
+from ibq.quantizers.grouped import GroupedConfig, GroupedQuantizer
 from ibq.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from ibq.quantizers.ibq import IBQConfig, IndexBackpropQuantizer
 from ibq.quantizers.lfq import LFQConfig, LookupFreeQuantizer
 from ibq.quantizers.nsvq import NonStationaryQuantizer, NSVQConfig
 from ibq.quantizers.optvq import OptimalTransportQuantizer, OptVQConfig
 from ibq.quantizers.simvq import SimVectorQuantizer, SimVQConfig
+from ibq.quantizers.spherical import SphericalConfig, SphericalQuantizer
 from ibq.quantizers.vq import VectorQuantizer, VQConfig
 from ibq.quantizers.vqbridge import VQBridgeConfig, VQBridgeQuantizer
 from ibq.quantizers.wasserstein import WassersteinConfig, WassersteinQuantizer
@@ -23,6 +25,8 @@ __all__ = [
     "DiVeQQuantizer",
     "FSQConfig",
     "FiniteScalarQuantizer",
+    "GroupedConfig",
+    "GroupedQuantizer",
     "GumbelConfig",
     "GumbelQuantizer",
     "IBQConfig",
@@ -38,6 +42,8 @@ __all__ = [
     "QuantizerConfig",
     "SimVQConfig",
     "SimVectorQuantizer",
+    "SphericalConfig",
+    "SphericalQuantizer",
     "VQBridgeConfig",
     "VQBridgeQuantizer",
     "VQConfig",

@@ -97,6 +97,10 @@ class Quantizer(nn.Module):
         """Type of z_q and of `indices_to_codes`: that of the weights."""
         return next((parameter.dtype for parameter in self.parameters()), torch.float32)
 
+    def reconfigure(self, config: QuantizerConfig) -> None:
+        """Go on with other weights and rates; sizes are those of before."""
+        self.config = config
+
     def set_step(self, step: int) -> None:
         """Say that so many optimizer steps are finished, before each of them: schedules then follow the steps, however
         many forwards one has (micro-batches). Until it is called, each training forward counts as a step."""
@@ -121,6 +125,21 @@ class Quantizer(nn.Module):
         """(K, D), at least float32: the tensor that codes are gathered from, in the forward pass and in
         `indices_to_codes` alike."""
         raise NotImplementedError
+
+    @property
+    def learnt_codes(self) -> torch.Tensor | None:
+        """What of the codebook can leave the finite numbers, in any shape; None where nothing of it is learnt."""
+        return self.codebook
+
+    @property
+    def awaits_features(self) -> bool:
+        """True while codes are to begin at features and `initialize_from` has not run."""
+        return False
+
+    @property
+    def features_wanted(self) -> int:
+        """Number of features that `initialize_from` should get."""
+        return 0
 
     def codes_of(self, indices: torch.Tensor) -> torch.Tensor:
         """Codes of indices of any shape, with D as one more dimension at the end."""
@@ -170,12 +189,17 @@ class Quantizer(nn.Module):
             z_q of the shape of z, and indices of that shape without D.
 
         Raises:
-            ValueError: z has other dimensions, its channels are not the config's code_dim, there is no token, or the
-                mask does not fit.
+            ValueError: z has other dimensions, its channels are not the config's code_dim, there is no token, the mask
+                does not fit, or codes await features in training.
             NonFiniteInputError: z has NaN or infinite values; in training with a group, z or the codebook of any
                 process has.
             ConfigError: a forward pass is recomputed, or repeated within a step, that cannot be.
         """
+        if self.training and self.awaits_features:
+            raise ValueError(
+                f"method={self.config.method!r} begins at features and has seen none yet; call initialize_from with "
+                f"{self.features_wanted} encoder outputs before training"
+            )
         tokens = tokens_last(z_BDHW, self.config.code_dim)
         grid, D = tokens.shape[:-1], tokens.shape[-1]
         with outside_autocast(z_BDHW.device):
@@ -210,7 +234,11 @@ class Quantizer(nn.Module):
         if group is None or not self.training:
             require_finite(features=z_ND)  # the operators look at the codebook
         else:  # before any of them refuses a codebook on one process alone
-            require_finite(group.group_name, features=z_ND, codebook=self.codebook)
+            codebook = {} if (codes := self.learnt_codes) is None else {"codebook": codes}
+            require_finite(group.group_name, features=z_ND, **codebook)
+
+    def initialize_from(self, features_MD: torch.Tensor, generator: torch.Generator) -> None:
+        """As `CodebookQuantizer.initialize_from`; nothing where codes do not begin at features."""
 
     def restart_codes(
         self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator
@@ -274,12 +302,10 @@ class CodebookQuantizer(Quantizer):
 
     @property
     def awaits_features(self) -> bool:
-        """True while codebook_init is 'features' or 'kmeans' and `initialize_from` has not run."""
         return self.config.codebook_init in FROM_FEATURES and not bool(self.initialized)
 
     @property
     def features_wanted(self) -> int:
-        """Number of features that `initialize_from` should get."""
         return self.features_to_cluster if self.config.codebook_init == "kmeans" else self.config.codebook_size
 
     @property
@@ -342,14 +368,6 @@ class CodebookQuantizer(Quantizer):
         features_MD = self.to_code_space(at_least_float32(features_MD))[rows[: len(moved)]]
         self.embedding[moved] = features_MD.to(self.embedding.dtype)
         return torch.zeros_like(dead_K).index_fill(0, moved, True)
-
-    def forward(self, z_BDHW: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
-        if self.training and self.awaits_features:
-            raise ValueError(
-                f"codebook_init={self.config.codebook_init!r} and no features seen yet; call initialize_from with at "
-                f"least {self.config.codebook_size} encoder outputs before training"
-            )
-        return super().forward(z_BDHW, mask)
 
 
 def quantization_terms(z_ND: torch.Tensor, codes_ND: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 from ibq.ops import index_backprop
 from ibq.ops.reference import ENTROPY_EPS
 from ibq.quantizers.base import straight_through
-from ibq.quantizers.implied import MOST_CODES, ImpliedCodebookQuantizer
+from ibq.quantizers.implied import ImpliedCodebookQuantizer
+from ibq.quantizers.parts import MOST_CODES
 from ibq.quantizers.updates import StepCount
 from ibq.schema import COUNTABLE_CODES, QuantizerConfig, bits_of
 
@@ -78,6 +79,10 @@ class BinaryConfig(QuantizerConfig):
         return {"codebook_size": codebook_size, "code_dim": bits_of(codebook_size)}
 
     @property
+    def part_sizes(self) -> tuple[int, ...]:
+        return (2,) * self.code_dim
+
+    @property
     def entropy_of_bits(self) -> bool:
         if self.codebook_entropy is None:
             return self.codebook_size > COUNTABLE_CODES
@@ -112,7 +117,7 @@ class LookupFreeQuantizer(ImpliedCodebookQuantizer, config=LFQConfig):
     paper = "MAGVIT-v2, arXiv 2310.05737"
 
     def __init__(self, config: BinaryConfig, magnitude: float = 1.0) -> None:
-        super().__init__(config, [2] * config.code_dim)
+        super().__init__(config)
         self.magnitude = magnitude
         self.schedule = StepCount()
 

@@ -32,8 +32,9 @@ LIVE_FIELDS = (
     "quantizer.double",
     "quantizer.logit_scale",
 )
-"""Settings that a step reads anew: weights, rates, and 0 for `quantize_from`, which switches the quantizer on. All else
-(sizes, initialisation, data) is decided before the first step."""
+"""Settings that a step reads anew: weights and rates, those of a quantizer also where it is of the parts
+(`quantizer.inner`), and 0 for `quantize_from`, which switches the quantizer on. All else (sizes, initialisation, data)
+is decided before the first step."""
 
 
 class Intervention(Frozen):
@@ -60,7 +61,8 @@ def live_fields(config: TrainConfig) -> tuple[str, ...]:
         "quantize_from": config.quantize_from == 0,
     }
     present = flatten(config.to_json_dict())
-    return tuple(path for path in LIVE_FIELDS if path in present and not idle.get(path))
+    of_parts = [path.replace("quantizer.", "quantizer.inner.") for path in LIVE_FIELDS if path.startswith("quantizer.")]
+    return tuple(path for path in (*LIVE_FIELDS, *of_parts) if path in present and not idle.get(path))
 
 
 def amended(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:

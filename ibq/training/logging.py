@@ -5,7 +5,7 @@ Suffixes: B images, D code dimension, H W token grid, N tokens, K codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from ibq.distributed import is_writer, sum_over_ranks, world_size
 from ibq.evaluation.tokenizer import measuring
 from ibq.metrics.codebook import code_gap, gradient_reach, logit_statistics
 from ibq.metrics.dimension import Moments, dimension_metrics
-from ibq.metrics.usage import counts_of, uncountable
+from ibq.metrics.usage import counts_of, part_counts_of, uncountable
 from ibq.models.tokenizer import Tokenizer
 
 SNAPSHOT_CODES, SNAPSHOT_FEATURES = 1024, 2048
@@ -43,10 +43,13 @@ class TokenWindow:
 
     def __init__(self, codebook_size: int, device: torch.device) -> None:
         self.codebook_size = codebook_size
-        self.counts_K = counts_of(torch.zeros(0, dtype=torch.int64, device=device), codebook_size)
+        self.counts_K = self.counts_of(torch.zeros(0, dtype=torch.int64, device=device))
+
+    def counts_of(self, indices: torch.Tensor) -> torch.Tensor:
+        return counts_of(indices, self.codebook_size)
 
     def add(self, indices: torch.Tensor) -> None:
-        self.counts_K += counts_of(indices, self.codebook_size)
+        self.counts_K += self.counts_of(indices)
 
     def total(self) -> torch.Tensor:
         """The counts of all processes, a new tensor (K,); a collective."""
@@ -58,6 +61,17 @@ class TokenWindow:
 
     def reset(self) -> None:
         self.counts_K = torch.zeros_like(self.counts_K)
+
+
+class PartWindow(TokenWindow):
+    """As `TokenWindow`, of the codes of each part, one part after the other; none where codes have no parts."""
+
+    def __init__(self, part_sizes: Sequence[int], device: torch.device) -> None:
+        self.part_sizes = part_sizes
+        super().__init__(sum(part_sizes), device)
+
+    def counts_of(self, indices: torch.Tensor) -> torch.Tensor:
+        return part_counts_of(indices, self.part_sizes)
 
 
 class LossWindow:

@@ -36,7 +36,6 @@ from ibq.losses import (
     weighted_sum,
 )
 from ibq.models.tokenizer import Reconstruction, Tokenizer
-from ibq.quantizers.base import CodebookQuantizer
 from ibq.run_directory import RunDirectory, append_line, save_source, write_json, write_tensors
 from ibq.training.claim import agreed, already_finished, newest_checkpoint, tidy
 from ibq.training.control import Control
@@ -331,7 +330,7 @@ def features_of(tokenizer: Tokenizer, x_BCHW: torch.Tensor) -> torch.Tensor:
 def initialize_codebook(tokenizer: Tokenizer, config: TrainConfig, images: ImageSource, device: torch.device) -> None:
     """Codes begin as features of the run's first batches, where the config wants that."""
     quantizer = tokenizer.quantize
-    if not (isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features):
+    if not quantizer.awaits_features:
         return
     features_MD = features_from(0, quantizer.features_wanted, tokenizer, config, images, device)
     quantizer.initialize_from(features_MD, torch.Generator().manual_seed(config.seed))

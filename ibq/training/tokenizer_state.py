@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ibq.config import RESULTS_VERSION, TrainConfig
 from ibq.distributed import initialized, is_writer, mean_over_ranks, world_size
-from ibq.metrics.usage import uncountable, usage_metrics
+from ibq.metrics.usage import part_usage_metrics, uncountable, usage_metrics
 from ibq.models.autoencoder import Level
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from ibq.training.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from ibq.training.logging import CODEBOOK_PARAMETER, LossWindow, TokenWindow
+from ibq.training.logging import CODEBOOK_PARAMETER, LossWindow, PartWindow, TokenWindow
 from ibq.training.optimizer import TrainedNetwork, first_non_finite, seed_other_ranks
 
 
@@ -54,6 +54,7 @@ class TrainingState:
             LossWindow(device),
         )
         self.recent_window, self.run_window = TokenWindow(K, device), TokenWindow(K, device)
+        self.part_window = PartWindow(config.quantizer.part_sizes, device)
         self.step, self.seconds = 0, 0.0
         self.quantized_since = 0 if config.quantize_start == 0 else None
         """Finished updates when the quantizer began; None before that."""
@@ -122,24 +123,28 @@ class TrainingState:
     @property
     def windows(self) -> dict[str, TokenWindow | LossWindow]:
         """By their names in a checkpoint: what is counted since the last log step, snapshot and log step; what the log
-        step before that has counted; and all until then."""
-        return {
+        step before that has counted; all until then; and the parts of codes, where they have any, since the last log
+        step."""
+        windows: dict[str, TokenWindow | LossWindow] = {
             "log": self.log_window,
             "snapshot": self.snapshot_window,
             "pixel": self.pixel_window,
             "recent": self.recent_window,
             "run": self.run_window,
         }
+        return windows | ({"parts": self.part_window} if self.part_window.part_sizes else {})
 
     def count(self, indices_BHW: torch.Tensor, pixel: torch.Tensor) -> None:
         """Count a micro-batch's codes and its pixel loss in the windows."""
         self.log_window.add(indices_BHW)
         self.snapshot_window.add(indices_BHW)
+        self.part_window.add(indices_BHW)
         self.pixel_window.add(pixel)
 
     def report(self) -> tuple[dict[str, float], torch.Tensor]:
-        """Usage and mean pixel loss of all batches since the last report, where loss_pixel is of one, and codes without
-        a token since the start; besides it the counts (K,) since the last report. A collective."""
+        """Usage of codes and of parts, and mean pixel loss of all batches since the last report, where loss_pixel is of
+        one, and codes without a token since the start; besides it the counts (K,) since the last report. A collective.
+        """
         counts_K = self.log_window.total()
         self.recent_window.restore(counts_K)
         self.run_window.restore(self.run_window.total() + counts_K)
@@ -147,7 +152,10 @@ class TrainingState:
         if self.quantized_since is not None and not uncountable(self.config.quantizer.codebook_size):
             never_used = float((self.run_window.total() == 0).sum())
             report |= usage_metrics(counts_K) | {"never_used": never_used}
+        if self.quantized_since is not None:
+            report |= part_usage_metrics(self.part_window.total(), self.part_window.part_sizes)
         self.log_window.reset()
+        self.part_window.reset()
         self.pixel_window.reset()
         return report, counts_K
 
@@ -156,7 +164,7 @@ class TrainingState:
         row's."""
         self.config = config
         for tokenizer in (self.tokenizer, self.averaged_tokenizer):
-            tokenizer.quantize.config = config.quantizer
+            tokenizer.quantize.reconfigure(config.quantizer)
 
     def restart_dead(self, features_MD: torch.Tensor) -> None:
         """Put codes without a token since the last log step but one on features, and forget what averages and Adam know
@@ -177,11 +185,11 @@ class TrainingState:
     def speed_up(self, *, compiled: bool, checkpoint_activations: bool, backend: Backend) -> None:
         """Options that make a step faster or smaller and change its numbers by rounding at most. The quantizer has
         kernels of its own, which `backend` names."""
-        if isinstance(self.tokenizer.quantize, IndexBackpropQuantizer):
-            self.tokenizer.quantize.backend = backend
-        for level in self.tokenizer.modules():
-            if isinstance(level, Level):
-                level.checkpointed = checkpoint_activations
+        for module in self.tokenizer.modules():
+            if isinstance(module, IndexBackpropQuantizer):
+                module.backend = backend
+            if isinstance(module, Level):
+                module.checkpointed = checkpoint_activations
         if compiled:
             self.tokenizer.encoder.compile()
             self.tokenizer.decoder.compile()

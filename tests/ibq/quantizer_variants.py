@@ -63,6 +63,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bsq": {"method": "bsq"},
     "bsq entropy of bits": {"method": "bsq", "codebook_entropy": "bits"},
     "fsq": {"method": "fsq", "levels": (4, 4, 4), "code_dim": 3},
+    "fsq sigmoid": {"method": "fsq", "levels": (4, 4, 4), "code_dim": 3, "bound": "sigmoid"},
+    "fsq cdf": {"method": "fsq", "levels": (4, 4, 4), "code_dim": 3, "bound": "cdf"},
+    "fsq cdf without noise": {"method": "fsq", "levels": (4, 4, 4), "code_dim": 3, "bound": "cdf", "noise": False},
     "simvq": {"method": "simvq", "entropy_weight": 0.05},
     "vqbridge": {"method": "vqbridge", "width": 16, "patch": 8, "entropy_weight": 0.05},
     "vqbridge kmeans": {"method": "vqbridge", "width": 8, "heads": 2, "registers": 0, "codebook_init": "kmeans"},
@@ -73,6 +76,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gumbel": {"method": "gumbel"},
     "gumbel annealed": {"method": "gumbel", "final_temperature": 0.25, "anneal_steps": 4},
     "gumbel without noise": {"method": "gumbel", "noise": False, "kl_weight": 0.0},
+    "spherical": {"method": "spherical"},
+    "spherical fibonacci": {"method": "spherical", "points": "fibonacci"},
+    "grouped vq": {"method": "grouped", "groups": 3, "inner": {"method": "vq", "entropy_weight": 0.05}},
+    "grouped ibq": {"method": "grouped", "inner": {"method": "ibq"}},
+    "grouped simvq": {"method": "grouped", "inner": {"method": "simvq"}},
+    "grouped vq ema restart": {
+        "method": "grouped",
+        "inner": {
+            "method": "vq",
+            "ema_decay": 0.8,
+            "beta_on": "commitment",
+            "restart": "dead",
+            "usage_decay": 0.5,
+            "restart_threshold": 0.9,
+            "codebook_init": "kmeans",
+        },
+    },
+    "grouped lfq": {"method": "grouped", "inner": {"method": "lfq", "entropy_boost": 3.0, "entropy_boost_steps": 4}},
+    "grouped dropping": {"method": "grouped", "groups": 3, "inner": {"method": "vq"}, "drop_last": (0.4, 0.999)},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 

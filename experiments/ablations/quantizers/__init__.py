@@ -6,8 +6,8 @@ budget are equal: before the comparison every method searches its learning rate 
     the steps. Close
 relatives take over the rate of the arm that they change: the controls of IBQ that of IBQ as released, so that one part
     alone differs.
-Cost: 51 runs of the search and 29 of the comparison, 6,900 steps at quick, since arms take half of the preset's steps:
-12 minutes on 2 cores with one seed, UMAP included; --seeds 3 adds 58 runs of the comparison.
+Cost: 84 runs of the search and 40 of the comparison, 10,200 steps at quick, since arms take half of the preset's steps:
+18 minutes on 2 cores with one seed, UMAP included; --seeds 3 adds 80 runs of the comparison.
 Command: python -m experiments run quantizers
 
 Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving
@@ -18,8 +18,8 @@ BSQ stands here twice: in LFQ's recipe (temperature 0.01, entropy over all codes
 released code (zhaoyue-zephyrus/bsq-vit): temperature 1, the codebook's entropy a bit at a time, no commitment, and a
 weight of 0.1 that falls from three times as much to itself, there over 2,000 steps.
 
-D is the preset's but where a method has its own: 8 for cosine codes (LlamaGen), log2 K for LFQ and BSQ, the number of
-levels for FSQ.
+D is the preset's but where a method has its own: 8 for cosine codes (LlamaGen) and for fixed unit vectors, log2 K for
+LFQ and BSQ, the number of levels for FSQ.
 """
 
 from __future__ import annotations
@@ -79,6 +79,15 @@ METHODS: dict[str, dict[str, Any]] = {
         "entropy_boost_steps": 100,
     },
     "rounded channels (FSQ)": {"method": "fsq"},
+    "rounded channels, bounded by a sigmoid (iFSQ)": {"method": "fsq", "bound": "sigmoid"},
+    "channels with noise in place of rounding (FSP)": {"method": "fsq", "bound": "cdf"},
+    "nearest of fixed unit vectors in 8 dimensions (spherical)": {
+        "method": "spherical",
+        "points": "fibonacci",
+        "code_dim": 8,
+    },
+    "VQ in two groups, of the root of K codes each (GSQ)": {"method": "grouped", "groups": 2, "inner": VQ},
+    "IBQ in two groups, of the root of K codes each": {"method": "grouped", "groups": 2, "inner": IBQ},
     "Gumbel-softmax, straight-through, T from 1 to 1/16 (DALL-E)": {
         "method": "gumbel",
         "final_temperature": 1 / 16,
@@ -135,10 +144,15 @@ ARMS = (
     arm("vqbridge", HELPED, "codes through a small ViT (FVQ / VQBridge)"),
     arm("optvq", HELPED, "optimal transport of a batch, linear map, k-means init (OptVQ)"),
     arm("nsvq", HELPED, "codes follow by a kernel of distance (NS-VQ)"),
+    arm("grouped_vq", HELPED, "VQ in two groups, of the root of K codes each (GSQ)"),
+    arm("grouped_ibq", HELPED, "IBQ in two groups, of the root of K codes each"),
     arm("lfq", IMPLIED, "signs, D = log2 K (LFQ)", focal=True),
     arm("bsq", IMPLIED, "signs on the sphere, D = log2 K (BSQ)"),
     arm("bsq_released", IMPLIED, "signs on the sphere, as released (BSQ)"),
     arm("fsq", IMPLIED, "rounded channels (FSQ)", focal=True),
+    arm("ifsq", IMPLIED, "rounded channels, bounded by a sigmoid (iFSQ)"),
+    arm("fsp", IMPLIED, "channels with noise in place of rounding (FSP)"),
+    arm("spherical", IMPLIED, "nearest of fixed unit vectors in 8 dimensions (spherical)"),
     arm("gumbel", GUMBEL, "Gumbel-softmax, straight-through, T from 1 to 1/16 (DALL-E)"),
     arm("gumbel_noiseless", GUMBEL, "Gumbel-softmax without noise, T = 1"),
     arm("ibq", OURS, "as released", focal=True),

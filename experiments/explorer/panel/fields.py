@@ -50,11 +50,13 @@ def field_widget(name: str, field: FieldInfo, value: Any, label: str = "") -> wi
 
 
 def text_of(value: Any) -> str:
-    """A value as it stands in a text box: 0.001, none, "4, 4, 4"."""
+    """A value as it stands in a text box: 0.001, none, "4, 4, 4", {"method": "vq"}."""
     if value is None:
         return "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(text_of, value))
+    if isinstance(value, dict):
+        return json.dumps(value)
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 
@@ -68,6 +70,6 @@ def value_of(widget: widgets.ValueWidget) -> Any:
     if text.lower() in ("none", "null", ""):
         return None
     try:
-        return json.loads(f"[{text.strip('[()]')}]" if "," in text else text)
+        return json.loads(f"[{text.strip('[()]')}]" if "," in text and text[0] != "{" else text)
     except ValueError:
         return text

@@ -103,11 +103,10 @@ class SettingsForm:
 
     def _show_quantizer(self, config: QuantizerConfig) -> None:
         fields, self._implied = type(config).model_fields, _is_implied(config)
-        self.sizes = {
-            name: field_widget(name, fields[name], getattr(config, name), label) for name, label in SIZES.items()
-        }
+        values = config.to_json_dict()
+        self.sizes = {name: field_widget(name, fields[name], values[name], label) for name, label in SIZES.items()}
         self.options = {
-            name: field_widget(name, field, getattr(config, name))
+            name: field_widget(name, field, values[name])
             for name, field in fields.items()
             if name not in SIZES and name != "method"
         }

@@ -12,7 +12,7 @@ from experiments.explorer.panel.card import CHANGEABLE, RunCard
 from experiments.explorer.panel.fields import STYLE, WIDE, field_at, field_widget, value_of
 from experiments.explorer.panel.parts import heading, note, problem
 from experiments.explorer.run import explore_folder
-from experiments.explorer.view import QUANTIZE, SHORT_NAMES, describe, in_words
+from experiments.explorer.view import QUANTIZE, describe, in_words, short_name
 from experiments.study import Study
 from ibq.errors import ConfigError
 from ibq.training.interventions import Intervention, live_fields
@@ -93,7 +93,7 @@ class ChangeForm:
         self._shown = (card.run.name, len(card.run.interventions))
         config = card.run.amended_config
         self.fields = {
-            path: field_widget(path, *field_at(config, path), SHORT_NAMES[path])
+            path: field_widget(path, *field_at(config, path), short_name(path))
             for path in live_fields(config)
             if path != QUANTIZE
         }

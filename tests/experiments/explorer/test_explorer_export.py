@@ -39,6 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "vqbridge": {"patch": 4, "width": 12, "registers": 0},
     "optvq": {"reparametrization": "none", "iterations": 3},
     "nsvq": {"spread": "codes", "width": 1 / 3},
+    "spherical": {"points": "random", "points_seed": 3, "code_dim": 6},
+    "grouped": {"inner": {"method": "vq", "beta": 0.5}, "drop_last": [0.25], "code_dim": 8},
 }
 ODD: dict[str, dict[str, Any]] = {
     "as the preset has it": {},

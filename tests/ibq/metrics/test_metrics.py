@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ibq.metrics.quality import ImageQuality
-from ibq.metrics.usage import expected_uniform, usage_metrics
+from ibq.metrics.usage import expected_uniform, part_counts_of, part_usage_metrics, usage_metrics
 
 counts = st.lists(st.integers(0, 50), min_size=1, max_size=250).filter(any)
 
@@ -94,6 +94,28 @@ def test_what_is_no_count_vector_is_refused(bad: torch.Tensor) -> None:
         usage_metrics(bad)
     assert str(tuple(bad.shape)) in str(caught.value)
     assert str(float(bad.sum())) in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [(2,) * 36, (8, 5, 3), (4096, 64)])
+def test_usage_of_parts_is_what_counting_their_digits_gives(sizes: tuple[int, ...]) -> None:
+    indices = [int(index) for index in torch.randint(math.prod(sizes), (500,))]
+    counts_S = part_counts_of(torch.tensor(indices).view(5, 10, 10), sizes)
+    usage, perplexity, first = [], [], 0
+    for p, size in enumerate(sizes):
+        counts = collections.Counter(index // math.prod(sizes[:p]) % size for index in indices)
+        assert counts_S[first : first + size].tolist() == [counts[k] for k in range(size)]
+        usage.append(len(counts) / size)
+        perplexity.append(math.exp(-sum(n / 500 * math.log(n / 500) for n in counts.values())))
+        first += size
+    assert len(counts_S) == first
+    assert part_usage_metrics(counts_S, sizes) == pytest.approx(
+        {"part_usage": np.mean(usage), "part_perplexity": np.mean(perplexity)}
+    )
+
+
+def test_codes_without_parts_have_no_usage_of_parts() -> None:
+    assert part_counts_of(torch.arange(5), ()).shape == (0,)
+    assert part_usage_metrics(torch.zeros(0, dtype=torch.int64), ()) == {}
 
 
 # --- Quality ----------------------------------------------------------------------------------------------------------

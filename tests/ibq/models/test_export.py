@@ -30,6 +30,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lfq": {"code_dim": 6},
     "bsq": {"code_dim": 6},
     "fsq": {"code_dim": 2, "levels": (8, 8)},
+    "spherical": {"code_dim": 8},
+    "grouped": {"code_dim": 8},
 }
 
 

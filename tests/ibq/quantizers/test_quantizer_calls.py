@@ -15,7 +15,10 @@ from ibq.errors import ConfigError
 from ibq.quantizers import Quantizer
 
 SCHEDULED = ["lfq boosted", "gumbel annealed", "nsvq"]
-MOVING = ["vq ema", "vq restart", "vq ema restart", "vq online", "diveq", *SCHEDULED]
+MOVING = [
+    *("vq ema", "vq restart", "vq ema restart", "vq online", "diveq", "grouped vq ema restart", "grouped lfq"),
+    *SCHEDULED,
+]
 
 
 def loss_of(quantizer: Quantizer) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -103,7 +106,7 @@ def test_a_compiled_quantizer_within_a_checkpoint(variant: str) -> None:
         assert_equal_state(recomputed, plain)
 
 
-@pytest.mark.parametrize("variant", ["lfq", "gumbel", "bsq", "fsq"])
+@pytest.mark.parametrize("variant", ["lfq", "gumbel", "bsq", "fsq", "fsq cdf"])
 def test_methods_without_a_schedule_compile_into_one_graph(variant: str) -> None:
     quantizer = make(variant)
     compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)

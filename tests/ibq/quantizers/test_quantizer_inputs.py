@@ -15,7 +15,7 @@ from ibq.config import TrainConfig
 INTEGERS = [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64]
 
 
-@pytest.mark.parametrize("variant", ["vq", "lfq", "fsq"])
+@pytest.mark.parametrize("variant", ["vq", "lfq", "fsq", "grouped ibq"])
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_indices_of_every_integer_type_are_taken(variant: str, dtype: torch.dtype) -> None:
     quantizer, indices_BHW = make(variant), torch.randint(K, (2, 3, 4))

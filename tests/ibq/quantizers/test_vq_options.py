@@ -200,7 +200,7 @@ def test_empty_clusters_move_to_features_that_are_far_from_their_center() -> Non
 def test_kmeans_initialisation_of_a_cosine_codebook_is_on_the_sphere() -> None:
     quantizer = make(codebook_init="kmeans", distance="cosine")
     assert quantizer.features_wanted == 4 * K
-    with pytest.raises(ValueError, match="codebook_init='kmeans' and no features seen yet"):
+    with pytest.raises(ValueError, match="method='vq' begins at features and has seen none yet"):
         quantizer(torch.randn(1, D, 2, 2))
     features_MD = torch.rand(4 * K, 1) * torch.randn(4 * K, D)
     quantizer.initialize_from(features_MD, torch.Generator().manual_seed(0))

@@ -33,6 +33,7 @@ TRAINED = (
     "gumbel annealed",
     "diveq",
     "nsvq",
+    "grouped ibq",
 )
 STOPPED = [*((variant, 4) for variant in TRAINED), ("vq cosine ema restart", 2), ("vq cosine ema restart", 5)]
 """The quantizer begins after step 4: stopped before it, at it and behind it."""

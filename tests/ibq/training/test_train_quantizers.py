@@ -41,17 +41,25 @@ TRAINED = (
     "lfq boosted",
     "bsq",
     "fsq",
+    "fsq cdf",
     "simvq",
     "vqbridge kmeans",
     "optvq",
     "nsvq",
+    "spherical",
+    "grouped ibq",
+    "grouped vq ema restart",
+    "grouped dropping",
     "gumbel",
     "gumbel annealed",
     "diveq",
     "diveq curve",
     "wasserstein",
 )
-CODES_WITHOUT_GRADIENT = ("vq ema restart", "vq cosine ema restart", "lfq boosted", "bsq", "fsq", "simvq")
+CODES_WITHOUT_GRADIENT = (  # or with those of parts
+    *("vq ema restart", "vq cosine ema restart", "lfq boosted", "bsq", "fsq", "fsq cdf", "simvq", "spherical"),
+    *("grouped ibq", "grouped vq ema restart", "grouped dropping"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,7 @@ def test_a_finished_run_loads_and_its_numbers_are_finite(finished: Any, variant:
     )
 
 
-@pytest.mark.parametrize("variant", ["vq cosine", "ibq cosine", "bsq", "fsq"])
+@pytest.mark.parametrize("variant", ["vq cosine", "ibq cosine", "bsq", "fsq", "spherical"])
 def test_features_and_errors_are_in_the_space_of_the_codes(finished: Any, variant: str) -> None:
     run = finished(variant)
     snapshot = run.read_snapshot(6)
@@ -210,12 +218,16 @@ def test_a_temperature_that_follows_steps_may_have_micro_batches_and_noise_may_n
 # --- Too many codes to count ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["bsq", "fsq"])
+@pytest.mark.parametrize("method", ["bsq", "fsq", "grouped"])
 def test_a_codebook_too_large_to_count_trains_and_says_what_is_absent(
     config_of: Any, tmp_path: Path, method: str
 ) -> None:
     """Windows of counts asked for 512 GiB each."""
-    sizes = {"code_dim": 36} if method == "bsq" else {"code_dim": 12, "levels": (8,) * 12}
+    sizes = {
+        "bsq": {"code_dim": 36},
+        "fsq": {"code_dim": 12, "levels": (8,) * 12},
+        "grouped": {"code_dim": 12, "groups": 3, "inner": {"method": "vq"}},
+    }[method]
     tree = config_of("bsq").to_json_dict() | {"quantizer": {"method": method, "codebook_size": 2**36} | sizes}
     with pytest.raises(StopRequested):
         list(train_tokenizer(TrainConfig.parse(tree), tmp_path, RUNTIME, stop_after(3)))
@@ -233,4 +245,8 @@ def test_a_codebook_too_large_to_count_trains_and_says_what_is_absent(
     for measured in (row, run.read_history()[-1], run.read_snapshot(6)):
         assert {name for name in DIMENSIONS if name in measured} == {"dimension_features", "dimension99_features"}
     assert len(run.read_snapshot(6)["codes"]) == 1024
+    most = {"bsq": 2, "fsq": 8, "grouped": 4096}[method]
+    for line in (row, *run.read_history()):
+        assert 1 / most <= line["part_usage"] <= 1
+        assert 1 <= line["part_perplexity"] <= most
     assert all("usage" not in line and line["codebook_size"] == 2**36 for line in run.read_history())
