@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from ibq.losses import weighted_sum
-from ibq.quantizers.base import CodebookQuantizer, Quantized
+from ibq.quantizers.base import Quantized
 from ibq.quantizers.build import build_quantizer
 from ibq.quantizers.contract.state import is_random
 from ibq.quantizers.contract.trial import listed, seeded, unequal
@@ -38,7 +38,7 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.quantizer = build_quantizer(config)
-        if isinstance(self.quantizer, CodebookQuantizer) and self.quantizer.awaits_features:
+        if self.quantizer.awaits_features:
             of_rank = torch.Generator().manual_seed(rank)
             features_MD = torch.randn(self.quantizer.features_wanted, config.code_dim, generator=of_rank)
             self.quantizer.initialize_from(features_MD, torch.Generator().manual_seed(0))

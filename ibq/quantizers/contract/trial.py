@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from ibq.losses import weighted_sum
-from ibq.quantizers.base import CodebookQuantizer, Quantized, Quantizer
+from ibq.quantizers.base import Quantized, Quantizer
 from ibq.quantizers.build import build_quantizer
 from ibq.schema import QuantizerConfig
 
@@ -30,7 +30,7 @@ def seeded(seed: int) -> Iterator[None]:
 def make(config: QuantizerConfig) -> Quantizer:
     """A quantizer in training mode, its codebook initialised."""
     quantizer = build_quantizer(config)
-    if isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features:
+    if quantizer.awaits_features:
         features_MD = torch.randn(quantizer.features_wanted, config.code_dim)
         quantizer.initialize_from(features_MD, torch.Generator().manual_seed(1))
     return quantizer
