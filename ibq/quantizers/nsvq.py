@@ -69,9 +69,8 @@ class NonStationaryQuantizer(CodebookQuantizer, config=NSVQConfig):
     @property
     def width(self) -> torch.Tensor:
         """The kernel's width in the next forward."""
-        return (self.config.width * torch.exp2(-self.schedule.now.double() / self.config.halving_steps)).clamp_min(
-            LEAST_WIDTH
-        )
+        halvings = self.schedule.now.double() / self.config.halving_steps
+        return (self.config.width * torch.exp2(-halvings)).clamp_min(LEAST_WIDTH)
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         codebook_KD, config = self.codebook, self.config
