@@ -11,10 +11,8 @@ Cost: 51 runs of the search and 29 of the comparison, 6,900 steps at quick, sinc
 Command: python -m experiments run quantizers
 
 Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving
-averages and for the usage that restarts go by, 25 steps from one replacement of DiVeQ to the next, 100 steps for the
-fall of Gumbel's temperature and of BSQ's weight (half of which a search run sees).
-averages and for the usage that restarts go by, 100 steps for the fall of Gumbel's temperature and of BSQ's weight (half
-of which a search run sees), 15 for each halving of NS-VQ's kernel.
+averages and for the usage that restarts go by, 25 steps from one replacement of DiVeQ to the next, 15 for each halving
+of NS-VQ's kernel, 100 steps for the fall of Gumbel's temperature and of BSQ's weight (half of which a search run sees).
 
 BSQ stands here twice: in LFQ's recipe (temperature 0.01, entropy over all codes, commitment), and in that of its
 released code (zhaoyue-zephyrus/bsq-vit): temperature 1, the codebook's entropy a bit at a time, no commitment, and a

@@ -9,12 +9,14 @@ import pytest
 import torch
 from largest_tensor import LargestTensor
 from quantizer_variants import assert_refused
+from torch import nn
 
 from ibq import OptimalTransportQuantizer, build_quantizer
 from ibq.errors import NonFiniteInputError
 from ibq.ops import nearest_code
 from ibq.quantizers import optvq
 from ibq.quantizers.optvq import Costs, sinkhorn
+from ibq.quantizers.updates import kmeans
 
 K, D = 60, 5
 
@@ -100,6 +102,13 @@ def test_terms_and_gradients_are_vqs_at_the_transported_codes() -> None:
     torch.testing.assert_close(dC, expected_KD)
     g_BDHW = torch.randn_like(z_BDHW)
     assert torch.equal(torch.autograd.grad(z_q, [z_BDHW], g_BDHW)[0], g_BDHW)
+
+
+def test_codes_are_clustered_whatever_the_map_has_become() -> None:
+    quantizer, features_MD = make(), torch.randn(300, D)
+    nn.init.normal_(quantizer.projection.weight)
+    quantizer.cluster(features_MD, torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer.codebook, kmeans(features_MD, K, torch.Generator().manual_seed(0)))
 
 
 def test_no_matrix_of_tokens_by_codes_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

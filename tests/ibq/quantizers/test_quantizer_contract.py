@@ -196,9 +196,6 @@ MAPPED = ("vq linear", "simvq", "vqbridge", "vqbridge kmeans", "optvq")
 SPECIAL: dict[tuple[str, str], str] = {
     **{(variant, "z_q"): NONE for variant in VARIANTS if variant.startswith(("vq", "optvq", "nsvq"))},
     **{(variant, term): NONE for variant in NOTHING_LEARNT for term in ("z_q", *ENTROPY, "entropy_boost")},
-    ("vq linear", "codebook"): MAP,
-    ("vq linear", "sample_entropy"): MAP,
-    ("vq linear", "codebook_entropy"): MAP,
     **{(variant, "z_q"): SELECTED for variant in VARIANTS if variant.startswith("diveq")},
     ("diveq curve", "z_q"): ENDS,
     ("wasserstein", "z_q"): NONE,

@@ -15,6 +15,7 @@ from torch import nn
 
 from ibq import Tokenizer, VectorQuantizer, VQBridgeConfig, VQBridgeQuantizer, build_quantizer, load_tokenizer
 from ibq.config import TrainConfig
+from ibq.quantizers.updates import kmeans
 
 K, D = 64, 6
 SMALL: dict[str, Any] = {"method": "vqbridge", "codebook_size": K, "code_dim": D, "patch": 8, "width": 16}
@@ -82,6 +83,8 @@ def test_it_begins_as_the_identity_and_codes_as_their_initialisation_says() -> N
     quantizer.initialize_from(features_MD, torch.Generator().manual_seed(0))
     rows = {tuple(row) for row in features_MD.tolist()}
     assert all(tuple(code) in rows for code in quantizer.codebook.tolist())
+    moved(quantizer).cluster(features_MD, torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer.codebook, kmeans(features_MD, K, torch.Generator().manual_seed(0)))
 
 
 def test_a_step_moves_codes_that_no_feature_has_selected() -> None:

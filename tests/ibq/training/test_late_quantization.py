@@ -22,7 +22,17 @@ from ibq.training.tokenizer import features_from, train_tokenizer
 from ibq.training.tokenizer_state import TrainingState
 
 EVERY_STEP = Runtime(device="cpu", log_every=1, snapshots=0, eval_images=8)
-TRAINED = ("vq", "vq cosine ema restart", "vq linear", "ibq", "lfq boosted", "simvq", "gumbel annealed", "diveq")
+TRAINED = (
+    "vq",
+    "vq cosine ema restart",
+    "vq linear",
+    "ibq",
+    "lfq boosted",
+    "simvq",
+    "gumbel annealed",
+    "diveq",
+    "nsvq",
+)
 STOPPED = [*((variant, 4) for variant in TRAINED), ("vq cosine ema restart", 2), ("vq cosine ema restart", 5)]
 """The quantizer begins after step 4: stopped before it, at it and behind it."""
 
@@ -63,7 +73,10 @@ def test_the_decoder_gets_the_features_themselves(tiny: Any) -> None:
     assert (quantized.indices.numel(), quantized.losses) == (0, {})
 
 
-@pytest.mark.parametrize("variant", ["vq", "vq ema", "vq linear", "ibq", "simvq", "gumbel", "diveq", "wasserstein"])
+@pytest.mark.parametrize(
+    "variant",
+    ["vq", "vq ema", "vq linear", "ibq", "simvq", "gumbel", "diveq", "wasserstein", "vqbridge", "optvq", "nsvq"],
+)
 def test_codes_begin_as_the_k_means_of_features(tiny: Any, variant: str) -> None:
     config = late(tiny, variant)
     state = TrainingState(config, torch.device("cpu"))
