@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -132,12 +133,14 @@ class Costs:
         self._norm_K = self._codebook_KD.square().sum(1)
         self._chunks = list(chunks(z_ND, codebook_KD))
         self.rows, K = len(z_ND), len(codebook_KD)
-        fits = self.rows * K * z_ND.element_size() <= MEMORY_BYTES
-        self._kept = [self._distances(chunk) for chunk in self._chunks] if fits else None
+        kept = self.rows * K * z_ND.element_size() <= MEMORY_BYTES
+        distances: Iterable[torch.Tensor] = (self._distances(chunk) for chunk in self._chunks)
+        if kept:
+            distances = list(distances)
 
         moments_3 = torch.tensor([self.rows * K, 0, 0], dtype=torch.float64, device=z_ND.device)
         least = z_ND.new_tensor(math.inf)
-        for distance_nK in self._all_distances():
+        for distance_nK in distances:
             moments_3[1] += distance_nK.sum(dtype=torch.float64)
             moments_3[2] += torch.linalg.vector_norm(distance_nK, dtype=torch.float64).square()
             least = torch.minimum(least, distance_nK.min())
@@ -148,22 +151,24 @@ class Costs:
         deviation = ((squares - total.square() / count).clamp_min(0) / (count - 1).clamp_min(1)).sqrt()
         self.tokens = int(count) // K
         self._least, self._factor = least, (epsilon / (deviation + STD_EPS)).to(z_ND.dtype)
+        self._kept = [self._logarithms(distance_nK) for distance_nK in distances] if kept else None
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        for chunk, distance_nK in zip(self._chunks, self._all_distances(), strict=True):
-            yield chunk, (self._least - distance_nK).mul_(self._factor)
+        if self._kept is not None:
+            return zip(self._chunks, self._kept, strict=True)
+        return ((chunk, self._logarithms(self._distances(chunk))) for chunk in self._chunks)
 
-    def sum_over_tokens(self, log_parts_K: list[torch.Tensor]) -> torch.Tensor:
+    def sum_over_tokens(self, log_parts_K: Iterable[torch.Tensor]) -> torch.Tensor:
         """log of the sum of the chunks' parts, given as logarithms, over all processes."""
-        log_sum_K = torch.stack(log_parts_K).logsumexp(0)
+        log_sum_K = reduce(torch.logaddexp, log_parts_K)
         if self.group is None:
             return log_sum_K
         dist.all_reduce(greatest_K := log_sum_K.clone(), op=dist.ReduceOp.MAX, group=self.group)
         dist.all_reduce(sum_K := (log_sum_K - greatest_K).exp(), group=self.group)
         return greatest_K + sum_K.log()
 
-    def _all_distances(self) -> Iterable[torch.Tensor]:
-        return (self._distances(chunk) for chunk in self._chunks) if self._kept is None else self._kept
+    def _logarithms(self, distance_nK: torch.Tensor) -> torch.Tensor:
+        return distance_nK.sub_(self._least).mul_(-self._factor)
 
     def _distances(self, chunk: slice) -> torch.Tensor:
         z_nD = self._z_ND[chunk]
@@ -176,18 +181,23 @@ def sinkhorn(costs: Costs, iterations: int) -> torch.Tensor:
 
     Of the last iteration the division by the sums of rows is left out, as it changes the order in no row.
     """
-    log_sum_K = costs.sum_over_tokens([log_nK.logsumexp(0) for _, log_nK in costs])
-    log_eps = log_sum_K.new_tensor(SUM_EPS).log()
-    log_K, log_N = math.log(len(log_sum_K)), math.log(costs.tokens)
-    log_u_K = -torch.logaddexp(log_sum_K.logsumexp(0), log_eps).expand_as(log_sum_K)
+    log_sum_K = costs.sum_over_tokens(log_nK.logsumexp(0) for _, log_nK in costs)
+    log_u_K = -_plus_eps(log_sum_K.logsumexp(0)).expand_as(log_sum_K)
     log_v_N = log_sum_K.new_zeros(costs.rows)
     for iteration in range(iterations):
-        log_u_K = log_u_K - torch.logaddexp(log_u_K + log_sum_K, log_eps) - log_K
-        if iteration == iterations - 1:
-            break
-        parts = []
-        for chunk, log_nK in costs:
-            log_v_N[chunk] -= torch.logaddexp((log_nK + log_u_K).logsumexp(1) + log_v_N[chunk], log_eps) + log_N
-            parts.append((log_nK + log_v_N[chunk, None]).logsumexp(0))
-        log_sum_K = costs.sum_over_tokens(parts)
+        if iteration:
+            log_sum_K = costs.sum_over_tokens(_columns_of_equal_rows(costs, log_u_K, log_v_N))
+        log_u_K = log_u_K - _plus_eps(log_u_K + log_sum_K) - math.log(len(log_u_K))
     return log_u_K
+
+
+def _columns_of_equal_rows(costs: Costs, log_u_K: torch.Tensor, log_v_N: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Chunk by chunk, factors v of the tokens that make each row's sum 1 / N, in place, and then the sums of columns
+    but for u."""
+    for chunk, log_nK in costs:
+        log_v_N[chunk] -= _plus_eps((log_nK + log_u_K).logsumexp(1) + log_v_N[chunk]) + math.log(costs.tokens)
+        yield (log_nK + log_v_N[chunk, None]).logsumexp(0)
+
+
+def _plus_eps(log_sum: torch.Tensor) -> torch.Tensor:
+    return torch.logaddexp(log_sum, log_sum.new_tensor(SUM_EPS).log())
