@@ -75,9 +75,9 @@ class OptimalTransportQuantizer(CodebookQuantizer, config=OptVQConfig):
     def place_codes(self, features_MD: torch.Tensor, generator: torch.Generator, init: CodebookInit) -> None:
         """As `CodebookQuantizer.place_codes`; the map becomes the identity again, so that the codes are what they
         were set to."""
+        super().place_codes(features_MD, generator, init)  # which may refuse them
         if self.projection is not None:
             nn.init.eye_(self.projection.weight)
-        super().place_codes(features_MD, generator, init)
 
     def restart_codes(
         self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator

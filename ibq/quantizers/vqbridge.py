@@ -87,8 +87,8 @@ class VQBridgeQuantizer(CodebookQuantizer, config=VQBridgeConfig):
     def place_codes(self, features_MD: torch.Tensor, generator: torch.Generator, init: CodebookInit) -> None:
         """As `CodebookQuantizer.place_codes`; the bridge becomes the identity again, so that the codes are what they
         were set to."""
+        super().place_codes(features_MD, generator, init)  # which may refuse them
         self.bridge.become_identity()
-        super().place_codes(features_MD, generator, init)
 
     def restart_codes(
         self, dead_K: torch.Tensor, features_MD: torch.Tensor, generator: torch.Generator

@@ -306,9 +306,9 @@ def test_narrower_integer_indices_are_accepted(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("config", "mentions"),
     [
-        ({"method": "vqq"}, ("'vqq'", ", ".join(sorted(Quantizer.registry)))),
-        ({}, ("None", ", ".join(sorted(Quantizer.registry)))),
-        ({"method": ["vq"]}, (", ".join(sorted(Quantizer.registry)),)),
+        ({"method": "vqq"}, ("'vqq'", METHODS)),
+        ({}, ("None", METHODS)),
+        ({"method": ["vq"]}, (METHODS,)),
         ({"method": "vq", "codebok_size": 3}, ("codebok_size",)),
         ({"method": "vq", "double": True}, ("double",)),
         ({"method": "ibq", "codebook_size": "many"}, ("codebook_size", "integer", "'many'")),
