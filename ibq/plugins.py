@@ -82,6 +82,8 @@ def use(files: Iterable[str | Path]) -> None:
     paths = [Path(file).expanduser().absolute() for file in files]
     if unfit := [path for path in paths if os.pathsep in str(path)]:
         raise ConfigError(f"the plugin {unfit[0]} has {os.pathsep!r} in its path, which separates paths; move it")
+    for path in paths:
+        load_file(path)
     os.environ[VARIABLE] = os.pathsep.join(dict.fromkeys(map(str, [*_named(), *paths])))
     load_plugins()
 

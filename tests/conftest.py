@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ibq import plugins
 from ibq.config import TrainConfig
+from ibq.quantizers import Quantizer
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before ibq.ops.triton_kernels is imported
@@ -43,6 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test loads as plugins is forgotten after it."""
+    monkeypatch.setattr(Quantizer, "registry", dict(Quantizer.registry))
+    monkeypatch.setattr(plugins, "_loaded", {})
+    monkeypatch.setenv(plugins.VARIABLE, "")
 
 
 @pytest.fixture(scope="session")

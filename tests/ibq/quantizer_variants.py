@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from ibq import build_quantizer
-from ibq.losses import weighted_sum
-from ibq.quantizers import Quantized, Quantizer
-from ibq.quantizers.base import CodebookQuantizer
+from ibq.quantizers import Quantizer, parse_quantizer_config
+from ibq.quantizers.contract import trial
+from ibq.quantizers.contract.trial import features_for, total_loss, train_step
+
+__all__ = ["VARIANTS", "K", "assert_refused", "every_variant", "features_for", "make", "total_loss", "train_step"]
 
 K = 64
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -78,11 +79,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 def make(variant: str, **fields: Any) -> Quantizer:
     """A variant in training mode, its codebook initialised."""
-    quantizer = build_quantizer({"codebook_size": K, "code_dim": 6} | VARIANTS[variant] | fields)
-    if isinstance(quantizer, CodebookQuantizer) and quantizer.awaits_features:
-        features_MD = torch.randn(quantizer.features_wanted, quantizer.config.code_dim)
-        quantizer.initialize_from(features_MD, torch.Generator().manual_seed(1))
-    return quantizer
+    return trial.make(parse_quantizer_config({"codebook_size": K, "code_dim": 6} | VARIANTS[variant] | fields))
 
 
 def assert_refused(config: Any, *mentions: str) -> None:
@@ -93,32 +90,3 @@ def assert_refused(config: Any, *mentions: str) -> None:
     assert "\n" not in message
     assert "pydantic" not in message
     assert all(mention in message for mention in mentions), message
-
-
-def assert_codes(quantizer: Quantizer, quantized: Quantized) -> None:
-    """z_q holds the codes of the indices bit for bit, but where training is between codes."""
-    between = quantizer.training and quantizer.trains_between_codes
-    assert torch.equal(quantizer.indices_to_codes(quantized.indices), quantized.z_q) != between
-
-
-def features_for(quantizer: Quantizer) -> torch.Tensor:
-    """Features (2, D, 3, 4) with a gradient; fewer tokens than codes."""
-    return torch.randn(2, quantizer.config.code_dim, 3, 4, requires_grad=True)
-
-
-def total_loss(quantizer: Quantizer, quantized: Quantized) -> torch.Tensor:
-    """A loss that reaches all that training would."""
-    return (quantized.z_q - 0.5).square().mean() + weighted_sum(quantized.losses, quantizer.config.loss_weights)
-
-
-def train_step(quantizer: Quantizer, seed: int) -> Quantized:
-    """One SGD step on features (and noise) of a seed."""
-    torch.manual_seed(seed)
-    quantized = quantizer(features_for(quantizer))
-    quantizer.zero_grad()
-    total_loss(quantizer, quantized).backward()
-    with torch.no_grad():
-        for parameter in quantizer.parameters():
-            if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
-    return quantized

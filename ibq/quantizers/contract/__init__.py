@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "changes in forward": state.changes_in_forward,
     "recomputation": state.recomputation,
     "two forwards": state.two_forwards,
+    "late quantization": state.late_quantization,
     "masks": inputs.masks,
     "mask of all": inputs.mask_of_all,
     "sequences, videos": inputs.sequences_and_videos,

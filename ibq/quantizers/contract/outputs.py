@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
-from ibq.quantizers.base import Quantized, Quantizer
+from ibq.quantizers.base import CodebookQuantizer, Quantized, Quantizer
 from ibq.quantizers.contract.trial import GRID, TOKENS, features_for, flat, gap, is_code, listed, make, total_loss
 from ibq.schema import COUNTABLE_CODES, QuantizerConfig
 
@@ -136,6 +137,8 @@ def logits(config: QuantizerConfig) -> Iterator[str]:
     if config.codebook_size > COUNTABLE_CODES:
         return
     quantizer = make(config).eval()
+    if isinstance(quantizer, CodebookQuantizer):  # of codes as short as some begin, any rule finds the same
+        nn.init.normal_(quantizer.embedding)
     z_BDHW = features_for(quantizer)
     logits_NK = quantizer.logits(flat(z_BDHW))
     if logits_NK.shape != (TOKENS, config.codebook_size):

@@ -153,3 +153,31 @@ def _gradient(tensor: torch.Tensor) -> torch.Tensor:
 def _gradients(quantizer: Quantizer, z_BDHW: torch.Tensor) -> dict[str, torch.Tensor]:
     own = {f"the gradient of {name}": p.grad for name, p in quantizer.named_parameters() if p.grad is not None}
     return {"the gradient of the features": _gradient(z_BDHW)} | own
+
+
+def late_quantization(config: QuantizerConfig) -> Iterator[str]:
+    """codes that were set to the k-means of features stay there in the forwards that follow"""
+    quantizer = make(config)
+    if not quantizer.features_to_cluster:
+        return
+    train_step(quantizer, 1)
+    features_MD = 3 + torch.randn(quantizer.features_to_cluster, config.code_dim)
+    errors = [_error(quantizer, features_MD)]
+    quantizer.cluster(features_MD, torch.Generator().manual_seed(0))
+    for _ in range(3):
+        errors.append(_error(quantizer, features_MD))
+        quantizer.train()(features_MD[None])
+    before, *after = errors
+    if max(after) >= before:
+        yield (
+            f"the quantization error of features was {before:.2g}, and is {', '.join(f'{of:.2g}' for of in after)} in "
+            f"the forwards after cluster has set the codes to their k-means; begin with them in `cluster` (or "
+            f"place_codes), and set anew what else belongs to the codes"
+        )
+
+
+@torch.no_grad()
+def _error(quantizer: Quantizer, features_MD: torch.Tensor) -> float:
+    """Mean squared distance of features to their codes in evaluation, in the space of the codes."""
+    z_q_1MD = quantizer.eval()(features_MD[None]).z_q
+    return float((quantizer.to_code_space(features_MD) - z_q_1MD[0]).square().mean())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from quantizer_variants import K, assert_codes, every_variant, features_for, make, total_loss
+from quantizer_variants import K, features_for, make
 
 from ibq import Tokenizer
 from ibq.config import TrainConfig
@@ -58,26 +57,6 @@ def small_tokenizer() -> Tokenizer:
 # --- Sequences and video ----------------------------------------------------------------------------------------------
 
 
-@every_variant
-@pytest.mark.parametrize("shape", [(2, 12), (2, 3, 2, 2)])
-def test_sequences_and_video_are_the_same_tokens_in_another_shape(variant: str, shape: tuple[int, ...]) -> None:
-    """In the order of the tokens, so that it is the feature map (2, D, 3, 4) reshaped."""
-    quantizer = make(variant)
-    twin, z_BDHW = copy.deepcopy(quantizer), features_for(quantizer)
-    tokens = z_BDHW.movedim(1, -1).reshape(*shape, -1)
-    z = tokens if len(shape) == 2 else tokens.movedim(-1, 1)
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        expected = quantizer(z_BDHW)
-        torch.manual_seed(seed)
-        actual = twin(z)
-        assert actual.z_q.shape == z.shape
-        assert actual.indices.shape == shape
-        assert torch.equal(actual.indices.flatten(), expected.indices.flatten())
-        assert_codes(twin, actual)
-        assert all(torch.equal(term, expected.losses[name]) for name, term in actual.losses.items())
-
-
 @pytest.mark.parametrize(
     "shape", [(6,), (4, 6), (2, 6, 12), (2, 5, 3, 4), (2, 3, 4, 6), (2, 4, 6, 3, 4), (1, 6) + (2,) * 4]
 )
@@ -86,64 +65,13 @@ def test_features_of_another_shape_are_one_sentence(shape: tuple[int, ...]) -> N
         make("vq")(torch.zeros(shape))
 
 
-@every_variant
-@pytest.mark.parametrize("shape", [(0, 12), (2, 0), (0, 3, 4), (2, 0, 4), (0, 3, 2, 2)])
-def test_an_empty_batch_is_one_sentence(variant: str, shape: tuple[int, ...]) -> None:
-    quantizer = make(variant)
-    D = quantizer.config.code_dim
-    z = torch.zeros(*shape, D) if len(shape) == 2 else torch.zeros(shape[0], D, *shape[1:])
+@pytest.mark.parametrize("shape", [(0, 12, 6), (2, 0, 6), (0, 6, 3, 4), (2, 6, 0, 4), (0, 6, 3, 2, 2)])
+def test_an_empty_batch_is_one_sentence(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"hold no token; pass at least one$"):
-        quantizer(z)
+        make("vq")(torch.zeros(shape))
 
 
 # --- Masks ------------------------------------------------------------------------------------------------------------
-
-
-@every_variant
-def test_a_mask_gives_what_its_tokens_alone_would(variant: str) -> None:
-    """z_q, indices, losses, gradients and all that a training forward leaves in the quantizer."""
-    masked = make(variant)
-    alone = copy.deepcopy(masked)
-    mask_BHW = torch.rand(2, 3, 4) > 0.4
-    for seed in range(3):
-        torch.manual_seed(seed)
-        z_BDHW = features_for(masked)
-        z_1NT = z_BDHW.detach().movedim(1, -1)[mask_BHW][None].clone().requires_grad_()
-        padded = z_BDHW.detach().masked_fill(~mask_BHW[:, None], float("nan")).requires_grad_()
-        torch.manual_seed(seed)
-        expected = alone(z_1NT)
-        torch.manual_seed(seed)
-        actual = masked(padded, mask=mask_BHW)
-        assert torch.equal(actual.indices[mask_BHW], expected.indices[0])
-        assert not actual.indices[~mask_BHW].any()
-        assert torch.equal(actual.z_q.movedim(1, -1)[mask_BHW], expected.z_q[0])
-        assert_codes(masked, actual)
-        for name, term in actual.losses.items():
-            assert torch.equal(term, expected.losses[name])
-        g_BDHW = torch.randn(z_BDHW.shape)
-        for quantizer, quantized, g in (
-            (masked, actual, g_BDHW),
-            (alone, expected, g_BDHW.movedim(1, -1)[mask_BHW][None]),
-        ):
-            quantizer.zero_grad()
-            terms = total_loss(quantizer, quantized._replace(z_q=torch.zeros(())))
-            ((quantized.z_q * g).sum() + terms).backward()
-        assert torch.equal(padded.grad.movedim(1, -1)[mask_BHW], z_1NT.grad[0])
-        assert not padded.grad.movedim(1, -1)[~mask_BHW].any()
-        for mine, theirs in zip(masked.parameters(), alone.parameters(), strict=True):
-            assert (mine.grad is None) == (theirs.grad is None)
-            assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
-        state = alone.state_dict()
-        assert all(torch.equal(tensor, state[name]) for name, tensor in masked.state_dict().items())
-
-
-@every_variant
-def test_a_mask_of_all_tokens_changes_nothing(variant: str) -> None:
-    quantizer = make(variant).eval()
-    z_BDHW = features_for(quantizer)
-    with_mask, without = quantizer(z_BDHW, torch.ones(2, 3, 4, dtype=torch.bool)), quantizer(z_BDHW)
-    assert torch.equal(with_mask.z_q, without.z_q)
-    assert torch.equal(with_mask.indices, without.indices)
 
 
 @pytest.mark.parametrize(

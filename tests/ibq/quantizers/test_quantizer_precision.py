@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from quantizer_variants import VARIANTS, assert_codes, every_variant, features_for, make, total_loss, train_step
+from quantizer_variants import VARIANTS, features_for, make, train_step
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -98,38 +98,6 @@ def test_a_state_dict_in_half_precision_is_read_into_float32() -> None:
     quantizer.load_state_dict(state)
     assert quantizer.moving_average.sums_KD.dtype == torch.float32
     quantizer(features_for(quantizer))
-
-
-@every_variant
-@narrow
-@pytest.mark.parametrize("training", [True, False])
-def test_a_cast_quantizer_trains_and_gives_the_next_layer_its_type(
-    variant: str, dtype: torch.dtype, training: bool
-) -> None:
-    quantizer = make(variant).to(dtype).train(training)
-    for _ in range(3):
-        z_BDHW = features_for(quantizer).detach().to(dtype).requires_grad_()
-        quantized = quantizer(z_BDHW)
-        assert quantized.z_q.dtype == dtype == quantizer.dtype
-        assert quantizer.indices_to_codes(quantized.indices).dtype == dtype
-        assert_codes(quantizer, quantized)
-        assert all(term.dtype == torch.float32 and term.isfinite() for term in quantized.losses.values())
-        total_loss(quantizer, quantized).backward()
-        assert z_BDHW.grad.dtype == dtype
-        assert z_BDHW.grad.isfinite().all()
-    z_ND = z_BDHW.detach().permute(0, 2, 3, 1).flatten(0, 2)
-    assert quantizer.logits(z_ND).dtype == torch.float32
-    if not training:
-        assert torch.equal(quantizer.logits(z_ND).argmax(1), quantized.indices.flatten())
-
-
-@every_variant
-def test_features_of_another_type_than_the_module_give_what_the_module_wants(variant: str) -> None:
-    for inputs, cast in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
-        quantizer = make(variant).to(cast)
-        quantized = quantizer(features_for(quantizer).to(inputs))
-        assert quantized.z_q.dtype == cast
-        assert_codes(quantizer, quantized)
 
 
 @narrow
