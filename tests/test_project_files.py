@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ibq.quantizers import Quantizer
+from ibq import plugins
+from ibq.quantizers import parse_quantizer_config
+from ibq.quantizers.contract import RULES, broken
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -125,9 +127,19 @@ def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
 
 def test_python_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Quantizer, "registry", dict(Quantizer.registry))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 1
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec", dont_inherit=True), namespace)
+
+
+@pytest.mark.usefixtures("own_plugins")
+def test_the_quantizer_of_the_docs_keeps_the_contract(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your_own_quantizer.md").read_text(), flags=re.S)
+    (tmp_path / "noisy.py").write_text(block)
+    plugin = plugins.load_file(tmp_path / "noisy.py")
+    assert list(plugin.arms) == ["noisy", "noisy_loud"]
+    for fields in plugin.arms.values():
+        config = parse_quantizer_config({"codebook_size": 64, "code_dim": 6, **fields})
+        assert {rule: found for rule in RULES if (found := broken(rule, config))} == {}

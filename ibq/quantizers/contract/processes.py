@@ -136,6 +136,6 @@ def _judge(config: QuantizerConfig, results: list[Any]) -> Iterator[str]:
         largest = max(float(apart[name].max()) for name in beyond)
         yield (
             f"two processes do not train what one does on the joined batch: {listed(beyond)} differs by up to "
-            f"{largest:.2g} (allowed: {STATE:g} of the value, of a gradient {GRADIENTS:g}); take means and sums over a batch over the group, "
-            f"training_group"
+            f"{largest:.2g} (allowed: {STATE:g} of the value, of a gradient {GRADIENTS:g}); take means and sums over a "
+            f"batch over the group, training_group"
         )

@@ -15,6 +15,8 @@ from ibq.schema import QuantizerConfig
 GRID = (2, 3, 4)
 """B, H and W of the features: fewer tokens than the codes of a codebook that rules are tried on."""
 TOKENS = 24
+MOST = 5
+"""Names in a sentence."""
 
 
 @contextmanager
@@ -100,4 +102,5 @@ def gap(actual: torch.Tensor, expected: torch.Tensor) -> str:
 
 
 def listed(names: list[str]) -> str:
-    return ", ".join(names)
+    """Names, the first of them where there are many."""
+    return ", ".join(names if len(names) <= MOST else [*names[: MOST - 1], f"{len(names) - MOST + 1} more"])

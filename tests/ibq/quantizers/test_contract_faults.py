@@ -264,7 +264,7 @@ OF_PROCESSES = {
     ),
     "a loss on the mean of a process": (
         {"after": 'losses["codebook"] = losses["codebook"] + z_ND.mean(0).square().mean()'},
-        "two processes do not train what one does on the joined batch: decoder.bias",
+        "two processes do not train what one does on the joined batch: the gradient of ",
     ),
     "one that raises": (
         {"after": 'if z_ND.dtype == torch.float64: raise ValueError("no such type")'},
