@@ -98,7 +98,7 @@ def parsed(command: str) -> Study:
         for name in ("--preset", "--seeds", "--grid", "--base", "--set")
     }
     assert sum(map(len, of.values())) == len(options)
-    return study_of([], of["--preset"][0], int(of["--seeds"][0]), of["--set"], of["--grid"], of["--base"])
+    return study_of([], of["--preset"][0], int(of["--seeds"][0]), of["--set"], of["--grid"], of["--base"], None)
 
 
 def check(config: TrainConfig) -> None:

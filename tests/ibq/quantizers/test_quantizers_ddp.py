@@ -40,6 +40,7 @@ def train_one_of_two(processes: Processes, folder: Path) -> None:
         part = slice(half * processes.rank, half * (processes.rank + 1))
         saved = train(toy, DistributedDataParallel(toy), part, processes.rank)
         torch.save(saved, folder / f"{mean}-{processes.rank}.pt")
+    torch.save(distances(processes.rank), folder / f"distances-{processes.rank}.pt")
     x_BCHW = torch.randn(BATCH, CHANNELS, 3, 3, dtype=torch.float64)
     refusals = {}
     for variant in REFUSING:
