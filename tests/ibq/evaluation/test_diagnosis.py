@@ -216,7 +216,7 @@ def test_how_few_dimensions_are_few() -> None:
     assert [finding.cause for finding in diagnose(lines(16, D=256))] == ["dimension"]
     assert not diagnose(lines(17, D=256)), "as codebooks that quantize late have"
     assert not diagnose(lines(1, D=10)), "LFQ"
-    assert not diagnose(lines(4, perplexity=65, D=256)), "so few codes could not span much more"
+    assert not diagnose(lines(4, perplexity=64, D=256)), "so few codes could not span much more"
     assert not diagnose(lines(10, features=19))
     assert [finding.cause for finding in diagnose(lines(10, features=20))] == ["dimension"]
     assert not diagnose(lines(10, features=20, perplexity=40))
