@@ -112,11 +112,10 @@ def test_noise_spans_a_bin_in_training_alone_and_the_index_does_without() -> Non
     assert torch.equal(*(quantizer.quantize(z_ND)[0] for _ in range(2)))
 
 
-def test_noise_is_what_makes_training_inexact_and_micro_batches_impossible() -> None:
-    for bound, noise, exact in (("tanh", True, True), ("cdf", False, True), ("cdf", True, False)):
-        config = make((4, 4), bound, noise=noise).config
-        assert config.exact_in_training == exact
-        assert config.changes_in_forward != exact
+def test_noise_is_what_takes_training_off_the_codes_and_micro_batches_away() -> None:
+    for bound, noise, between in (("tanh", True, False), ("cdf", False, False), ("cdf", True, True)):
+        quantizer = make((4, 4), bound, noise=noise)
+        assert quantizer.trains_between_codes == quantizer.config.changes_in_forward == between
 
 
 def test_noise_without_a_cdf_is_one_sentence() -> None:

@@ -151,7 +151,7 @@ def test_last_parts_are_dropped_together_by_one_draw_in_training_alone() -> None
     """As MGVQ's code has it: with one u ~ U(0, 1) of a forward, part i is zero where u < p_i."""
     quantizer = make({"method": "vq", "codebook_init": "normal"}, drop_last=(0.3, 0.6))
     z_ND, seen = features(), []
-    for seed in range(100):
+    for seed in range(60):
         torch.manual_seed(seed)
         z_q_ND = quantizer.quantize(z_ND)[0]
         torch.manual_seed(seed)
@@ -160,7 +160,7 @@ def test_last_parts_are_dropped_together_by_one_draw_in_training_alone() -> None
         assert kept == [True, bool(u >= 0.3), bool(u >= 0.6)]
         seen.append(sum(kept))
     share = torch.bincount(torch.tensor(seen), minlength=4)[1:] / len(seen)
-    torch.testing.assert_close(share, torch.tensor([0.3, 0.3, 0.4]), rtol=0, atol=0.15)
+    torch.testing.assert_close(share, torch.tensor([0.3, 0.3, 0.4]), rtol=0, atol=0.2)
     quantizer.eval()
     quantized = quantizer(z_ND.detach()[None].float())
     assert torch.equal(quantizer.indices_to_codes(quantized.indices), quantized.z_q)
