@@ -113,14 +113,14 @@ def find_base(name: str) -> Base:
     """An arm of any ablation, by "ablation/arm" or by its own name.
 
     Raises:
-        ConfigError: no arm has that name (the nearest is named), several have, or it is a transformer's.
+        ConfigError: no arm has that name (the nearest is named), several that differ have, or it is a transformer's.
     """
     bases = [Base(ablation, arm) for ablation in ABLATIONS.values() for arm in ablation.arms]
     found = [base for base in bases if name in (base.reference, base.arm.name)]
     if not found:
         known = [base.reference if "/" in name else base.arm.name for base in bases]
         raise ConfigError(f"base {name!r} is no arm of any ablation; {nearest(name, known)}")
-    if len(found) > 1:
+    if len({repr((base.arm.changes, base.arm.transformer)) for base in found}) > 1:
         raise ConfigError(
             f"base {name!r} is an arm of several ablations; write {' or '.join(base.reference for base in found)}"
         )

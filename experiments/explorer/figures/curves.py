@@ -28,8 +28,8 @@ def draw_overview(figure: Figure, views: Sequence[View]) -> None:
 
 
 def draw_geometry(figure: Figure, views: Sequence[View]) -> None:
-    means = [panels.CODE_NORM, panels.FEATURE_NORM, panels.DIMENSION_CODES, panels.DIMENSION_FEATURES]
-    _draw(figure, views, [*means, panels.QUANTIZATION_ERROR, panels.GAP, panels.GAP_USED, panels.GAP_DEAD])
+    all_codes = panels.DIMENSION_CODES._replace(label=DIMENSION.label, second=panels.DIMENSION_FEATURES.curve)
+    _draw(figure, views, [NORMS, all_codes, panels.QUANTIZATION_ERROR, panels.GAP, panels.GAP_USED, panels.GAP_DEAD])
 
 
 def draw_assignment(figure: Figure, views: Sequence[View]) -> None:

@@ -54,7 +54,8 @@ def text_of(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(text_of, value))
+        words = ", ".join(map(text_of, value))
+        return words if len(value) > 1 else f"[{words}]"
     if isinstance(value, dict):
         return json.dumps(value)
     short = f"{value:g}" if isinstance(value, float) else str(value)
