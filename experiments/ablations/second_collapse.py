@@ -130,9 +130,9 @@ ABLATION = Ablation(
     fill="quantized",
     figures=(
         "usage_against_dimension",
-        "usage_over_training",
         "dimension_over_training",
         "dimension_of_each",
+        "usage_over_training",
         "rate_distortion",
         "reconstructions",
         "code_map",

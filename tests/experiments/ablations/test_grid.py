@@ -353,7 +353,11 @@ def test_from_the_command_line_to_the_page(own_folders: Path) -> None:
         f"grid_{name}.{kind}" for name in ("grid", "arms", "configs") for kind in ("md", "csv", "tex")
     }
     assert {path.stem for path in (folder / "figures").iterdir()} == {
-        f"grid_{name}" for name in ("heat_map", "usage_over_training", "rate_distortion", "reconstructions")
+        f"grid_{name}"
+        for name in (
+            *("heat_map", "usage_over_training", "dimension_over_training"),
+            *("rate_distortion", "reconstructions"),
+        )
     }
     frame = pd.read_csv(folder / "rows.csv")
     assert set(frame["factor.optim.lr"]) == {1e-4, 1e-3}

@@ -219,7 +219,7 @@ def test_how_few_dimensions_are_few() -> None:
     assert not diagnose(lines(4, perplexity=64, D=256)), "so few codes could not span much more"
     assert not diagnose(lines(10, features=19))
     assert [finding.cause for finding in diagnose(lines(10, features=20))] == ["dimension"]
-    assert not diagnose(lines(10, features=20, perplexity=40))
+    assert [finding.cause for finding in diagnose(lines(10, features=20, perplexity=40))] == ["collapsed"]
     assert not diagnose(lines(3)[:1])
     assert not diagnose(lines(3)[:2])
 

@@ -173,7 +173,7 @@ FAULTS: dict[str, tuple[dict[str, str], str, str]] = {
             "        return Quantized(z_q, indices if mask is None else indices * mask, losses)"
         },
         "masks",
-        "loss 'codebook', loss 'commitment'",
+        "loss 'codebook'",
     ),
     "a mask that must not hold NaN": (
         {

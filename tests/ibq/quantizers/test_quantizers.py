@@ -268,7 +268,7 @@ def test_unfit_features_are_refused_and_change_nothing(shape: tuple[int, ...], m
 @pytest.mark.parametrize("method", ["vq", "ibq"])
 def test_training_before_feature_initialisation_is_an_error_and_evaluation_is_not(method: str) -> None:
     quantizer = make(method, codebook_init="features")
-    with pytest.raises(ValueError, match="initialize_from with at least 40"):
+    with pytest.raises(ValueError, match="initialize_from with 40 encoder outputs"):
         quantizer(torch.randn(GRID))
     assert quantizer.eval()(torch.randn(GRID)).z_q.isfinite().all()
 
