@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -27,6 +29,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ibq without double": {"method": "ibq", "double": False},
 }
 METHODS = ", ".join(sorted(Quantizer.registry))
+DOCS = Path(__file__).parents[3] / "docs" / "quantizers.md"
 every_arm = pytest.mark.parametrize("arm", ARMS)
 
 
@@ -334,3 +337,10 @@ def test_a_wrong_field_is_a_config_error() -> None:
 def test_the_exported_classes_are_what_the_methods_build() -> None:
     assert type(build_quantizer(VQConfig())) is VectorQuantizer
     assert type(build_quantizer(IBQConfig())) is IndexBackpropQuantizer
+
+
+@pytest.mark.parametrize("method", METHODS.split(", "))
+def test_the_docs_name_every_method_and_its_paper(method: str) -> None:
+    text = DOCS.read_text()
+    assert f"| `{method}`" in text
+    assert all(number in text for number in re.findall(r"\d{4}\.\d{5}", Quantizer.registry[method].paper))
