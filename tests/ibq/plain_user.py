@@ -22,7 +22,7 @@ def as_user(*command: str, **environment: str | None) -> subprocess.CompletedPro
         env={name: value for name, value in given.items() if value is not None},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 

@@ -140,7 +140,7 @@ def test_a_study_with_a_quantizer_of_ones_own(mine: Path, tmp_path: Path) -> Non
     """The whole command: what is built in is trained already, so that only the new arms and their search are."""
     command = [sys.executable, "-m", "experiments", "run", "quantizers", "--preset", "smoke", "--plugin", "mine.py"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "IBQ_REPORTS": str(tmp_path / "reports")}
-    done = subprocess.run(command, cwd=mine.parent, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=mine.parent, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert "training 6 runs on " in done.stdout
     folder = tmp_path / "reports" / "smoke+plugin=mine"

@@ -45,7 +45,7 @@ def answer(address: str) -> bytes:
     """Of a server that listens a moment after it has printed where."""
     for _ in range(100):
         try:
-            with urllib.request.urlopen(address, timeout=60) as found:
+            with urllib.request.urlopen(address, timeout=300) as found:
                 return bytes(found.read())
         except urllib.error.URLError:
             time.sleep(0.1)
@@ -81,4 +81,4 @@ def test_it_starts_for_whoever_runs_this_and_prints_address_and_tunnel(has_home:
         assert b"00_how_ibq_works.ipynb" in answer(f"http://127.0.0.1:{port}/api/contents?token={token}")
     finally:
         server.terminate()
-        server.communicate(timeout=60)
+        server.communicate(timeout=300)

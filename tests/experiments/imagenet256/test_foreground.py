@@ -61,7 +61,7 @@ def test_sigterm_stops_resumably_and_the_same_command_goes_on(pictures: Path, tm
     while not run.heartbeat.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 130, out + err
     assert "stopped at step" in out
     assert "the next run goes on from there" in out

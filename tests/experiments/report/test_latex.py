@@ -34,7 +34,7 @@ def compiled(texts: list[str], folder: Path) -> str:
     (folder / "tables.tex").write_text(f"{PREAMBLE}{body}\n\\end{{document}}\n")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "tables.tex"]
     fonts = os.environ | {"TEXMFVAR": str(folder / "texmf-var")}  # bitmaps that TeX makes go into a home otherwise
-    done = subprocess.run(command, cwd=folder, env=fonts, capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=fonts, capture_output=True, timeout=900)
     log = (folder / "tables.log").read_text(errors="replace").replace("\n", " ")
     assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
     assert "Missing character" not in log

@@ -381,6 +381,6 @@ def test_no_process_survives_the_trainer(end: str, make: Make, tmp_path: Path) -
         assert len(workers) == 2
         if end == "wait":
             trainer.kill()
-        _, error = trainer.communicate(timeout=120)
+        _, error = trainer.communicate(timeout=900)
     wait_until_gone(workers, 10)
     assert end == "wait" or (trainer.returncode, error) == (0, "")
