@@ -12,7 +12,8 @@ import hashlib
 import os
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -66,6 +67,8 @@ def sha256_of(source: bytes) -> str:
 
 _loaded: dict[str, Plugin] = {}
 """Plugins of this process by the name of their module, in the order in which they were loaded."""
+_loading: set[str] = set()
+"""Modules that are being imported as plugins."""
 
 
 def wanted() -> bool:
@@ -94,6 +97,8 @@ def load_plugins() -> None:
     Raises:
         ConfigError: one cannot be loaded, registers no quantizer, or a name is taken; one sentence.
     """
+    if _loading:  # a plugin that is being imported asks for a method that is not there
+        return
     for path in _named():
         load_file(path)
     for point in entry_points(group=GROUP):
@@ -146,12 +151,9 @@ def _run(path: Path, source: bytes) -> Plugin:
     module = types.ModuleType(name)
     module.__file__ = str(path)
     sys.modules[name] = module  # where classes look for their annotations, and pickle for classes
-    try:
+    with _import_of(name, path):
         exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
         plugin = _registered(path.stem, path, source, module)
-    except Exception as error:
-        _forget(name)
-        raise _refusal(path, error) from None
     for method in plugin.methods:
         copyreg.pickle(_registry()[method].config_class, _pickled)
     return _loaded.setdefault(name, plugin)
@@ -161,19 +163,35 @@ def _load_installed(point: EntryPoint) -> None:
     name = point.module
     if name in _loaded or getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False):
         return  # the latter where the package's own import has come here
-    origin = f"{point.name} of the package {point.dist.name if point.dist else name}"
-    try:
+    with _import_of(name, f"{point.name} of the package {point.dist.name if point.dist else name}"):
         point.load()
         path = Path(str(sys.modules[name].__file__))
         _loaded[name] = _registered(point.name, path, path.read_bytes(), sys.modules[name], installed=True)
+
+
+@contextmanager
+def _import_of(module: str, origin: object) -> Iterator[None]:
+    """Within it a module is imported; what fails is one sentence, and nothing of it stays registered."""
+    _loading.add(module)
+    try:
+        yield
     except Exception as error:
+        sys.modules.pop(module, None)
+        for method in _methods_of(module):
+            del _registry()[method]
         raise _refusal(origin, error) from None
+    finally:
+        _loading.remove(module)
+
+
+def _methods_of(module: str) -> tuple[str, ...]:
+    """Methods whose classes are of a module, or of one below it."""
+    return tuple(method for method, of in _registry().items() if f"{of.__module__}.".startswith(f"{module}."))
 
 
 def _registered(name: str, path: Path, source: bytes, module: types.ModuleType, *, installed: bool = False) -> Plugin:
     """The plugin that a module is, by what its classes have registered."""
-    own = f"{module.__name__}."
-    methods = tuple(method for method, of in _registry().items() if f"{of.__module__}.".startswith(own))
+    methods = _methods_of(module.__name__)
     if not methods:
         raise ConfigError(
             "it registers no quantizer of its own; write class Mine(Quantizer, config=MineConfig), with method: "
@@ -205,12 +223,6 @@ def _registry() -> dict[str, Any]:
     from ibq.quantizers.base import Quantizer  # imports torch, which asking for plugins does without
 
     return Quantizer.registry
-
-
-def _forget(module: str) -> None:
-    sys.modules.pop(module, None)
-    for method in [method for method, of in _registry().items() if of.__module__ == module]:
-        del _registry()[method]
 
 
 def _refusal(what: object, error: Exception) -> ConfigError:
