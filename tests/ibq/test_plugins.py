@@ -76,7 +76,7 @@ def test_the_environment_names_files_wherever_one_is(tmp_path: Path, monkeypatch
         (SOURCE.replace('    method: Literal["mine"] = "mine"\n', "    pass\n"), "names no method; write method: "),
         (
             "from ibq import build_quantizer\nbuild_quantizer({'method': 'no'})",
-            "cannot be used: method='no' is not a quant",
+            "method='no' is not a quantizer",
         ),
         (SOURCE + "ARMS = {}", "ARMS is not of the form {'arm': {'field': value}}; write it so or leave it out"),
         (SOURCE + "ARMS = {'mine': 3}", "ARMS is not of the form"),
