@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from experiments.ablations import Ablation, Axis
 from experiments.analysis import metrics
@@ -68,6 +68,9 @@ def usage_against_dimension(study: Study, ablation: Ablation, rows: pd.DataFrame
         ends = zip(means[one], means[other], strict=True)
         axis.plot(*ends, color=points.style(one)["color"], lw=0.8, ls=":", zorder=2)
     axis.set_ylim(0, None)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.minorticks_off()
     labels = Labels(axis, 7.5)
     for name, (x, y) in means.items():
         labels.put(ablation.letter(name), x, y)
