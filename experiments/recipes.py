@@ -247,8 +247,7 @@ def transformer(preset: Preset, of: TrainConfig, changes: Mapping[str, Any], see
 def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:
     """A config with some of its numbers multiplied.
 
-    Where `steps` is multiplied by a share s, `optim.ema_decay` becomes ema_decay ** (1 / s): the window of the averaged
-    weights keeps its share of the run, e.g. 0.98 at 300 steps and 0.96 at 150.
+    Where `steps` is multiplied, the window of the averaged weights keeps its share of the run (`with_window`).
 
     Args:
         config: what to start from.
@@ -256,9 +255,16 @@ def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:
     """
     numbers = flatten(config.to_json_dict())
     products = {path: numbers[path] * factor for path, factor in factors.items()}
-    if "steps" in factors:
-        products["optim.ema_decay"] = numbers["optim.ema_decay"] ** (1 / factors["steps"])
     values = {
         path: max(1, round(x)) if isinstance(numbers[path], int) else float(f"{x:.6g}") for path, x in products.items()
     }
-    return config.with_fields(**values) if values else config
+    if values:
+        config = config.with_fields(**values)
+    return with_window(config, factors["steps"]) if "steps" in factors else config
+
+
+def with_window(config: TrainConfig, factor: float) -> TrainConfig:
+    """A config whose steps have been multiplied, with the window of the averaged weights at its share of the run:
+    ema_decay ** (1 / factor), e.g. 0.98 at 300 steps, 0.96 at 150 and 0.998 at 3,000."""
+    decay = float(f"{config.optim.ema_decay ** (1 / factor):.6g}")
+    return config if factor == 1 else config.with_fields(**{"optim.ema_decay": decay})

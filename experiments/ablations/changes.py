@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from experiments.recipes import Preset, scaled, tokenizer, transformer
+from experiments.recipes import Preset, scaled, tokenizer, transformer, with_window
 from ibq.config import TrainConfig, TransformerTrainConfig
 from ibq.errors import ConfigError
 from ibq.schema import flatten
@@ -23,6 +23,7 @@ ANY_SIZE = 1024
 """A K that every method can have: FSQ's before the user's own levels are set, whose product need not be a power of
 two."""
 GAN_WEIGHT = "loss.adversarial.weight"
+EMA_DECAY = "optim.ema_decay"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def tokenizer_config(preset: Preset, changes: Mapping[str, Any], overrides: Mapp
     Args:
         preset: the scale.
         changes: of the arm; they decide where the user has set the same field.
-        overrides: what the user sets in every arm, by dotted path.
+        overrides: what the user sets in every arm, by dotted path; with other `steps` the window of the averaged
+            weights keeps its share of the run, as the schedule of the learning rate does.
 
     Raises:
         ConfigError: K cannot be multiplied so, or the config contradicts itself.
@@ -82,7 +84,9 @@ def tokenizer_config(preset: Preset, changes: Mapping[str, Any], overrides: Mapp
     config = tokenizer(preset, _sizes(own["method"], K) | own)
     others = {path: value for path, value in overrides.items() if path != CODEBOOK_SIZE}
     if fields := {**others, **values}:
-        config = config.with_fields(**fields)
+        usual_steps, config = config.steps, config.with_fields(**fields)
+        if EMA_DECAY not in fields:
+            config = with_window(config, config.steps / usual_steps)
     config = scaled(config, {path: float(factor) for path, factor in times.items()})
     return config.with_fields(**values) if values else config  # once more: what is set is not scaled
 

@@ -90,6 +90,10 @@ def test_a_share_of_the_steps_keeps_the_share_of_the_run_that_is_averaged() -> N
     assert (half.steps, half.optim.ema_decay) == (150, 0.9604)
     assert sixth.optim.ema_decay**sixth.steps == pytest.approx(config.optim.ema_decay**config.steps, rel=1e-3)
     assert {cell.config.optim.ema_decay for cell in Study("quick", ("quantizers",)).waiting} == {0.9604}
+    longer = Study("quick", ("vq_vs_ibq",), overrides={"steps": 3000}).cells[0].config
+    assert longer.optim.ema_decay**longer.steps == pytest.approx(config.optim.ema_decay**config.steps, rel=1e-3)
+    own = Study("quick", ("vq_vs_ibq",), overrides={"steps": 3000, "optim.ema_decay": 0.5}).cells[0].config
+    assert own.optim.ema_decay == 0.5
 
 
 def test_seed_0_of_everything_comes_first() -> None:
