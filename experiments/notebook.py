@@ -54,7 +54,7 @@ def show_continuation(study: Study, ablation: Ablation) -> None:
         display(Markdown(other.note))
     if other.has_result:
         display(Markdown(f"*{tables.TABLES['arms'][1]}*\n\n{tables.markdown(other.arms_table())}"))
-        show_finding(other.ablation, other.rows)
+        show_table("verdicts", other.ablation, other.rows)
 
 
 PARAMETERS: dict[str, Any] = {"preset": str, "seeds": int | None, "overrides": dict, "slots": int | None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from experiments import status
@@ -30,13 +31,13 @@ def load(study: Study | None = None) -> pd.DataFrame:
     Returns:
         Columns ablation, arm, method, codebook_size, code_dim, seed, status ("ok", "nan", "oom", "failed",
         "interrupted", "running", "stopped", "pending", "waiting" for a search, a tokenizer or neighbours; "oom" and
-        "failed" also of a transformer whose tokenizer is so), `stage` ("tokenizer" or "transformer"), then the facts
-        and metrics of finished runs, the levels of the arm's factors as `factor.<name>`, evaluations added later as
-        `<evaluation>.<metric>` (those of PLAIN: as `<metric>`), and `reason` where there is no result. Runs of a search
-        have arms of their own; `search.arm` names the arm they are for, `search.value` what they try, `search.loss`
-        what decides. So have tokenizers of transformers; `tokenizer_of` names the transformer's arm. A transformer's
-        line has `tokenizer.<name>` for what its tokenizer's row has, config fields left out. Lines of a map of collapse
-        have `first.<name>` and `last.<name>` of their log.
+        "failed" also of a transformer whose tokenizer is so), `stage` ("tokenizer" or "transformer"), `started` (time
+        at which its first attempt began, UTC), then the facts and metrics of finished runs, the levels of the arm's
+        factors as `factor.<name>`, evaluations added later as `<evaluation>.<metric>` (those of PLAIN: as `<metric>`),
+        and `reason` where there is no result. Runs of a search have arms of their own; `search.arm` names the arm they
+        are for, `search.value` what they try, `search.loss` what decides. So have tokenizers of transformers;
+        `tokenizer_of` names the transformer's arm. A transformer's line has `tokenizer.<name>` for what its tokenizer's
+        row has, config fields left out. Lines of a map of collapse have `first.<name>` and `last.<name>` of their log.
 
     Raises:
         ConfigError: a run folder holds another run's row, or a damaged one.
@@ -55,7 +56,7 @@ def of_arms(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _line(cell: Cell) -> dict[str, Any]:
-    line = _arm_line(cell)
+    line = _arm_line(cell) | _started(cell)
     if cell.search:
         line |= {"search.arm": cell.search.arm, "search.value": cell.search.value}
     if cell.tokenizer_of:
@@ -66,6 +67,12 @@ def _line(cell: Cell) -> dict[str, Any]:
         facts = cell.ablation.adaptive.facts(cell.run, is_trial=cell.search is not None)
         return line | checked_row(cell) | _evaluations(cell) | facts
     return line | {"run": cell.run.path.name, "status": state(cell), "reason": _reason(cell)}
+
+
+def _started(cell: Cell) -> dict[str, str]:
+    """Column `started`, of a run that was."""
+    times = [attempt["time"] for attempt in cell.run.read_attempts() if attempt["event"] == "started"]
+    return {"started": datetime.fromtimestamp(times[0], UTC).isoformat(timespec="seconds")} if times else {}
 
 
 def _arm_line(cell: Cell) -> dict[str, Any]:

@@ -143,10 +143,10 @@ class Factor:
 class Contrast:
     """A claim and the pair of arms that tests it.
 
-    Stated before the numbers: `outcome` (one of `ibq.metrics.METRICS`) changes from `without` to
-    `with_` by at least `effect` (its sign is the direction) in every seed; or, where the claim is that something
-    `keeps`, by less than that. `paper` says where the paper makes this claim; empty: the question is this study's own.
-    `exploratory` says how its numbers were known when it was written; empty: they were not.
+    Stated before the numbers, and registered (`experiments.analysis.registration`): the mean of `outcome` (one of
+    `ibq.metrics.METRICS`) over seeds changes from `without` to `with_` by at least `effect`, the threshold, whose sign
+    is the direction; or, where the claim is that something `keeps`, by less than that. `paper` says where the paper
+    makes this claim; empty: the question is this study's own.
     """
 
     name: str
@@ -157,7 +157,6 @@ class Contrast:
     effect: float
     paper: str = ""
     keeps: bool = False
-    exploratory: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,6 +213,8 @@ class Ablation:
     shows_too: tuple[str, ...] = ()
     """Claims of one other ablation that answer the other half of the question, as "ablation/contrast"; their arms are
     shown too."""
+    shown_elsewhere: tuple[Contrast, ...] = ()
+    """Claims of the same family, for which verdicts are corrected together, that are not shown here."""
     core: bool = True
     """True: it belongs to the core study, which is what a study without names is."""
     on_request: bool = False

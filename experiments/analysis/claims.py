@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.ablations import ABLATIONS, Ablation, Contrast
-from experiments.analysis.effects import verdict, verdict_text
+from experiments.ablations import ABLATIONS, Ablation
+from experiments.analysis.verdicts import INCONCLUSIVE, WORDS, Verdict, verdict_text, verdicts
 from experiments.study import Study
 
-WORDS = ("confirmed", "consistent", "undecided", "refuted")
 SIZES = {
     "codebook_size": ("K = ", ""),
     "code_dim": ("D = ", ""),
@@ -21,6 +20,7 @@ SIZES = {
     "config.steps": ("", " steps"),
 }
 """Words of a scale around the values of rows, by their columns, where they have them."""
+CHANGE = "mean change (95%)"
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
@@ -31,11 +31,13 @@ class Claim:
     Args:
         sentence: what is claimed.
         paper: where the paper makes it and what it reports there; empty: this study's own question.
-        word: one of WORDS.
-        reason: why it is undecided; empty otherwise.
-        exploratory: how its numbers were known when it was written; empty: they were not.
-        required: the change that was required beforehand, in every seed; empty where nothing here tests the claim.
-        seen: the change at each of `seeds`; empty while no pair of runs is finished.
+        word: one of WORDS, corrected for the family of claims.
+        uncorrected: the word of the interval alone.
+        reason: why it is inconclusive; empty otherwise.
+        exploratory: why it was not stated beforehand, or that its seeds are too few; empty: neither.
+        claimed: the threshold that was stated; empty where nothing here tests the claim.
+        change: the mean difference with its interval; empty while no pair of runs is finished.
+        holm: Holm's p; empty where there is no test.
         seeds: those that both arms have finished.
         scale: preset, data, codes, dimension and steps of the compared runs.
         ablation: what tests it, None where nothing does.
@@ -44,11 +46,13 @@ class Claim:
 
     sentence: str
     paper: str
-    word: str = "undecided"
+    word: str = INCONCLUSIVE
+    uncorrected: str = INCONCLUSIVE
     reason: str = ""
     exploratory: str = ""
-    required: str = ""
-    seen: tuple[str, ...] = ()
+    claimed: str = ""
+    change: str = ""
+    holm: str = ""
     seeds: tuple[int, ...] = ()
     scale: str = ""
     ablation: Ablation | None = None
@@ -90,19 +94,21 @@ def claims(study: Study, rows: pd.DataFrame) -> list[Claim]:
 def claims_of(study: Study, ablation: Ablation, rows: pd.DataFrame) -> list[Claim]:
     """The claims of one ablation, judged by its rows alone."""
     mine = rows[rows["ablation"] == ablation.name]
-    return [_judged(study, ablation, contrast, mine) for contrast in ablation.contrasts]
+    return [_judged(study, ablation, verdict, mine) for verdict in verdicts(ablation, mine)]
 
 
-def _judged(study: Study, ablation: Ablation, contrast: Contrast, rows: pd.DataFrame) -> Claim:
-    judged = verdict(contrast, rows)
+def _judged(study: Study, ablation: Ablation, judged: Verdict, rows: pd.DataFrame) -> Claim:
+    contrast = judged.contrast
     return Claim(
         sentence=contrast.claim,
         paper=contrast.paper,
         word=judged.word,
+        uncorrected=judged.uncorrected,
         reason=judged.reason,
-        exploratory=contrast.exploratory,
-        required=judged.required,
-        seen=judged.seen,
+        exploratory=judged.exploratory,
+        claimed=judged.claimed,
+        change=judged.change,
+        holm=judged.correction,
         seeds=judged.seeds,
         scale=scale(
             study, rows[rows["arm"].isin([contrast.without, contrast.with_]) & rows["seed"].isin(judged.seeds)]
@@ -134,18 +140,19 @@ def _pairs(rows: pd.DataFrame, one: str, other: str) -> list[tuple]:
 
 
 def table(of: list[Claim]) -> pd.DataFrame:
-    """Claims as data: what is claimed, where in the paper if it is there, what was required and seen, at which scale,
-    and the verdict."""
+    """Claims as data: what is claimed, where in the paper if it is there, threshold, change and verdict, at which
+    scale."""
     lines = []
     for claim in of:
         lines.append(
             {
                 "claim": claim.sentence,
                 "in the paper": claim.paper,
-                "required in every seed": claim.required or "–",
-                "seen, seed by seed": ", ".join(claim.seen) or ("nothing yet" if claim.ablation else "–"),
+                "claimed": claim.claimed or "–",
+                CHANGE: claim.change or ("nothing yet" if claim.ablation else "–"),
                 "seeds": ", ".join(map(str, claim.seeds)),
-                "verdict": verdict_text(claim.word, claim.reason, claim.exploratory),
+                "Holm's p": claim.holm,
+                "verdict": verdict_text(claim.word, claim.uncorrected, claim.reason, claim.exploratory),
                 "scale": claim.scale or "–",
                 "ablation": f"{claim.ablation.name} {claim.arms}" if claim.ablation else "none",
             }
@@ -155,8 +162,8 @@ def table(of: list[Claim]) -> pd.DataFrame:
 
 
 def count(of: list[Claim]) -> str:
-    """Number of claims of each verdict, in words, e.g. "four claims: none confirmed, one consistent, three undecided,
-    none refuted"."""
+    """Number of claims of each verdict, in words, e.g. "four claims: one supported, none smaller than claimed, none
+    contradicted, three inconclusive"."""
     counts = Counter(claim.word for claim in of)
     parts = ", ".join(f"{_number(counts[word])} {word}" for word in WORDS)
     exploratory = sum(bool(claim.exploratory) for claim in of)

@@ -9,8 +9,9 @@ from experiments.ablations.collapse_atlas import collapse_map
 from experiments.ablations.grid import BASE, numbers, varied
 from experiments.ablations.quantizers import anatomy
 from experiments.analysis import transformers
-from experiments.analysis.effects import Verdict, main_effects, verdict
+from experiments.analysis.effects import main_effects
 from experiments.analysis.metrics import values
+from experiments.analysis.verdicts import verdicts
 from experiments.report.tables import chosen_value, searches
 from experiments.rows import of_arms
 from ibq.metrics import METRICS
@@ -32,15 +33,15 @@ def findings(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
         )
     waiting = rows[rows["status"] == "waiting"]
     untokenized = int(waiting["stage"].eq("transformer").sum()) if "stage" in waiting else 0
-    if undecided := len(waiting) - untokenized:
-        sentences.append(ablation.adaptive.waiting(undecided))
+    if unplanned := len(waiting) - untokenized:
+        sentences.append(ablation.adaptive.waiting(unplanned))
     if untokenized:
         sentences.append(
             "1 transformer waits for its tokenizer."
             if untokenized == 1
             else f"{untokenized} transformers wait for their tokenizers."
         )
-    sentences += [_of_verdict(verdict(contrast, rows)) for contrast in ablation.contrasts]
+    sentences += [f"{judged.contrast.claim} {judged.sentence}" for judged in verdicts(ablation, rows)]
     if "main_effects" in ablation.tables and not (table := main_effects(ablation, rows)).empty:
         sentences += _of_effects(table)
     if "grid" in ablation.tables:
@@ -84,8 +85,7 @@ def _of_grid(ablation: Ablation, rows: pd.DataFrame) -> list[str]:
             )
     if sentences:
         sentences.append(
-            f"Nothing was claimed beforehand, so nothing here is confirmed or refuted; seeds an arm: "
-            f"{finished['seed'].nunique()}."
+            f"Nothing was claimed beforehand, so nothing here is a verdict; seeds an arm: {finished['seed'].nunique()}."
         )
     return sentences
 
@@ -103,26 +103,6 @@ def _of_searches(rows: pd.DataFrame) -> list[str]:
         f"The search chose {said}."
         + (f" At the edge of the grid, so perhaps not the best there is: {', '.join(edges)}." if edges else "")
     ]
-
-
-def _of_verdict(judged: Verdict) -> str:
-    because = (
-        f", since {judged.reason}"
-        if judged.reason and judged.differences
-        else f" ({judged.reason})"
-        if judged.reason
-        else ""
-    )
-    exploratory = f" (exploratory: {judged.contrast.exploratory})" if judged.contrast.exploratory else ""
-    sentence = f"{judged.contrast.claim} {judged.word.capitalize()}{because}{exploratory}"
-    if not judged.differences:
-        return f"{sentence}."
-    unit, digits = judged.metric.change_unit, judged.metric.change_digits
-    spread = f" ({', '.join(judged.seen)})" if len(judged.seen) > 1 else ""
-    return (
-        f"{sentence}: the change is {judged.mean:+.{digits}f} {unit}{spread}; {judged.required} in every seed was "
-        f"required."
-    )
 
 
 def _of_effects(table: pd.DataFrame) -> list[str]:

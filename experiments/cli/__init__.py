@@ -1,6 +1,6 @@
 """The command line: python -m experiments COMMAND.
 
-list | plan | train | run | status | report | evaluate | bench | rerun | forget | compare | playground
+list | plan | train | run | status | report | register | evaluate | bench | rerun | forget | compare | playground
 """
 
 from experiments.cli import benchmarks, playground, runs, studies, train

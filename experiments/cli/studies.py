@@ -256,6 +256,16 @@ def report(
 
 @app.command()
 @one_sentence_errors
+def register() -> None:
+    """Register the claims that have no line in experiments/claims.jsonl, with the time now; before their runs."""
+    from experiments.analysis import registration
+
+    names = registration.register()
+    print("\n".join([*names, f"{len(names)} claims registered in {registration.REGISTER}; commit it"]))
+
+
+@app.command()
+@one_sentence_errors
 def evaluate(
     names: Names = None,
     preset: PresetOption = "quick",

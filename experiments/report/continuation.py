@@ -19,8 +19,8 @@ class Continued:
     """Rows of the other ablation, and what is shown of them.
 
     Args:
-        ablation: the other one, with the contrasts that belong here alone.
-        rows: its rows of the arms that belong here, under the same preset, seeds and fields.
+        ablation: the other one, of whose contrasts those that belong here are shown.
+        rows: its rows, under the same preset, seeds and fields.
         note: what is missing, and the command that trains it; empty where nothing is.
     """
 
@@ -30,10 +30,16 @@ class Continued:
 
     @property
     def has_result(self) -> bool:
-        return bool((self.rows["status"] == "ok").any())
+        return bool((self.of_shown_arms["status"] == "ok").any())
+
+    @property
+    def of_shown_arms(self) -> pd.DataFrame:
+        """The rows of the arms that belong here."""
+        arms = {arm for contrast in self.ablation.contrasts for arm in (contrast.without, contrast.with_)}
+        return self.rows[self.rows["arm"].isin(arms)]
 
     def arms_table(self) -> pd.DataFrame:
-        return tables.build("arms", self.ablation, self.rows)
+        return tables.build("arms", self.ablation, self.of_shown_arms)
 
 
 def other_half(study: Study, ablation: Ablation) -> Continued | None:
@@ -42,14 +48,15 @@ def other_half(study: Study, ablation: Ablation) -> Continued | None:
         return None
     name = ablation.shows_too[0].partition("/")[0]
     title = ABLATIONS[name].title
-    contrasts = [each for each in ABLATIONS[name].contrasts if f"{name}/{each.name}" in ablation.shows_too]
-    other = replace(ABLATIONS[name], contrasts=tuple(contrasts))
+    shown = tuple(each for each in ABLATIONS[name].contrasts if f"{name}/{each.name}" in ablation.shows_too)
+    elsewhere = tuple(each for each in ABLATIONS[name].contrasts if each not in shown)
+    other = replace(ABLATIONS[name], contrasts=shown, shown_elsewhere=elsewhere)
     try:
         its_study = study.of(name)
         rows = rows_module.load(its_study)
     except ConfigError as error:  # a changed field that its arms differ in
         return Continued(other, pd.DataFrame(columns=["ablation", "arm", "status"]), f"{title}: none, since {error}.")
-    arms = {arm for contrast in contrasts for arm in (contrast.without, contrast.with_)}
-    rows = rows[(rows["ablation"] == name) & rows["arm"].isin(arms)]
-    trains = f"{title} is trained by the ablation {name}: {command(its_study, name)}"
-    return Continued(other, rows, "" if rows["status"].isin(["ok", "nan"]).all() else trains)
+    its_half = Continued(other, rows[rows["ablation"] == name], "")
+    if its_half.of_shown_arms["status"].isin(["ok", "nan"]).all():
+        return its_half
+    return replace(its_half, note=f"{title} is trained by the ablation {name}: {command(its_study, name)}")

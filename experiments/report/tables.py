@@ -14,8 +14,10 @@ from experiments.ablations.collapse_atlas.collapse_map import remedies_table
 from experiments.ablations.grid import BASE, GRID_COLUMNS, strips, varied
 from experiments.ablations.quantizers import tuning
 from experiments.ablations.quantizers.anatomy import parts_table
-from experiments.analysis.effects import RATE_AND_DISTORTION, main_effects, verdict
+from experiments.analysis.claims import CHANGE
+from experiments.analysis.effects import RATE_AND_DISTORTION, main_effects
 from experiments.analysis.metrics import in_words, measured
+from experiments.analysis.verdicts import verdicts
 from experiments.report.latex import latex, one_line
 from experiments.rows import of_arms
 from ibq.metrics import METRICS
@@ -66,16 +68,18 @@ def effects_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
-    """Each claim with the effect that was required, what came out in each seed, and the verdict."""
+    """Each claim with its threshold, the change that came out with its interval, and the verdict."""
     lines = []
-    for contrast in ablation.contrasts:
-        judged = verdict(contrast, rows)
+    for judged in verdicts(ablation, rows):
+        contrast = judged.contrast
         lines.append(
             {
                 "claim": contrast.claim,
                 "arms": f"{ablation.letter(contrast.without)}→{ablation.letter(contrast.with_)}",
-                "required in every seed": judged.required,
-                "seen, seed by seed": ", ".join(judged.seen) or "nothing yet",
+                "claimed": judged.claimed,
+                CHANGE: judged.change or "nothing yet",
+                "seeds": str(len(judged.seeds)),
+                "Holm's p": judged.correction,
                 "verdict": judged.text,
             }
         )
@@ -170,8 +174,9 @@ TABLES = {
     ),
     "verdicts": (
         verdicts_table,
-        "Claims, the effect required before the numbers were seen (where a claim is called exploratory: afterwards), "
-        "and what the rows say.",
+        "Claims, and verdicts read off 95% intervals of the mean paired difference over seeds; p is against the "
+        "threshold, by Holm's method over the claims of this table. A claim that was not registered before its runs "
+        "began is exploratory.",
     ),
     "paper": (
         paper_table,

@@ -16,7 +16,7 @@ from toy_transformers import TIMING, TOY, names, pretend
 from experiments import ablations, rows, status
 from experiments.ablations import Contrast
 from experiments.ablations.quantizers.tuning import Tuning
-from experiments.analysis.effects import verdict
+from experiments.analysis.verdicts import verdicts
 from experiments.analysis.findings import findings
 from experiments.cells import unique_runs
 from experiments.recipes import PRESETS, get_preset, tokenizer, transformer
@@ -271,7 +271,8 @@ def test_transformer_stages_of_a_failed_tokenizer_have_no_result_and_the_others_
     assert [(line["state"], line["detail"]) for line in rows.status_lines(study)[-2:]] == [("failed", reason)] * 2
     assert findings(TOY, frame.reset_index())[0].startswith("2 of 3 runs have no result (2 failed)")
     contrast = Contrast("claim", "vq", "ibq", "A claim.", "bits_per_image", 1.0)
-    assert verdict(contrast, frame.reset_index()).reason == "no result of ibq seed 0 (failed)"
+    (judged,) = verdicts(replace(TOY, contrasts=(contrast,)), frame.reset_index())
+    assert judged.reason == "no result of ibq seed 0 (failed)"
     broken.config.unlink()
     assert sorted(names(train_study(study, device="cpu", say=lambda _: None).finished)) == [
         "ibq 0",

@@ -18,7 +18,7 @@ from ibq.metrics import METRICS
 
 PAPER_SIZE, PAPER_DIMENSION, PAPER_RATE = 16384, "256", 1e-4
 """Setting in which the paper trains IBQ."""
-STATES = {True: "lives", False: "collapsed", None: "undecided"}
+STATES = {True: "lives", False: "collapsed", None: "inconclusive"}
 
 
 class Line(NamedTuple):
@@ -166,8 +166,8 @@ def _of_method(ablation: Ablation, finished: Mapping[str, Codebook], method: str
                 f"{method}: {word} at every point of rate and D that was trained ({len(points)}; perplexity "
                 f"{_range(points)} of K)."
             )
-    undecided = {place: book for place, book in points.items() if book.alive is None}
-    sides = (("has collapsed", dead), ("lives", alive), ("seeds disagree", undecided))
+    unclear = {place: book for place, book in points.items() if book.alive is None}
+    sides = (("has collapsed", dead), ("lives", alive), ("seeds disagree", unclear))
     return f"{method}: {'; '.join(f'{word} at {_places(side)}' for word, side in sides if side)}."
 
 

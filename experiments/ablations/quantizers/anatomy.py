@@ -8,7 +8,7 @@ import pandas as pd
 
 from experiments.ablations import Ablation
 from experiments.analysis.codebooks import Codebook, codebook_of
-from experiments.analysis.effects import MIN_SEEDS
+from experiments.analysis.verdicts import MIN_SEEDS
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def parts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
         ):
             line[heading] = f"{ablation.letter(book.arm)} {book.arm}" if book else "no such arm"
             line[f"perplexity / K %, {heading}"] = f"{100 * book.share:.1f}" if book and book.seeds else ""
-            line[word] = {True: "yes", False: "no", None: "undecided" if book else ""}[verdict]
+            line[word] = {True: "yes", False: "no", None: "inconclusive" if book else ""}[verdict]
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -100,9 +100,9 @@ def parts_table(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 def sentences(rows: pd.DataFrame) -> list[str]:
     """The verdicts in words, beginning with the threshold and with whether whole and bare are what they should be."""
     whole, bare = (codebook_of(rows, arm, ANATOMY.collapse) for arm in (ANATOMY.whole, ANATOMY.bare))
-    state = {True: "lives", False: "has collapsed", None: "is undecided"}
+    state = {True: "lives", False: "has collapsed", None: "is inconclusive"}
     seeds = min(whole.seeds, bare.seeds)
-    caution = "" if seeds >= MIN_SEEDS else f" With {seeds} seed{'s' * (seeds != 1)} all of this is at most consistent."
+    caution = "" if seeds >= MIN_SEEDS else f" With {seeds} seed{'s' * (seeds != 1)} all of this is exploratory."
     said = [
         f"A codebook has collapsed if its perplexity is below {100 * ANATOMY.collapse:g}% of K or its run did not stay "
         f"finite: "
@@ -118,7 +118,7 @@ def sentences(rows: pd.DataFrame) -> list[str]:
         for answer, phrase in (
             (True, f"{word.capitalize()}, since {meaning}"),
             (False, f"Not {word}"),
-            (None, f"Undecided whether {word}"),
+            (None, f"Inconclusive whether {word}"),
         ):
             if parts := [part for verdict, part in judged if verdict is answer]:
                 said.append(f"{phrase} (at the learning rate of {base}): {'; '.join(parts)}.")

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from experiments.ablations import ABLATIONS, Ablation
-from experiments.ablations.base import Contrast
 from experiments.ablations.quantizers.anatomy import ANATOMY
 from experiments.ablations.quantizers.tuning import Tuning
-from experiments.analysis.effects import effects, main_effects, matched_pairs, paired_differences, verdict
+from experiments.analysis.effects import effects, main_effects, matched_pairs, paired_differences
 from experiments.report import figures, tables
 from ibq.metrics import METRICS
 
@@ -117,63 +114,3 @@ def test_no_rows_no_effects() -> None:
     rows = pd.DataFrame([{"arm": arm.name, "seed": 0, "status": "pending"} for arm in ABLATION.arms])
     assert effects(ABLATION, rows).empty
     assert main_effects(ABLATION, rows).empty
-    assert verdict(ABLATION.contrasts[0], rows).word == "undecided"
-
-
-@pytest.mark.parametrize(
-    ("differences", "word"),
-    [
-        ([1.5, 2.0, 1.0], "confirmed"),
-        ([1.5, 2.0], "consistent"),
-        ([1.5, 0.9, 2.0], "undecided"),
-        ([0.9, 0.2, -3.0], "refuted"),
-        ([0.9, 0.2], "undecided"),
-        ([], "undecided"),
-    ],
-)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_verdicts_follow_the_rule_stated_beforehand(differences: list[float], word: str, sign: int) -> None:
-    contrast = Contrast("c", "vq_fair", "ibq_fair", "claim", "bits", sign * 1.0)
-    lines = [{"arm": "vq_fair", "seed": s, "status": "ok", "bits": 3.0, "l1": 0.1} for s in range(len(differences))]
-    lines += [
-        {"arm": "ibq_fair", "seed": s, "status": "ok", "bits": 3.0 + sign * d, "l1": 0.1}
-        for s, d in enumerate(differences)
-    ]
-    rows = pd.DataFrame(lines, columns=["arm", "seed", "status", "bits", "l1"])
-    judged = verdict(contrast, rows)
-    assert judged.word == word
-    assert math.isnan(judged.mean) == (not differences)
-
-
-def pair_rows(outcome: str, pairs: list[tuple[float, float]]) -> pd.DataFrame:
-    """Rows of vq_fair and ibq_fair with these values of an outcome, a pair a seed."""
-    lines = [
-        {"arm": arm, "seed": seed, "status": "ok", "bits": 3.0, "l1": 0.1, outcome: value}
-        for seed, values in enumerate(pairs)
-        for arm, value in zip(("vq_fair", "ibq_fair"), values, strict=True)
-    ]
-    return pd.DataFrame(lines)
-
-
-def test_what_starts_too_near_the_edge_of_its_range_is_not_refuted() -> None:
-    contrast = Contrast("c", "vq_fair", "ibq_fair", "claim", "usage", 10)
-    full = verdict(contrast, pair_rows("usage", [(0.93, 0.99), (0.95, 1.0), (0.92, 0.97)]))
-    assert (full.word, full.reason) == ("undecided", "it starts at 93.0, 95.0, 92.0, which leaves no room for +10")
-    assert verdict(contrast, pair_rows("usage", [(0.5, 0.51)] * 3)).word == "refuted"
-    assert verdict(contrast, pair_rows("usage", [(0.5, 0.61)] * 3)).word == "confirmed"
-
-
-def test_a_claim_that_something_is_kept_fails_by_a_change_as_large_as_the_effect() -> None:
-    contrast = Contrast("c", "vq_fair", "ibq_fair", "claim", "usage", -20, keeps=True)
-    assert verdict(contrast, pair_rows("usage", [(0.9, 0.71), (0.9, 0.95), (0.1, 0.05)])).word == "confirmed"
-    assert verdict(contrast, pair_rows("usage", [(0.9, 0.69)] * 3)).word == "refuted"
-    assert verdict(contrast, pair_rows("usage", [(0.9, 0.69)] * 3)).required == "Δ usage, points > -20"
-
-
-def test_a_tenth_less_of_a_distance_is_its_logarithm() -> None:
-    contrast = Contrast("c", "vq_fair", "ibq_fair", "claim", "fid", -0.152)
-    assert verdict(contrast, pair_rows("fid[fashion-cnn]", [(10.0, 8.99)] * 3)).word == "confirmed"
-    assert verdict(contrast, pair_rows("fid[fashion-cnn]", [(10.0, 9.01)] * 3)).word == "refuted"
-    assert (
-        verdict(contrast, pair_rows("other", [(1.0, 1.0)] * 3)).reason == "doublings of FID[fashion-cnn] not measured"
-    )

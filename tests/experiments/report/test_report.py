@@ -15,8 +15,9 @@ from transformer_rows import NOT_AT_SMOKE
 from experiments import rows
 from experiments.ablations import ABLATIONS, Ablation, Arm
 from experiments.analysis import claims
-from experiments.analysis.claims import UNTESTED, WORDS
+from experiments.analysis.claims import UNTESTED
 from experiments.analysis.effects import effects
+from experiments.analysis.verdicts import WORDS
 from experiments.analysis.findings import findings
 from experiments.report import curves, figures, layout, pages, provenance, tables
 from experiments.report.configs import differing_fields
@@ -96,7 +97,7 @@ def test_the_first_page_has_every_claim_and_each_ablations_page_its_own(first_pa
     table = pd.read_csv(first_page.parent / "tables" / "claims_of_the_paper.csv")
     own = pd.read_csv(first_page.parent / "tables" / "claims_of_this_study.csv")
     assert len(table) + len(own) == len(UNTESTED) + sum(len(ablation.contrasts) for ablation in ABLATIONS.values())
-    assert set(table["verdict"].str.split(":").str[0]) <= set(WORDS)
+    assert set(table["verdict"].str.split(r"[:(]").str[0].str.strip()) <= set(WORDS)
 
 
 def test_two_reports_on_the_same_rows_are_the_same_bytes(
@@ -188,7 +189,7 @@ def test_a_study_without_rows_renders_and_says_what_is_missing(tmp_path: Path, m
         in texts["quantizers"]
     )
     assert not any("<img" in text for text in texts.values())
-    assert not re.search(r'class="verdict (confirmed|consistent|refuted)"', texts["index"])
+    assert not re.search(r'class="verdict (supported|smaller-than-claimed|contradicted)"', texts["index"])
     assert set(rows.load(study)["status"]) == {"pending", "waiting"}
 
 
@@ -290,7 +291,7 @@ def test_lost_runs_appear_as_such_and_never_as_a_number(half_failed: Study) -> N
     assert paper.loc[0, "usage %"] == "failed"
     judged = zip(claims.claims_of(half_failed, ABLATION, rows.load(half_failed)), ABLATION.contrasts, strict=True)
     own = [claim for claim, contrast in judged if {contrast.without, contrast.with_} & LOST.keys()]
-    assert {(claim.word, claim.seen) for claim in own} == {("undecided", ())}
+    assert {(claim.word, claim.change) for claim in own} == {("inconclusive", "")}
     assert {claim.reason for claim in own} == {
         "no result of vq_published seed 0 (failed), ibq_published seed 0 (oom)",
         "no result of vq_published seed 0 (failed)",
@@ -349,7 +350,7 @@ def test_findings_name_every_claim_and_missing_runs(trained: tuple) -> None:
     sentences = findings(ABLATION, frame)
     for contrast in ABLATION.contrasts:
         assert any(sentence.startswith(contrast.claim) for sentence in sentences)
-    assert not any("confirmed" in sentence.lower() for sentence in sentences)  # one seed
+    assert not any("supported" in sentence.lower() for sentence in sentences)  # one seed
     frame.loc[0, "status"] = "failed"
     assert findings(ABLATION, frame)[0].startswith("1 of 16 runs have no result (1 failed)")
 
