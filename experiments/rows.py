@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FIRST_COLUMNS = ["ablation", "arm", "method", "codebook_size", "code_dim", "seed", "status"]
-OF_THE_ROWS_IMAGES = ("fashion-cnn", "lpips-alex", "lpips-vgg")
+OF_THE_ROWS_IMAGES = (
+    "fashion-cnn",
+    "efficientnet-lite0",
+    "lpips-alex",
+    "lpips-vgg",
+    "perceptual-efficientnet-lite0",
+)
 """Evaluations of the very images that the row is of: they may bear plain names, and become columns beside the row's
 own."""
 PLAIN = (*OF_THE_ROWS_IMAGES, diagnoses.NAME)

@@ -99,9 +99,9 @@ class LossConfig(Frozen):
 
     pixel: Literal["l1", "l2"] = "l1"
     pixel_weight: float = Field(1.0, gt=0)
-    perceptual: Literal["none", "lpips-vgg", "fashion-cnn"] = "none"
-    """LPIPS on VGG-16 (the paper), or a stand-in in the features of fashion-cnn, which knows Fashion-MNIST and bears
-    its own name."""
+    perceptual: Literal["none", "lpips-vgg", "fashion-cnn", "efficientnet-lite0"] = "none"
+    """LPIPS on VGG-16 (the paper), or a stand-in that bears its own name: in the features of fashion-cnn, which knows
+    Fashion-MNIST, or of efficientnet-lite0, which knows photographs."""
     perceptual_weight: float = Field(1.0, gt=0)
     adversarial: AdversarialConfig = AdversarialConfig()
 
@@ -204,11 +204,13 @@ class TrainConfig(_RunConfig):
             )
         if self.loss.perceptual == "fashion-cnn" and self.data.kind != "fashion-mnist":
             raise ValueError(
-                f"loss.perceptual='fashion-cnn' knows Fashion-MNIST, not {self.data.kind}; use 'lpips-vgg' or 'none'"
+                f"loss.perceptual='fashion-cnn' knows Fashion-MNIST, not {self.data.kind}; use "
+                f"'efficientnet-lite0', 'lpips-vgg' or 'none'"
             )
-        if self.loss.perceptual == "lpips-vgg" and self.data.resolution < 32:
+        if self.loss.perceptual in ("lpips-vgg", "efficientnet-lite0") and self.data.resolution < 32:
             raise ValueError(
-                f"loss.perceptual='lpips-vgg' reads 32 pixels a side or more, not resolution={self.data.resolution}"
+                f"loss.perceptual={self.loss.perceptual!r} reads 32 pixels a side or more, not "
+                f"resolution={self.data.resolution}"
             )
         return self
 

@@ -1,7 +1,7 @@
 """The objective of docs/method.md section 4: raw terms by name, their weights from the config, one sum for generator
 and discriminator.
 
-generator      pixel · lpips or fashion_cnn · the quantizer's own terms · adversarial
+generator      pixel · lpips or its stand-in · the quantizer's own terms · adversarial
 discriminator  discriminator · lecam
 
 Suffixes: B images, C channels, H W pixels or patches.
@@ -22,13 +22,13 @@ from torch.autograd.function import once_differentiable
 from ibq.config import TrainConfig
 from ibq.distributed import mean_over_ranks, rank, shared_errors
 from ibq.errors import DataError
-from ibq.metrics.perceptual import backbone_weights, lpips_network
+from ibq.metrics.perceptual import FeatureDistance, backbone_weights, efficientnet_lite0_distance, lpips_network
 from ibq.models.transformer import Transformer
 from ibq.pretrained.fashion_cnn import load_fashion_cnn
 
 Weight = float | torch.Tensor
-PERCEPTUAL_TERMS = {"lpips-vgg": "lpips", "fashion-cnn": "fashion_cnn"}
-"""Name of the perceptual term by the config's name of its network: the stand-in is never called LPIPS."""
+PERCEPTUAL_TERMS = {"lpips-vgg": "lpips", "fashion-cnn": "fashion_cnn", "efficientnet-lite0": "efficientnet_lite0"}
+"""Name of the perceptual term by the config's name of its network: a stand-in is never called LPIPS."""
 LARGEST_ADAPTIVE_WEIGHT = 1e4
 
 
@@ -42,10 +42,10 @@ class PerceptualLoss(nn.Module):
     """The mean over images of a distance in a frozen network's features; forward(originals, reconstructions) gives a
     scalar.
 
-    "lpips-vgg" is LPIPS (arXiv 1801.03924) on VGG-16, version 0.1. "fashion-cnn" stands in for it where its weights are
-    absent: the same distance without learnt heads (features at unit length over channels, squared differences summed
-    over channels, mean over positions, mean over layers), after each of the six convolutions of a classifier of
-    Fashion-MNIST.
+    "lpips-vgg" is LPIPS (arXiv 1801.03924) on VGG-16, version 0.1. Two stand in for it where its weights are absent,
+    the same distance without learnt heads (`FeatureDistance`): "fashion-cnn" after each of the six convolutions of a
+    classifier of Fashion-MNIST, "efficientnet-lite0" after four stages of a classifier of ImageNet, as the metric
+    `perceptual[efficientnet-lite0]`. None resizes.
 
     Args:
         weights: of VGG-16, named as torchvision names them; None: the pretrained ones.
@@ -55,36 +55,26 @@ class PerceptualLoss(nn.Module):
     """
 
     def __init__(
-        self, kind: Literal["lpips-vgg", "fashion-cnn"], weights: Mapping[str, torch.Tensor] | None = None
+        self,
+        kind: Literal["lpips-vgg", "fashion-cnn", "efficientnet-lite0"],
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.kind, self.term = kind, PERCEPTUAL_TERMS[kind]
         if kind == "lpips-vgg":
             self.network = lpips_network("vgg", weights or backbone_weights("vgg"))
+        elif kind == "efficientnet-lite0":
+            self.network = efficientnet_lite0_distance()
         else:
-            self.network = load_fashion_cnn().body
+            body = load_fashion_cnn().body
+            self.network = FeatureDistance(nn.Sequential(*(body[i : i + 3] for i in range(0, len(body), 3))))
 
     def forward(self, originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> torch.Tensor:
-        if self.kind == "lpips-vgg":
-            distance: torch.Tensor = self.network(
-                *(x.expand(-1, 3, -1, -1) for x in (originals_BCHW, reconstructions_BCHW))
-            )
-            return distance.mean()
-        with torch.no_grad():
-            targets = self._layers(originals_BCHW)
-        differences = [
-            (x - y).square().sum(1).mean() for x, y in zip(targets, self._layers(reconstructions_BCHW), strict=True)
-        ]
-        return torch.stack(differences).mean()
-
-    def _layers(self, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
-        """Features after each activation, at unit length over the channels."""
-        layers, h_BCHW = [], images_BCHW
-        for layer in self.network.children():
-            h_BCHW = layer(h_BCHW)
-            if isinstance(layer, nn.ReLU):
-                layers.append(F.normalize(h_BCHW.float(), dim=1))
-        return layers
+        pair = originals_BCHW, reconstructions_BCHW
+        if self.kind != "fashion-cnn":
+            pair = tuple(images_BCHW.expand(-1, 3, -1, -1) for images_BCHW in pair)
+        distances: torch.Tensor = self.network(*pair)
+        return distances.mean()
 
 
 def perceptual_loss(config: TrainConfig, device: torch.device) -> PerceptualLoss | None:

@@ -23,7 +23,7 @@ from ibq.config import RunConfig, TrainConfig
 from ibq.data import load_images
 from ibq.distributed import resolve_device
 from ibq.errors import ConfigError, DataError, OtherSourceError, nearest, require_writable
-from ibq.evaluation.tokenizer import PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
+from ibq.evaluation.tokenizer import OF_PAIRS, PERCEPTUAL, PerceptualEvaluation, UnfitError, evaluate
 from ibq.evaluation.transformer import evaluate_samples
 from ibq.metrics import NETWORKS
 from ibq.models.tokenizer import Tokenizer, load_tokenizer
@@ -235,7 +235,8 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
 
 def _summary(metrics: dict[str, float], protocol: dict[str, Any]) -> str:
     """A few of the numbers, at least one, and why any is absent."""
-    of_interest = ("perplexity", "dimension_used", "l1", "fid", "fid[fashion-cnn]", "lpips[alex]", "lpips[vgg]")
+    of_interest = ("perplexity", "dimension_used", "l1", "fid", "fid[fashion-cnn]", "fid[efficientnet-lite0]")
+    of_interest += tuple(OF_PAIRS.values())
     shown = [key for key in of_interest if key in metrics]
     numbers = [f"{key} {metrics[key]:.4g}" for key in shown or list(metrics)[:1]]
     return ", ".join(numbers + [f"{key} {why}" for key, why in protocol.items() if str(why).startswith("absent: ")])

@@ -89,8 +89,9 @@ def evaluate(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="a metric that needs a network, repeatable: inception, fashion-cnn (for pictures of "
-            "Fashion-MNIST), lpips-alex, lpips-vgg or none; without the option: inception, lpips-alex, lpips-vgg"
+            help="a metric that needs a network, repeatable: inception, lpips-alex, lpips-vgg, efficientnet-lite0, "
+            "perceptual-efficientnet-lite0, fashion-cnn (for pictures of Fashion-MNIST) or none; without the option: "
+            "all but fashion-cnn"
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="also write all of it as JSON")] = None,

