@@ -266,5 +266,6 @@ def scaled(config: TrainConfig, factors: Mapping[str, float]) -> TrainConfig:
 def with_window(config: TrainConfig, factor: float) -> TrainConfig:
     """A config whose steps have been multiplied, with the window of the averaged weights at its share of the run:
     ema_decay ** (1 / factor), e.g. 0.98 at 300 steps, 0.96 at 150 and 0.998 at 3,000."""
-    decay = float(f"{config.optim.ema_decay ** (1 / factor):.6g}")
-    return config if factor == 1 else config.with_fields(**{"optim.ema_decay": decay})
+    decay = config.optim.ema_decay ** (1 / factor)
+    rounded = float(f"{decay:.6g}")  # to 1 where steps are millions
+    return config if factor == 1 else config.with_fields(**{"optim.ema_decay": rounded if rounded < 1 else decay})

@@ -287,7 +287,13 @@ def next_cells(study: Study) -> Stages:
         largest = max(study.preset.max_codebook_size, codebook_size(study.preset, {}, study.overrides))
     for ablation in study.ablations:
         configs, searches = settled[ablation.name]
-        ready += [cell for search in searches.values() for cell in search]
+        wanted = {name: ablation.adaptive.wanted(trials(search, ablation, name)) for name, search in searches.items()}
+        ready += [
+            cell
+            for name, search in searches.items()
+            for cell in search
+            if cell.run in [trial.run for trial in wanted[name]]
+        ]
         small = [arm for arm in ablation.arms if configs[arm.name].quantizer.codebook_size <= largest]
         stages.too_large.extend(f"{ablation.name}/{arm.name}" for arm in ablation.arms if arm not in small)
         runs = {arm.name: study.cell(ablation, arm, configs[arm.name], 0).run for arm in small}
@@ -297,8 +303,7 @@ def next_cells(study: Study) -> Stages:
             if fate in ("agreeing", "beyond"):
                 (stages.agreeing if fate == "agreeing" else stages.beyond).append(f"{ablation.name}/{arm.name}")
                 continue
-            tried = trials(searches[arm.tuned_as or arm.name], ablation, arm.name)
-            chosen = ablation.adaptive.choice(tried, configs[arm.name])
+            chosen = ablation.adaptive.choice(wanted[arm.tuned_as or arm.name], configs[arm.name])
             stage = waiting if chosen is None or fate == "waits" else ready
             config = chosen or configs[arm.name]
             cells = [study.cell(ablation, arm, config, seed) for seed in ablation.seeds(arm, study.preset, study.seeds)]

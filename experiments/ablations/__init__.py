@@ -11,6 +11,7 @@ from experiments.ablations import (
     model_size,
     objective,
     quantizers,
+    recipe_parts,
     second_collapse,
     vq_vs_ibq,
 )
@@ -29,6 +30,7 @@ from ibq.plugins import load_plugins, loaded, wanted
 
 _IN_ORDER = (
     vq_vs_ibq,
+    recipe_parts,
     double_quant_loss,
     codebook_size,
     code_dimension,
@@ -57,7 +59,8 @@ def include_plugins() -> None:
 
 if wanted():
     include_plugins()
-CORE = tuple(ablation.name for ablation in ABLATIONS.values() if ablation.core)
+CORE = (vq_vs_ibq.ABLATION.name,)
+"""Those of a study without names."""
 ALL = tuple(ablation.name for ablation in ABLATIONS.values() if not ablation.on_request)
 
 __all__ = [

@@ -92,6 +92,10 @@ class Adaptive:
         """Runs that come before an arm, by the value of the tuned field that they try."""
         return {}
 
+    def wanted(self, trials: Sequence[Trial]) -> Sequence[Trial]:
+        """Trials to run, as far as those that have finished tell; by ascending value, as all of them are given."""
+        return trials
+
     def choice(self, trials: Sequence[Trial], config: TrainConfig) -> TrainConfig | None:
         """An arm's config after its trials; None while they are not finished."""
         return config
@@ -215,8 +219,8 @@ class Ablation:
     shown too."""
     shown_elsewhere: tuple[Contrast, ...] = ()
     """Claims of the same family, for which verdicts are corrected together, that are not shown here."""
-    core: bool = True
-    """True: it belongs to the core study, which is what a study without names is."""
+    first_seed: int = 0
+    """Of every arm; searches have seed 0, which is reported only where this is 0."""
     on_request: bool = False
     """True: it is trained only where it is named, and is not part of 'all'."""
 
@@ -253,4 +257,4 @@ class Ablation:
 
     def seeds(self, arm: Arm, preset: Preset, wanted: int | None) -> range:
         """Seeds of an arm: its own number, or as many as the user wants."""
-        return range(min(wanted or arm.seeds, preset.max_seeds))
+        return range(self.first_seed, self.first_seed + min(wanted or arm.seeds, preset.max_seeds))

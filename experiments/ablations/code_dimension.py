@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.ablations import vq_vs_ibq
+from experiments.ablations import recipe_parts, vq_vs_ibq
 from experiments.ablations.base import EFFECTIVE_DIMENSIONS, Ablation, Arm, Axis, Contrast, Factor, PaperRow
 from experiments.ablations.changes import of_quantizer
 
@@ -26,9 +26,9 @@ METHODS: dict[str, Mapping[str, Any]] = {
     "VQ": VQ,
     "cosine VQ": {**VQ, **of_quantizer({"distance": "cosine", "codebook_init": "normal", "beta_on": "commitment"})},
     "IBQ": vq_vs_ibq.ABLATION.arm("ibq_published").changes,
-    "IBQ without entropy": vq_vs_ibq.ABLATION.arm("ibq_no_entropy").changes,
+    "IBQ without entropy": recipe_parts.ABLATION.arm("ibq_no_entropy").changes,
 }
-"""Changes by method; three are those of arms of vq_vs_ibq, so that they share its runs at the preset's D."""
+"""Changes by method; three are those of arms of recipe_parts, so that they share its runs at the preset's D."""
 
 PREFIXES = {"vq": "VQ", "cosine": "cosine VQ", "ibq": "IBQ", "ibq_no_entropy": "IBQ without entropy"}
 

@@ -220,5 +220,4 @@ ABLATION = Ablation(
         PaperRow("VAR", {}),
         PaperRow("MAR", {}),
     ),
-    core=False,
 )

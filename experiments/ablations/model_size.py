@@ -97,5 +97,4 @@ ABLATION = Ablation(
         PaperRow("before the deeper model", {}, "ibq_base"),
         PaperRow("+ deeper model", {"rFID": 1.37}, "ibq_fourfold"),
     ),
-    core=False,
 )

@@ -220,5 +220,4 @@ ABLATION = Ablation(
     columns=("l1", "psnr_db", "ssim", "fid", "usage", *EFFECTIVE_DIMENSIONS, "perplexity", "bits"),
     paper_source="no ablation of these terms is reported",
     paper_rows=(),
-    core=False,
 )

@@ -153,5 +153,4 @@ ABLATION = Ablation(
     ),
     paper_source="",
     paper_rows=(),
-    core=False,
 )

@@ -42,7 +42,7 @@ def test_arms_differ_in_the_named_factors_alone() -> None:
 def test_the_second_ablation_shares_the_runs_of_the_arms_that_are_equal() -> None:
     """The recipe without and with the double term, and without the entropy penalty, are arms of both."""
     one, two = (
-        {cell.run.path: cell for cell in Study("quick", (name,)).cells} for name in ("vq_vs_ibq", "double_quant_loss")
+        {cell.run.path: cell for cell in Study("quick", (name,)).cells} for name in ("recipe_parts", "double_quant_loss")
     )
     shared = {(one[path].arm.name, two[path].arm.name, one[path].seed) for path in one.keys() & two.keys()}
     assert shared == {
@@ -51,7 +51,7 @@ def test_the_second_ablation_shares_the_runs_of_the_arms_that_are_equal() -> Non
         ("ibq_no_entropy", "double_no_entropy", 0),
         ("ibq_single_commitment", "single_commitment", 0),
     }
-    assert len(unique_runs(Study("quick", ("vq_vs_ibq", "double_quant_loss")).cells)) == len(one) + len(two) - len(
+    assert len(unique_runs(Study("quick", ("recipe_parts", "double_quant_loss")).cells)) == len(one) + len(two) - len(
         shared
     )
 

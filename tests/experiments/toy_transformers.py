@@ -32,7 +32,6 @@ TOY = replace(
     figures=(),
     tables=("arms",),
     columns=("train_seconds", "parameters"),
-    core=False,
 )
 
 

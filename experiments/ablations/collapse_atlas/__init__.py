@@ -259,6 +259,5 @@ ABLATION = Ablation(
         PaperRow("VQGAN, K = 16,384, D = 256", {"rFID": 4.98, "usage %": 5.9}, "vq_fast_256"),
         PaperRow("IBQ, K = 16,384, D = 256", {"rFID": 1.37, "usage %": 96.0}, "ibq_slow_256"),
     ),
-    core=False,
     on_request=True,
 )

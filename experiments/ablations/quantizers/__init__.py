@@ -250,5 +250,4 @@ ABLATION = Ablation(
         PaperRow("IBQ, K = 1,024, D = 256", {"rFID": 2.24, "usage %": 99.0}, "ibq"),
         PaperRow("IBQ, K = 16,384, D = 256", {"rFID": 1.37, "usage %": 96.0}, "ibq"),
     ),
-    core=False,
 )

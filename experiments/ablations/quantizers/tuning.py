@@ -33,11 +33,14 @@ class Tuning(Adaptive):
         field: dotted path of a number in the config.
         factors: ascending multiples of the recipe's own value.
         step_share: length of a search run over that of the arm.
+        first: neighbouring factors that are tried first; while the best of them lies at an edge, the next one beyond is
+            tried too. Empty: all at once.
     """
 
     field: str
     factors: tuple[float, ...]
     step_share: float
+    first: tuple[float, ...] = ()
 
     @property
     def tuned(self) -> str:
@@ -46,14 +49,29 @@ class Tuning(Adaptive):
     @property
     def protocol(self) -> str:
         times = ", ".join(f"{factor:g}" for factor in self.factors)
+        first = ", ".join(f"{factor:g}" for factor in self.first)
+        order = f" ({first} first, then what lies beyond the best while it is at an edge)" if first else ""
         return (
-            f"Tuning: {self.field} at {times} times the recipe's value, in runs of {100 * self.step_share:.0f}% of the "
-            f"steps with the whole schedule, seed 0; {RULE}."
+            f"Tuning: {self.field} at {times} times the recipe's value{order}, in runs of {100 * self.step_share:.0f}% "
+            f"of the steps with the whole schedule, seed 0; {RULE}."
         )
 
     def trials(self, config: TrainConfig) -> dict[float, TrainConfig]:
         short = [scaled(config, {self.field: factor, "steps": self.step_share}) for factor in self.factors]
         return {flatten(trial.to_json_dict())[self.field]: trial for trial in short}
+
+    def wanted(self, trials: Sequence[Trial]) -> Sequence[Trial]:
+        low, high = 0, len(trials)
+        if self.first:
+            low, high = self.factors.index(self.first[0]), self.factors.index(self.first[-1]) + 1
+        while (chosen := best({trial.value: search_loss(trial.run) for trial in trials[low:high]})) is not None:
+            if chosen == trials[low].value and low:
+                low -= 1
+            elif chosen == trials[high - 1].value and high < len(trials):
+                high += 1
+            else:
+                break
+        return trials[low:high]
 
     def choice(self, trials: Sequence[Trial], config: TrainConfig) -> TrainConfig | None:
         chosen = best({trial.value: search_loss(trial.run) for trial in trials})

@@ -74,7 +74,7 @@ def test_arms_of_one_config_share_a_run() -> None:
         ),
         ("vq_vs_ibq/vq_published", "codebook_size/vq_base", "code_dimension/vq_64", "model_size/vq_base"),
         ("vq_vs_ibq/vq_features", "codebook_size/vq_features_base", "model_size/vq_features_base"),
-        ("vq_vs_ibq/ibq_no_entropy", "code_dimension/ibq_no_entropy_64", "lfq_comparison/ibq_no_entropy"),
+        ("recipe_parts/ibq_no_entropy", "code_dimension/ibq_no_entropy_64", "lfq_comparison/ibq_no_entropy"),
         ("codebook_size/ibq_fourfold", "lfq_comparison/ibq_fourfold"),
         ("double_quant_loss/double_slow", "lfq_comparison/ibq_slow"),
     ):
@@ -97,8 +97,9 @@ def test_a_k_that_has_no_sixteenth_is_refused() -> None:
         _ = Study("quick", ("codebook_size",), overrides={"quantizer.codebook_size": 1000}).cells
 
 
-def test_the_core_study_is_notebooks_01_to_05() -> None:
-    assert [str(ABLATIONS[name].notebook)[:2] for name in CORE] == ["01", "02", "03", "04", "05"]
+def test_the_core_study_is_the_headline_question() -> None:
+    assert CORE == ("vq_vs_ibq",)
+    assert {cell.arm.name for cell in Study("quick").cells} == {arm.name for arm in ABLATIONS["vq_vs_ibq"].arms}
 
 
 def rows_by_size() -> pd.DataFrame:

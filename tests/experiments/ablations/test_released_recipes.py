@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.ablations.vq_vs_ibq import EQUALLY_SHARP
+from experiments.ablations.recipe_parts import EQUALLY_SHARP
 from experiments.study import Study
 from ibq.config import TrainConfig
 from ibq.losses import weighted_sum
@@ -63,7 +63,7 @@ def test_bsq_as_released_has_the_released_loss_and_gradient(step: int) -> None:
 def test_vq_at_twice_the_temperature_is_as_sharp_as_ibq() -> None:
     """With codes of one length, whose squares softmax does not see, both penalties are the same; at equal temperature
     they are not."""
-    softer, ibq = (config_of("vq_vs_ibq", arm).quantizer for arm in EQUALLY_SHARP)
+    softer, ibq = (config_of("recipe_parts", arm).quantizer for arm in EQUALLY_SHARP)
     fair = config_of("vq_vs_ibq", "vq_fair").quantizer
     assert softer.entropy_temperature == 2 * ibq.entropy_temperature == 2 * fair.entropy_temperature == 0.02  # type: ignore[attr-defined]
     assert {k for k, v in softer.model_dump().items() if v != fair.model_dump()[k]} == {"entropy_temperature"}

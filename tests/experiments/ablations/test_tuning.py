@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from experiments import ablations, rows
-from experiments.ablations import ABLATIONS, Ablation
+from experiments.ablations import ABLATIONS, Ablation, Trial
 from experiments.ablations.quantizers import tuning
 from experiments.cells import Cell
 from experiments.cli import app
@@ -20,7 +20,8 @@ from experiments.runner import runs
 from experiments.runner.plan import expected_cost, plan_table
 from experiments.runner.sweep import train_study
 from experiments.study import Study, advance
-from ibq.run_directory import RunDirectory
+from ibq.config import TrainConfig
+from ibq.run_directory import RunDirectory, append_line, write_json
 
 
 @pytest.fixture
@@ -95,6 +96,37 @@ def test_arms_wait_for_their_search_and_then_follow_it(small: Ablation) -> None:
     assert [cell.run.path for cell in study.cells] == [cell.run.path for cell in Study("smoke", ("quantizers",)).cells]
     study, joined = advance(study)
     assert joined == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "tried", "chosen"),
+    [
+        ({0.3: 0.3, 1.0: 0.2, 3.0: 0.4}, 3, 1.0),
+        ({0.3: 0.2, 1.0: 0.3, 3.0: 0.4, 0.1: 0.5}, 4, 0.3),
+        ({0.3: 0.5, 1.0: 0.4, 3.0: 0.3, 10.0: 0.2}, 4, 10.0),
+        ({0.3: 0.5, 1.0: 0.4, 3.0: 0.3}, 4, None),
+        ({0.3: 0.5, 1.0: 0.4}, 3, None),
+    ],
+)
+def test_a_search_goes_on_while_its_best_value_lies_at_an_edge(
+    losses: dict[float, float], tried: int, chosen: float | None, tmp_path: Path
+) -> None:
+    """The value at the end of the grid is taken where there is none beyond."""
+    widening = tuning.Tuning("optim.lr", factors=(0.1, 0.3, 1.0, 3.0, 10.0), step_share=1.0, first=(0.3, 1.0, 3.0))
+    config = Study("smoke").cells[0].config
+    assert isinstance(config, TrainConfig)
+    trials = []
+    for factor, (value, trial) in zip(widening.factors, widening.trials(config).items(), strict=True):
+        run = RunDirectory(tmp_path / f"{factor}")
+        if factor in losses:
+            run.path.mkdir()
+            write_json(run.row, {"status": "ok"})
+            append_line(run.history, {"pixel_mean": losses[factor]})
+        trials.append(Trial(value, run, trial.steps))
+    wanted = widening.wanted(trials)
+    assert len(wanted) == tried
+    found = widening.choice(wanted, config)
+    assert (found and found.optim.lr) == (chosen and pytest.approx(chosen * config.optim.lr))
 
 
 def test_a_part_of_a_study_stays_that_part(small: Ablation) -> None:
