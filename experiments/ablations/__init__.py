@@ -6,6 +6,7 @@ from experiments.ablations import (
     codebook_size,
     collapse_atlas,
     double_quant_loss,
+    evidence,
     generation,
     lfq_comparison,
     model_size,
@@ -41,6 +42,7 @@ _IN_ORDER = (
     generation,
     collapse_atlas,
     second_collapse,
+    evidence,
 )
 ABLATIONS: dict[str, Ablation] = {module.ABLATION.name: module.ABLATION for module in _IN_ORDER}
 

@@ -24,6 +24,7 @@ from experiments.report.figures.comparisons import (
 )
 from experiments.report.figures.generation import bits_and_distortion, depth_scaling, guidance_sweep, samples
 from experiments.report.figures.heat_map import heat_map
+from experiments.report.figures.horizon import effect_over_steps
 from experiments.report.figures.theme import COLORS, LINE_COLORS, theme
 from experiments.report.figures.training import (
     dimension_of_each,
@@ -68,6 +69,11 @@ FIGURES: dict[str, tuple[Callable[[Study, Ablation, pd.DataFrame], Figure | None
         dimension_of_each,
         "Effective dimension of the codes in use and of the features over training, a panel an arm, seed 0: "
         f"{IN_WORDS}.",
+    ),
+    "effect_over_steps": (
+        effect_over_steps,
+        "Each claim at several lengths of training: mean paired difference over seeds with its 95% interval, a line a "
+        "setting; dashed: the claimed change. Steps of the settings are drawn a little apart.",
     ),
     "main_effects": (
         main_effects,
