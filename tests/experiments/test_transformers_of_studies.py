@@ -16,8 +16,8 @@ from toy_transformers import TIMING, TOY, names, pretend
 from experiments import ablations, rows, status
 from experiments.ablations import Contrast
 from experiments.ablations.quantizers.tuning import Tuning
-from experiments.analysis.verdicts import verdicts
 from experiments.analysis.findings import findings
+from experiments.analysis.verdicts import verdicts
 from experiments.cells import unique_runs
 from experiments.recipes import PRESETS, get_preset, tokenizer, transformer
 from experiments.report.configs import differing_fields

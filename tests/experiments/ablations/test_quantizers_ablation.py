@@ -122,7 +122,9 @@ def test_parts_are_judged_by_the_threshold_stated_beforehand() -> None:
     ]
     assert "double term (ibq_single at 1.0%)" in necessary
     assert "logits as large as they are (ibq_scaled, 1 of 1 seeds not finite)" in necessary
-    assert any(s.startswith("Inconclusive whether necessary (") and "ibq_uniform without a result" in s for s in sentences)
+    assert any(
+        s.startswith("Inconclusive whether necessary (") and "ibq_uniform without a result" in s for s in sentences
+    )
     table = tables.build("parts", ABLATION, rows).set_index("part")
     removed, alone = (f"{ABLATION.letter(name)} {name}" for name in ("ibq_no_entropy", "vq_entropy"))
     assert list(table.loc["entropy penalty"]) == [removed, "10.0", "no", alone, "9.9", "no"]

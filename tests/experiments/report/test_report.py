@@ -17,8 +17,8 @@ from experiments.ablations import ABLATIONS, Ablation, Arm
 from experiments.analysis import claims
 from experiments.analysis.claims import UNTESTED
 from experiments.analysis.effects import effects
-from experiments.analysis.verdicts import WORDS
 from experiments.analysis.findings import findings
+from experiments.analysis.verdicts import WORDS
 from experiments.report import curves, figures, layout, pages, provenance, tables
 from experiments.report.configs import differing_fields
 from experiments.report.figures.theme import theme
