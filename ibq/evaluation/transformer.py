@@ -82,11 +82,12 @@ def evaluate_transformer(
 
     Returns:
         metrics: cross_entropy (nats a token), bits_per_image, uniform_bits_per_image (if nothing were known of any
-        token), sample_images_per_s; for each guidance g `fid[fashion-cnn]@g`, kid, is, precision and recall (of
-        the network that knows the data set best) and, for Fashion-MNIST, label_agreement (the share of samples that
-        fashion-cnn takes for the class they were asked for) likewise; the same without `@g` at the guidance with the lowest FID, and this `guidance`. Protocol, which also says why any is
-        absent. Tensors: `classes_N`; `tokens@g` (N, T) int32; and, on rank 0 alone, `shown_N`, which samples are
-        `images@g`, uint8 (N, C, H, W): the first 10 of each class, up to 100.
+        token), sample_images_per_s; for each guidance g `fid[fashion-cnn]@g` (or of the first of the JUDGES of other
+        data), kid, is, precision and recall likewise, for Fashion-MNIST also label_agreement (the share of samples that
+        fashion-cnn takes for the class they were asked for); the same without `@g` at the guidance with the lowest FID,
+        and this `guidance`. Protocol, which also says why any is absent. Tensors: `classes_N`; `tokens@g` (N, T) int32;
+        and, on rank 0 alone, `shown_N`, which samples are `images@g`, uint8 (N, C, H, W): the first 10 of each class,
+        up to 100.
 
     Raises:
         NonFiniteError: the transformer's predictions have NaN or infinite values.
@@ -122,7 +123,7 @@ def evaluate_transformer(
         distances = judge_distances(
             judge, Share(images, n_images, runtime.eval_batch_size), next(tokenizer.parameters()).device
         )
-    asked_N = classes_N if judge == "fashion-cnn" else None  # noqa: N806 (a shape suffix)
+    asked_N = classes_N if judge == "fashion-cnn" else None
     quality, of_quality = _compare(distances, absent, f"[{judge}]", tokenizer, samples, asked_N, beat)
     tensors = {"classes_N": classes_N} | {f"tokens@{g:g}": tokens_NT for g, tokens_NT in samples.items()}
     return metrics | pace | quality, protocol | of_pace | of_quality, tensors | _shown(tokenizer, samples, classes_N)

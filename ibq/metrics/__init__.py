@@ -2,8 +2,8 @@
 
 Reports, figures, effects, claims and `evaluate --metric` read this table. A new metric is an entry here and the
 function that computes it, in a module of its own: `usage`, `dimension`, `quality`, `distances` (FID and its kin),
-`perceptual` (LPIPS and its stand-in), `codebook` (geometry). The table imports none of them, so that a command line which only lists is
-quick.
+`perceptual` (LPIPS and its stand-in), `codebook` (geometry). The table imports none of them, so that a command line
+which only lists is quick.
 """
 
 from __future__ import annotations

@@ -161,10 +161,8 @@ def distances(
                 fid_features_to_statistics(x_NF), fid_features_to_statistics(y_NF), verbose=False
             )
             metrics["fid"] = max(fid[KEY_METRIC_FID], 0.0)  # in this order NaN stays NaN
-        kid_subset_size = _kid_subset_size(len(x_NF), len(y_NF))
-        kid = kid_features_to_metric(
-            x_NF, y_NF, kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset_size, verbose=False
-        )
+        subset = _kid_subset_size(len(x_NF), len(y_NF))
+        kid = kid_features_to_metric(x_NF, y_NF, kid_subsets=KID_SUBSETS, kid_subset_size=subset, verbose=False)
         metrics["kid"] = kid[KEY_METRIC_KID_MEAN]
         metrics["is"] = isc_features_to_metric(logits_NL, splits=IS_SPLITS)[KEY_METRIC_ISC_MEAN]
         neighbours = prc_features_to_metric(

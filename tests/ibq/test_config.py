@@ -214,7 +214,7 @@ def test_unknown_keys_are_errors_everywhere(part: str) -> None:
         ({"loss.perceptual_weight": 2.0}, r"perceptual_weight=2.0 has no effect with perceptual='none'"),
         (
             FOLDER | {"loss.perceptual": "fashion-cnn"},
-            r"'fashion-cnn' knows Fashion-MNIST, not imagefolder; use 'lpips-vgg'",
+            r"'fashion-cnn' knows Fashion-MNIST, not imagefolder; use 'efficientnet-lite0', 'lpips-vgg'",
         ),
         (
             FOLDER | {"loss.perceptual": "lpips-vgg", "data.resolution": 16},

@@ -12,7 +12,7 @@ from experiments import rows
 from experiments.analysis import metrics
 from experiments.runner.runs import EVALUATIONS
 from experiments.study import ROOT
-from ibq.evaluation.tokenizer import LPIPS_BACKBONES, PERCEPTUAL
+from ibq.evaluation.tokenizer import OF_PAIRS, PERCEPTUAL
 from ibq.metrics import METRICS, NETWORKS, metric_of
 from ibq.metrics.dimension import DIMENSIONS
 from ibq.metrics.distances import NAMES
@@ -41,7 +41,7 @@ def test_every_number_that_a_metrics_function_gives_has_an_entry() -> None:
     quality.update(*torch.zeros(2, 1, 1, 16, 16))
     given = [*usage_metrics(torch.ones(4)), *DIMENSIONS, *quality.compute()]
     given += [f"{name}[fashion-cnn]" for name in (*NAMES, "label_agreement")] + [f"inception.{name}" for name in NAMES]
-    given += [f"lpips[{backbone}]" for backbone in LPIPS_BACKBONES.values()]
+    given += [f"{name}[efficientnet-lite0]" for name in NAMES] + [*OF_PAIRS.values()]
     given += ["fid[fashion-cnn]@2.5", "tokenizer.fid[fashion-cnn]", "full_test.usage", "first.logit_spread"]
     assert [name for name in given if metric_of(name) is None] == []
     assert metric_of("commit") is None

@@ -336,7 +336,7 @@ def test_lpips_and_stand_ins_through_the_evaluations_own_networks(
     assert values[0]["lpips[alex]"] == pytest.approx(lpips.compute()[0]["lpips[alex]"], rel=1e-4)
     draw(tmp_path / "pictures" / "small.png", 16, 16, "L")
     absent = evaluated(tmp_path, tmp_path / "model", tmp_path / "pictures", *wanted[:4])["absent"]
-    assert "lpips needs images of at least 32 x 32 pixels" in absent["lpips[alex]"]
+    assert "lpips[alex] needs images of at least 32 x 32 pixels" in absent["lpips[alex]"]
 
 
 @pytest.mark.parametrize(

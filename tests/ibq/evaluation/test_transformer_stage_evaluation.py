@@ -300,7 +300,7 @@ def test_absent_metrics_say_why(
     few = Runtime(eval_images=N_IMAGES, samples=20, guidances=(1.0,))
     other = Images("imagefolder", "test", images.images_NCHW, images.labels_N)
     absent = without_distances(evaluate(tmp_path, few, images=other))
-    assert absent["distances[fashion-cnn]"] == "absent: fashion-cnn knows Fashion-MNIST, not imagefolder"
+    assert absent["distances[efficientnet-lite0]"] == "absent: 20 images are too few, 100 are needed"
     absent = without_distances(evaluate(tmp_path, Runtime(eval_images=99, samples=20, guidances=(1.0,))))
     assert absent["distances[fashion-cnn]"] == "absent: 99 images are too few, 100 are needed"
     with monkeypatch.context() as patch:

@@ -332,28 +332,19 @@ def test_an_evaluation_of_fashion_mnist_has_the_distances(test_split: Images, ex
     assert protocol["distances[fashion-cnn]"].startswith("torch-fidelity")
 
 
-@pytest.mark.parametrize("lack", ["images", "another data set", "weights", "torch-fidelity"])
+@pytest.mark.parametrize("lack", ["images", "weights", "torch-fidelity"])
 def test_an_evaluation_without_distances_says_why(
     test_split: Images, tiny: Any, monkeypatch: pytest.MonkeyPatch, lack: str
 ) -> None:
-    images, n_images, reason = (
-        test_split,
-        110,
-        "absent: fashion-cnn's weights elsewhere cannot be read (No such file or directory)",
-    )
+    n_images, reason = 110, "absent: fashion-cnn's weights elsewhere cannot be read (No such file or directory)"
     if lack == "images":
         n_images, reason = 16, "absent: 16 images are too few, 100 are needed"
-    elif lack == "another data set":
-        images, reason = (
-            Images("photos", "test", test_split.images_NCHW),
-            "absent: fashion-cnn knows Fashion-MNIST, not photos",
-        )
     elif lack == "weights":
         monkeypatch.setattr(fashion_cnn, "weights_file", lambda: Path("elsewhere"))
     else:
         monkeypatch.setitem(sys.modules, "ibq.pretrained.extractors", None)
         reason = "absent: import of ibq.pretrained.extractors halted"
-    metrics, protocol, _ = evaluate(Tokenizer(tiny()), images, n_images, 55, weights="ema")
+    metrics, protocol, _ = evaluate(Tokenizer(tiny()), test_split, n_images, 55, weights="ema")
     assert not any("[fashion-cnn]" in name for name in metrics)
     assert protocol["distances[fashion-cnn]"].startswith(reason)
     assert metrics["l1"] > 0

@@ -104,7 +104,9 @@ def test_lpips_of_grey_pictures_and_of_copies(alex: torch.nn.Module) -> None:
     same.update(x_BCHW, x_BCHW)
     assert grey.compute() == colour.compute()
     assert same.compute()[0] == {"lpips[alex]": 0}
-    with pytest.raises(DataError, match="lpips needs images of at least 32 x 32 pixels, and these are 16 x 16"):
+    with pytest.raises(
+        DataError, match=r"lpips\[alex\] needs images of at least 32 x 32 pixels, and these are 16 x 16"
+    ):
         same.update(x_BCHW[..., :16, :16], x_BCHW[..., :16, :16])
 
 
@@ -235,7 +237,9 @@ def test_perceptual_evaluations_that_mean_nothing_are_refused(test_split: Images
     ):  # said before its weights are sought
         PerceptualEvaluation("inception", CPU)(tokenizer, test_split, 16, 16, weights="ema")
     small = Images("small", "test", test_split.images_NCHW[..., :16, :16].contiguous())
-    with pytest.raises(UnfitError, match="lpips needs images of at least 32 x 32 pixels, and these are 16 x 16"):
+    with pytest.raises(
+        UnfitError, match=r"lpips\[vgg\] needs images of at least 32 x 32 pixels, and these are 16 x 16"
+    ):
         PerceptualEvaluation("lpips-vgg", CPU)(tokenizer, small, 16, 16, weights="ema")
 
 
