@@ -173,7 +173,7 @@ def sample(
 @app.command()
 @one_sentence_errors
 def data(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="fashion-mnist, photos or imagefolder:PATH")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="fashion-mnist, landscapes, photos or imagefolder:PATH")],
     resolution: Annotated[int, typer.Option(help="pixels a side")] = 32,
 ) -> None:
     """Fetch a data set where need be and print of each split: number, shape, content hash, source, files skipped."""
