@@ -88,7 +88,8 @@ def load_images(config: DataConfig, split: Split) -> ImageSource:
         split: "train" or "test".
 
     Returns:
-        The images, uint8 (N, C, resolution, resolution): for Fashion-MNIST 60,000 or 10,000 of 1 channel, else of 3; in memory (`Images`) or, with crop="random", read when they are wanted (`StreamedImages`).
+        The images, uint8 (N, C, resolution, resolution): for Fashion-MNIST 60,000 or 10,000 of 1 channel, else of 3;
+        in memory (`Images`) or, with crop="random", read when they are wanted (`StreamedImages`).
 
     Raises:
         DataError: the data is absent, damaged, too large for memory, or does not come at this resolution.

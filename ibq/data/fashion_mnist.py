@@ -26,6 +26,7 @@ FASHION_MNIST_CONTENT_HASH = "883b6efd2db8951ac137aea78c00c7c26fbb6de75b8cc34512
 """`Images.content_hash` of the training split, which follows from the hashes above: known without loading 60,000
 images."""
 
+
 def load_fashion_mnist(resolution: int, split: Split) -> Images:
     """One split as uint8 (N, 1, 32, 32) with labels; see `ibq.data.load_images` for where it is sought. DataError: not
     found, not it."""

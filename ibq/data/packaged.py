@@ -107,9 +107,7 @@ class PackagedFiles:
             return f"cannot be read ({one_line(error)})"
         if (digest := hashlib.sha256(content).hexdigest()) == self.sha256[name]:
             return content
-        return (
-            f"is not {self.title}'s {name}: its content has sha256 {digest} where {self.sha256[name]} is expected"
-        )
+        return f"is not {self.title}'s {name}: its content has sha256 {digest} where {self.sha256[name]} is expected"
 
     def _seek(self) -> Found | list[str]:
         """The files, or which places were passed over in vain."""
@@ -135,9 +133,7 @@ class PackagedFiles:
             return None
         files = self._files_in(path)
         if files and (missing := self._missing(files)):
-            raise DataError(
-                f"IBQ_DATA={given} lacks {missing} of {self.title}; add what is missing, or unset IBQ_DATA"
-            )
+            raise DataError(f"IBQ_DATA={given} lacks {missing} of {self.title}; add what is missing, or unset IBQ_DATA")
         return Found(files, f"IBQ_DATA {path}") if files else None
 
     def _in_package(self, path: Path, given: str) -> Found | None:
