@@ -26,7 +26,7 @@ TRANSFORMER_VERSION = 1
 """Raised whenever a change of the code changes the numbers that a transformer's config would give from the same
 tokenizer."""
 
-DATA_SETS = {"fashion-mnist": 1, "photos": 3}
+DATA_SETS = {"fashion-mnist": 1, "landscapes": 3, "photos": 3}
 """Channels of each data set; `ibq.data.LOADERS` has the rest, apart from here, since configs do without torch."""
 
 
@@ -81,7 +81,7 @@ class DataConfig(Frozen):
 
     @property
     def kind(self) -> str:
-        """The name without a folder's path: "fashion-mnist", "photos" or "imagefolder"."""
+        """The name without a folder's path: one of DATA_SETS or "imagefolder"."""
         return self.name.partition(":")[0]
 
     @property

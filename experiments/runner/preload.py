@@ -13,10 +13,10 @@ import experiments.runner.worker  # noqa: F401
 import ibq.pretrained.extractors  # noqa: F401
 from ibq.config import DataConfig
 from ibq.data import Split, load_images
-from ibq.data.fashion_mnist import fashion_mnist_is_here
+from ibq.data.fashion_mnist import FILES
 from ibq.errors import DataError
 
-if fashion_mnist_is_here():
+if FILES.are_here():
     with suppress(DataError):  # a run that wants it says so
         for split in get_args(Split):
             load_images(DataConfig(), split)

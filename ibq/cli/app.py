@@ -85,7 +85,18 @@ def reconstruct(
 @one_sentence_errors
 def evaluate(
     model: ModelArgument,
-    pictures: PicturesArgument,
+    pictures: Annotated[
+        str | None,
+        typer.Argument(metavar="[PICTURES]", help="folder of pictures, of any sizes, with subfolders or without"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="in place of PICTURES: the test split of fashion-mnist, landscapes or photos, whatever the tokenizer "
+            "was trained on",
+        ),
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,11 +114,12 @@ def evaluate(
     weights: WeightsOption = "ema",
     device: DeviceOption = "auto",
 ) -> None:
-    """Print usage, rate, distortion and, where their networks' weights are, FID and LPIPS of a tokenizer."""
+    """Print usage, rate, distortion and, where their networks' weights are, FID and LPIPS of a tokenizer on a folder of
+    pictures or another data set."""
     from ibq.cli.common import PictureOptions
     from ibq.cli.evaluate import evaluate
 
-    options = PictureOptions(model, pictures, fit, resize, scaling, limit, batch_size, weights, device)
+    options = PictureOptions(model, pictures, fit, resize, scaling, limit, batch_size, weights, device, data)
     evaluate(options, tuple(metric or ()), out)
 
 
@@ -174,7 +186,7 @@ def sample(
 @app.command()
 @one_sentence_errors
 def data(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="fashion-mnist, photos or imagefolder:PATH")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="fashion-mnist, landscapes, photos or imagefolder:PATH")],
     resolution: Annotated[int, typer.Option(help="pixels a side")] = 32,
 ) -> None:
     """Fetch a data set where need be and print of each split: number, shape, content hash, source, files skipped."""

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
+from ibq.cli.data_pictures import DataPictures
 from ibq.cli.pictures import Fit, Framing, Picture, PictureFolder
 from ibq.data.images import first_few, one_line, quoted, to_float
 from ibq.distributed import is_writer, resolve_device
@@ -33,7 +34,7 @@ class PictureOptions:
     """Arguments and options of all commands on pictures, as `ibq.cli` describes them."""
 
     model: str
-    pictures: str
+    pictures: str | None
     fit: Fit | None = None
     resize: int | None = None
     scaling: Resize | None = None
@@ -41,6 +42,8 @@ class PictureOptions:
     batch_size: int = 16
     weights: Literal["ema", "raw"] = "ema"
     device: str = "auto"
+    data: str | None = None
+    """A data set whose test split is shown in place of pictures."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,16 @@ class Model:
         """SHA-256 (hex) of architecture and weights, wherever they were read from."""
         return self.tokenizer.digest()
 
-    def facts(self, framing: Framing) -> dict[str, str]:
-        """Facts on model, weights and pictures, above every table of numbers."""
+    def facts(self, seen: str) -> dict[str, str]:
+        """Facts on model, weights and the pictures that were seen, above every table of numbers."""
         config = self.tokenizer.config
         quantizer, device = config.quantizer, next(self.tokenizer.parameters()).device
         return {
             "model": f"{quoted(self.source)} (sha256 {self.digest[:12]})",
             "weights": self.weights,
             "quantizer": f"{quantizer.method}, K = {quantizer.codebook_size:,}, D = {quantizer.code_dim}, f = "
-            f"{framing.factor}",
-            "pictures seen": str(framing),
+            f"{config.model.downsampling}",
+            "pictures seen": seen,
             "precision": f"fp32 on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'the CPU'}, torch "
             f"{torch.__version__}",
         }
@@ -91,21 +94,43 @@ def open_model(given: PictureOptions) -> tuple[Model, PictureFolder]:
     Raises:
         ConfigError, DataError: one of them cannot be used.
     """
+    assert given.pictures is not None
     if given.fit and given.resize:
         raise ConfigError(f"--fit {given.fit} and --resize {given.resize} contradict each other; leave one out")
+    model = _model(given)
+    config = model.tokenizer.config
+    scaling = given.scaling or config.data.resize
+    framing = Framing(config.model.downsampling, config.data.channels, given.fit or "whole", given.resize, scaling)
+    pictures = PictureFolder(given.pictures, framing, given.limit)
+    if framing.channels == 1:
+        print("the tokenizer has one channel, so it is shown every picture in grey", file=sys.stderr)
+    return model, pictures
+
+
+def open_model_and_data(given: PictureOptions) -> tuple[Model, DataPictures]:
+    """The model on the device, and the test split that `given.data` names.
+
+    Raises:
+        ConfigError, DataError: one of them cannot be used.
+    """
+    assert given.data is not None
+    if unfit := [name for name in ("pictures", "fit", "resize", "scaling") if getattr(given, name) is not None]:
+        option = "PICTURES" if unfit[0] == "pictures" else f"--{unfit[0]}"
+        raise ConfigError(
+            f"--data {given.data} and {option} {getattr(given, unfit[0])} contradict each other; leave one out"
+        )
+    model = _model(given)
+    return model, DataPictures(given.data, model.tokenizer.config.data, given.limit)
+
+
+def _model(given: PictureOptions) -> Model:
     device = resolve_device(given.device)
     tokenizer, weights = read_tokenizer(given.model, given.weights)
     if given.weights == "raw" and Path(given.model).expanduser().is_dir():
         raise ConfigError(
             f"--weights raw is for released checkpoints; {quoted(given.model)} holds one set of weights ({weights})"
         )
-    config = tokenizer.config
-    scaling = given.scaling or config.data.resize
-    framing = Framing(config.model.downsampling, config.data.channels, given.fit or "whole", given.resize, scaling)
-    pictures = PictureFolder(given.pictures, framing, given.limit)
-    if framing.channels == 1:
-        print("the tokenizer has one channel, so it is shown every picture in grey", file=sys.stderr)
-    return Model(tokenizer.to(device).eval(), given.model, weights), pictures
+    return Model(tokenizer.to(device).eval(), given.model, weights)
 
 
 def read_tokenizer(given: str | Path, weights: Literal["ema", "raw"] = "ema") -> tuple[Tokenizer, str]:
@@ -142,7 +167,9 @@ def read_tokenizer(given: str | Path, weights: Literal["ema", "raw"] = "ema") ->
     )
 
 
-def reconstructed(model: Model, pictures: PictureFolder, names: Iterable[str], batch_size: int) -> Iterator[Batch]:
+def reconstructed(
+    model: Model, pictures: PictureFolder | DataPictures, names: Iterable[str], batch_size: int
+) -> Iterator[Batch]:
     """Batches of pictures of one size with their reconstructions, in float32.
 
     Args:
@@ -192,7 +219,7 @@ def progress(total: int, unit: str = "picture", done: int = 0) -> Iterator[tqdm[
         yield bar
 
 
-def closing_line(pictures: PictureFolder, used: int, device: torch.device) -> str:
+def closing_line(pictures: PictureFolder | DataPictures, used: int, device: torch.device) -> str:
     """Numbers of pictures used and skipped, the first reasons, and the peak memory."""
     skipped = f", {len(pictures.skipped):,} skipped ({first_few(pictures.skipped)})" if pictures.skipped else ""
     return f"{used:,} picture{'s' * (used != 1)}{skipped}; peak memory {peak_memory_gib(device):.2f} GiB"

@@ -1,4 +1,5 @@
-"""`ibq evaluate MODEL PICTURES`: usage, rate and distortion of a tokenizer on a folder of pictures."""
+"""`ibq evaluate MODEL PICTURES`: usage, rate and distortion of a tokenizer on a folder of pictures, or with --data on
+the test split of a data set."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ibq.cli.common import PictureOptions, closing_line, open_model, progress, reconstructed
+from ibq.cli.common import PictureOptions, closing_line, open_model, open_model_and_data, progress, reconstructed
+from ibq.cli.data_pictures import DataPictures
 from ibq.cli.pictures import PictureFolder
 from ibq.errors import ConfigError, nearest, require_packages
 from ibq.evaluation.pictures import PerceptualMetric, PictureEvaluation
@@ -17,10 +19,10 @@ DEFAULT_PERCEPTUAL = ("inception", "lpips-alex", "lpips-vgg", "efficientnet-lite
 
 
 def evaluate(given: PictureOptions, metrics: tuple[str, ...], out: Path | None) -> None:
-    """Print the numbers of a tokenizer on a folder of pictures.
+    """Print the numbers of a tokenizer on a folder of pictures, or on the test split of a data set.
 
     Args:
-        given: model and pictures.
+        given: model, and pictures or data.
         metrics: of PERCEPTUAL, those that need a network; () is DEFAULT_PERCEPTUAL, ("none",) is none.
         out: a JSON file for all of it.
 
@@ -34,8 +36,11 @@ def evaluate(given: PictureOptions, metrics: tuple[str, ...], out: Path | None) 
     if "none" in metrics and len(set(metrics)) > 1:
         other = next(name for name in metrics if name != "none")
         raise ConfigError(f"--metric none and --metric {other} contradict each other; leave one out")
+    if not (given.pictures or given.data):
+        raise ConfigError("there is nothing to evaluate on; name a folder as PICTURES, or a data set by --data")
     require_packages("torchmetrics", "torch_fidelity", "torchvision", "lpips")
-    model, pictures = open_model(given)
+    pictures: PictureFolder | DataPictures
+    model, pictures = open_model_and_data(given) if given.data else open_model(given)
     device = next(model.tokenizer.parameters()).device
     wanted = dict.fromkeys(metrics or DEFAULT_PERCEPTUAL)
     perceptual = [PerceptualMetric(name, len(pictures.names), device) for name in wanted if name != "none"]
@@ -45,16 +50,18 @@ def evaluate(given: PictureOptions, metrics: tuple[str, ...], out: Path | None) 
             evaluation.update([p.position for p in batch.pictures], batch.originals_BCHW, batch.output)
             bar.update(len(batch.pictures))
         bar.update(bar.total - bar.n)
-    pictures.require_used(evaluation.pictures)
+    if isinstance(pictures, PictureFolder):
+        pictures.require_used(evaluation.pictures)
     numbers, protocol, absent = evaluation.compute()
-    facts = model.facts(pictures.framing) | {"pictures": _number_and_sizes(pictures, evaluation)}
+    seen = str(pictures.framing if isinstance(pictures, PictureFolder) else pictures)
+    facts = model.facts(seen) | {"pictures": _number_and_sizes(pictures, evaluation)}
     print(_table(facts, numbers, protocol, absent))
     if out:
         write_json(out, _as_json(facts, numbers, protocol, absent, pictures, evaluation))
     print(closing_line(pictures, evaluation.pictures, device), file=sys.stderr)
 
 
-def _number_and_sizes(pictures: PictureFolder, evaluation: PictureEvaluation) -> str:
+def _number_and_sizes(pictures: PictureFolder | DataPictures, evaluation: PictureEvaluation) -> str:
     common = sorted(evaluation.sizes, key=lambda size: -evaluation.sizes[size])
     sizes = ", ".join(common[:3]) + (f" and {len(common) - 3:,} more sizes" if len(common) > 3 else "")
     return f"{evaluation.pictures:,} of {sizes}, {len(pictures.skipped):,} skipped"
@@ -74,7 +81,7 @@ def _as_json(
     metrics: dict[str, float],
     protocol: dict[str, str],
     absent: dict[str, str],
-    pictures: PictureFolder,
+    pictures: PictureFolder | DataPictures,
     evaluation: PictureEvaluation,
 ) -> dict[str, Any]:
     return {

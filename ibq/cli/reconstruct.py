@@ -183,7 +183,7 @@ def write_pages(output: Output, model: Model, pictures: PictureFolder) -> Path:
     """Write the pages of all finished pictures, PICTURES_A_PAGE each, and remove pages of earlier runs beyond; returns
     the first's path."""
     records, K = output.shown(), model.tokenizer.config.quantizer.codebook_size
-    facts = model.facts(pictures.framing) | _totals(records, output.counts(K), model)
+    facts = model.facts(str(pictures.framing)) | _totals(records, output.counts(K), model)
     pages = [records[start : start + PICTURES_A_PAGE] for start in range(0, len(records), PICTURES_A_PAGE)]
     names = [_page_name(number) for number in range(len(pages))]
     template = _environment().get_template("reconstructions.html")

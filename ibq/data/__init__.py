@@ -1,4 +1,4 @@
-"""Data sets: Fashion-MNIST, crops of photographs that arrive inside Python wheels, folders of one's own.
+"""Data sets: Fashion-MNIST, crops of photographs that arrive inside packages, folders of one's own.
 
 To add one: a module with its loader here, a line in LOADERS, and one in `ibq.config.DATA_SETS`.
 """
@@ -14,11 +14,12 @@ from ibq.data.fashion_mnist import (
     FASHION_MNIST_CONTENT_HASH,
     FASHION_MNIST_RESOLUTION,
     FASHION_MNIST_SHA256,
-    cache_folder,
     load_fashion_mnist,
 )
 from ibq.data.folder import load_folder
 from ibq.data.images import Images, ImageSource, Split
+from ibq.data.landscapes import CONTENT_HASHES, load_landscapes
+from ibq.data.packaged import cache_folder
 from ibq.data.photos import crop_grid, load_photos, split_regions
 from ibq.data.stream import stream_split
 from ibq.errors import DataError
@@ -49,6 +50,7 @@ class Loader(NamedTuple):
 
 LOADERS = {
     "fashion-mnist": Loader(load_fashion_mnist, {FASHION_MNIST_RESOLUTION: FASHION_MNIST_CONTENT_HASH}),
+    "landscapes": Loader(load_landscapes, CONTENT_HASHES),
     "photos": Loader(load_photos, {}),
 }
 assert LOADERS.keys() == DATA_SETS.keys(), "a data set has a line in both"
@@ -57,10 +59,16 @@ assert LOADERS.keys() == DATA_SETS.keys(), "a data set has a line in both"
 def load_images(config: DataConfig, split: Split) -> ImageSource:
     """One split of the images that `config` names, fetched on first use.
 
-    fashion-mnist: its 28×28 images stand in the middle of 32×32 with the background value 0 around them. It is sought
-    in the folder IBQ_DATA, in Debian's package dataset-fashion-mnist, in the cache folder, and then fetched. An
-    IBQ_DATA folder that holds none of the four files may belong to other data and is passed over; one that does not
-    exist or holds some of the four is an error.
+    fashion-mnist: its 28×28 images stand in the middle of 32×32 with the background value 0 around them.
+
+    landscapes: disjoint RGB crops of 273 photographs, at resolution=32, 64 or 128, split by photograph and labelled by
+    scene (`ibq.data.landscapes`).
+
+    Both are sought in IBQ_DATA, in Debian's packages dataset-fashion-mnist and endless-sky-data where these are
+    installed, in the cache folder, and then fetched. IBQ_DATA names a folder that holds the files, a package (.deb) or
+    one unpacked, of one of the data sets or of both; or a .deb itself, which is unpacked into the cache. One that holds
+    nothing of a data set may belong to the other and is passed over; one that does not exist or holds some of its files
+    is an error.
 
     photos: overlapping (train) or adjacent (test) RGB crops of seven photographs.
 
@@ -80,8 +88,8 @@ def load_images(config: DataConfig, split: Split) -> ImageSource:
         split: "train" or "test".
 
     Returns:
-        The images, uint8 (N, C, resolution, resolution): for Fashion-MNIST 60,000 or 10,000 of 1 channel with labels,
-        else of 3; in memory (`Images`) or, with crop="random", read when they are wanted (`StreamedImages`).
+        The images, uint8 (N, C, resolution, resolution): for Fashion-MNIST 60,000 or 10,000 of 1 channel, else of 3;
+        in memory (`Images`) or, with crop="random", read when they are wanted (`StreamedImages`).
 
     Raises:
         DataError: the data is absent, damaged, too large for memory, or does not come at this resolution.

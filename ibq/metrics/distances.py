@@ -35,7 +35,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ibq.data.fashion_mnist import cache_folder
+from ibq.data.packaged import cache_folder
 from ibq.distributed import gather_rows
 from ibq.errors import DataError
 from ibq.ops.precision import full_float32

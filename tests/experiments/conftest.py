@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
     root = tmp_path_factory.mktemp("größe und leer")
     (root / "data").mkdir()
-    for name, path in fashion_mnist._find_fashion_mnist()[0].items():
+    for name, path in fashion_mnist.FILES.find().files.items():
         content = path.read_bytes()
         (root / "data" / name).write_bytes(gzip.decompress(content) if path.suffix == ".gz" else content)
     with pytest.MonkeyPatch.context() as patch:

@@ -61,7 +61,7 @@ def few_images(config: DataConfig, split: Split, count: int = N_IMAGES) -> Image
 
 def watch_images(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """Few of them, and their tokens in a cache of the tests' own."""
-    files, _ = fashion_mnist._find_fashion_mnist()  # before the cache, where fetched images may lie, is another
+    files, _ = fashion_mnist.FILES.find()  # before the cache, where fetched images may lie, is another
     patch.setenv("IBQ_DATA", str(next(iter(files.values())).parent))
     patch.setenv("IBQ_CACHE", str(cache))
     patch.setattr(trainer, "load_images", few_images)

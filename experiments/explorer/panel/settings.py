@@ -43,7 +43,7 @@ class SettingsForm:
         self.data = widgets.Combobox(
             description="data",
             options=[*DATA_SETS, "imagefolder:PATH"],
-            tooltip="fashion-mnist, photos, or a folder of images as imagefolder:PATH",
+            tooltip="fashion-mnist, landscapes, photos, or a folder of images as imagefolder:PATH",
             continuous_update=False,
             style=STYLE,
             layout=WIDE,

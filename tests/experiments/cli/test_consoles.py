@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,8 @@ def test_reports_that_cannot_be_written_are_refused_before_anything_is_trained(t
 
 def test_data_that_are_not_to_be_had_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        HOMELESS + "from pathlib import Path\nfrom ibq.data import fashion_mnist\n"
-        "fashion_mnist.DEBIAN_FOLDER = Path('/nowhere')\n"
+        HOMELESS + "from dataclasses import replace\nfrom pathlib import Path\nfrom ibq.data import fashion_mnist\n"
+        "fashion_mnist.FILES = replace(fashion_mnist.FILES, folder=Path('/nowhere'))\n"
     )
     done = as_user(
         *("-m", "experiments", "run", "vq_vs_ibq", "--preset", "smoke"),
@@ -121,8 +122,8 @@ def test_the_data_of_debians_package_need_no_home(tmp_path: Path, monkeypatch: p
     def homeless() -> Path:
         raise RuntimeError("no home")
 
-    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", Path(os.environ["IBQ_DATA"]))
+    installed = replace(fashion_mnist.FILES, folder=Path(os.environ["IBQ_DATA"]))
     monkeypatch.setattr(Path, "home", staticmethod(homeless))
     for name in ("IBQ_DATA", "IBQ_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert fashion_mnist.fashion_mnist_is_here()
+    assert installed.are_here()

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -19,6 +20,7 @@ from ibq.config import DataConfig
 from ibq.data import (
     Images,
     Split,
+    cache_folder,
     crop_grid,
     data_hash,
     data_hash_of,
@@ -27,6 +29,7 @@ from ibq.data import (
     photos,
     split_regions,
 )
+from ibq.data.packaged import PackagedFiles, apt_download
 from ibq.errors import DataError
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -42,7 +45,7 @@ def fashion_test() -> Images:
 @pytest.fixture(scope="module")
 def idx_bytes(fashion_test: Images) -> dict[str, bytes]:
     """The true content of the four IDX files, by name."""
-    files, _ = fashion_mnist._find_fashion_mnist()
+    files, _ = fashion_mnist.FILES.find()
     return {
         name: gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         for name, path in files.items()
@@ -54,8 +57,8 @@ def no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without IBQ_DATA, Debian's package, a filled cache or a network; gives the cache folder."""
     monkeypatch.delenv("IBQ_DATA", raising=False)
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "no package")
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {})
+    nowhere = replace(fashion_mnist.FILES, folder=tmp_path / "no package", fetchers={})
+    monkeypatch.setattr(fashion_mnist, "FILES", nowhere)
     return tmp_path / "cache"
 
 
@@ -186,19 +189,19 @@ def test_debian_package_comes_before_the_cache(
 def test_a_process_reads_a_split_once_unless_its_files_change(
     no_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx_bytes: dict[str, bytes]
 ) -> None:
-    assert not fashion_mnist.fashion_mnist_is_here()
+    assert not fashion_mnist.FILES.are_here()
     folder = write_idx(
         tmp_path / "here", {name: content if name in TEST_FILES else b"" for name, content in idx_bytes.items()}
     )
     monkeypatch.setenv("IBQ_DATA", str(folder))
-    assert fashion_mnist.fashion_mnist_is_here()
+    assert fashion_mnist.FILES.are_here()
     images = load_images(DataConfig(), "test")
     assert load_images(DataConfig(), "test") is images
     (folder / "t10k-labels-idx1-ubyte").write_bytes(b"other labels")
     with pytest.raises(DataError, match="t10k-labels-idx1-ubyte is not Fashion-MNIST's"):
         load_images(DataConfig(), "test")
     monkeypatch.setenv("IBQ_DATA", str(tmp_path / "nowhere"))
-    assert not fashion_mnist.fashion_mnist_is_here()
+    assert not fashion_mnist.FILES.are_here()
 
 
 def test_a_corrupted_file_is_named_with_both_hashes_and_a_remedy(
@@ -237,7 +240,7 @@ def test_ibq_data_must_exist_and_be_complete_or_hold_other_data(
 ) -> None:
     folder = tmp_path / "data"
     monkeypatch.setenv("IBQ_DATA", str(folder))
-    with pytest.raises(DataError, match=r"IBQ_DATA=.*data is not a folder.*unset it"):
+    with pytest.raises(DataError, match=r"IBQ_DATA=.*data is neither a folder nor a Debian package.*unset it"):
         load_images(DataConfig(), "test")
 
     write_idx(no_source / "fashion-mnist", idx_bytes)
@@ -255,13 +258,14 @@ def test_ibq_data_must_exist_and_be_complete_or_hold_other_data(
 def test_fetching_passes_over_bad_sources_and_survives_a_second_fetcher(
     no_source: Path, monkeypatch: pytest.MonkeyPatch, fashion_test: Images, idx_bytes: dict[str, bytes]
 ) -> None:
-    def forged(folder: Path) -> Path:
+    def forged(files: PackagedFiles, folder: Path) -> Path:
         return write_idx(folder, dict.fromkeys(idx_bytes, b"something else"))
 
-    def honest(folder: Path) -> Path:
+    def honest(files: PackagedFiles, folder: Path) -> Path:
         return write_idx(folder / "FashionMNIST" / "raw", idx_bytes).parents[1]
 
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"the forger": forged, "the friend": honest})
+    fetchers = {"the forger": forged, "the friend": honest}
+    monkeypatch.setattr(fashion_mnist, "FILES", replace(fashion_mnist.FILES, fetchers=fetchers))
     write_idx(
         no_source / "fashion-mnist",
         {"t10k-images-idx3-ubyte": b"left by a process that was killed between two renames"},
@@ -273,19 +277,19 @@ def test_fetching_passes_over_bad_sources_and_survives_a_second_fetcher(
     assert sorted(path.name for path in (no_source / "fashion-mnist").iterdir()) == sorted(idx_bytes), (
         "no temporary folder may stay behind"
     )
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {})
+    monkeypatch.setattr(fashion_mnist, "FILES", replace(fashion_mnist.FILES, fetchers={}))
     assert "the cache" in load_images(DataConfig(), "test").source
 
 
 def test_when_every_source_fails_one_sentence_says_why(no_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unplugged(folder: Path) -> Path:
+    def unplugged(files: PackagedFiles, folder: Path) -> Path:
         raise RuntimeError("no route\nto host.")
 
-    def incomplete(folder: Path) -> Path:
+    def incomplete(files: PackagedFiles, folder: Path) -> Path:
         return folder
 
-    fetchers = {"apt": fashion_mnist._fetch_debian, "torchvision": unplugged, "a mirror": incomplete}
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", fetchers)
+    fetchers = {"apt": apt_download, "torchvision": unplugged, "a mirror": incomplete}
+    monkeypatch.setattr(fashion_mnist, "FILES", replace(fashion_mnist.FILES, fetchers=fetchers))
     monkeypatch.setenv("PATH", str(no_source))
     with pytest.raises(DataError) as refusal:
         load_images(DataConfig(), "train")
@@ -306,11 +310,10 @@ def test_when_every_source_fails_one_sentence_says_why(no_source: Path, monkeypa
 def test_apts_own_complaint_reaches_the_user(no_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
-    for tool in ("apt-get", "dpkg-deb"):
-        (tools / tool).write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\necho more >&2\nexit 100\n")
-        (tools / tool).chmod(0o755)
+    (tools / "apt-get").write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\necho more >&2\nexit 100\n")
+    (tools / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", str(tools))
-    monkeypatch.setattr(fashion_mnist, "FETCHERS", {"apt": fashion_mnist._fetch_debian})
+    monkeypatch.setattr(fashion_mnist, "FILES", replace(fashion_mnist.FILES, fetchers={"apt": apt_download}))
     with pytest.raises(DataError, match=r"apt failed \(E: Unable to locate package, E: Unable to locate package\)"):
         load_images(DataConfig(), "test")
 
@@ -325,11 +328,11 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("IBQ_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert fashion_mnist.cache_folder() == tmp_path / ".cache" / "ibq"
+    assert cache_folder() == tmp_path / ".cache" / "ibq"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert fashion_mnist.cache_folder() == tmp_path / "xdg" / "ibq"
+    assert cache_folder() == tmp_path / "xdg" / "ibq"
     monkeypatch.setenv("IBQ_CACHE", "~/mine")
-    assert fashion_mnist.cache_folder() == tmp_path / "mine"
+    assert cache_folder() == tmp_path / "mine"
 
 
 def test_a_user_without_a_home_is_told_of_ibq_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +343,7 @@ def test_a_user_without_a_home_is_told_of_ibq_cache(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(DataError, match=r"no home folder.*set IBQ_CACHE"):
-        fashion_mnist.cache_folder()
+        cache_folder()
 
 
 # --- Photographs ------------------------------------------------------------------------------------------------------

@@ -359,7 +359,8 @@ def test_more_than_memory_may_hold_is_refused_before_decoding(tmp_path: Path, mo
         ("ImageFoldr:/data", "did you mean 'imagefolder'? (a folder is 'imagefolder:PATH')"),
         (
             "zzz\n",
-            "valid names are fashion-mnist, imagefolder, photos (a folder is 'imagefolder:PATH') (given 'zzz\\n')",
+            "valid names are fashion-mnist, imagefolder, landscapes, photos (a folder is 'imagefolder:PATH') (given "
+            "'zzz\\n')",
         ),
         ("", "valid names are"),
         ("photos:x", "did you mean 'photos'?"),
