@@ -1,5 +1,6 @@
 # make study   train the core study at PRESET, execute its notebooks, write reports/PRESET/index.html
 # make study-all   the same with every ablation but the atlas
+# make night   the evidence: the headline claims on two data sets, with two objectives, at 1, 3 and 10 times the steps
 # make atlas   the map of collapse, up to 60 cells (notebook 11)
 # make test    pytest, ruff, mypy           make test-browser   what needs Chromium: the report, and the explorer in JupyterLab
 # make test-notebooks   every notebook at smoke             make test-processes   groups of processes, and commands killed and gone on with
@@ -13,13 +14,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: study study-all atlas test test-notebooks test-browser test-latex test-processes faults lab data clean-env
+.PHONY: study study-all night atlas test test-notebooks test-browser test-latex test-processes faults lab data clean-env
 
 study: $(STAMP) data
 	$(BIN)/python -m experiments run --preset $(PRESET)
 
 study-all: $(STAMP) data
 	$(BIN)/python -m experiments run all --preset $(PRESET)
+
+night: $(STAMP) data
+	$(BIN)/python -m ibq data landscapes
+	$(BIN)/python -m experiments run evidence --preset night
 
 atlas: $(STAMP) data
 	$(BIN)/python -m experiments run collapse_atlas --preset $(PRESET)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ibq.config import TrainConfig, TransformerTrainConfig, imagenet_steps
@@ -197,6 +197,14 @@ PRESETS = {
         ),
     )
 }
+
+
+PRESETS["night"] = replace(
+    PRESETS["quick"],
+    name="night",
+    purpose="the evidence (ablation evidence): the scale of quick on two data sets, with two objectives, at 1, 3 and 10 "
+    "times the steps; a night on two CPU cores",
+)
 
 
 def get_preset(name: str) -> Preset:

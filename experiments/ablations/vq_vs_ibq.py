@@ -177,7 +177,6 @@ ABLATION = Ablation(
     figures=(
         "usage_over_training",
         "dimension_over_training",
-        "main_effects",
         "rate_distortion",
         "code_frequency",
         "code_map",
@@ -189,7 +188,7 @@ ABLATION = Ablation(
         "reconstructions",
     ),
     columns=(*COLUMNS[:-1], "fid", "gap", "gap_angular", "train_seconds"),
-    tables=("arms", "main_effects", "verdicts", "paper"),
+    tables=("arms", "verdicts", "paper"),
     paper_source="Table 2 (ImageNet 256x256, 50k validation images, K = 16,384, D = 256)",
     paper_rows=(
         PaperRow("VQGAN, re-implemented", {"rFID": 3.98, "usage %": 5.3}, "vq_published"),

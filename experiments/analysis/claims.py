@@ -83,11 +83,13 @@ def claims(study: Study, rows: pd.DataFrame) -> list[Claim]:
     """Every claim of every ablation, with or without rows, in the order of the ablations; then the paper's claims that
     nothing tests.
 
-    A grid, which claims nothing and has rows of its own, has none.
+    An ablation on request counts where it has rows. A grid, which claims nothing and has rows of its own, has none.
     """
     if study.grid:
         return []
-    judged = [claim for ablation in ABLATIONS.values() for claim in claims_of(study, ablation, rows)]
+    trained = set(rows[rows["status"] == "ok"]["ablation"])
+    wanted = [ablation for name, ablation in ABLATIONS.items() if name in trained or not ablation.on_request]
+    judged = [claim for ablation in wanted for claim in claims_of(study, ablation, rows)]
     return [*judged, *UNTESTED]
 
 

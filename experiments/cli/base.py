@@ -22,9 +22,10 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200, highlight=False)
 
 Names = Annotated[
-    list[str] | None, typer.Argument(help="ablations; none: the core study; 'all': every one but collapse_atlas")
+    list[str] | None,
+    typer.Argument(help="ablations; none: the core study; 'all': every one but collapse_atlas and evidence"),
 ]
-PresetOption = Annotated[str, typer.Option("--preset", help="scale: smoke, quick, gpu, paper")]
+PresetOption = Annotated[str, typer.Option("--preset", help="scale: smoke, quick, night, gpu, paper")]
 SeedsOption = Annotated[int | None, typer.Option("--seeds", help="seeds of every arm; default: each arm's own number")]
 SetOption = Annotated[
     list[str] | None,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from explorer_runs import LONG, PATIENCE_S, config_of, until
+from smoke_study import AT_SMOKE
 from toy_transformers import TOY
 
 from experiments.ablations import ABLATIONS
@@ -64,7 +65,7 @@ def loaded_server() -> None:
 def trained(folders: Path) -> tuple[Study, Outcome, list[str]]:
     """The smoke study of all ablations with all its rows, the outcome of the sweep and what the sweep said."""
     said: list[str] = []
-    study = Study("smoke", tuple(ABLATIONS))
+    study = Study("smoke", tuple(AT_SMOKE))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "POLL_S", 0.02)  # a smoke run takes about as long as a poll
         outcome = train_study(study, device="cpu", say=said.append)

@@ -42,7 +42,8 @@ def test_arms_differ_in_the_named_factors_alone() -> None:
 def test_the_second_ablation_shares_the_runs_of_the_arms_that_are_equal() -> None:
     """The recipe without and with the double term, and without the entropy penalty, are arms of both."""
     one, two = (
-        {cell.run.path: cell for cell in Study("quick", (name,)).cells} for name in ("recipe_parts", "double_quant_loss")
+        {cell.run.path: cell for cell in Study("quick", (name,)).cells}
+        for name in ("recipe_parts", "double_quant_loss")
     )
     shared = {(one[path].arm.name, two[path].arm.name, one[path].seed) for path in one.keys() & two.keys()}
     assert shared == {

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from experiments.ablations import ABLATIONS
+from experiments.ablations import ABLATIONS, ALL
 from experiments.analysis import claims
 from experiments.analysis.claims import UNTESTED, Claim
 from experiments.analysis.verdicts import WORDS
@@ -76,7 +76,7 @@ def test_a_claim_says_what_came_out_at_which_seeds_and_scale() -> None:
 def test_nothing_trained_leaves_every_claim_inconclusive_and_without_a_number() -> None:
     empty = pd.DataFrame(columns=["ablation", "arm", "seed", "status"])
     everything = claims.claims(Study("quick", ("vq_vs_ibq",)), empty)
-    assert len(everything) == sum(len(ablation.contrasts) for ablation in ABLATIONS.values()) + len(UNTESTED)
+    assert len(everything) == sum(len(ABLATIONS[name].contrasts) for name in ALL) + len(UNTESTED)
     assert {(claim.word, claim.change, claim.seeds, claim.scale) for claim in everything} == {
         ("inconclusive", "", (), "")
     }

@@ -11,8 +11,8 @@ from urllib.parse import urldefrag
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, Response
+from smoke_study import AT_SMOKE
 
-from experiments.ablations import ABLATIONS
 from experiments.report import notebooks, pages
 from experiments.study import ROOT
 
@@ -118,8 +118,8 @@ def test_every_page_of_the_smoke_report(browser: Browser, smoke_report: Path) ->
     visit = Visit(browser, smoke_report)
     assert visit.problems == []
     names = {address.removeprefix(visit.origin) for address in visit.seen}
-    assert {"index.html", *(f"{name}.html" for name in ABLATIONS)} <= names
-    assert {f"notebooks/{ablation.notebook}.html" for ablation in ABLATIONS.values() if ablation.notebook} <= names
+    assert {"index.html", *(f"{name}.html" for name in AT_SMOKE)} <= names
+    assert {f"notebooks/{ablation.notebook}.html" for ablation in AT_SMOKE.values() if ablation.notebook} <= names
     reached = {urldefrag(link)[0] for links in visit.links.values() for link in links}
     assert set(visit.seen) <= reached
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from smoke_study import AT_SMOKE
 from transformer_rows import NOT_AT_SMOKE
 
 from experiments import rows
@@ -54,12 +55,12 @@ def test_everything_is_there_and_every_link_leads_somewhere(first_page: Path) ->
     folder = first_page.parent
     expected = {
         f"{ablation.name}_{name}"
-        for ablation in ABLATIONS.values()
+        for ablation in AT_SMOKE.values()
         for name in ablation.figures
         if name not in NOT_AT_SMOKE
     }
     assert {path.stem for path in (folder / "figures").iterdir()} == expected
-    assert {path.name for path in pages_of(first_page)} == {"index.html", *(f"{name}.html" for name in ABLATIONS)}
+    assert {path.name for path in pages_of(first_page)} == {"index.html", *(f"{name}.html" for name in AT_SMOKE)}
     linked = set()
     for page in pages_of(first_page):
         text = page.read_text()
@@ -68,7 +69,7 @@ def test_everything_is_there_and_every_link_leads_somewhere(first_page: Path) ->
             assert (folder / address).is_file(), target
             assert not anchor or f'id="{anchor}"' in (folder / address).read_text(), target
             linked.add(address)
-    assert {f"curves/{name}.csv" for name in ABLATIONS} <= linked
+    assert {f"curves/{name}.csv" for name in AT_SMOKE} <= linked
     assert {f"figures/{name}.{suffix}" for name in expected for suffix in ("png", "pdf")} <= linked
     assert {str(path.relative_to(folder)) for path in (folder / "tables").iterdir()} <= linked
 
@@ -84,7 +85,7 @@ def test_pages_are_self_contained(first_page: Path) -> None:
 
 def test_the_first_page_has_every_claim_and_each_ablations_page_its_own(first_page: Path) -> None:
     first = unescape(first_page.read_text())
-    for ablation in ABLATIONS.values():
+    for ablation in AT_SMOKE.values():
         page = unescape((first_page.parent / f"{ablation.name}.html").read_text())
         for contrast in ablation.contrasts:
             assert contrast.claim in first
@@ -96,7 +97,7 @@ def test_the_first_page_has_every_claim_and_each_ablations_page_its_own(first_pa
         assert f"{claim.paper}." in first
     table = pd.read_csv(first_page.parent / "tables" / "claims_of_the_paper.csv")
     own = pd.read_csv(first_page.parent / "tables" / "claims_of_this_study.csv")
-    assert len(table) + len(own) == len(UNTESTED) + sum(len(ablation.contrasts) for ablation in ABLATIONS.values())
+    assert len(table) + len(own) == len(UNTESTED) + sum(len(ablation.contrasts) for ablation in AT_SMOKE.values())
     assert set(table["verdict"].str.split(r"[:(]").str[0].str.strip()) <= set(WORDS)
 
 
@@ -147,7 +148,7 @@ def test_a_page_that_no_ablation_has_any_more_goes(
 
 def test_curves_have_every_log_line_of_every_run(trained: tuple) -> None:
     study: Study = trained[0]
-    for ablation in ABLATIONS.values():
+    for ablation in AT_SMOKE.values():
         table = curves.curves(study, ablation)
         cells = [cell for cell in study.cells if cell.ablation is ablation]
         assert len(table) == sum(len(cell.run.read_history()) for cell in cells)
@@ -180,7 +181,7 @@ def test_a_field_that_a_method_has_not_is_a_dash_and_one_still_searched_for_says
 def test_a_study_without_rows_renders_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "none"))
     monkeypatch.setenv("IBQ_REPORTS", str(tmp_path / "reports"))
-    study = Study("smoke", tuple(ABLATIONS))
+    study = Study("smoke", tuple(AT_SMOKE))
     first_page = pages.write(study)
     texts = {page.stem: page.read_text() for page in pages_of(first_page)}
     assert re.search(r"<b>pending</b>, 16 runs: vq_published seed 0; ", texts["vq_vs_ibq"])
