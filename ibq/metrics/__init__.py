@@ -134,7 +134,7 @@ METRICS: dict[str, Metric] = {
     "lpips_vgg": Metric("lpips[vgg]", "LPIPS[vgg]", 4, better="lower", change_digits=4, network="lpips-vgg"),
     "perceptual_lite0": Metric(
         "perceptual[efficientnet-lite0]",
-        "perceptual[efficientnet-lite0]",
+        "perceptual distance[efficientnet-lite0]",
         4,
         better="lower",
         change_digits=4,
