@@ -202,8 +202,8 @@ PRESETS = {
 PRESETS["night"] = replace(
     PRESETS["quick"],
     name="night",
-    purpose="the evidence: quick's scale on two data sets, with two objectives, at 1, 3 and 10 times the steps; a night "
-    "on two CPU cores",
+    purpose="the evidence: quick's scale on two data sets, with two objectives, at 1, 3 and 10 times the steps; a "
+    "night on two CPU cores",
 )
 
 
