@@ -56,5 +56,5 @@ def _words(differences_EFS: NDArray[np.float64], corrected: bool) -> NDArray[np.
     return words(differences_EFS.mean(axis=-1), 1.0, p, zero)
 
 
-def _percent(said: NDArray[np.bool_]) -> str:
-    return f"{100 * said.mean():.1f}%"
+def _percent(said: NDArray[np.bool_] | np.bool_) -> str:
+    return f"{100 * np.mean(said):.1f}%"

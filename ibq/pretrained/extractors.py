@@ -6,9 +6,8 @@ Imported only where a distance is computed: torch-fidelity takes seconds to impo
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +26,10 @@ class ClassifierExtractor(FeatureExtractorBase):
     Once this module is imported, torch-fidelity's own functions and command know it by its name.
     """
 
-    load: ClassVar[Callable[[], nn.Module]]
+    @staticmethod
+    def load() -> nn.Module:
+        """The classifier with its weights."""
+        raise NotImplementedError
 
     def __init__(
         self, name: str, features_list: list[str], **ignored: Any
@@ -55,13 +57,17 @@ class ClassifierExtractor(FeatureExtractorBase):
 class FashionCNNExtractor(ClassifierExtractor):
     """ibq.pretrained.fashion_cnn: 64 features and 10 logits of images of 32 x 32."""
 
-    load = staticmethod(fashion_cnn.load_fashion_cnn)
+    @staticmethod
+    def load() -> nn.Module:
+        return fashion_cnn.load_fashion_cnn()
 
 
 class EfficientNetLite0Extractor(ClassifierExtractor):
     """ibq.pretrained.efficientnet_lite0: 1,280 features and 1,000 logits of images of any size."""
 
-    load = staticmethod(efficientnet_lite0.load_efficientnet_lite0)
+    @staticmethod
+    def load() -> nn.Module:
+        return efficientnet_lite0.load_efficientnet_lite0()
 
 
 for _name, _kind in (("fashion-cnn", FashionCNNExtractor), ("efficientnet-lite0", EfficientNetLite0Extractor)):
