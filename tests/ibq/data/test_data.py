@@ -198,7 +198,7 @@ def test_a_process_reads_a_split_once_unless_its_files_change(
     images = load_images(DataConfig(), "test")
     assert load_images(DataConfig(), "test") is images
     (folder / "t10k-labels-idx1-ubyte").write_bytes(b"other labels")
-    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte is not Fashion-MNIST's"):
+    with pytest.raises(DataError, match="is not t10k-labels-idx1-ubyte of Fashion-MNIST"):
         load_images(DataConfig(), "test")
     monkeypatch.setenv("IBQ_DATA", str(tmp_path / "nowhere"))
     assert not fashion_mnist.FILES.are_here()
