@@ -5,6 +5,7 @@
 # make test    pytest, ruff, mypy           make test-browser   what needs Chromium: the report, and the explorer in JupyterLab
 # make test-notebooks   every notebook at smoke             make test-processes   groups of processes, and commands killed and gone on with
 # make test-latex   what needs pdfLaTeX: every table compiles
+# make test-slow   the four before at once, which share what they train
 # make faults  kill -9, full disks, 100 rounds; prints what was lost: nothing
 # make lab     JupyterLab on 127.0.0.1, as root too; says how to reach it from elsewhere      make clean-env      forget the environment
 
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: study study-all night atlas test test-notebooks test-browser test-latex test-processes faults lab data clean-env
+.PHONY: study study-all night atlas test test-notebooks test-browser test-latex test-processes test-slow faults lab data clean-env
 
 study: $(STAMP) data
 	$(BIN)/python -m experiments run --preset $(PRESET)
@@ -49,6 +50,9 @@ test-notebooks: $(STAMP)
 
 test-processes: $(STAMP)
 	$(BIN)/python -m pytest -m processes
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "notebooks or processes or browser or latex"
 
 faults: $(STAMP)
 	$(BIN)/python tests/faults.py --rounds 100

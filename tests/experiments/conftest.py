@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from toy_transformers import TOY
 from experiments.ablations import ABLATIONS
 from experiments.analysis.projections import project_all
 from experiments.explorer.run import ExplorerRun, Workers, new_run
+from experiments.report import figures, notebooks, pages
+from experiments.report.figures.theme import theme
 from experiments.runner import sweep
 from experiments.runner.pool import Pool
 from experiments.runner.sweep import Outcome, train_study
@@ -72,6 +75,39 @@ def trained(folders: Path) -> tuple[Study, Outcome, list[str]]:
     study, _ = advance(study)
     project_all(study.cells, study.preset.projection, said.append)
     return study, outcome, said
+
+
+@pytest.fixture(scope="session")
+def executed(trained: tuple) -> Study:
+    """The smoke study, its notebooks executed into the folder of its report."""
+    notebooks.execute_changed(trained[0], say=lambda _: None)
+    study: Study = trained[0]
+    return study
+
+
+@contextmanager
+def _coarse_pictures() -> Iterator[None]:
+    def coarse() -> None:
+        theme()
+        figures.plt.rcParams.update({"savefig.dpi": 60, "pdf.fonttype": 3})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "theme", coarse)
+        yield
+
+
+@pytest.fixture(scope="module")
+def coarse_pictures() -> Iterator[None]:
+    """Of few pixels, and fonts of a PDF not subset: half of what a report takes, and nothing that a test looks at."""
+    with _coarse_pictures():
+        yield
+
+
+@pytest.fixture(scope="session")
+def first_page(trained: tuple) -> Path:
+    """Of the report on the smoke study, with coarse pictures."""
+    with _coarse_pictures():
+        return pages.write(trained[0])
 
 
 @pytest.fixture

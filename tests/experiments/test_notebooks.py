@@ -16,7 +16,7 @@ import pytest
 from nbclient import NotebookClient
 from transformer_rows import NOT_AT_SMOKE
 
-from experiments.ablations import ABLATIONS
+from experiments.ablations import ABLATIONS, Ablation
 from experiments.explorer.tabs import TABS
 from experiments.notebook import check
 from experiments.report import notebooks
@@ -26,8 +26,8 @@ from ibq.errors import ConfigError
 PATIENCE_S = 1800.0
 """Beyond which a notebook hangs: one that takes a minute may take half an hour on a machine that others load."""
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
-KINDS = [path for path in SOURCES if path.stem[:2] in ("00", "01", "09", "10")]
-"""One notebook of each kind: the mechanism, an ablation, the interactive ones."""
+KINDS = [path for path in SOURCES if path.stem[:2] in ("01", "09")]
+"""A notebook of an ablation and one with widgets."""
 OF_ABLATIONS = {ablation.notebook: ablation for ablation in ABLATIONS.values() if ablation.notebook}
 
 
@@ -57,15 +57,24 @@ def test_a_notebook_shows_what_its_ablation_shows(name: str) -> None:
 
 
 @pytest.mark.notebooks
-@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("name", sorted(OF_ABLATIONS))
-def test_runs_under_papermill_from_any_folder(name: str, tmp_path: Path) -> None:
-    ablation, path = OF_ABLATIONS[name], ROOT / "notebooks" / f"{name}.ipynb"
-    out = tmp_path / "out.ipynb"
+def test_what_an_executed_notebook_shows(name: str, executed: Study) -> None:
+    require_shown(OF_ABLATIONS[name], executed.report_folder / "notebooks" / f"{name}.ipynb")
+
+
+@pytest.mark.notebooks
+@pytest.mark.usefixtures("trained")
+def test_runs_under_papermill_from_any_folder(tmp_path: Path) -> None:
+    path, out = ROOT / "notebooks" / "01_vq_vs_ibq.ipynb", tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(path), str(out), "-p", "preset", "smoke", "--no-progress-bar"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr[-2000:]
-    outputs = [output for cell in nbformat.read(out, as_version=4).cells for output in cell.get("outputs", [])]
+    require_shown(OF_ABLATIONS["01_vq_vs_ibq"], out)
+
+
+def require_shown(ablation: Ablation, path: Path) -> None:
+    """All figures and tables of an ablation stand in an executed notebook, and nothing on stderr."""
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == len(set(ablation.figures) - NOT_AT_SMOKE)
     texts = " ".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
     assert ("PCA" in texts) == bool(ablation.mapped or any(arm.followed for arm in ablation.arms))
@@ -125,8 +134,7 @@ def test_run_all_again_in_one_kernel(path: Path, tmp_path: Path, monkeypatch: py
     if path.stem in notebooks.INTERACTIVE:
         monkeypatch.setenv("IBQ_RUNS", str(tmp_path / "runs"))
     once = papermill.iorw.load_notebook_node(str(path))
-    scale = {} if path.stem == notebooks.MECHANISM else {"preset": "smoke"}
-    given = papermill.parameterize.parameterize_notebook(once, scale, kernel_name="python3")
+    given = papermill.parameterize.parameterize_notebook(once, {"preset": "smoke"}, kernel_name="python3")
     again = copy.deepcopy(given.cells)
     for number, cell in enumerate(again):
         cell.id = f"again-{number}"

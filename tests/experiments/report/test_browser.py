@@ -13,7 +13,6 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, Response
 from smoke_study import AT_SMOKE
 
-from experiments.report import notebooks, pages
 from experiments.study import ROOT
 
 pytestmark = pytest.mark.browser
@@ -28,13 +27,6 @@ PAPER = "getComputedStyle(document.body).backgroundColor"
 class Silent(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
-
-
-@pytest.fixture(scope="module")
-def smoke_report(trained: tuple) -> Path:
-    study = trained[0]
-    notebooks.execute_changed(study, say=lambda _: None)
-    return pages.write(study).parent
 
 
 class Visit:
@@ -114,8 +106,9 @@ class Visit:
                     self._note(f"{source} links to {link}, which is no element there")
 
 
-def test_every_page_of_the_smoke_report(browser: Browser, smoke_report: Path) -> None:
-    visit = Visit(browser, smoke_report)
+@pytest.mark.usefixtures("executed")
+def test_every_page_of_the_smoke_report(browser: Browser, first_page: Path) -> None:
+    visit = Visit(browser, first_page.parent)
     assert visit.problems == []
     names = {address.removeprefix(visit.origin) for address in visit.seen}
     assert {"index.html", *(f"{name}.html" for name in AT_SMOKE)} <= names

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from test_hostile_names import HOSTILE
 
-from experiments.report import pages, tables
+from experiments.report import tables
 from experiments.study import ROOT
 
 pytestmark = pytest.mark.latex
@@ -41,8 +41,8 @@ def compiled(texts: list[str], folder: Path) -> str:
     return log
 
 
-def test_every_table_of_the_smoke_report(trained: tuple, tmp_path: Path) -> None:
-    folder = pages.write(trained[0]).parent / "tables"
+def test_every_table_of_the_smoke_report(first_page: Path, tmp_path: Path) -> None:
+    folder = first_page.parent / "tables"
     files = sorted(folder.glob("*.tex"))
     assert len(files) == len(list(folder.glob("*.csv"))) == len(list(folder.glob("*.md")))
     log = compiled([path.read_text() for path in files], tmp_path)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -22,29 +21,11 @@ from experiments.analysis.findings import findings
 from experiments.analysis.verdicts import WORDS
 from experiments.report import curves, figures, layout, pages, provenance, tables
 from experiments.report.configs import differing_fields
-from experiments.report.figures.theme import theme
 from experiments.study import Study
 from ibq.run_directory import append_line, write_json
 
 ABLATION = ABLATIONS["vq_vs_ibq"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def coarse_pictures() -> Iterator[None]:
-    """Of few pixels, and fonts of a PDF not subset: half of what a report takes, and nothing that is tested here."""
-
-    def coarse() -> None:
-        theme()
-        figures.plt.rcParams.update({"savefig.dpi": 60, "pdf.fonttype": 3})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "theme", coarse)
-        yield
-
-
-@pytest.fixture(scope="module")
-def first_page(trained: tuple) -> Path:
-    return pages.write(trained[0])
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 
 
 def pages_of(first_page: Path) -> list[Path]:
