@@ -24,7 +24,8 @@ Letters: S seeds; leading axes, if any, are of independent experiments.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -200,21 +201,29 @@ def verdicts(ablation: Ablation, rows: pd.DataFrame) -> list[Verdict]:
         seeds = tuple(map(int, table["seed"]))
         notes = [registration.exploratory(ablation, claim, _of_pair(claim, rows, seeds), registered)]
         notes += [f"fewer than {MIN_SEEDS} seeds"] if 0 < len(seeds) < MIN_SEEDS else []
-        known = {
-            "exploratory": "; ".join(filter(None, notes)),
-            "seeds": seeds,
-            "differences": tuple(table[claim.outcome]),
-        }
-        if obstacle:
-            judged.append(Verdict(claim, INCONCLUSIVE, INCONCLUSIVE, obstacle, **known))
-            continue
-        mean = float(table[claim.outcome].mean()) * math.copysign(1, claim.effect)
-        no_room = _no_room(claim, rows)
-        raw, word = (str(words(mean, abs(claim.effect), *each, keeps=claim.keeps)) for each in (ps, holms))
-        raw, word = (INCONCLUSIVE if no_room and each == SMALLER else each for each in (raw, word))
-        reason = no_room or (HOLDS if raw == INCONCLUSIVE else "") if word == INCONCLUSIVE else ""
-        judged.append(Verdict(claim, word, raw, reason, **known, p=ps[0], holm=float(holms[0])))
+        differences = tuple(map(float, table[claim.outcome]))
+        exploratory = "; ".join(filter(None, notes))
+        unjudged = Verdict(claim, INCONCLUSIVE, INCONCLUSIVE, obstacle, exploratory, seeds, differences)
+        judged.append(unjudged if obstacle else _decided(unjudged, rows, ps, holms))
     return judged[: len(ablation.contrasts)]
+
+
+def _decided(verdict: Verdict, rows: pd.DataFrame, p: Sequence[float], corrected: Sequence[float]) -> Verdict:
+    """The verdict with its words, by p against the threshold and against zero, and both corrected."""
+    claim = verdict.contrast
+    mean = float(np.mean(verdict.differences)) * math.copysign(1, claim.effect)
+    raw, word = (str(words(mean, abs(claim.effect), *each, keeps=claim.keeps)) for each in (p, corrected))
+    if no_room := _no_room(claim, rows):
+        raw, word = (INCONCLUSIVE if each == SMALLER else each for each in (raw, word))
+    reason = no_room or (HOLDS if raw == INCONCLUSIVE else "")
+    return replace(
+        verdict,
+        word=word,
+        uncorrected=raw,
+        reason=reason if word == INCONCLUSIVE else "",
+        p=float(p[0]),
+        holm=float(corrected[0]),
+    )
 
 
 def _tests(claim: Contrast, differences_S: NDArray[np.float64]) -> tuple[float, float]:
