@@ -243,7 +243,9 @@ def report(
     grid: GridOption = None,
     base: BaseOption = None,
     plugin: PluginOption = None,
-    publish: Annotated[bool, typer.Option(help="also copy it to reports/published/, to be committed")] = False,
+    publish: Annotated[
+        str | None, typer.Option(metavar="NAME", help="also copy it to reports/published/NAME, to be committed")
+    ] = None,
 ) -> None:
     """Tables, figures and the page, from the rows there are."""
     from experiments.report import pages as report_module
@@ -251,7 +253,7 @@ def report(
     study = report_module.widened(study_of(names, preset, seeds, set_, grid, base, plugin))
     print(f"report: {report_module.write(study)}")
     if publish:
-        print(f"published: {report_module.publish(study)}")
+        print(f"published: {report_module.publish(study, publish)}")
 
 
 @app.command()

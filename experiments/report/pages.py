@@ -248,10 +248,10 @@ def record_session(study: Study, command: str, trained: int, minutes: float) -> 
         )
 
 
-def publish(study: Study) -> Path:
-    """Copy what `write` rendered to reports/published/<study>, as a snapshot to commit; machine paths are taken out of
+def publish(study: Study, name: str) -> Path:
+    """Copy what `write` rendered to reports/published/<name>, as a snapshot to commit; machine paths are taken out of
     notebooks."""
-    target = ROOT / "reports" / "published" / study.name
+    target = ROOT / "reports" / "published" / file_name(name)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(study.report_folder, target, ignore=shutil.ignore_patterns("*.stamp", "*.ipynb", ".lock"))
     for page in [path for path in target.rglob("*") if path.suffix in (".html", ".csv", ".md", ".tex", ".jsonl")]:

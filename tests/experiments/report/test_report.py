@@ -165,7 +165,7 @@ def test_a_study_without_rows_renders_and_says_what_is_missing(tmp_path: Path, m
     study = Study("smoke", tuple(AT_SMOKE))
     first_page = pages.write(study)
     texts = {page.stem: page.read_text() for page in pages_of(first_page)}
-    assert re.search(r"<b>pending</b>, 16 runs: vq_published seed 0; ", texts["vq_vs_ibq"])
+    assert re.search(r"<b>pending</b>, 8 runs: vq_published seed 0; ", texts["vq_vs_ibq"])
     assert (
         "<b>waiting</b> (waits for the search of simvq, 0 of 3 runs finished), 1 run: simvq seed 0"
         in texts["quantizers"]
@@ -299,7 +299,7 @@ def test_a_snapshot_is_the_report_without_machine_paths_and_notebook_files(
         (study.report_folder / "notebooks").mkdir(exist_ok=True)
         (study.report_folder / "notebooks" / name).write_text(text)
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    published = pages.publish(study)
+    published = pages.publish(study, "smoke")
     assert published == tmp_path / "reports" / "published" / "smoke"
     assert (published / "notebooks" / "x.html").read_text() == "in REPOSITORY/runs"
     left_out = {
@@ -334,7 +334,7 @@ def test_findings_name_every_claim_and_missing_runs(trained: tuple) -> None:
         assert any(sentence.startswith(contrast.claim) for sentence in sentences)
     assert not any("supported" in sentence.lower() for sentence in sentences)  # one seed
     frame.loc[0, "status"] = "failed"
-    assert findings(ABLATION, frame)[0].startswith("1 of 16 runs have no result (1 failed)")
+    assert findings(ABLATION, frame)[0].startswith("1 of 8 runs have no result (1 failed)")
 
 
 def test_findings_admit_that_more_codes_can_mean_more_error() -> None:
