@@ -137,7 +137,7 @@ ABLATION = Ablation(
         "reconstructions",
         "code_map",
     ),
-    tables=("arms", "main_effects", "verdicts"),
+    tables=("arms", "verdicts"),
     columns=(
         "learning_rate",
         "perplexity",
