@@ -70,10 +70,11 @@ class PerceptualLoss(nn.Module):
             self.network = FeatureDistance(nn.Sequential(*(body[i : i + 3] for i in range(0, len(body), 3))))
 
     def forward(self, originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> torch.Tensor:
-        pair = originals_BCHW, reconstructions_BCHW
         if self.kind != "fashion-cnn":
-            pair = tuple(images_BCHW.expand(-1, 3, -1, -1) for images_BCHW in pair)
-        distances: torch.Tensor = self.network(*pair)
+            originals_BCHW, reconstructions_BCHW = (
+                images_BCHW.expand(-1, 3, -1, -1) for images_BCHW in (originals_BCHW, reconstructions_BCHW)
+            )
+        distances: torch.Tensor = self.network(originals_BCHW, reconstructions_BCHW)
         return distances.mean()
 
 
