@@ -71,8 +71,9 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> torch.Tensor:
         if self.kind != "fashion-cnn":
-            originals_BCHW = originals_BCHW.expand(-1, 3, -1, -1)
-            reconstructions_BCHW = reconstructions_BCHW.expand(-1, 3, -1, -1)
+            originals_BCHW, reconstructions_BCHW = (
+                images_BCHW.expand(-1, 3, -1, -1) for images_BCHW in (originals_BCHW, reconstructions_BCHW)
+            )
         distances: torch.Tensor = self.network(originals_BCHW, reconstructions_BCHW)
         return distances.mean()
 

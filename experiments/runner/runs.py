@@ -235,8 +235,8 @@ def evaluate_finished(study: Study, name: str, say: Callable[[str], None] = prin
 
 def _summary(metrics: dict[str, float], protocol: dict[str, Any]) -> str:
     """A few of the numbers, at least one, and why any is absent."""
-    of_sets = ("perplexity", "dimension_used", "l1", "fid", "fid[fashion-cnn]", "fid[efficientnet-lite0]")
-    of_interest = (*of_sets, *OF_PAIRS.values())
+    fids = ("fid", "fid[fashion-cnn]", "fid[efficientnet-lite0]")
+    of_interest = ("perplexity", "dimension_used", "l1", *fids, *OF_PAIRS.values())
     shown = [key for key in of_interest if key in metrics]
     numbers = [f"{key} {metrics[key]:.4g}" for key in shown or list(metrics)[:1]]
     return ", ".join(numbers + [f"{key} {why}" for key, why in protocol.items() if str(why).startswith("absent: ")])

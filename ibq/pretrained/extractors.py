@@ -35,7 +35,7 @@ class ClassifierExtractor(FeatureExtractorBase):
         self, name: str, features_list: list[str], **ignored: Any
     ) -> None:  # torch-fidelity passes all settings of all metrics
         super().__init__(name, features_list)
-        self.network = self.load()
+        self.network = type(self).load()
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
