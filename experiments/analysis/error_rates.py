@@ -40,7 +40,7 @@ def family_errors() -> pd.DataFrame:
             drawn = EFFECTS[name] + random.standard_normal((DRAWS, FAMILY, seeds))
             wrong = {
                 f"{'' if corrected else 'un'}corrected": _percent(
-                    ~np.isin(_words(drawn, corrected), right).all(axis=-1)
+                    np.isin(_words(drawn, corrected), right, invert=True).any(axis=-1)
                 )
                 for corrected in (False, True)
             }
@@ -56,5 +56,5 @@ def _words(differences_EFS: NDArray[np.float64], corrected: bool) -> NDArray[np.
     return words(differences_EFS.mean(axis=-1), 1.0, p, zero)
 
 
-def _percent(said: NDArray[np.bool_]) -> str:
-    return f"{100 * said.mean():.1f}%"
+def _percent(said: NDArray[np.bool_] | np.bool_) -> str:
+    return f"{100 * np.mean(said):.1f}%"
