@@ -40,7 +40,7 @@ def family_errors() -> pd.DataFrame:
             drawn = EFFECTS[name] + random.standard_normal((DRAWS, FAMILY, seeds))
             wrong = {
                 f"{'' if corrected else 'un'}corrected": _percent(
-                    ~np.isin(_words(drawn, corrected), right).all(axis=-1)
+                    np.isin(_words(drawn, corrected), right, invert=True).any(axis=-1)
                 )
                 for corrected in (False, True)
             }

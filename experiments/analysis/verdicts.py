@@ -211,8 +211,8 @@ def verdicts(ablation: Ablation, rows: pd.DataFrame) -> list[Verdict]:
 def _decided(verdict: Verdict, rows: pd.DataFrame, p: Sequence[float], corrected: Sequence[float]) -> Verdict:
     """The verdict with its words, by p against the threshold and against zero, and both corrected."""
     claim = verdict.contrast
-    mean = float(np.mean(verdict.differences)) * math.copysign(1, claim.effect)
-    raw, word = (str(words(mean, abs(claim.effect), each[0], each[1], claim.keeps)) for each in (p, corrected))
+    mean, size = float(np.mean(verdict.differences)) * math.copysign(1, claim.effect), abs(claim.effect)
+    raw, word = (str(words(mean, size, each[0], each[1], claim.keeps)) for each in (p, corrected))
     if no_room := _no_room(claim, rows):
         raw, word = (INCONCLUSIVE if each == SMALLER else each for each in (raw, word))
     reason = no_room or (HOLDS if raw == INCONCLUSIVE else "")
