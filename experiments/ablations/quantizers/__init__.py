@@ -7,7 +7,7 @@ budget are equal: before the comparison every method searches its learning rate 
 relatives take over the rate of the arm that they change: the controls of IBQ that of IBQ as released, so that one part
     alone differs.
 Cost: 84 runs of the search and 40 of the comparison, 10,200 steps at quick, since arms take half of the preset's steps:
-18 minutes on 2 cores with one seed, UMAP included; --seeds 3 adds 80 runs of the comparison.
+about 50 minutes on 2 cores at 2 GHz (0.39 s a step) with one seed; --seeds 3 adds 80 runs of the comparison.
 Command: python -m experiments run quantizers
 
 Arms of 150 steps at quick want shorter time constants than the literature's, which are counted in steps: 0.9 for moving
@@ -233,8 +233,8 @@ ABLATION = Ablation(
         *EFFECTIVE_DIMENSIONS,
         "bits",
         "psnr_db",
-        "ssim",
         "l1",
+        "fid",
         "quantization_error",
         "step_ms",
         "parameters",
