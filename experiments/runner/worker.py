@@ -3,6 +3,7 @@ loaded."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -34,6 +35,9 @@ UNFIT, UNWRITABLE, DISK_FULL, BUSY = 2, 73, 74, 75
 """Exit codes: the run cannot be trained as given, its folder cannot be written so that not even that is recorded,
 nothing more can be written, or another process holds this run. 0 is finished or stopped, 1 any other recorded
 failure."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_INT = -1, -3, 2**31 - 1
+"""glibc's names of options, in bytes; their largest value."""
 
 HEARTBEAT_S = 1.0
 """Least time between two signs of life."""
@@ -68,6 +72,7 @@ def train(
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     exit_with_parent(stop.set, grace_s)
     torch.set_num_threads(threads)
+    keep_freed_memory()
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with FileLock(run.lock, timeout=2):  # another driver may have finished it while this process started
@@ -161,6 +166,18 @@ def _tokenizer_of(
     facts = {"data_hash": data_hash_of(config.data), "train_seconds": 0.0}
     facts |= {"reason": f"its tokenizer, run {source.path.name}, did not stay finite: {row['reason']}"}
     raise write_lost(run, row_of(config, "nan", facts, {}, resolve_device(runtime.device)))
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, for its next allocations.
+
+    glibc gives large blocks back at once; a training step on the CPU allocates the same ones again, and having them
+    mapped anew costs 4 to 5% of its time. Other C libraries are left as they are.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(option, LARGEST_INT)
 
 
 def classify(error: Exception) -> Ended:
