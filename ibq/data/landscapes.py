@@ -118,7 +118,8 @@ def _read_splits(
     if digest.hexdigest() != PIXELS_SHA256:
         raise DataError(
             f"Pillow {PIL.__version__} with libjpeg {features.version('jpg')} decodes the photographs of landscapes to "
-            f"pixels of sha256 {digest.hexdigest()} where {PIXELS_SHA256} is expected; install Pillow from PyPI"
+            f"pixels of sha256 {digest.hexdigest()} where {PIXELS_SHA256} is expected; pip install "
+            f"--force-reinstall pillow"
         )
     splits: dict[Split, Images] = {}
     for split, found in crops.items():
@@ -136,7 +137,8 @@ def _decoded(path: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
             rgb = photo.convert("RGB")
     except OSError as error:
         raise DataError(
-            f"{path} cannot be decoded by Pillow {PIL.__version__} ({one_line(error)}); install Pillow from PyPI"
+            f"{path} cannot be decoded by Pillow {PIL.__version__} ({one_line(error)}); pip install "
+            f"--force-reinstall pillow"
         ) from None
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), torch.from_numpy(np.array(rgb.convert("L")))[None]
 

@@ -198,7 +198,7 @@ def test_a_process_reads_a_split_once_unless_its_files_change(
     images = load_images(DataConfig(), "test")
     assert load_images(DataConfig(), "test") is images
     (folder / "t10k-labels-idx1-ubyte").write_bytes(b"other labels")
-    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte is not Fashion-MNIST's"):
+    with pytest.raises(DataError, match="is not t10k-labels-idx1-ubyte of Fashion-MNIST"):
         load_images(DataConfig(), "test")
     monkeypatch.setenv("IBQ_DATA", str(tmp_path / "nowhere"))
     assert not fashion_mnist.FILES.are_here()
@@ -300,7 +300,8 @@ def test_when_every_source_fails_one_sentence_says_why(no_source: Path, monkeypa
         f"the cache in {no_source / 'fashion-mnist'} is absent",
         "apt failed (apt-get is not on the PATH)",
         "torchvision failed (no route to host)",
-        "a mirror failed (what it gave lacks train-images-idx3-ubyte)",
+        "a mirror failed (what it gave lacks train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte "
+        "and 1 more)",
         "set IBQ_DATA to a folder that holds train-images-idx3-ubyte, ",
     ):
         assert part in sentence
