@@ -35,9 +35,10 @@ class DataPictures:
         if config.kind == "imagefolder":
             raise ConfigError(f"--data {name} is a folder; name it as PICTURES")
         if config.channels != trained.channels:
+            plural = "s" if config.channels > 1 else ""
             raise ConfigError(
-                f"--data {name} has {config.channels} channels and the tokenizer {trained.channels}; name a data set "
-                f"that has as many"
+                f"--data {name} has {config.channels} channel{plural} and the tokenizer {trained.channels}; name a "
+                f"data set with as many"
             )
         self.skipped: list[str] = []
         self._images = load_images(config, "test")

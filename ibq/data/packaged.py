@@ -172,7 +172,7 @@ class PackagedFiles:
     def _missing(self, files: Mapping[str, Path]) -> str:
         """Names of the files that are not there, the first few of them; empty if all are."""
         names = [name for name in self.sha256 if name not in files]
-        more = f" and {len(names) - 3} more files" if len(names) > 3 else ""
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return ", ".join(names[:3]) + more
 
     def _fetch(self, passed_over: list[str]) -> Found:

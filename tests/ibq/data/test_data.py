@@ -300,7 +300,8 @@ def test_when_every_source_fails_one_sentence_says_why(no_source: Path, monkeypa
         f"the cache in {no_source / 'fashion-mnist'} is absent",
         "apt failed (apt-get is not on the PATH)",
         "torchvision failed (no route to host)",
-        "a mirror failed (what it gave lacks train-images-idx3-ubyte)",
+        "a mirror failed (what it gave lacks train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte "
+        "and 1 more)",
         "set IBQ_DATA to a folder that holds train-images-idx3-ubyte, ",
     ):
         assert part in sentence
