@@ -47,14 +47,11 @@ def arm(
     entropy: str,
     beta_on: str,
     double: str = "off",
-    temperature: str = "0.01",
     seeds: int = 1,
     focal: bool = False,
 ) -> Arm:
     levels = {"estimator": estimator, "entropy": entropy, "init": init, "beta on": beta_on, "double": double}
-    levels |= {"temperature": temperature}
-    own = {} if temperature == "0.01" else {"entropy_temperature": float(temperature)}
-    changes = of_quantizer(fields(estimator, init, entropy, beta_on, double) | own)
+    changes = of_quantizer(fields(estimator, init, entropy, beta_on, double))
     return Arm(name, levels, changes, seeds=seeds, focal=focal, followed=name in PUBLISHED)
 
 

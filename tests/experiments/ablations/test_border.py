@@ -186,5 +186,5 @@ def test_every_arm_of_the_atlas_comes_after_its_neighbours_and_all_configs_diffe
 
 
 def test_the_atlas_is_trained_only_where_it_is_named() -> None:
-    assert set(ABLATIONS) - set(ALL) == {"collapse_atlas"}
+    assert set(ABLATIONS) - set(ALL) == {"collapse_atlas", "evidence"}
     assert set(CORE) < set(ALL)

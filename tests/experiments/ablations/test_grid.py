@@ -156,7 +156,10 @@ def test_values_and_seeds_and_bases() -> None:
         ("--base vq_fair", ["--base vq_fair", "--grid"]),
         ("--grid optim.lr=1e-3 --base vq_fare", ["'vq_fare'", "'vq_fair'"]),
         ("--grid optim.lr=1e-3 --base vq_vs_ibq/vq_fare", ["'vq_vs_ibq/vq_fair'"]),
-        ("--grid optim.lr=1e-3 --base vq_entropy", ["'vq_entropy'", "vq_vs_ibq/vq_entropy or quantizers/vq_entropy"]),
+        (
+            "--grid optim.lr=1e-3 --base vq_entropy",
+            ["'vq_entropy'", "vq_vs_ibq/vq_entropy or recipe_parts/vq_entropy or quantizers/vq_entropy"],
+        ),
         (
             "--grid quantizer.beta=0.1,0.2 --base vq_published --base lfq",
             ["quantizers/lfq", "'quantizer.beta'", "leave out"],

@@ -11,7 +11,7 @@ from experiments.analysis.effects import effects, main_effects, matched_pairs, p
 from experiments.report import figures, tables
 from ibq.metrics import METRICS
 
-ABLATION = ABLATIONS["vq_vs_ibq"]
+ABLATION = ABLATIONS["recipe_parts"]
 
 
 def additive_rows(ablation: Ablation, weights: dict[tuple[str, str], float], seeds: int = 1) -> pd.DataFrame:
@@ -107,7 +107,8 @@ def test_seeds_are_paired_and_unfinished_runs_left_out() -> None:
     differences = paired_differences(rows, "vq_fair", "ibq_fair")
     assert list(differences["seed"]) == [0, 2]
     assert np.allclose(differences["bits"], 1.0)
-    assert "E→F" not in set(effects(ABLATION, rows[rows["arm"] != "vq_entropy"])["pair"])
+    assert "A→E" in set(effects(ABLATION, rows)["pair"])
+    assert "A→E" not in set(effects(ABLATION, rows[rows["arm"] != "vq_entropy"])["pair"])
 
 
 def test_no_rows_no_effects() -> None:

@@ -34,9 +34,9 @@ def test_commands_work(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("trained")
 def test_plan_counts_what_is_left() -> None:
-    assert "16 runs, 16 finished; 0 steps left" in runner.invoke(app, ["plan", "vq_vs_ibq", "--preset", "smoke"]).output
+    assert "8 runs, 8 finished; 0 steps left" in runner.invoke(app, ["plan", "vq_vs_ibq", "--preset", "smoke"]).output
     assert (
-        "16 runs, 0 finished; 80 steps left"
+        "8 runs, 0 finished; 40 steps left"
         in runner.invoke(app, ["plan", "vq_vs_ibq", "--preset", "smoke", "--set", "steps=5"]).output
     )
 
@@ -167,8 +167,10 @@ def test_inception_is_measured_on_the_whole_test_split_and_its_columns_say_so(
 
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path))
     monkeypatch.setattr(runs, "load_images", few)
-    monkeypatch.setattr(
-        extractors, "inception_extractor", lambda device: extractors.Extractor("stand-in", "", network, "none", device)
+    monkeypatch.setitem(
+        extractors.EXTRACTORS,
+        "inception",
+        lambda device: extractors.Extractor("stand-in", "", network, "none", device),
     )
     try:
         result = runner.invoke(app, ["evaluate", "vq_vs_ibq", "--preset", "smoke", "--metric", "inception"])

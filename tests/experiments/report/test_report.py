@@ -24,7 +24,7 @@ from experiments.report.configs import differing_fields
 from experiments.study import Study
 from ibq.run_directory import append_line, write_json
 
-ABLATION = ABLATIONS["vq_vs_ibq"]
+ABLATION, PARTS = ABLATIONS["vq_vs_ibq"], ABLATIONS["recipe_parts"]
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 
 
@@ -197,11 +197,11 @@ def test_rows_of_several_commits_or_devices_are_flagged(
     frame.loc[alone, ["commit", "device"]] = ["bbbbbbbbbbbb+", "another CPU"]
     one = frame[frame["ablation"] == "vq_vs_ibq"]
     assert provenance.warnings(one, by="arm") == [
-        "These rows span 2 commits, so that differences may be of the code or the machine: aaaaaaaaaaaa (15 runs); "
+        "These rows span 2 commits, so that differences may be of the code or the machine: aaaaaaaaaaaa (7 runs); "
         "bbbbbbbbbbbb+ (1 run: "
         "vq_features).",
         f"These rows span 2 devices, so that differences may be of the code or the machine: {one['device'].iloc[0]} "
-        f"(15 runs); "
+        f"(7 runs); "
         "another CPU (1 run: vq_features).",
         "1 run trained from a tree with uncommitted changes (bbbbbbbbbbbb+).",
     ]
@@ -339,11 +339,11 @@ def test_findings_name_every_claim_and_missing_runs(trained: tuple) -> None:
 
 def test_findings_admit_that_more_codes_can_mean_more_error() -> None:
     lines = []
-    for arm in ABLATION.arms:
+    for arm in PARTS.arms:
         high = arm.levels["entropy"] == "on"
         lines.append(
             {
-                "ablation": ABLATION.name,
+                "ablation": PARTS.name,
                 "arm": arm.name,
                 "seed": 0,
                 "status": "ok",
@@ -351,7 +351,7 @@ def test_findings_admit_that_more_codes_can_mean_more_error() -> None:
                 "l1": 0.2 if high else 0.1,
             }
         )
-    sentences = findings(ABLATION, pd.DataFrame(lines))
+    sentences = findings(PARTS, pd.DataFrame(lines))
     assert any(
         s.startswith("More codes in use did not mean a lower error") and "entropy: off → on (+6.00 bits" in s
         for s in sentences

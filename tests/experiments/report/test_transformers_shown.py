@@ -223,8 +223,10 @@ def test_inception_is_also_of_what_transformers_sampled(copied: Study, monkeypat
     monkeypatch.setattr(
         runs, "load_images", lambda config, name: Images(split.name, split.split, split.images_NCHW[:120])
     )
-    monkeypatch.setattr(
-        extractors, "inception_extractor", lambda device: extractors.Extractor("stand-in", "", network, "none", device)
+    monkeypatch.setitem(
+        extractors.EXTRACTORS,
+        "inception",
+        lambda device: extractors.Extractor("stand-in", "", network, "none", device),
     )
     for cell in study.cells:
         if cell.tokenizer:
