@@ -4,10 +4,10 @@ command."""
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from experiments.ablations import ABLATIONS
+from experiments.ablations import ABLATIONS, ALL
 from experiments.ablations.grid import Base
 from experiments.explorer.trainer import runtime_of
 from experiments.recipes import PRESETS
@@ -17,6 +17,8 @@ from ibq.config import TrainConfig
 from ibq.errors import ConfigError
 from ibq.schema import flatten
 from ibq.training.interventions import Intervention
+
+T = TypeVar("T")
 
 RECIPE = '''\
 """A run of the collapse explorer as a recipe: as a script it trains into a folder beside it, or goes on where it was
@@ -81,18 +83,26 @@ def command_text(config: TrainConfig) -> str:
     Raises:
         ConfigError: no arm of any ablation has the method.
     """
-    bases = [
-        Base(ablation, arm) for ablation in ABLATIONS.values() if not ablation.of_transformers for arm in ablation.arms
-    ]
-    bases = [base for base in bases if base.method == config.quantizer.method]
+    arms = [(ABLATIONS[name], arm) for name in ALL for arm in ABLATIONS[name].arms if arm.transformer is None]
+    bases = [base for base in (Base(*each) for each in arms) if base.method == config.quantizer.method]
     if not bases:
         raise ConfigError(
             f"no arm of any ablation has method={config.quantizer.method!r}, which a command could start from; use the "
             f"recipe"
         )
-    presets = [preset.name for preset in PRESETS.values() if config.seed < preset.max_seeds]
-    studies = [study for preset in presets for base in bases if (study := _study(config, preset, base.reference))]
+    presets = [preset for preset in PRESETS.values() if config.seed < preset.max_seeds]
+    studies = [
+        study
+        for preset in _distinct(presets, lambda preset: preset.fields)
+        for base in _distinct(bases, lambda base: base.arm.changes)
+        if (study := _study(config, preset.name, base.reference))
+    ]
     return command(min(studies, key=lambda study: len(study.grid)))
+
+
+def _distinct(items: list[T], of: Callable[[T], object]) -> list[T]:
+    """The first of those that are alike: presets of one scale, arms that many ablations have."""
+    return list({repr(of(item)): item for item in reversed(items)}.values())[::-1]
 
 
 def _study(config: TrainConfig, preset: str, base: str) -> Study | None:
