@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from experiments.ablations import ABLATIONS, ALL
+from experiments.ablations import ABLATIONS
 from experiments.ablations.grid import Base
 from experiments.explorer.trainer import runtime_of
 from experiments.recipes import PRESETS
@@ -83,8 +83,9 @@ def command_text(config: TrainConfig) -> str:
     Raises:
         ConfigError: no arm of any ablation has the method.
     """
-    arms = [(ABLATIONS[name], arm) for name in ALL for arm in ABLATIONS[name].arms if arm.transformer is None]
-    bases = [base for base in (Base(*each) for each in arms) if base.method == config.quantizer.method]
+    ablations = [ablation for ablation in ABLATIONS.values() if not (ablation.on_request or ablation.of_transformers)]
+    bases = [Base(ablation, arm) for ablation in ablations for arm in ablation.arms]
+    bases = [base for base in bases if base.method == config.quantizer.method]
     if not bases:
         raise ConfigError(
             f"no arm of any ablation has method={config.quantizer.method!r}, which a command could start from; use the "
