@@ -83,7 +83,7 @@ def command_text(config: TrainConfig) -> str:
     Raises:
         ConfigError: no arm of any ablation has the method.
     """
-    ablations = [ablation for ablation in ABLATIONS.values() if not (ablation.on_request or ablation.of_transformers)]
+    ablations = [each for each in ABLATIONS.values() if not (each.on_request or each.of_transformers)]
     bases = [Base(ablation, arm) for ablation in ablations for arm in ablation.arms]
     bases = [base for base in bases if base.method == config.quantizer.method]
     if not bases:
