@@ -102,10 +102,11 @@ def main(folder: Path) -> None:
     """List the nearest pairs and write the contact sheets into `folder`."""
     files, _ = FILES.find()
     testing = photographs_for_testing(files)
-    greys = {}
+    greys: dict[str, Values] = {}
     for name, path in files.items():
         with Image.open(path) as photo:
-            greys[name] = np.asarray(photo.convert("L").resize(SIZE, Image.Resampling.BOX), np.float32) / 255
+            grey = photo.convert("L").resize(SIZE, Image.Resampling.BOX)
+        greys[name] = np.asarray(grey, np.float32) / np.float32(255)
     pairs = nearest_pairs(greys, testing)
     for pair in pairs:
         print(f"{pair.matches:3}  {pair.test:<22} {pair.train}")

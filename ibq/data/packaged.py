@@ -164,7 +164,7 @@ class PackagedFiles:
         """The files in `folder` or in a subfolder of a usual name, whichever holds most of them; raw before .gz, as it
         reads faster."""
         layouts = []
-        for layout in ("", self.name, *self.layouts, self.folder.relative_to("/")):
+        for layout in ("", self.name, *self.layouts, str(self.folder.relative_to("/"))):
             candidates = [(name, folder / layout / f"{name}{end}") for name in self.sha256 for end in (".gz", "")]
             layouts.append({name: path for name, path in candidates if os.path.isfile(path)})
         return max(layouts, key=len)
