@@ -23,6 +23,7 @@ from experiments.report.figures.labels import Labels
 from experiments.report.figures.points import Points
 from experiments.report.figures.theme import arm_label, axis_label, finished_cells, panel_grid
 from experiments.study import Study
+from ibq.data.landscapes import CLASSES
 from ibq.metrics import METRICS
 
 MOST_ROWS, MOST_COLUMNS = 10, 6
@@ -40,6 +41,7 @@ CLASS_NAMES = {
         "bag",
         "ankle boot",
     ),
+    "landscapes": CLASSES,
 }
 
 

@@ -49,9 +49,7 @@ def test_crops_are_the_counted_ones_in_colour_with_classes_in_both_splits(real: 
         assert bool((first <= 2 * 1000 / count * torch.tensor(per_class) + 10).all())
         weights = torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)
         grey_N1HW = (images.images_NCHW.float() * weights).sum(1, keepdim=True)
-        assert float(grey_N1HW.flatten(1).std(1, correction=0).min()) == pytest.approx(
-            8, abs=0.15
-        )  # the rule rounds grey values
+        assert float(grey_N1HW.flatten(1).std(1, correction=0).min()) == pytest.approx(8, abs=0.2)
 
 
 def test_two_independent_loads_give_the_known_hash(real: dict[str, Images]) -> None:
@@ -74,6 +72,7 @@ def test_no_series_is_in_both_splits_and_an_eighth_is_for_testing() -> None:
     assert not {series[name] for name in testing} & {series[name] for name in series if name not in testing}
     for names in (testing, FILES.sha256.keys() - testing):
         assert {class_of(name) for name in names} == set(range(len(CLASSES)))
+    assert not {"badlands3.jpg", "bwerner2.jpg"} & testing, "they show the same rocks"
     assert Counter(map(class_of, FILES.sha256))[CLASSES.index("other")] == 45
 
 
