@@ -17,6 +17,8 @@ from experiments.study import ROOT
 
 pytestmark = pytest.mark.browser
 SNAPSHOTS = sorted((ROOT / "reports" / "published").glob("*/index.html"))
+PATIENCE_MS = 600_000
+"""Beyond which a page hangs, however loaded the machine is."""
 SIZES = [{"width": 1280, "height": 900}, {"width": 390, "height": 844}]
 LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
 BROKEN = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => 'broken image: ' + i.src)"
@@ -43,6 +45,7 @@ class Visit:
         Thread(target=server.serve_forever, daemon=True).start()
         self.origin = f"http://127.0.0.1:{server.server_port}/"
         context = browser.new_context()
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.on("request", self._request)
         page.on("response", self._response)
