@@ -10,9 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from experiments import rows
 from experiments.ablations import ABLATIONS, Ablation, Contrast
 from experiments.analysis import registration
-from ibq.run_directory import read_lines
+from experiments.study import Study
+from ibq.run_directory import append_line, read_lines
 
 ABLATION = ABLATIONS["vq_vs_ibq"]
 CLAIM = ABLATION.contrasts[0]
@@ -103,8 +105,19 @@ def test_a_claim_that_is_younger_than_a_run_is_exploratory(started: tuple, reaso
 
 
 def test_rows_without_starts_and_claims_without_a_line_say_so() -> None:
-    rows = judged_rows(STATED)
-    assert registration.exploratory(ABLATION, CLAIM, rows, {}) == "not registered"
+    judged = judged_rows(STATED)
+    assert registration.exploratory(ABLATION, CLAIM, judged, {}) == "not registered"
     registered = {registration.digest(ABLATION, CLAIM): STATED}
-    unknown = rows.drop(columns="started")
+    unknown = judged.drop(columns="started")
     assert registration.exploratory(ABLATION, CLAIM, unknown, registered) == "start of its runs unknown"
+
+
+def test_rows_have_the_start_of_a_runs_first_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IBQ_RUNS", str(tmp_path))
+    study = Study("smoke", (ABLATION.name,))
+    run = study.cells[0].run
+    for event, at in (("damaged", None), ("started", STATED), ("stopped", STATED), ("started", datetime.now(UTC))):
+        append_line(run.attempts, {"event": event} | ({"time": at.timestamp()} if at else {}))
+    frame = rows.load(study)
+    assert frame["started"].dropna().tolist() == [STATED.isoformat(timespec="seconds")]
+    assert pd.notna(frame.loc[0, "started"])
