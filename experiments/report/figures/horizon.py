@@ -54,7 +54,7 @@ def effect_over_steps(study: Study, ablation: Ablation, rows: pd.DataFrame) -> F
 
 
 def _question(ablation: Ablation, judged: Verdict) -> tuple[str, ...]:
-    """What is compared, whatever the setting and the steps: both methods and the outcome."""
+    """Both methods and the outcome of a claim, which are the same in every setting and at any number of steps."""
     method = ablation.factors[0].name
     arms = (ablation.arm(judged.contrast.without), ablation.arm(judged.contrast.with_))
     return (*(arm.levels[method] for arm in arms), judged.contrast.outcome)
